@@ -1,0 +1,32 @@
+# make train                                     trains the default model
+# make train ARGS="--config.train.steps=100"     the same, with flags added
+# make test                                      lint, format, types, tests
+# PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: train test
+
+train: $(VENV)/.installed
+	python -m moejax.main --config=configs/mot.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	ruff check
+	ruff format --check
+	pyright
+	pytest
+
+# Installed again only when setup.py changes.
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: setup.py
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --editable '.[test]'
+	touch $(VENV)/.installed $@

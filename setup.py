@@ -1,0 +1,44 @@
+"""What moejax needs. The lower bounds were installed together and passed the tests."""
+
+import setuptools
+
+setuptools.setup(
+  name='moejax',
+  version='0.1.0',
+  description='Mixture-of-Experts and Mixture-of-Tokens language models in JAX.',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['moejax*', 'configs*']),
+  install_requires=[
+    'absl-py>=2.1',
+    'etils[epath]>=1.9.1',
+    'flax>=0.11.2',
+    'jax>=0.7.2',
+    'matplotlib>=3.10',
+    'ml-collections>=1.1',
+    'numpy>=2.1',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11.25,<1',
+    'sentencepiece>=0.2.2',
+    'seqio>=0.0.20',
+    'tensorboardX>=2.6.4',
+    'tensorflow>=2.20',
+    'tensorflow-datasets>=4.9.10',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'tpu-aot': ['jax[tpu]'],  # the same compiler, on a machine without a TPU
+    'cuda': ['jax[cuda12]'],
+    'notebooks': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10'],
+    'test': [
+      'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
+      'pytest>=8.3',
+      'ruff==0.17.6',
+      'tensorboard>=2.20',
+      'tiktoken>=0.9',
+    ],
+  },
+  entry_points={'console_scripts': ['moejax=moejax.main:run']},
+)
