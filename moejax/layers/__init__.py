@@ -1,0 +1,1 @@
+"""Sublayers of the residual stack: modules that hold parameters and call `moejax.ops`."""

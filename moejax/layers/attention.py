@@ -1,0 +1,78 @@
+"""Causal multi-head self-attention with learned positions outside it or rotary ones inside."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Attention(nnx.Module):
+  """Causal self-attention, no biases, scores scaled by 1/sqrt(P).
+
+  Input and output x_BLD, any float dtype; softmax in float32. Sees only its own sequence, at its
+  own and earlier positions; with `document_mask` only its own packed document. `aux` is empty.
+
+  `rope` turns on rotary positions (arXiv:2104.09864; base 10000, halves paired).
+  """
+
+  def __init__(self, *, d_model, num_heads, rope, document_mask, init, rngs):
+    head_width = d_model // num_heads
+    self.qkv = init(rngs, d_model, 3, num_heads, head_width, fan_in=d_model)
+    self.out = init(rngs, num_heads, head_width, d_model, fan_in=d_model)
+    self.rope = rope
+    self.document_mask = document_mask
+
+  def _project(self, x_BLD, positions_BL):
+    qkv_D3HP = self.qkv[...].astype(x_BLD.dtype)
+    q_BLHP, k_BLHP, v_BLHP = jnp.moveaxis(jnp.einsum('BLD,DCHP->BLCHP', x_BLD, qkv_D3HP), 2, 0)
+    if self.rope:
+      q_BLHP, k_BLHP = rotate(q_BLHP, positions_BL), rotate(k_BLHP, positions_BL)
+    return q_BLHP, k_BLHP, v_BLHP
+
+  def __call__(self, x_BLD, tokens):
+    q_BLHP, k_BLHP, v_BLHP = self._project(x_BLD, tokens.positions)
+    mask = None
+    if self.document_mask:
+      mask = tokens.segments[:, None, :, None] == tokens.segments[:, None, None, :]
+    o_BLHP = jax.nn.dot_product_attention(
+      q_BLHP,
+      k_BLHP,
+      v_BLHP,
+      mask=mask,
+      is_causal=True,
+      implementation=_implementation(x_BLD.dtype),
+    )
+    return jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(x_BLD.dtype)), {}
+
+  def init_state(self, batch_size, max_length, dtype):
+    """An empty cache: keys and values of every position."""
+    _, _, H, P = self.qkv.shape
+    empty = jnp.zeros((batch_size, max_length, H, P), dtype)
+    return {'k': empty, 'v': empty}
+
+  def step(self, x_BD, state, tokens):
+    """One position for every sequence; a sequence's position is the cache row it writes."""
+    q_BLHP, k_BLHP, v_BLHP = self._project(x_BD[:, None], tokens.positions[:, None])
+    rows = jnp.arange(x_BD.shape[0])
+    k_BSHP = state['k'].at[rows, tokens.positions].set(k_BLHP[:, 0])
+    v_BSHP = state['v'].at[rows, tokens.positions].set(v_BLHP[:, 0])
+    S = k_BSHP.shape[1]
+    past_BS = jnp.arange(S)[None, :] <= tokens.positions[:, None]
+    o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSHP, v_BSHP, mask=past_BS[:, None, None, :])
+    y_BD = jnp.einsum('BHP,HPD->BD', o_BLHP[:, 0], self.out[...].astype(x_BD.dtype))
+    return y_BD, {'k': k_BSHP, 'v': v_BSHP}
+
+
+def rotate(x_BLHP, positions_BL, base=10000.0):
+  """Rotary position embedding: turns each pair (x[i], x[i + P/2]) by position * base**(-2i/P)."""
+  half = x_BLHP.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_BL[..., None, None] * frequency[None, None, None]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x_BLHP.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHP.dtype)
+
+
+def _implementation(dtype):
+  # `None` means plain XLA on every platform (jax 0.7 to 0.12), so the fused kernel is asked for.
+  half_precision = dtype in (jnp.bfloat16, jnp.float16)
+  return 'cudnn' if half_precision and jax.default_backend() == 'gpu' else 'xla'

@@ -1,0 +1,106 @@
+"""What every sublayer shares: initialisers, norms, and facts about the tokens behind x."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Tokens(NamedTuple):
+  """What a sublayer may know of the tokens behind its activations.
+
+  Shapes are [B, L] in a forward pass and [B] in one decoding step, both int32.
+  """
+
+  segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
+  positions: jax.Array  # position of the token in its document or row
+
+
+def truncated_normal(key, shape, fan_in, scale, dtype=jnp.float32):
+  """N(0, scale / fan_in) cut at +-2 * scale, an absolute bound.
+
+  The initialisation of the three papers' runs (their code's `truncated_normal`). The bound lies
+  many standard deviations out for a large fan-in; for an embedding (fan-in 1) it is what shapes
+  the distribution.
+  """
+  std = (scale / fan_in) ** 0.5
+  bound = 2 * scale / std
+  return std * jax.random.truncated_normal(key, -bound, bound, shape, dtype)
+
+
+def truncated_normal_fixed(key, shape, fan_in, scale, dtype=jnp.float32):
+  """Standard deviation scale / sqrt(fan_in), cut at +-2 standard deviations."""
+  return scale / fan_in**0.5 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+
+
+def kaiming_uniform(key, shape, fan_in, scale, dtype=jnp.float32):
+  """Uniform in +-scale * sqrt(3 / fan_in)."""
+  bound = scale * (3 / fan_in) ** 0.5
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+INITIALIZERS = {
+  'truncated_normal': truncated_normal,
+  'truncated_normal_fixed': truncated_normal_fixed,
+  'kaiming_uniform': kaiming_uniform,
+}
+
+
+class Initializer(NamedTuple):
+  """Makes parameters: the distribution and its scale are the model's, the fan-in the layer's."""
+
+  name: str
+  scale: float
+  dtype: jnp.dtype
+
+  def __call__(self, rngs, *shape, fan_in):
+    """A float array of `shape` as an `nnx.Param`."""
+    init = INITIALIZERS[self.name]
+    return nnx.Param(init(rngs.params(), shape, fan_in, self.scale, self.dtype))
+
+
+def layer_norm(x, scale_D, bias_D, eps=1e-5):
+  """Layer norm of x [..., D] over its last axis; statistics in float32, result in x's dtype."""
+  centred = x.astype(jnp.float32) - x.astype(jnp.float32).mean(-1, keepdims=True)
+  normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+  return (normal * _row(scale_D, x) + _row(bias_D, x)).astype(x.dtype)
+
+
+def rms_norm(x, scale_D, eps=1e-5):
+  """Root-mean-square norm of x [..., D]; statistics in float32, result in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  normal = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+  return (normal * _row(scale_D, x)).astype(x.dtype)
+
+
+def _row(v_D, like):
+  """v as float32 with the leading ones that strict rank promotion asks for."""
+  return v_D.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + v_D.shape)
+
+
+class LayerNorm(nnx.Module):
+  """`layer_norm` with learned scale and bias."""
+
+  def __init__(self, d_model, dtype):
+    self.scale = nnx.Param(jnp.ones(d_model, dtype))
+    self.bias = nnx.Param(jnp.zeros(d_model, dtype))
+
+  def __call__(self, x):
+    return layer_norm(x, self.scale[...], self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+  """`rms_norm` with a learned scale."""
+
+  def __init__(self, d_model, dtype):
+    self.scale = nnx.Param(jnp.ones(d_model, dtype))
+
+  def __call__(self, x):
+    return rms_norm(x, self.scale[...])
+
+
+NORMS = {'layer_norm': LayerNorm, 'rms_norm': RMSNorm}
+
+ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': functools.partial(jax.nn.gelu, approximate=True)}

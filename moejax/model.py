@@ -1,0 +1,316 @@
+"""The language model, and the map of the package: which sublayers exist and how they are stacked.
+
+`blocks = ((('attention', 'mlp'), 6), (('attention', 'mot'), 6))` reads: six blocks of attention and
+a dense feed-forward, then six of attention and Mixture of Tokens. Every repeated pattern is one
+scan, so compile time does not grow with depth. Around each sublayer stands a pre-norm residual.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.layers import attention, common, mlp, mot
+from moejax.ops import cross_entropy
+
+# The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
+# the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
+# `init_state(batch_size, max_length, dtype)` and `step(x_BD, state, tokens) -> (y_BD, state)`.
+# `aux` is a flat dict of small arrays: measurements by name.
+SUBLAYERS = {
+  'attention': lambda c, init, rngs: attention.Attention(
+    d_model=c.d_model,
+    num_heads=c.num_heads,
+    rope=c.positions == 'rope',
+    document_mask=c.document_mask,
+    init=init,
+    rngs=rngs,
+  ),
+  'mlp': lambda c, init, rngs: mlp.MLP(
+    d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
+  ),
+  'mot': lambda c, init, rngs: mot.MixtureOfTokens(
+    d_model=c.d_model,
+    num_experts=c.mot.num_experts,
+    expert_width=c.mot.width(c.d_ff),
+    group_size=c.mot.group_size,
+    temperature=c.mot.temperature,
+    init=init,
+    rngs=rngs,
+  ),
+}
+
+REMAT = {
+  'none': lambda f: f,
+  'dots': functools.partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
+  'full': functools.partial(jax.checkpoint, prevent_cse=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoTConfig:
+  """Section `model.mot`. In the paper's names, MoT-Size/kE/m has k = group_size and k*m experts."""
+
+  num_experts: int
+  group_size: int
+  expert_width: int  # 0: as many FLOPs per token as a dense layer of width d_ff
+  temperature: float
+
+  def width(self, d_ff):
+    """Hidden width of one expert; E * width / group_size = d_ff matches a dense layer's FLOPs."""
+    if self.expert_width:
+      return self.expert_width
+    return d_ff * self.group_size // self.num_experts
+
+  def problems(self, d_ff):
+    """Yields one sentence per impossible value."""
+    for name in ('num_experts', 'group_size'):
+      if getattr(self, name) < 1:
+        yield f'model.mot.{name} must be at least 1, got {getattr(self, name)}.'
+        return
+    if self.temperature <= 0:
+      yield f'model.mot.temperature must be positive, got {self.temperature}.'
+    if self.expert_width < 0:
+      yield f'model.mot.expert_width must be positive, or 0 to match d_ff, got {self.expert_width}.'
+    elif not self.expert_width and d_ff * self.group_size % self.num_experts:
+      yield (
+        f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = '
+        f'{d_ff * self.group_size} for experts of equal FLOPs; change it or set expert_width.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Section `model`: what every field means stands in configs/common.py."""
+
+  blocks: tuple
+  vocab_size: int
+  max_length: int
+  d_model: int
+  num_heads: int
+  d_ff: int
+  activation: str
+  positions: str
+  document_mask: bool
+  norm: str
+  final_norm: bool
+  tie_embeddings: bool
+  init: str
+  init_scale: float
+  dtype: str
+  param_dtype: str
+  remat: str
+  loss_chunk: int
+  mot: Any  # MoTConfig, or the mapping that becomes one
+
+  def __post_init__(self):
+    if not isinstance(self.mot, MoTConfig):
+      object.__setattr__(self, 'mot', MoTConfig(**self.mot))
+    problems = list(self._problems())
+    if problems:
+      raise ValueError('\n'.join(problems))
+
+  @property
+  def sublayers(self):
+    """Names of all sublayers in order, one tuple per block."""
+    return [tuple(pattern) for pattern, repeats in self.blocks for _ in range(repeats)]
+
+  def _problems(self):
+    choices = {
+      'activation': (*common.ACTIVATIONS, 'swiglu'),
+      'positions': ('learned', 'rope', 'none'),
+      'norm': tuple(common.NORMS),
+      'init': tuple(common.INITIALIZERS),
+      'remat': tuple(REMAT),
+      'dtype': ('float32', 'bfloat16', 'float64'),
+      'param_dtype': ('float32', 'bfloat16', 'float64'),
+    }
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        yield f'model.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
+    for name in ('vocab_size', 'max_length', 'd_model', 'num_heads', 'd_ff'):
+      if getattr(self, name) < 1:
+        yield f'model.{name} must be at least 1, got {getattr(self, name)}.'
+        return
+    if self.loss_chunk < 0:
+      yield f'model.loss_chunk must be a number of positions, or 0 for all, got {self.loss_chunk}.'
+    if self.d_model % self.num_heads:
+      yield f'model.num_heads = {self.num_heads} must divide d_model = {self.d_model}.'
+    elif self.positions == 'rope' and self.d_model // self.num_heads % 2:
+      yield (
+        'model.positions = rope needs an even head width, got d_model / num_heads = '
+        f'{self.d_model // self.num_heads}.'
+      )
+    yield from self._block_problems()
+    if any('mot' in pattern for pattern in self.sublayers):
+      yield from self.mot.problems(self.d_ff)
+
+  def _block_problems(self):
+    if not self.blocks:
+      yield 'model.blocks must hold at least one (pattern, repeats) pair.'
+    for pattern, repeats in self.blocks:
+      if repeats < 1:
+        yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
+      for name in pattern:
+        if name not in SUBLAYERS:
+          yield f'model.blocks: no sublayer {name!r}; there are {", ".join(SUBLAYERS)}.'
+
+
+class Residual(nnx.Module):
+  """x + sublayer(norm(x)); the stream x keeps its dtype."""
+
+  def __init__(self, kind, config, init, rngs):
+    self.norm = common.NORMS[config.norm](config.d_model, init.dtype)
+    self.layer = SUBLAYERS[kind](config, init, rngs)
+
+  def __call__(self, x_BLD, tokens):
+    y_BLD, aux = self.layer(self.norm(x_BLD), tokens)
+    return x_BLD + y_BLD, aux
+
+  def step(self, x_BD, state, tokens):
+    y_BD, state = self.layer.step(self.norm(x_BD), state, tokens)
+    return x_BD + y_BD, state
+
+
+class Block(nnx.Module):
+  """One repeat of a pattern of sublayers."""
+
+  def __init__(self, pattern, config, init, rngs):
+    self.names = tuple(f'{i}_{kind}' for i, kind in enumerate(pattern))
+    for name, kind in zip(self.names, pattern, strict=True):
+      setattr(self, name, Residual(kind, config, init, rngs))
+
+  def __call__(self, x_BLD, tokens):
+    aux = {}
+    for name in self.names:
+      x_BLD, layer_aux = getattr(self, name)(x_BLD, tokens)
+      aux |= layer_aux
+    return x_BLD, aux
+
+  def init_state(self, batch_size, max_length, dtype):
+    layers = {name: getattr(self, name).layer for name in self.names}
+    return {name: f.init_state(batch_size, max_length, dtype) for name, f in layers.items()}
+
+  def step(self, x_BD, state, tokens):
+    new_state = {}
+    for name in self.names:
+      x_BD, new_state[name] = getattr(self, name).step(x_BD, state[name], tokens)
+    return x_BD, new_state
+
+
+class LanguageModel(nnx.Module):
+  """A decoder-only language model; stateless, its parameters go in with `bind`."""
+
+  def __init__(self, config, rngs):
+    dtype = jnp.dtype(config.param_dtype)
+    init = common.Initializer(config.init, config.init_scale, dtype)
+    V, D = config.vocab_size, config.d_model
+    self.config = config
+    self.embedding = init(rngs, V, D, fan_in=1)
+    if config.positions == 'learned':
+      self.position_embedding = init(rngs, config.max_length, D, fan_in=1)
+    self.stacks = tuple(f'stack_{i}' for i in range(len(config.blocks)))
+    for name, (pattern, repeats) in zip(self.stacks, config.blocks, strict=True):
+      make = functools.partial(_make_block, pattern, config, init)
+      setattr(self, name, jax.vmap(make)(jax.random.split(rngs.params(), repeats)))
+    if config.final_norm:
+      self.final_norm = common.NORMS[config.norm](D, dtype)
+    if not config.tie_embeddings:
+      self.head = init(rngs, D, V, fan_in=D)
+
+  def activations(self, inputs_BL, tokens):
+    """Runs the stack.
+
+    Returns:
+      x_BLD in the compute dtype, ready for the output projection, and aux: a dict of float32
+      arrays [blocks that measure it], in the order of the blocks.
+    """
+    x_BLD = self._embed(inputs_BL, tokens)
+    aux = {}
+    for name in self.stacks:
+      body = REMAT[self.config.remat](lambda x, block: block(x, tokens))
+      x_BLD, stack_aux = jax.lax.scan(body, x_BLD, getattr(self, name))
+      for key, values in stack_aux.items():
+        aux[key] = jnp.concatenate([aux[key], values]) if key in aux else values
+    return self._normalize(x_BLD), aux
+
+  def loss(self, batch):
+    """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux."""
+    tokens = common.Tokens(batch['segments'], batch['positions'])
+    x_BLD, aux = self.activations(batch['inputs'], tokens)
+    weights_BL = (batch['segments'] > 0).astype(jnp.float32)
+    nats = cross_entropy.chunked_cross_entropy(
+      x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
+    )
+    return nats, weights_BL.sum(), aux
+
+  def logits(self, inputs_BL, tokens):
+    """Float32 logits_BLV of every next token."""
+    x_BLD, _ = self.activations(inputs_BL, tokens)
+    return self._project(x_BLD)
+
+  def init_state(self, batch_size, max_length):
+    """Empty decoding state of all blocks, stacked as their parameters are."""
+    dtype = jnp.dtype(self.config.dtype)
+    empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
+    return {name: empty(getattr(self, name)) for name in self.stacks}
+
+  def step(self, inputs_B, state, tokens):
+    """Decodes one position of every sequence: float32 logits_BV and the next state."""
+    x_BD = self._embed(inputs_B, tokens)
+    new_state = {}
+    for name in self.stacks:
+
+      def body(x_BD, block_and_state):
+        block, block_state = block_and_state
+        return block.step(x_BD, block_state, tokens)
+
+      x_BD, new_state[name] = jax.lax.scan(body, x_BD, (getattr(self, name), state[name]))
+    return self._project(self._normalize(x_BD)), new_state
+
+  def _embed(self, inputs, tokens):
+    x = self.embedding[...][inputs]
+    if self.config.positions == 'learned':
+      x = x + self.position_embedding[...][tokens.positions]
+    return x.astype(self.config.dtype)
+
+  def _normalize(self, x):
+    return self.final_norm(x) if self.config.final_norm else x
+
+  def _head(self):
+    return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+  def _project(self, x):
+    head_DV = self._head().astype(x.dtype)
+    return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=jnp.float32)
+
+
+def _make_block(pattern, config, init, key):
+  return Block(pattern, config, init, nnx.Rngs(key))
+
+
+def init_params(config, key):
+  """Fresh parameters: a pure nested dict of arrays in `param_dtype`."""
+  model = LanguageModel(config, nnx.Rngs(key))
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(config):
+  model = nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
+  return nnx.split(model, nnx.Param)
+
+
+def bind(config, params):
+  """The model with these parameters inside. Call it inside the jitted function that uses it."""
+  graphdef, state = _skeleton(config)
+  state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state)

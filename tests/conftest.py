@@ -1,0 +1,45 @@
+"""Every test runs on 8 simulated CPU devices, with JAX at its strictest and compiling only once."""
+
+import os
+import pathlib
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+# In the environment, so that programs started by a test have them too. Before JAX is imported.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.jax_cache'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import goldens  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--update-golden', action='store_true', help='record the numbers of tests/golden/ anew'
+  )
+
+
+def pytest_runtest_setup(item):
+  for platform in ('gpu', 'tpu'):
+    if item.get_closest_marker(platform) and jax.default_backend() != platform:
+      pytest.skip(f'needs a {platform.upper()}; set JAX_PLATFORMS where there is one')
+
+
+@pytest.fixture
+def key():
+  return jax.random.key(0)
+
+
+@pytest.fixture
+def golden(request):
+  """`golden(name, numbers, rtol=...)` compares nested numbers with tests/golden/NAME.json."""
+  return goldens.Goldens(
+    _ROOT / 'tests' / 'golden', update=request.config.getoption('--update-golden')
+  )

@@ -1,0 +1,144 @@
+"""Attention: against NumPy, what it sees, rotary positions, decoding with a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.layers import attention, common
+
+B, L, D, H = 3, 7, 12, 2
+P = D // H
+
+
+def _layer(rope=False, document_mask=False):
+  return attention.Attention(
+    d_model=D,
+    num_heads=H,
+    rope=rope,
+    document_mask=document_mask,
+    init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
+    rngs=nnx.Rngs(0),
+  )
+
+
+def _x(length=L):
+  return jax.random.normal(jax.random.key(1), (B, length, D))
+
+
+def _tokens(length=L, first=0):
+  positions_BL = jnp.tile(jnp.arange(first, first + length)[None], (B, 1))
+  return common.Tokens(jnp.ones((B, length), jnp.int32), positions_BL)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph, params, x_BLD, tokens):
+  return nnx.merge(graph, params)(x_BLD, tokens)[0]
+
+
+def _forward(x_BLD, tokens, rope=False, document_mask=False):
+  return _apply(*nnx.split(_layer(rope, document_mask)), x_BLD, tokens)
+
+
+def test_is_the_definition():
+  layer, x_BLD = _layer(), np.asarray(_x(), 'float64')
+  qkv_D3HP, out_HPD = np.asarray(layer.qkv[...], 'float64'), np.asarray(layer.out[...], 'float64')
+  expected = np.zeros((B, L, D))
+  for b in range(B):
+    for h in range(H):
+      q_LP, k_LP, v_LP = (x_BLD[b] @ qkv_D3HP[:, i, h] for i in range(3))
+      for l in range(L):
+        score_S = np.exp(q_LP[l] @ k_LP[: l + 1].T / np.sqrt(P))
+        expected[b, l] += score_S / score_S.sum() @ v_LP[: l + 1] @ out_HPD[h]
+  np.testing.assert_allclose(_forward(_x(), _tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('rope', [False, True])
+def test_a_token_is_seen_by_itself_and_later_positions_of_its_sequence(rope):
+  x_BLD = _x()
+  before = _forward(x_BLD, _tokens(), rope=rope)
+  after = _forward(x_BLD.at[1, 4].add(1), _tokens(), rope=rope)
+  changed_BL = np.abs(after - before).max(-1) > 0
+  assert np.argwhere(changed_BL).tolist() == [[1, 4], [1, 5], [1, 6]]
+
+
+def test_rotation_turns_pairs_by_the_position():
+  x_BLHP = jax.random.normal(jax.random.key(2), (B, L, H, P))
+  positions_BL = np.random.default_rng(0).integers(50, size=(B, L))
+  rotated = attention.rotate(x_BLHP, jnp.asarray(positions_BL))
+  turns = 10000.0 ** (-2 * np.arange(P // 2) / P)
+  pairs = np.asarray(x_BLHP[..., : P // 2]) + 1j * np.asarray(x_BLHP[..., P // 2 :])
+  pairs = pairs * np.exp(1j * positions_BL[..., None, None] * turns)
+  expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
+  np.testing.assert_allclose(rotated, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+  q_BLHP, k_BLHP = jax.random.normal(jax.random.key(3), (2, B, L, H, P))
+
+  def scores(first):
+    positions_BL = _tokens(first=first).positions
+    q, k = attention.rotate(q_BLHP, positions_BL), attention.rotate(k_BLHP, positions_BL)
+    return jnp.einsum('BLHP,BSHP->BHLS', q, k)
+
+  np.testing.assert_allclose(scores(5), scores(0), rtol=1e-4, atol=1e-5)
+  apart = _tokens()._replace(positions=2 * _tokens().positions)
+  straight = _forward(_x(), _tokens(), rope=True)
+  np.testing.assert_allclose(_forward(_x(), _tokens(first=5), rope=True), straight, atol=1e-5)
+  assert np.abs(_forward(_x(), apart, rope=True) - straight).max() > 1e-2
+
+
+def test_without_rotation_positions_do_not_matter():
+  assert np.array_equal(_forward(_x(), _tokens(first=5)), _forward(_x(), _tokens()))
+
+
+@pytest.mark.parametrize('rope', [False, True])
+def test_a_document_mask_isolates_packed_documents(rope):
+  first, second = _x()[:, :3], _x()[:, 3:]
+  alone = jnp.concatenate(
+    [_forward(first, _tokens(3), rope=rope), _forward(second, _tokens(4), rope=rope)], axis=1
+  )
+  packed = common.Tokens(
+    jnp.tile(jnp.array([[1, 1, 1, 2, 2, 2, 2]]), (B, 1)),
+    jnp.tile(jnp.array([[0, 1, 2, 0, 1, 2, 3]]), (B, 1)),
+  )
+  together = _forward(_x(), packed, rope=rope, document_mask=True)
+  np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+  open_BLD = _forward(_x(), packed, rope=rope)
+  np.testing.assert_allclose(open_BLD[:, :3], alone[:, :3], rtol=1e-5, atol=1e-5)
+  assert (np.abs(open_BLD - alone)[:, 3:].max(-1) > 1e-4).all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graph, params, x_BLD, late_B):
+  """Outputs of steps; each sequence repeats its first position until its turn comes."""
+  layer = nnx.merge(graph, params)
+
+  def advance(state, time):
+    positions_B = jnp.maximum(time - late_B, 0)
+    x_BD = x_BLD[jnp.arange(B), positions_B]
+    y_BD, state = layer.step(x_BD, state, common.Tokens(jnp.ones_like(late_B), positions_B))
+    return state, y_BD
+
+  state = layer.init_state(B, L + 2, x_BLD.dtype)
+  return jnp.moveaxis(jax.lax.scan(advance, state, jnp.arange(L))[1], 0, 1)
+
+
+@pytest.mark.parametrize('late', [(0, 0, 0), (0, 2, 1)])
+@pytest.mark.parametrize('rope', [False, True])
+def test_steps_equal_the_forward_pass_at_every_position(rope, late):
+  expected = _forward(_x(), _tokens(), rope=rope)
+  got = _decode(*nnx.split(_layer(rope)), _x(), jnp.array(late))
+  for b, start in enumerate(late):
+    np.testing.assert_allclose(got[b, start:], expected[b, : L - start], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_activations_stay_bfloat16():
+  y_BLD = _forward(_x().astype('bfloat16'), _tokens(), rope=True)
+  assert y_BLD.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    y_BLD.astype('float32'), _forward(_x(), _tokens(), rope=True), rtol=5e-2, atol=5e-2
+  )

@@ -1,0 +1,167 @@
+"""The language model: what it may see, how it decodes, and what configs it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import model as model_lib
+from tests import tiny
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, inputs_BL, tokens):
+  return model_lib.bind(config, params).logits(inputs_BL, tokens)
+
+
+_init = jax.jit(model_lib.init_params, static_argnums=0)
+
+
+@functools.lru_cache
+def _random_params(config):
+  """Parameters large enough that every path matters (the papers' initialisation is nearly zero)."""
+  rng = np.random.default_rng(0)
+  noise = lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32)
+  return jax.tree.map(noise, jax.device_get(_init(config, jax.random.key(0))))
+
+
+@pytest.mark.parametrize('positions', ['learned', 'rope', 'none'])
+@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
+def test_a_token_changes_nothing_before_it_in_any_example(blocks, positions):
+  config = tiny.model_config(blocks=blocks, positions=positions)
+  params = _random_params(config)
+  batch = tiny.batch()
+  before = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  changed = batch['inputs'].copy()
+  changed[2, 6] = changed[2, 6] % (tiny.V - 1) + 1
+  after = _logits(config, params, changed, tiny.tokens(batch))
+  assert np.array_equal(before[:, :6], after[:, :6])
+  assert not np.array_equal(before[2, 6:], after[2, 6:])
+
+
+def test_examples_see_each_other_only_inside_a_group():
+  config = tiny.model_config()
+  params = _random_params(config)
+  batch = tiny.batch()
+  changed = batch['inputs'].copy()
+  changed[2, 6] = changed[2, 6] % (tiny.V - 1) + 1
+  before = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  after = _logits(config, params, changed, tiny.tokens(batch))
+  touched = np.abs(before - after).max(axis=(1, 2)) > 0
+  assert touched.tolist() == [True] * tiny.M + [False] * (tiny.B - tiny.M)
+
+
+def test_permuting_the_examples_of_a_group_permutes_the_outputs():
+  config = tiny.model_config()
+  params = _random_params(config)
+  batch = tiny.batch()
+  order = np.array([2, 0, 3, 1, 4, 5, 6, 7])
+  straight = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  permuted = _logits(config, params, batch['inputs'][order], tiny.tokens(batch))
+  np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
+@pytest.mark.parametrize('positions', ['learned', 'rope'])
+def test_decoding_step_by_step_equals_the_forward_pass(blocks, positions):
+  config = tiny.model_config(blocks=blocks, positions=positions, final_norm=True)
+  params = _random_params(config)
+  batch = tiny.batch()
+
+  @jax.jit
+  def decode(params):
+    model = model_lib.bind(config, params)
+
+    def advance(state, position):
+      at = tiny.tokens(jax.tree.map(lambda a: jnp.asarray(a)[:, position], batch))
+      logits_BV, state = model.step(jnp.asarray(batch['inputs'])[:, position], state, at)
+      return state, logits_BV
+
+    state = model.init_state(tiny.B, tiny.L)
+    return jnp.moveaxis(jax.lax.scan(advance, state, jnp.arange(tiny.L))[1], 0, 1)
+
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  np.testing.assert_allclose(decode(params), forward, rtol=2e-5, atol=2e-5)
+
+
+def test_padding_has_no_influence_on_other_examples():
+  config = tiny.model_config()
+  params = _random_params(config)
+  batch = tiny.batch()
+  batch['segments'][1] = 0
+  before = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  changed = batch['inputs'].copy()
+  changed[1] = changed[1] % (tiny.V - 1) + 1
+  after = _logits(config, params, changed, tiny.tokens(batch))
+  real = np.array([0, *range(2, tiny.B)])
+  assert np.array_equal(before[real], after[real])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(config, params, batch):
+  def loss(params):
+    nats, targets, aux = model_lib.bind(config, params).loss(batch)
+    return nats / targets, aux
+
+  return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def test_gradients_reach_every_expert_and_the_controller():
+  config = tiny.model_config()
+  _, gradients = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  layer = gradients['stack_1']['1_mot']['layer']
+  per_expert = np.abs(layer['experts']['w_in']).max(axis=(-1, -2))
+  assert per_expert.shape == (2, tiny.E) and (per_expert > 0).all()
+  assert (np.abs(layer['controller']).max(axis=-2) > 0).all()
+
+
+@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'loss_chunk': 4}])
+def test_how_it_is_computed_does_not_change_the_loss(changes):
+  plain, other = tiny.model_config(), tiny.model_config(**changes)
+  params = _random_params(plain)
+  (loss, _), gradients = _loss_and_gradients(plain, params, tiny.batch())
+  (other_loss, _), other_gradients = _loss_and_gradients(other, params, tiny.batch())
+  np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, other_gradients, gradients)
+
+
+def test_aux_has_one_number_per_mixing_block():
+  (_, aux), _ = _loss_and_gradients(
+    tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
+  )
+  assert aux['mot/entropy'].shape == (2,)
+  assert ((0 < aux['mot/entropy']) & (aux['mot/entropy'] <= 1)).all()
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_loss():
+  config = tiny.model_config(dtype='bfloat16')
+  params = _random_params(config)
+  (loss, _), gradients = _loss_and_gradients(config, params, tiny.batch())
+  (exact, _), _ = _loss_and_gradients(tiny.model_config(), params, tiny.batch())
+  assert loss.dtype == jnp.float32
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype('float32')}
+  np.testing.assert_allclose(loss, exact, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
+    ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
+    ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
+    ({'blocks': ()}, 'model.blocks must hold at least one'),
+    ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
+    ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
+    ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
+    ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
+    ({'positions': 'rope', 'num_heads': 4}, 'even head width'),
+    ({'loss_chunk': -1}, 'model.loss_chunk'),
+    ({'d_ff': 0}, 'model.d_ff must be at least 1'),
+  ],
+)
+def test_impossible_configs_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.model_config(**changes)

@@ -1,0 +1,43 @@
+"""Tiny models and batches whose sizes all differ, so that a swapped axis cannot pass."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from configs import common
+from moejax.layers.common import Tokens
+from moejax.model import ModelConfig
+
+V, L, B, D, H, F, M, E = 37, 11, 8, 12, 3, 24, 4, 6
+
+MOT = ((('attention', 'mlp'), 1), (('attention', 'mot'), 2))
+DENSE = ((('attention', 'mlp'), 2),)
+
+
+def model_config(**changes):
+  """A tiny ModelConfig with the baseline's defaults; `mot_...` changes go to its section."""
+  fields = common.baseline().model.to_dict()
+  fields |= {'vocab_size': V, 'max_length': L, 'd_model': D, 'num_heads': H, 'd_ff': F}
+  fields |= {'blocks': MOT}
+  fields['mot'] |= {'num_experts': E, 'group_size': M, 'expert_width': 16}
+  for name, value in changes.items():
+    if name.startswith('mot_'):
+      fields['mot'][name.removeprefix('mot_')] = value
+    else:
+      fields[name] = value
+  return ModelConfig(**fields)
+
+
+def batch(seed=0, rows=B, length=L):
+  """Random tokens, nothing padded."""
+  ids = np.random.default_rng(seed).integers(1, V, (rows, length + 1), dtype=np.int32)
+  return {
+    'inputs': ids[:, :-1],
+    'targets': ids[:, 1:],
+    'segments': np.ones((rows, length), np.int32),
+    'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+  }
+
+
+def tokens(batch):
+  """What the layers see of a batch."""
+  return Tokens(jnp.asarray(batch['segments']), jnp.asarray(batch['positions']))
