@@ -1,0 +1,391 @@
+"""Packed batches from seqio tasks: C4, any task or mixture that a module registers.
+
+The one module that imports TensorFlow, on first use and without its start-up lines.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from moejax.data import config as config_lib, corpus, loader, tokenizer as tokenizer_lib
+
+# Tasks that need no registration: text of a tensorflow-datasets corpus. The first version that is
+# prepared is read. c4/en 3.0.1 is what others prepared over the years (the library can read it but
+# no longer build it), 3.1.0 what it builds today.
+TFDS_TASKS = {
+  'c4_en': ('c4/en:3.0.1', 'c4/en:3.1.0'),
+  'c4_realnewslike': ('c4/realnewslike:3.0.1', 'c4/realnewslike:3.1.0'),
+}
+_PIECES_TO_SHUFFLE = 4096  # pieces of one long document would otherwise follow each other
+
+
+class SeqioLoader:
+  """Packs the documents of a seqio task into rows.
+
+  Documents longer than L are cut into pieces of L tokens, never truncated away; pieces are packed,
+  each its own segment with positions from 0. `inputs` are the targets one place later, with 0 at
+  the start of each segment; `segments` is 0 where nothing fitted.
+
+  A task's data can only be read in order, so steps must follow each other, from 0 or from the step
+  after the saved one; step 0 always starts again from the beginning. Training never ends;
+  validation repeats its split in order.
+  """
+
+  bytes_per_token: float | None = None
+  num_batches: int | None = None
+
+  def __init__(self, config, split, process_index, process_count):
+    self._tf = _modules().tf
+    self._sequence_length = config.sequence_length
+    self._process_index, self._process_count = process_index, process_count
+    tokenizer = tokenizer_lib.make_tokenizer(config)
+    task, name = _find_task(config, tokenizer)
+    self._make_dataset = functools.partial(
+      _packed, config, task, split, process_index, process_count
+    )
+    self.fingerprint = loader.fingerprint('seqio', name, tokenizer.fingerprint)
+    self._restart()
+
+  def batch(self, step: int) -> loader.Batch:
+    """Returns this process's rows of a step, which must be the next one, or 0."""
+    if step == 0 and self._next_step != 0:
+      self._restart()
+    if step != self._next_step:
+      raise ValueError(
+        f'expected step {self._next_step} (a seqio task is read in order), got {step}; '
+        'load the saved position first.'
+      )
+    self._next_step += 1
+    row = next(self._iterator)
+    return {
+      'inputs': row['decoder_input_tokens'].numpy(),
+      'targets': row['decoder_target_tokens'].numpy(),
+      'segments': row['decoder_segment_ids'].numpy(),
+      'positions': row['decoder_positions'].numpy(),
+    }
+
+  def save(self, directory: pathlib.Path) -> None:
+    """Writes this process's iterator, buffers included, and the step that comes next."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    self._tf.train.Checkpoint(iterator=self._iterator).write(str(self._state_path(directory)))
+    state = {'next_step': self._next_step} | self._identity()
+    self._state_path(directory).with_suffix('.json').write_text(json.dumps(state))
+
+  def load(self, directory: pathlib.Path) -> None:
+    """Continues after the last batch before `save`.
+
+    Raises ValueError if nothing was saved there, or by a run with other data, another row length
+    or another number of processes.
+    """
+    path = self._state_path(pathlib.Path(directory))
+    if not path.with_suffix('.json').is_file():
+      saved = sorted(file.name for file in pathlib.Path(directory).glob('seqio-*.json'))
+      raise ValueError(
+        f'the checkpoint holds no data position for process {self._process_index} of '
+        f'{self._process_count} in {directory}, only {saved}; a seqio task resumes with the number '
+        'of processes it was saved with.'
+      )
+    state = json.loads(path.with_suffix('.json').read_text())
+    for key, value in self._identity().items():
+      if state[key] != value:
+        raise ValueError(
+          f'data: the saved position in {directory} has {key} {state[key]}, this run {value}; '
+          'a seqio task cannot resume with another one.'
+        )
+    self._restart()
+    self._tf.train.Checkpoint(iterator=self._iterator).read(str(path)).assert_consumed()
+    self._next_step = state['next_step']
+
+  def _restart(self) -> None:
+    # Made anew: a shuffled dataset has another order each time that it is iterated.
+    self._iterator = iter(self._make_dataset())
+    self._next_step = 0
+
+  def _identity(self) -> dict[str, Any]:
+    return {'fingerprint': self.fingerprint, 'sequence_length': self._sequence_length}
+
+  def _state_path(self, directory: pathlib.Path) -> pathlib.Path:
+    return directory / f'seqio-{self._process_index:05d}-of-{self._process_count:05d}'
+
+
+def encode(
+  config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer, digest: Any
+) -> Iterator[corpus.EncodedDocument]:
+  """Yields both splits of a task once, as documents of token ids; `digest` takes in the ids."""
+  for split, example in _examples(config, tokenizer, corpus.SPLITS):
+    ids = example['targets']
+    if not len(ids) or ids[-1] != tokenizer.eos_id:
+      ids = np.append(ids, np.int32(tokenizer.eos_id))
+    digest.update(f'{split}\0{len(ids)}\0'.encode() + ids.astype('<i4').tobytes())
+    yield corpus.EncodedDocument(split, ids, len(example.get('targets_pretokenized', b'')))
+
+
+def texts(config: config_lib.DataConfig) -> Iterator[bytes]:
+  """Yields the text of a task's training split, before tokenisation.
+
+  Raises ValueError for a task that does not keep it.
+  """
+  for _, example in _examples(config, None, ('train',)):
+    if 'targets_pretokenized' not in example:
+      raise ValueError(f'data.task: {config.task!r} does not keep the text of its targets.')
+    yield example['targets_pretokenized']
+
+
+@functools.cache
+def _modules() -> SimpleNamespace:
+  """Imports TensorFlow and seqio quietly and keeps TensorFlow away from accelerators."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  try:
+    with _quiet_stderr():
+      import seqio
+      import tensorflow as tf
+      import tensorflow_datasets as tfds
+
+      for kind in ('GPU', 'TPU'):
+        with contextlib.suppress(RuntimeError):  # somebody else has initialised them
+          tf.config.set_visible_devices([], kind)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f"data.source: 'seqio' needs the package {error.name}: pip install seqio "
+      'tensorflow-datasets; or write the task to files once with python -m moejax.tokenize on '
+      "another machine and use data.source='tokens' here."
+    ) from error
+  return SimpleNamespace(seqio=seqio, tf=tf, tfds=tfds)
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+  """Drops what is written to file descriptor 2; C++ libraries log there, past sys.stderr."""
+  saved = os.dup(2)
+  null = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(null, 2)
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(null)
+
+
+def _find_task(config, tokenizer) -> tuple[Any, str]:
+  """Returns a task or mixture whose ids are the tokenizer's, and a name that identifies its text.
+
+  Without a tokenizer, its vocabulary does not matter (its text is what is wanted).
+  """
+  seqio = _modules().seqio
+  module, _, name = config.task.rpartition(':')
+  if module:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      raise ValueError(
+        f'data.task: cannot import {module!r} of {config.task!r}: {error}.'
+      ) from error
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name in registered:
+    if config.tfds_data_dir:
+      seqio.set_tfds_data_dir_override(os.path.expanduser(config.tfds_data_dir))
+    task = seqio.get_mixture_or_task(name)
+    if tokenizer:
+      _check_vocabulary(config, task, tokenizer)
+    return task, name
+  if name in TFDS_TASKS:
+    dataset = _prepared_version(config, TFDS_TASKS[name])
+    return _text_task(config, name, dataset, tokenizer or tokenizer_lib.BytesTokenizer()), dataset
+  known = {*registered, *TFDS_TASKS}
+  raise ValueError(
+    f'data.task: no task or mixture {name!r}{config_lib.did_you_mean(name, known)}. Known: '
+    f'{", ".join(difflib.get_close_matches(name, known, n=10, cutoff=0))}. '
+    "Write 'module:task' to import the module that registers it."
+  )
+
+
+def _text_task(config, name, dataset, tokenizer):
+  """Returns the language-modelling task of a tensorflow-datasets corpus with a field `text`."""
+  seqio = _modules().seqio
+  return seqio.Task(
+    name,
+    source=seqio.TfdsDataSource(dataset, tfds_data_dir=_tfds_directory(config)),
+    preprocessors=[
+      functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'}),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos,
+    ],
+    output_features={'targets': seqio.Feature(vocabulary(tokenizer), add_eos=True)},
+  )
+
+
+def vocabulary(tokenizer: tokenizer_lib.Tokenizer):
+  """Returns a seqio vocabulary with the ids of a tokenizer.
+
+  TensorFlow's own ops where they give the same ids; otherwise the tokenizer called from the graph,
+  which is slower.
+  """
+  seqio, tf = _modules().seqio, _modules().tf
+  if isinstance(tokenizer, tokenizer_lib.BytesTokenizer):
+    return seqio.ByteVocabulary()
+  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer) and not tokenizer.shift:
+    return seqio.SentencePieceVocabulary(tokenizer.path)
+
+  def encode(text):  # bytes in a graph, an array of one object outside
+    return tokenizer.encode_bytes(np.asarray(text, object).item())
+
+  class Wrapped(seqio.PassThroughVocabulary):
+    """Gives seqio a tokenizer of ours."""
+
+    def _encode(self, s):
+      return tokenizer.encode(s).tolist()
+
+    def _decode(self, ids):
+      return tokenizer.decode(ids)
+
+    def _encode_tf(self, s):
+      # A stateful function could not be saved with the iterator.
+      return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
+
+  return Wrapped(tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+
+
+def _check_vocabulary(config, task, tokenizer) -> None:
+  """Raises ValueError unless a registered task has the ids of `data.tokenizer`."""
+  seqio = _modules().seqio
+  if 'targets' not in task.output_features:
+    raise ValueError(f"data.task: {config.task!r} has no feature 'targets'.")
+  theirs = task.output_features['targets'].vocabulary
+  if isinstance(theirs, seqio.ByteVocabulary):
+    same = isinstance(tokenizer, tokenizer_lib.BytesTokenizer)
+  elif isinstance(theirs, seqio.SentencePieceVocabulary):
+    same = getattr(tokenizer, 'model', None) == theirs.sp_model and not tokenizer.shift
+  else:
+    as_they_are = isinstance(theirs, seqio.PassThroughVocabulary)
+    same = as_they_are and theirs.vocab_size <= tokenizer.vocab_size
+  if not same:
+    raise ValueError(
+      f'data.tokenizer: the task {config.task!r} is tokenised with {theirs} of '
+      f'{theirs.vocab_size} ids, not with {config.tokenizer!r} of {tokenizer.vocab_size}; '
+      'set data.tokenizer to the vocabulary of the task.'
+    )
+
+
+def _packed(config, task, split, process_index, process_count):
+  """Returns the endless dataset of one process's packed batches."""
+  seqio, tf = _modules().seqio, _modules().tf
+  length, shuffle = config.sequence_length, split == 'train'
+  with _quiet_log(), _clear_errors(config):
+    _check_split(config, task, split)
+    # No sequence_length: tasks would trim their documents to it and lose the rest.
+    dataset = task.get_dataset(
+      sequence_length=None,
+      split=split,
+      shuffle=shuffle,
+      seed=config.seed,
+      shard_info=seqio.ShardInfo(process_index, process_count),
+      num_epochs=None,
+      try_in_mem_cache=False,
+    )
+  dataset = dataset.map(lambda example: _pieces(example['targets'], length)).unbatch()
+  if shuffle:
+    dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
+  dataset = dataset.map(lambda ids: {'targets': ids})
+  dataset = seqio.LMFeatureConverter(pack=True)(dataset, {'targets': length})
+  dataset = dataset.batch(config.batch_size // process_count, drop_remainder=True).prefetch(2)
+  options = tf.data.Options()
+  options.deterministic = True
+  return dataset.with_options(options)
+
+
+def _pieces(ids, length: int):
+  """Cuts ids [n] into a ragged [ceil(n / length), up to length]."""
+  tf = _modules().tf
+  return tf.RaggedTensor.from_row_starts(ids, tf.range(0, tf.size(ids), length))
+
+
+def _examples(config, tokenizer, splits) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (split, example as numpy) for every document of a task, in order."""
+  seqio = _modules().seqio
+  task, _ = _find_task(config, tokenizer)
+  arguments: dict[str, Any] = {'copy_pretokenized': True} if isinstance(task, seqio.Mixture) else {}
+  for split in splits:
+    with _quiet_log(), _clear_errors(config):
+      _check_split(config, task, split)
+      dataset = task.get_dataset(
+        sequence_length=None,
+        split=split,
+        shuffle=False,
+        num_epochs=1,
+        try_in_mem_cache=False,
+        **arguments,
+      )
+    for example in dataset.as_numpy_iterator():
+      yield split, example
+
+
+def _check_split(config, task, split) -> None:
+  if split not in task.splits:
+    raise ValueError(
+      f'data.task: {config.task!r} has the splits {sorted(task.splits)}, but no {split!r}.'
+    )
+
+
+def _tfds_directory(config) -> str:
+  """Returns where tensorflow-datasets looks for prepared corpora."""
+  directory = config.tfds_data_dir or _modules().tfds.core.constants.DATA_DIR
+  return os.path.expanduser(str(directory))
+
+
+def _prepared_version(config, versions: tuple[str, ...]) -> str:
+  """Returns the first version with files in the directory, or else the first."""
+  gfile = _modules().tf.io.gfile
+  for dataset in versions:
+    path = os.path.join(_tfds_directory(config), *dataset.split(':'), 'features.json')
+    if gfile.exists(path):
+      return dataset
+  return versions[0]
+
+
+@contextlib.contextmanager
+def _quiet_log():
+  """Drops the libraries' notes about where they look and how they share out the files."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.WARNING)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _clear_errors(config):
+  """Says in one sentence that a corpus is not there.
+
+  The libraries say it as an assertion about versions, as splits that are empty or not there, or as
+  a missing info file, depending on what they know about the corpus.
+  """
+  known = (
+    'cannot be loaded at version',
+    '`splits` is empty',
+    'has no splits',
+    'Could not read dataset info',
+  )
+  try:
+    yield
+  except (AssertionError, KeyError, OSError, ValueError) as error:
+    if not any(part in str(error) for part in known):
+      raise
+    raise ValueError(
+      f'data.tfds_data_dir: the corpus of task {config.task!r} is not prepared in '
+      f'{_tfds_directory(config)}; set data.tfds_data_dir to the directory that holds it (as '
+      '<name>/<config>/<version>/features.json and the .tfrecord files).'
+    ) from error

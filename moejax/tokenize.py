@@ -1,0 +1,40 @@
+r"""Writes a corpus to flat token files, once, for runs that then need no TensorFlow.
+
+  python -m moejax.tokenize --config=configs/mot.py:medium --output=/data/c4_tokens
+  python -m moejax.main --config=configs/mot.py:medium --config.data.source=tokens \
+    --config.data.files=/data/c4_tokens
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from moejax import cli, data
+from moejax.data import token_files, tokenizer as tokenizer_lib
+
+
+def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
+  """Writes both splits of a corpus into a new directory and returns a sentence about them.
+
+  Raises ValueError, naming the config field or flag, if that is impossible.
+  """
+  index = token_files.write(config, output)
+  counts = ', '.join(
+    f'{split["tokens"]} tokens of {split["documents"]} documents for {name}'
+    for name, split in index['splits'].items()
+  )
+  tokenizer = tokenizer_lib.tokenizer_in(index['tokenizer'], pathlib.Path(output))
+  return (
+    f'Wrote {output}: {counts}. Read them with --config.data.source=tokens '
+    f'--config.data.files={output} --config.data.tokenizer={tokenizer}'
+  )
+
+
+def main(config):
+  print(tokenize(data.DataConfig(**config.data), flags.FLAGS.output))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('output', None, 'The directory to write; must not exist.', required=True)
+  cli.run(main)

@@ -1,0 +1,152 @@
+import hashlib
+import json
+import shutil
+import sysconfig
+
+import numpy as np
+import pytest
+from absl import logging
+
+from moejax.data import corpus, tokenizer as tokenizer_lib
+
+
+def _fingerprint(config):
+  digest = hashlib.sha256()
+  for _ in corpus.encode(config, tokenizer_lib.BytesTokenizer(), digest):
+    pass
+  return corpus.short_digest(digest)
+
+
+def _texts(config, split):
+  return [d.data for d in corpus.documents(config) if d.split == split]
+
+
+def test_stdlib_has_both_splits_and_no_tests(make_config):
+  documents = list(corpus.documents(make_config()))
+  names = [d.name for d in documents]
+  assert names == sorted(names)
+  assert 'json/decoder.py' in names
+  assert not any('test' in n.split('/') or 'site-packages' in n or 'idlelib' in n for n in names)
+  validation = sum(len(d.data) for d in documents if d.split == 'validation')
+  total = sum(len(d.data) for d in documents)
+  assert total > 5e6
+  assert 0.01 < validation / total < 0.12
+
+
+def test_stdlib_without_files(make_config, monkeypatch, tmp_path):
+  monkeypatch.setattr(sysconfig, 'get_paths', lambda: {'stdlib': str(tmp_path)})
+  with pytest.raises(ValueError, match=r"data\.source: 'stdlib' .*data\.source='text'"):
+    list(corpus.documents(make_config()))
+
+
+def test_text_splits_are_disjoint_and_complete(make_config, text_folder):
+  config = make_config(source='text', files=f'{text_folder}/**/*.txt')
+  names = {s: {d.name for d in corpus.documents(config) if d.split == s} for s in corpus.SPLITS}
+  assert names['validation']
+  assert not names['train'] & names['validation']
+  assert len(names['train'] | names['validation']) == 60
+
+
+def test_moving_the_folder_changes_nothing(make_config, text_folder, tmp_path):
+  moved = tmp_path / 'elsewhere' / 'copy'
+  shutil.copytree(text_folder, moved)
+  first, second = (
+    make_config(source='text', files=f'{folder}/**/*.txt') for folder in (text_folder, moved)
+  )
+  assert list(corpus.documents(first)) == list(corpus.documents(second))
+  assert _fingerprint(first) == _fingerprint(second)
+
+
+def test_fingerprint_changes_with_a_byte_or_a_name(make_config, text_folder):
+  config = make_config(source='text', files=f'{text_folder}/**/*.txt')
+  first = _fingerprint(config)
+  (text_folder / '0.txt').write_text('document 1\n')
+  second = _fingerprint(config)
+  (text_folder / '0.txt').rename(text_folder / '00.txt')
+  assert len({first, second, _fingerprint(config)}) == 3
+
+
+def test_a_single_file_is_cut_at_a_newline(make_config, tmp_path):
+  data = b''.join(b'line %d\n' % i for i in range(1000))
+  (tmp_path / 'one.txt').write_bytes(data)
+  config = make_config(source='text', files=str(tmp_path / 'one.txt'))
+  (train,), (validation,) = _texts(config, 'train'), _texts(config, 'validation')
+  assert train + validation == data
+  assert train.endswith(b'\n')
+  assert 0.05 <= len(validation) / len(data) < 0.06
+
+
+def test_few_files_without_newlines_are_cut_between_characters(make_config, tmp_path):
+  for i in range(2):
+    (tmp_path / f'{i}.txt').write_text('漢' * 500)
+  config = make_config(source='text', files=f'{tmp_path}/*.txt')
+  train, validation = _texts(config, 'train'), _texts(config, 'validation')
+  assert [len(t.decode()) for t in train] == [475, 475]
+  assert [len(t.decode()) for t in validation] == [25, 25]
+
+
+def test_nothing_matches(make_config, text_folder):
+  with pytest.raises(ValueError, match=r'data\.files: .*\*\.md.* holds 21 entries \(0\.txt'):
+    list(corpus.documents(make_config(source='text', files=f'{text_folder}/*.md')))
+  with pytest.raises(ValueError, match=r'data\.files: .*nowhere does not exist'):
+    list(corpus.documents(make_config(source='text', files=f'{text_folder}/nowhere/*.txt')))
+
+
+@pytest.mark.parametrize('source', ['text', 'jsonl'])
+def test_invalid_utf8_is_kept_by_bytes_and_counted_otherwise(
+  make_config, tmp_path, monkeypatch, sentencepiece_file, source
+):
+  warnings = []
+  monkeypatch.setattr(logging, 'warning', lambda *args: warnings.append(args[0] % args[1:]))
+  raw = [b'good', b'bad \xff and \xfe.', b'bad \xe9t\xe9', b'\xef\xbf\xbd replaced before']
+  for i, text in enumerate(raw):
+    (tmp_path / f'{i}.txt').write_bytes(text)
+  (tmp_path / 'all.jsonl').write_bytes(b''.join(b'{"text": "%s"}\n' % text for text in raw))
+  files = str(tmp_path / ('*.txt' if source == 'text' else '*.jsonl'))
+
+  def encode(name):
+    config = make_config(source=source, files=files, tokenizer=name)
+    tokenizer = tokenizer_lib.make_tokenizer(config)
+    return list(corpus.encode(config, tokenizer, hashlib.sha256()))
+
+  ids = np.concatenate([document.ids for document in encode('bytes')])
+  assert (ids[ids != 1] - 3).astype(np.uint8).tobytes() == b''.join(raw)
+  assert not warnings
+  encode(str(sentencepiece_file))
+  (warning,) = warnings
+  assert 'Replaced 4 ' in warning
+  assert ('1.txt' if source == 'text' else 'all.jsonl:2') in warning
+
+
+def test_json_lines(make_config, tmp_path):
+  texts = [f'text {i} "quoted" 🎉\n' for i in range(200)]
+  lines = [json.dumps({'body': t, 'n': i}) for i, t in enumerate(texts)]
+  (tmp_path / 'a.jsonl').write_text('\n\n'.join(lines) + '\n')
+  config = make_config(source='jsonl', files=f'{tmp_path}/*.jsonl', field='body')
+  found = {split: [d.decode() for d in _texts(config, split)] for split in corpus.SPLITS}
+  assert sorted(found['train'] + found['validation']) == sorted(texts)
+  assert 0 < len(found['validation']) < 30
+  (tmp_path / 'a.jsonl').write_text('\n'.join(reversed(lines)))
+  assert sorted(d.decode() for d in _texts(config, 'validation')) == sorted(found['validation'])
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('{"text": ', r'data\.files: .*line 2 is not JSON'),
+    ('[1]', r'data\.files: .*line 2: expected a JSON object, got a list'),
+    ('{"body": "x", "id": 1}', r"data\.field: .*line 2 has no field 'text', only 'body', 'id'"),
+    ('{"text": 3}', r"data\.field: .*line 2: expected text in 'text', got a int"),
+  ],
+)
+def test_bad_json_lines(make_config, tmp_path, line, message):
+  (tmp_path / 'a.jsonl').write_text('{"text": "good"}\n' + line)
+  with pytest.raises(ValueError, match=message):
+    list(corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl')))
+
+
+def test_half_an_emoji_in_json(make_config, tmp_path):
+  (tmp_path / 'a.jsonl').write_text(r'{"text": "half \ud83c"}')
+  (document,) = corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl'))
+  assert document.data.startswith(b'half ')
+  assert corpus.num_invalid(document.data)
