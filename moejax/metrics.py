@@ -1,0 +1,224 @@
+"""What a run reports: metrics.jsonl, TensorBoard, the progress line, the loss plot, summary.json.
+
+metrics.jsonl is the truth: one JSON object per line with its 'step', in order, each step's metric
+once. Numbers that are not finite are null there, as JSON has no NaN.
+"""
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import re
+import subprocess
+
+import jax
+import numpy as np
+import tensorboardX
+from matplotlib.figure import Figure
+
+import moejax
+
+_FILE = 'metrics.jsonl'
+
+
+class MetricsWriter:
+  """Appends to metrics.jsonl and to TensorBoard events in a folder; for one process of a run."""
+
+  def __init__(self, workdir, start_step: int):
+    """Opens both, without what an earlier, longer attempt wrote.
+
+    Args:
+      workdir: the run's folder; created if it does not exist.
+      start_step: the step that the run resumes from: later lines are dropped. 0: all are.
+    """
+    path = pathlib.Path(workdir) / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = start_step + 1 if start_step else 0
+    kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
+    _write_atomically(path, ''.join(map(_line, kept)))
+    self._lines = path.open('a')
+    self._events = tensorboardX.SummaryWriter(  # a file name per second is too few for short runs
+      str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
+    )
+
+  def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+    """Writes one line. With a prefix, 'loss' becomes 'prefix/loss'."""
+    named = {f'{prefix}/{name}' if prefix else name: float(v) for name, v in metrics.items()}
+    self._lines.write(_line({'step': step, **named}))
+    self._lines.flush()
+    for name, value in named.items():
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, step)
+    self._events.flush()
+
+  def close(self) -> None:
+    """Closes both files."""
+    self._lines.close()
+    self._events.close()
+
+
+def read_metrics(workdir) -> list[dict]:
+  """All lines of metrics.jsonl, but for a last one cut off in writing; [] if there is no file."""
+  path = pathlib.Path(workdir) / _FILE
+  if not path.exists():
+    return []
+  *lines, unfinished = path.read_text().split('\n')
+  del unfinished
+  return [json.loads(line) for line in lines]
+
+
+def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
+  """(step, value) of one metric, where it was measured and finite."""
+  entries = read_metrics(workdir)
+  return [(entry['step'], entry[name]) for entry in entries if entry.get(name) is not None]
+
+
+def progress_line(
+  *,
+  step: int,
+  steps: int,
+  loss: float,
+  tokens_per_second: float,
+  seconds_left: float,
+  grad_norm: float | None = None,
+  mfu: float | None = None,
+) -> str:
+  """One line of at most 100 columns; `mfu` is a fraction of the peak, None is left out."""
+  parts = [
+    f'step {step:>{len(str(steps))}}/{steps}',
+    f'{100 * step / steps:5.1f}%',
+    f'loss {loss:.3f}' if abs(loss) < 1000 else f'loss {loss:.2e}',
+    f'grad {grad_norm:.2g}' if grad_norm is not None else '',
+    f'{_short(tokens_per_second)} tok/s',
+    f'MFU {100 * mfu:.1f}%' if mfu is not None else '',
+    f'{_duration(seconds_left)} left',
+  ]
+  return '  '.join(filter(None, parts))
+
+
+def _short(number):
+  for unit in ('', 'k', 'M', 'G'):
+    if number < 999.95:
+      return f'{number:.1f}{unit}' if unit else f'{number:.0f}'
+    number /= 1000
+  return f'{number:.1f}T'
+
+
+def _duration(seconds):
+  """'45s', '3m12s', '2h05m' or '4d03h'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days}d{hours:02d}h'
+  if hours:
+    return f'{hours}h{minutes:02d}m'
+  return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+
+
+def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
+  """Draws loss curves into a PNG file.
+
+  Args:
+    curves: (step, loss in nats per token) by label. A label that ends in 'validation' is drawn with
+      markers; any other is training, drawn thin, with its running mean thick. 'x train' and
+      'x validation', or 'x' alone, share a colour.
+    path: of the file.
+  """
+  arrays = {label: np.array(points, float) for label, points in curves.items() if points}
+  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
+  axes = figure.add_subplot(xlabel='step', ylabel='loss (nats per token)', axisbelow=True)
+  colours = {}
+  for label, points in arrays.items():
+    run = re.sub(r'\s*(train|validation)$', '', label)
+    colour = colours.setdefault(run, f'C{len(colours)}')
+    if label.endswith('validation'):
+      style = {'marker': 'o', 'markersize': 6, 'markeredgecolor': 'white', 'linestyle': '--'}
+      axes.plot(*points.T, color=colour, linewidth=1, zorder=3, label=label, **style)
+    else:
+      steps, losses = points.T
+      axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
+      axes.plot(steps, running_mean(losses), color=colour, linewidth=2, label=label)
+  if arrays:
+    axes.set_ylim(*_limits(arrays.values()))
+    axes.legend(frameon=False)
+  axes.grid(color='0.9')
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path)
+
+
+def running_mean(values) -> np.ndarray:
+  """The mean of a window around every point, a twentieth of all wide, cut off at both ends."""
+  values = np.asarray(values, float)
+  index, half = np.arange(len(values)), len(values) // 40
+  first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  return (sums[end] - sums[first]) / (end - first)
+
+
+def _limits(curves):
+  """Lowest and highest loss to show: the first twentieth of the steps may lie above."""
+  last = max(points[-1, 0] for points in curves)
+  settled = [points[points[:, 0] >= 0.05 * last, 1] for points in curves]
+  losses = np.concatenate(settled)
+  low, high = losses.min(), np.percentile(losses, 99.5)
+  margin = 0.05 * (high - low) or 0.1
+  return low - margin, high + margin
+
+
+def versions() -> dict:
+  """What else decides a run's numbers: versions of programs, and the devices they run on."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax')
+  device = jax.devices()[0]
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in packages},
+    'orbax': importlib.metadata.version('orbax-checkpoint'),
+    'moejax': moejax.__version__,
+    'platform': device.platform,
+    'device_kind': device.device_kind,
+    'device_count': jax.device_count(),
+  }
+
+
+def git_commit() -> str | None:
+  """The commit of the source tree, with '-dirty' if files differ from it; None outside of git."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  if not (root / '.git').exists():  # an installed copy may lie inside somebody else's repository
+    return None
+  command = 'git describe --always --dirty --abbrev=40 --exclude=*'.split()
+  try:
+    result = subprocess.run(
+      command, cwd=root, capture_output=True, text=True, timeout=10, check=True
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return result.stdout.strip()
+
+
+def write_summary(workdir, summary: dict) -> None:
+  """Writes summary.json, whole or not at all."""
+  text = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
+  _write_atomically(pathlib.Path(workdir) / 'summary.json', text + '\n')
+
+
+def _line(entry):
+  return json.dumps(_plain(entry), allow_nan=False) + '\n'
+
+
+def _plain(value):
+  """Arrays and numpy scalars become lists and numbers, NaN and infinities None."""
+  if isinstance(value, dict):
+    return {str(key): _plain(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  if hasattr(value, 'tolist'):
+    return _plain(value.tolist())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_atomically(path, text):
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)
