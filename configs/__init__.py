@@ -1,0 +1,1 @@
+"""One file per model family: `get_config(arg)` returns the baseline with what differs."""

@@ -1,0 +1,175 @@
+"""The baseline: every field that exists, its default, and what it means.
+
+A config file takes `baseline()`, changes what differs, and hands it out locked: an unknown field is
+an error. Words after the colon of `--config=configs/mot.py:medium,experts=32,debug` choose sizes
+and variants here, before the fields are derived; `--config.section.field=value` overrides single
+fields afterwards.
+"""
+
+import difflib
+import types
+
+from ml_collections import ConfigDict
+
+# name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
+SIZES = {
+  'laptop': (128, 4, 4, 3e-3),
+  'mini': (256, 4, 4, 4e-3),
+  'small': (512, 4, 8, 1e-3),
+  'medium': (512, 8, 8, 7e-4),
+  'base': (768, 12, 12, 4e-4),
+  'large': (1024, 24, 16, 2e-4),
+}
+
+
+def baseline():
+  """All fields with their defaults: a small dense model on the embedded corpus."""
+  c = ConfigDict()
+
+  c.model = ConfigDict()
+  # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...).
+  c.model.blocks = ((('attention', 'mlp'), 4),)
+  c.model.vocab_size = 0  # 0: the tokenizer's; more pads the embedding
+  c.model.d_model = 128
+  c.model.num_heads = 4
+  c.model.d_ff = 512  # hidden width of a dense feed-forward
+  c.model.activation = 'relu'  # relu, gelu, swiglu: of dense feed-forwards
+  c.model.positions = 'learned'  # learned (absolute), rope, none
+  c.model.document_mask = False  # True: attention stays inside packed documents
+  c.model.norm = 'layer_norm'  # layer_norm, rms_norm
+  c.model.final_norm = False  # a norm before the output projection
+  c.model.tie_embeddings = False  # True: the output projection is the embedding
+  c.model.init = 'truncated_normal'  # truncated_normal, truncated_normal_fixed, kaiming_uniform
+  c.model.init_scale = 0.1
+  c.model.dtype = 'float32'  # of activations; routing, norm statistics and loss stay float32
+  c.model.param_dtype = 'float32'  # of parameters and optimizer moments
+  c.model.remat = (
+    'none'  # none, dots (keep matmul results), full: what the backward pass recomputes
+  )
+  c.model.loss_chunk = 0  # positions whose logits exist at once; 0: all
+  c.model.mot = ConfigDict()  # the Mixture-of-Tokens sublayer
+  c.model.mot.num_experts = 16
+  c.model.mot.group_size = 16  # sequences that are mixed with each other
+  c.model.mot.expert_width = (
+    0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
+  )
+  c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
+
+  c.data = ConfigDict()
+  c.data.source = 'stdlib'  # stdlib, text, jsonl, tokens, seqio
+  c.data.files = ''  # text, jsonl: a glob; tokens: the folder that moejax.tokenize wrote
+  c.data.field = 'text'  # jsonl: the field that holds the text
+  c.data.task = ''  # seqio: a registered task or mixture
+  c.data.tfds_data_dir = ''  # seqio: where prepared tensorflow-datasets lie; '' is their default
+  c.data.tokenizer = 'bytes'  # bytes, a SentencePiece .model file, gpt2:FOLDER
+  c.data.sequence_length = 128
+  c.data.batch_size = 32  # sequences per step, over all devices
+  c.data.seed = 0
+
+  c.optimizer = ConfigDict()
+  c.optimizer.peak_lr = 3e-3
+  c.optimizer.warmup_steps = 30
+  c.optimizer.final_lr_fraction = (
+    0.1  # the cosine ends at this fraction of the peak, at train.steps
+  )
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.decay = 'all'  # all, matrices (not the scales and biases of norms)
+  c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
+  c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
+
+  c.mesh = ConfigDict()  # devices along each axis; -1: the rest
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.expert = 1
+  c.mesh.tensor = 1
+
+  c.train = ConfigDict()
+  c.train.steps = 1000
+  c.train.seed = 0  # of the parameters
+  c.train.log_interval = 10
+  c.train.eval_interval = 250
+  c.train.eval_batches = 16
+  c.train.checkpoint_interval = 250
+  c.train.keep_checkpoints = 3
+  c.train.sample_prompt = 'def '
+  c.train.sample_length = 120  # tokens generated at the end of a run; 0: none
+  return c.lock()
+
+
+def parse_arg(arg, **options):
+  """Reads 'medium,experts=32,debug' into a namespace with `size`, `debug` and the given options.
+
+  Args:
+    arg: the part of --config after the colon, or None.
+    **options: name=default of further `name=value` words, of the default's type.
+
+  Raises:
+    ValueError: a word is neither a size nor an option.
+  """
+  values = {'size': 'laptop', 'debug': False, **options}
+  for word in filter(None, (arg or '').split(',')):
+    name, equals, text = word.partition('=')
+    if name in SIZES and not equals:
+      values['size'] = name
+    elif name == 'debug' and not equals:
+      values['debug'] = True
+    elif name in options and equals:
+      try:
+        values[name] = type(options[name])(text)
+      except ValueError as error:
+        kind = type(options[name]).__name__
+        raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
+    else:
+      known = [*SIZES, 'debug', *(f'{option}=' for option in options)]
+      close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+      hint = f' Did you mean {close[0]!r}?' if close else ''
+      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}.{hint}')
+  return types.SimpleNamespace(**values)
+
+
+def sized(name):
+  """The baseline at a size of SIZES; all but the laptop's follow the papers' runs on C4."""
+  c = baseline()
+  c.model.d_model, blocks, c.model.num_heads, c.optimizer.peak_lr = SIZES[name]
+  c.model.d_ff = 4 * c.model.d_model
+  c.model.blocks = ((('attention', 'mlp'), blocks),)
+  if name != 'laptop':
+    c4(c)
+  return c
+
+
+def c4(c):
+  """C4, context 256, batch 256, 150k steps: the runs of the second version of the MoT paper."""
+  c.model.dtype = 'bfloat16'
+  c.model.loss_chunk = 32
+  c.model.remat = 'full'
+  c.data.source = 'seqio'
+  c.data.task = 'c4_en'
+  c.data.sequence_length = 256
+  c.data.batch_size = 256
+  c.optimizer.warmup_steps = 2500
+  c.train.steps = 150_000
+  c.train.eval_interval = 1000
+  c.train.eval_batches = 10
+  c.train.checkpoint_interval = 1000
+
+
+def shrink(c):
+  """The same program in seconds: tiny sizes, every code path; corpora to download become stdlib."""
+  c.model.d_model, c.model.num_heads, c.model.d_ff = 16, 2, 64
+  c.model.blocks = tuple((pattern, min(repeats, 2)) for pattern, repeats in c.model.blocks)
+  c.model.loss_chunk = 12
+  c.model.mot.num_experts, c.model.mot.group_size = 8, 4
+  c.data.source, c.data.tokenizer = 'stdlib', 'bytes'
+  c.data.sequence_length, c.data.batch_size = 32, 16
+  c.optimizer.accumulation = 2
+  c.optimizer.warmup_steps = 2
+  c.train.steps = 6
+  c.train.log_interval = 1
+  c.train.eval_interval = c.train.checkpoint_interval = 3
+  c.train.eval_batches = 2
+  c.train.sample_length = 8
+  return c

@@ -1,0 +1,9 @@
+"""The dense baseline of every size: the FLOPs per token of the sparse models' active parameters."""
+
+from configs import common
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg)
+  c = common.sized(arg.size)
+  return common.shrink(c) if arg.debug else c

@@ -1,0 +1,35 @@
+"""Mixture of Tokens (arXiv:2310.15961) against a dense baseline of equal FLOPs (configs/dense.py).
+
+  python -m moejax.main --config=configs/mot.py
+  python -m moejax.main --config=configs/mot.py:medium,experts=32,mixtures=16
+
+MoT-Size/kE/m of the paper is `size,experts=k,mixtures=m`: groups of k sequences, k*m experts of
+width d_ff/m. As in the paper's second version the second half of the blocks mixes tokens; `mini` is
+the proof of concept of its first version, 32E/16 in all blocks.
+"""
+
+from configs import common
+
+# Peak learning rates of the paper's runs where they differ from the dense model's.
+PEAK_LR = {'mini': 2e-3, 'base': 2e-4}
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, experts=0, mixtures=0)
+  c = common.sized(arg.size)
+  default_experts, default_mixtures = {'laptop': (16, 1), 'mini': (32, 16)}.get(arg.size, (32, 1))
+  experts, mixtures = arg.experts or default_experts, arg.mixtures or default_mixtures
+  c.model.mot.group_size = experts
+  c.model.mot.num_experts = experts * mixtures
+  c.optimizer.peak_lr = PEAK_LR.get(arg.size, c.optimizer.peak_lr)
+  ((_, blocks),) = c.model.blocks
+  if arg.size == 'mini':
+    c.model.blocks = ((('attention', 'mot'), blocks),)
+    c.model.init_scale = 1.0
+    c.train.steps = 250_000
+  else:
+    c.model.blocks = (
+      (('attention', 'mlp'), blocks // 2),
+      (('attention', 'mot'), blocks - blocks // 2),
+    )
+  return common.shrink(c) if arg.debug else c

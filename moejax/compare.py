@@ -1,0 +1,71 @@
+"""Several runs side by side: one plot of their losses, and one table of what they reached.
+
+python -m moejax.compare --runs=runs/dense,runs/mot --output=compare.png
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from moejax import cli, metrics
+
+_COLUMNS = '{:24} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9}'
+
+
+def compare(runs, output):
+  """Plots the losses of finished runs and returns the table.
+
+  Args:
+    runs: their folders.
+    output: the PNG file to write.
+
+  Raises:
+    ValueError: a folder holds no finished run, or the runs are on different data.
+  """
+  summaries = {pathlib.Path(run): _summary(run) for run in runs}
+  corpora = {(s['corpus'], s['tokenizer']) for s in summaries.values()}
+  if len(corpora) > 1:
+    raise ValueError(
+      'the runs were trained on different corpora or tokenizers, so their losses do not compare: '
+      + ', '.join(f'{run} on {s["corpus"]}/{s["tokenizer"]}' for run, s in summaries.items())
+    )
+  curves = {}
+  for run in summaries:
+    curves[f'{run.name} train'] = metrics.loss_curve(run)
+    curves[f'{run.name} validation'] = metrics.loss_curve(run, 'validation/loss')
+  metrics.plot_losses(curves, output)
+  header = ('run', 'parameters', 'active', 'FLOPs/token', 'tokens', 'validation', 'seconds')
+  lines = [_COLUMNS.format(*header)]
+  lines += [_row(run.name, summary) for run, summary in summaries.items()]
+  return '\n'.join(lines)
+
+
+def _summary(run):
+  path = pathlib.Path(run) / 'summary.json'
+  if not path.exists():
+    raise ValueError(f'--runs: {run} holds no finished run: {path} does not exist.')
+  return json.loads(path.read_text())
+
+
+def _row(name, summary):
+  return _COLUMNS.format(
+    name,
+    f'{summary["parameters"]["total"] / 1e6:.2f}M',
+    f'{summary["parameters"]["active"] / 1e6:.2f}M',
+    f'{summary["flops_per_token"]["model"] / 1e6:.2f}M',
+    f'{summary["tokens_seen"] / 1e6:.2f}M',
+    f'{summary["validation"]["loss"]:.4f}',
+    f'{summary["seconds"]:.0f}',
+  )
+
+
+def main():
+  print(compare(flags.FLAGS.runs, flags.FLAGS.output))
+  return cli.OK
+
+
+if __name__ == '__main__':
+  flags.DEFINE_list('runs', None, 'Folders of finished runs.', required=True)
+  flags.DEFINE_string('output', 'compare.png', 'The plot to write.')
+  cli.run(main, needs_config=False)

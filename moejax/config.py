@@ -1,0 +1,187 @@
+"""From a config file's sections to checked dataclasses, one per stage."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+
+from moejax.data import DataConfig, Tokenizer, make_tokenizer
+from moejax.model import ModelConfig
+from moejax.optimizer import OptimizerConfig
+from moejax.sharding import MeshConfig, batch_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Section `train`: what every field means stands in configs/common.py."""
+
+  steps: int
+  seed: int
+  log_interval: int
+  eval_interval: int
+  eval_batches: int
+  checkpoint_interval: int
+  keep_checkpoints: int
+  sample_prompt: str
+  sample_length: int
+
+  def __post_init__(self):
+    for name in ('steps', 'log_interval', 'eval_interval', 'eval_batches', 'checkpoint_interval'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'train.{name} must be at least 1, got {getattr(self, name)}.')
+    if self.keep_checkpoints < 1:
+      raise ValueError(f'train.keep_checkpoints must be at least 1, got {self.keep_checkpoints}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+  """A whole run's configuration, checked."""
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  mesh: MeshConfig
+  train: TrainConfig
+  tokenizer: Tokenizer
+
+
+def resolve(config):
+  """Turns a ConfigDict into `Stages`.
+
+  Raises:
+    ValueError: one message with every problem found, each naming its field.
+  """
+  problems = []
+
+  def attempt(make):
+    try:
+      return make()
+    except ValueError as error:
+      problems.append(str(error))
+
+  data_config = attempt(lambda: DataConfig(**config.data))
+  tokenizer = data_config and attempt(lambda: make_tokenizer(data_config))
+  model = attempt(lambda: _model_config(config, tokenizer))
+  optimizer = attempt(lambda: OptimizerConfig(**config.optimizer))
+  mesh = attempt(lambda: MeshConfig(**config.mesh))
+  train = attempt(lambda: TrainConfig(**config.train))
+  if data_config and model and optimizer:
+    problems.extend(_batch_problems(data_config, model, optimizer))
+  if problems:
+    raise ValueError('\n'.join(problems))
+  assert data_config and tokenizer and model and optimizer and mesh and train
+  return Stages(model, data_config, optimizer, mesh, train, tokenizer)
+
+
+def _model_config(config, tokenizer):
+  fields = {**config.model, 'max_length': config.data.sequence_length}
+  if tokenizer:
+    if 0 < fields['vocab_size'] < tokenizer.vocab_size:
+      raise ValueError(
+        f'model.vocab_size = {fields["vocab_size"]} is smaller than the {tokenizer.vocab_size} ids '
+        f'of data.tokenizer = {config.data.tokenizer!r}. Raise it, or set 0: as many as needed.'
+      )
+    fields['vocab_size'] = fields['vocab_size'] or tokenizer.vocab_size
+  else:
+    fields['vocab_size'] = fields['vocab_size'] or 1  # the tokenizer's own error is reported
+  return ModelConfig(**fields)
+
+
+def _batch_problems(data_config, model, optimizer):
+  batch, parts = data_config.batch_size, optimizer.accumulation
+  if batch % parts:
+    yield f'optimizer.accumulation = {parts} must divide data.batch_size = {batch}.'
+  elif any('mot' in names for names in model.sublayers) and batch // parts % model.mot.group_size:
+    yield (
+      f'model.mot.group_size = {model.mot.group_size} must divide the {batch // parts} sequences '
+      f'that are in one pass (data.batch_size = {batch} / optimizer.accumulation = {parts}). '
+      'Change one of the three.'
+    )
+
+
+def check_mesh(stages, mesh):
+  """Raises ValueError if the batch cannot be split over the devices of the mesh."""
+  rows = stages.data.batch_size // stages.optimizer.accumulation
+  shards = batch_shards(mesh)
+  if rows % shards:
+    raise ValueError(
+      f'data.batch_size / optimizer.accumulation = {rows} sequences cannot be split over the '
+      f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
+      'multiple, or give mesh.tensor more devices.'
+    )
+
+
+def write(config, workdir):
+  """Writes `config.json`, from which `read` makes the same ConfigDict."""
+  path = pathlib.Path(workdir) / 'config.json'
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(config.to_dict(), indent=2))
+  temporary.replace(path)
+
+
+def read(workdir):
+  """The ConfigDict of a run.
+
+  Raises:
+    ValueError: there is no run in `workdir`.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
+  fields = json.loads(path.read_text())
+  fields['model']['blocks'] = _tuples(fields['model']['blocks'])
+  return ml_collections.ConfigDict(fields)
+
+
+def checkpoint_dir(workdir):
+  """Where the checkpoints of a run lie."""
+  return pathlib.Path(workdir) / 'checkpoints'
+
+
+def check_tokenizer(metadata, tokenizer):
+  """Raises ValueError if a checkpoint's metadata speak of another tokenizer."""
+  if metadata['tokenizer'] != tokenizer.fingerprint:
+    raise ValueError(
+      f'data.tokenizer: the checkpoint was trained with tokenizer {metadata["tokenizer"]}, but the '
+      f'config names one with fingerprint {tokenizer.fingerprint}. Give the original file.'
+    )
+
+
+# Fields that may change when a run goes on: how it is computed, and where its text lies (that the
+# text is the same, the corpus' fingerprint in the checkpoint tells).
+_FREE = {
+  'model': ('remat', 'loss_chunk'),
+  'data': ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer'),
+}
+
+
+def check_same_run(config, workdir):
+  """Raises ValueError if `workdir` holds a run with another model or other data."""
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    return
+  old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(config.to_json()))
+  free = {f'{section}.{field}' for section, fields in _FREE.items() for field in fields}
+  differing = [
+    f'{name}: {old.get(name)} there, {new.get(name)} here'
+    for name in sorted(old.keys() | new.keys())
+    if name.startswith(('model.', 'data.')) and name not in free and old.get(name) != new.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f'--workdir={workdir} holds a run with another configuration; choose another folder, or set\n'
+      + '\n'.join(differing)
+    )
+
+
+def _flatten(tree, prefix=''):
+  flat = {}
+  for key, value in tree.items():
+    is_section = isinstance(value, dict)
+    flat |= _flatten(value, f'{prefix}{key}.') if is_section else {f'{prefix}{key}': value}
+  return flat
+
+
+def _tuples(value):
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

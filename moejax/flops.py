@@ -1,0 +1,206 @@
+"""Parameters and floating-point operations of a model, and how many of them a device can do.
+
+Conventions:
+- A multiply-add is two FLOPs. Matrix products count; norms, activations, softmax and the embedding
+  look-up do not.
+- Model FLOPs of training are three times those of the forward pass: the backward pass multiplies
+  every product by both of its factors. What `model.remat` computes again does not count.
+- Experts count as often as they run: E mixtures for the M tokens of a group. Routing (controller,
+  merge and emit) is counted apart from the model, so that MFU does not reward it.
+- Attention scores count for every pair of positions, also those that the causal mask hides, as in
+  PaLM (arXiv:2204.02311, Appendix B) and as XLA computes them. Programs that count only the visible
+  half report a lower MFU.
+- Embeddings are the tables of tokens and positions and the output projection. Papers that count
+  parameters without embeddings mean `non_embedding`.
+"""
+
+import collections
+import dataclasses
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.layers import mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """One sublayer: its parameters, and its forward FLOPs per token, by kind."""
+
+  params: dict[str, int]
+  active: float  # parameters that one token uses
+  model_flops: dict[str, float]
+  routing_flops: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _attention(config, length):
+  weights = 4 * config.d_model**2  # query, key, value, output
+  scores = (
+    2 * 2 * length * config.d_model
+  )  # q k^T, then the sum of values: [L, P] by [P, L], H times
+  return Cost(
+    params={'attention': weights},
+    active=weights,
+    model_flops={'attention_projections': 2 * weights, 'attention_scores': scores},
+  )
+
+
+def _mlp(config, length):
+  del length
+  if config.activation == 'swiglu':
+    weights = 3 * config.d_model * mlp.gated_width(config.d_ff)
+  else:
+    weights = 2 * config.d_model * config.d_ff
+  return Cost(params={'mlp': weights}, active=weights, model_flops={'mlp': 2 * weights})
+
+
+def _mot(config, length):
+  del length
+  E, M = config.mot.num_experts, config.mot.group_size
+  experts = 2 * E * config.d_model * config.mot.width(config.d_ff)
+  controller = config.d_model * E
+  return Cost(
+    params={'experts': experts, 'controller': controller},
+    active=experts / M + controller,
+    model_flops={'experts': 2 * experts / M},
+    routing_flops={name: 2 * controller for name in ('controller', 'merge', 'emit')},
+  )
+
+
+# Name of a sublayer in `model.blocks` -> function of ModelConfig and sequence length.
+COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot}
+
+_NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
+
+
+def _costs(config, length):
+  return [COSTS[name](config, length) for names in config.sublayers for name in names]
+
+
+def _sums(dicts):
+  total = collections.Counter()
+  for numbers in dicts:
+    total.update(numbers)
+  return dict(total)
+
+
+def param_counts(config):
+  """Numbers of parameters of a ModelConfig.
+
+  Returns:
+    A dict with `total`; `embedding` (tokens, positions and, where it is a matrix of its own, the
+    output projection) and `non_embedding`, which add up to it; `active`, the part of
+    `non_embedding` that one token uses; and `by_kind`, a dict that adds up to `total`.
+  """
+  costs = _costs(config, length=0)
+  D = config.d_model
+  embeddings = {
+    'token_embedding': config.vocab_size * D,
+    'position_embedding': config.max_length * D if config.positions == 'learned' else 0,
+    'head': 0 if config.tie_embeddings else config.vocab_size * D,
+  }
+  norms = _NORM_ROWS[config.norm] * D * (len(costs) + config.final_norm)
+  inner = _sums([*(cost.params for cost in costs), {'norm': norms}])
+  embedding, non_embedding = sum(embeddings.values()), sum(inner.values())
+  return {
+    'total': embedding + non_embedding,
+    'embedding': embedding,
+    'non_embedding': non_embedding,
+    'active': round(sum(cost.active for cost in costs)) + norms,
+    'by_kind': embeddings | inner,
+  }
+
+
+def _model_flops(config, length):
+  head = {'head': 2 * config.d_model * config.vocab_size}
+  return _sums([*(cost.model_flops for cost in _costs(config, length)), head])
+
+
+def _routing_flops(config, length):
+  return _sums(cost.routing_flops for cost in _costs(config, length))
+
+
+def forward_flops_per_token(config, length):
+  """Forward FLOPs per token of sequences of `length` positions, by kind; kinds not in use are
+  absent.
+
+  Kinds: attention_projections, attention_scores, mlp, experts, head; routing: controller, merge,
+  emit.
+  """
+  return _model_flops(config, length) | _routing_flops(config, length)
+
+
+def training_flops_per_token(config, length):
+  """Forward and backward FLOPs per token: a dict of `model`, `routing`, and their sum `total`."""
+  model = 3.0 * sum(_model_flops(config, length).values())
+  routing = 3.0 * sum(_routing_flops(config, length).values())
+  return {'model': model, 'routing': routing, 'total': model + routing}
+
+
+# Teraflop/s of 16-bit products without sparsity, by device kind, the most specific name first. The
+# values are those of Google Cloud's pages on each TPU version and NVIDIA's data sheets. What JAX
+# calls a device is half a chip of TPU v2, v3 and 7x. V100 and T4 have float16 products only.
+_PEAK_TERAFLOPS = {
+  'TPU v2': 45 / 2,
+  'TPU v3': 123 / 2,
+  'TPU v4': 275,
+  'TPU v5 lite': 197,
+  'TPU v5e': 197,
+  'TPU v5p': 459,
+  'TPU v5': 459,
+  'TPU v6 lite': 918,
+  'TPU v6e': 918,
+  'TPU7x': 2307 / 2,
+  'V100-PCIE': 112,
+  'V100': 125,
+  'T4': 65,
+  'A100': 312,
+  'L4': 121,
+  'H100 PCIe': 756,
+  'H100 NVL': 835,
+  'H100': 989,
+  'H200 NVL': 835,
+  'H200': 989,
+  'B200': 2250,
+}
+
+
+def peak_flops(device, dtype):
+  """FLOP/s that the maker of a `jax.Device` states for matrix products, or None if not known.
+
+  Only 16-bit types have an entry. A slice of a partitioned GPU (MIG) has none either.
+  """
+  kind = device.device_kind
+  if jnp.dtype(dtype).itemsize != 2 or 'MIG' in kind:
+    return None
+  for name, teraflops in _PEAK_TERAFLOPS.items():
+    if re.search(rf'\b{re.escape(name)}\b', kind):
+      return teraflops * 1e12
+  return None
+
+
+def measured_peak_flops(dtype, seconds=0.2):
+  """FLOP/s of the fastest of the square matrix products that one device does in `seconds`.
+
+  For devices that `peak_flops` does not know, such as a CPU: MFU is then the share of what a plain
+  matrix product reaches on this machine, not of what its maker promises.
+  """
+  n = 1024 if jax.default_backend() == 'cpu' else 8192  # an accelerator would still be waiting
+  # A mesh of its own: under the training mesh every device would compute a copy.
+  alone = jax.sharding.Mesh(
+    np.array(jax.local_devices()[:1]), ('one',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  with jax.set_mesh(alone):
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()  # compiles
+    best = float('inf')
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+      start = time.perf_counter()
+      product(a, a).block_until_ready()
+      best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best

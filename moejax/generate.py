@@ -1,0 +1,145 @@
+"""Text from a trained model: incremental decoding with a cache, as a function and as a program.
+
+  python -m moejax.generate --workdir=DIR --prompt="def "
+
+All sequences of a batch walk through the positions together, because Mixture-of-Tokens layers mix
+the sequences of a group at equal positions, in decoding as in training. Requests of one group
+therefore influence each other.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from moejax import cli, model as model_lib
+from moejax.evaluate import load_run
+from moejax.layers.common import Tokens
+
+
+def generate(model_config, params, prompts, length, *, temperature=0.8, key=None):
+  """Continues prompts together.
+
+  Args:
+    prompts: sequences of token ids; at least one token each.
+    length: tokens to generate after each prompt.
+    temperature: of sampling; 0 is greedy.
+    key: of sampling; may be None if greedy.
+
+  Returns:
+    One int32 array per prompt: its continuation of `length` tokens.
+
+  Raises:
+    ValueError: a prompt is empty, or prompt and continuation exceed the model's context.
+  """
+  lengths = np.array([len(p) for p in prompts])
+  if not len(prompts) or lengths.min() < 1:
+    raise ValueError('generate: every prompt must have at least one token.')
+  if lengths.max() + length > model_config.max_length:
+    raise ValueError(
+      f'A prompt of {lengths.max()} tokens and {length} new ones exceed the context of '
+      f'{model_config.max_length} (data.sequence_length). Shorten the prompt or --length.'
+    )
+  # Rows up to a multiple of the group are padding: segment 0 keeps them out of every mixture.
+  rows = -(-len(prompts) // group_size(model_config)) * group_size(model_config)
+  prompts_BS = np.zeros((rows, lengths.max()), np.int32)
+  for row, prompt in enumerate(prompts):
+    prompts_BS[row, : len(prompt)] = prompt
+  prompt_lengths_B = np.ones(rows, np.int32)
+  prompt_lengths_B[: len(prompts)] = lengths
+  valid_B = np.arange(rows) < len(prompts)
+  key = jax.random.key(0) if key is None else key
+  steps = int(lengths.max()) + length - 1
+  out_BS = _decode(
+    model_config, steps, params, prompts_BS, prompt_lengths_B, valid_B, np.float32(temperature), key
+  )
+  out_BS = np.asarray(out_BS)
+  # out_BS[:, t] is the token after position t.
+  return [out_BS[row, n - 1 : n - 1 + length] for row, n in enumerate(lengths)]
+
+
+def group_size(model_config):
+  """How many sequences the model mixes with each other; 1 if it does not mix."""
+  mixes = any('mot' in names for names in model_config.sublayers)
+  return model_config.mot.group_size if mixes else 1
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
+  """The token that follows each position, [B, steps]: a prompt's own token, or a sampled one."""
+  model = model_lib.bind(config, params)
+  B, S = prompts_BS.shape
+  segments_B = valid_B.astype(jnp.int32)
+
+  def advance(carry, position):
+    token_B, state = carry
+    tokens = Tokens(segments_B, jnp.full(B, position))
+    logits_BV, state = model.step(token_B, state, tokens)
+    sampled_B = _sample(logits_BV, temperature, jax.random.fold_in(key, position))
+    forced_B = prompts_BS[:, jnp.minimum(position + 1, S - 1)]
+    next_B = jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
+    return (next_B, state), next_B
+
+  start = (prompts_BS[:, 0], model.init_state(B, steps))
+  _, out_SB = jax.lax.scan(advance, start, jnp.arange(steps))
+  return out_SB.T
+
+
+def _sample(logits_BV, temperature, key):
+  noise_BV = jax.random.gumbel(key, logits_BV.shape)
+  # Padding (id 0) is never a continuation.
+  logits_BV = logits_BV.at[:, 0].set(-jnp.inf)
+  return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)
+
+
+def continuations(model_config, params, tokenizer, prompts, length, *, temperature=0.8, seed=0):
+  """One continuation of each text in `prompts`, as text.
+
+  A group of a mixing model that the prompts do not fill is filled with further continuations of
+  the same prompts: a mixture of fewer tokens than in training would be a distribution the model has
+  not seen.
+  """
+  rows = -(-len(prompts) // group_size(model_config)) * group_size(model_config)
+  ids = [tokenizer.encode(text) for text in prompts]
+  repeated = [ids[row % len(ids)] for row in range(rows)]
+  key = jax.random.key(seed)
+  out = generate(model_config, params, repeated, length, temperature=temperature, key=key)
+  return [tokenizer.decode(_until_end(o, tokenizer)) for o in out[: len(prompts)]]
+
+
+def _until_end(ids, tokenizer):
+  ends = np.flatnonzero(ids == tokenizer.eos_id)
+  return ids[: ends[0]] if len(ends) else ids
+
+
+def main():
+  args = flags.FLAGS
+  if not args.workdir:
+    raise ValueError('--workdir is required: the folder of a run.')
+  stages, _, params, mesh = load_run(args.workdir)
+  prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+  with jax.set_mesh(mesh):
+    texts = continuations(
+      stages.model,
+      params,
+      stages.tokenizer,
+      prompts,
+      args.length,
+      temperature=args.temperature,
+      seed=args.seed,
+    )
+  for prompt, text in zip(prompts, texts, strict=True):
+    print(f'{prompt}{text}\n{"-" * 40}')
+  return cli.OK
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of the run to generate from.')
+  flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
+  flags.DEFINE_integer('length', 100, 'Tokens to generate.')
+  flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)
+  flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 takes the likeliest token.', lower_bound=0)
+  flags.DEFINE_integer('seed', 0, 'Of sampling.')
+  cli.run(main, needs_config=False)

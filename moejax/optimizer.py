@@ -1,0 +1,70 @@
+"""AdamW with linear warm-up, cosine decay and clipping, all through optax."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Section `optimizer`: what every field means stands in configs/common.py."""
+
+  peak_lr: float
+  warmup_steps: int
+  final_lr_fraction: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  decay: str
+  clip_norm: float
+  accumulation: int
+
+  def __post_init__(self):
+    for name in ('peak_lr', 'eps', 'clip_norm'):
+      if getattr(self, name) <= 0:
+        raise ValueError(f'optimizer.{name} must be positive, got {getattr(self, name)}.')
+    if self.accumulation < 1:
+      raise ValueError(f'optimizer.accumulation must be at least 1, got {self.accumulation}.')
+    if self.warmup_steps < 0:
+      raise ValueError(f'optimizer.warmup_steps must not be negative, got {self.warmup_steps}.')
+    if not 0 <= self.final_lr_fraction <= 1:
+      raise ValueError(
+        f'optimizer.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}.'
+      )
+    if self.decay not in ('all', 'matrices'):
+      raise ValueError(f'optimizer.decay must be all or matrices, got {self.decay!r}.')
+
+
+def make_schedule(config, steps):
+  """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if config.warmup_steps else config.peak_lr,
+    peak_value=config.peak_lr,
+    warmup_steps=config.warmup_steps,
+    decay_steps=max(steps, config.warmup_steps + 1),
+    end_value=config.peak_lr * config.final_lr_fraction,
+  )
+
+
+def make_optimizer(config, steps):
+  """The optax transformation for a run of `steps` steps."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      make_schedule(config, steps),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      mask=None if config.decay == 'all' else _is_matrix,
+    ),
+  )
+
+
+def _is_matrix(params):
+  """True for all parameters but the scales and biases of norms."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key not in ('scale', 'bias'), params
+  )

@@ -1,0 +1,341 @@
+"""Training: the state, the step, and the loop that measures, saves and resumes.
+
+Read `train_step` for what is computed and `train` for the order of things. A run is a function of
+its
+config: data by step from its seed, and nothing random within a step.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  flops,
+  metrics as metrics_lib,
+  model as model_lib,
+  sharding,
+)
+from moejax.checkpoint import Checkpoints
+from moejax.evaluate import evaluate
+from moejax.generate import continuations
+from moejax.optimizer import make_optimizer, make_schedule
+
+
+def init_state(model_config, optimizer, key):
+  """A fresh train state: a pure dict of arrays."""
+  params = model_lib.init_params(model_config, key)
+  return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
+
+
+def train_step(state, batch, *, model_config, optimizer, schedule, accumulation):
+  """One optimizer step.
+
+  Args:
+    state: `init_state`'s dict; donate it.
+    batch: int32 arrays [B, L]: inputs, targets, segments, positions.
+    model_config, optimizer, schedule: static; what to train and how.
+    accumulation: passes the batch is split into, as consecutive blocks of sequences.
+
+  Returns:
+    The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
+    'learning_rate', and under 'aux' float32 arrays with one number per block that measures it.
+  """
+  num_targets = jnp.sum(batch['segments'] > 0)
+
+  def loss(params, part):
+    nats, _, aux = model_lib.bind(model_config, params).loss(part)
+    return nats / num_targets, aux
+
+  def add_part(total, part):
+    (nats, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state['params'], part)
+    return jax.tree.map(jnp.add, total, (nats, gradients)), aux
+
+  parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
+  zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
+  (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, parts)
+  updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
+  new_state = {
+    'params': optax.apply_updates(state['params'], updates),
+    'optimizer': optimizer_state,
+    'step': state['step'] + 1,
+  }
+  measured = {
+    'loss': mean_nats,
+    'grad_norm': optax.tree.norm(gradients),
+    'learning_rate': schedule(state['step']),
+    'aux': jax.tree.map(lambda a: a.mean(0), aux),
+  }
+  return new_state, measured
+
+
+def make_train_step(stages, shardings):
+  """`train_step` compiled for a run: `step(state, batch)`, donating the state."""
+  step = functools.partial(
+    train_step,
+    model_config=stages.model,
+    optimizer=make_optimizer(stages.optimizer, stages.train.steps),
+    schedule=make_schedule(stages.optimizer, stages.train.steps),
+    accumulation=stages.optimizer.accumulation,
+  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+class Interrupt:
+  """A context in which SIGINT and SIGTERM set a flag that the loop looks at between steps."""
+
+  def __init__(self):
+    self._event = threading.Event()
+
+  def __enter__(self):
+    signals = (signal.SIGINT, signal.SIGTERM)
+    self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+
+  def _on_signal(self, number, frame):
+    del frame
+    self._event.set()
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+  def __bool__(self):
+    return self._event.is_set()
+
+
+@dataclasses.dataclass
+class Window:
+  """Metrics since the last log line, and the time they took without evaluation and saving."""
+
+  sums: dict = dataclasses.field(default_factory=dict)
+  count: int = 0
+  started: float = dataclasses.field(default_factory=time.monotonic)
+
+  def add(self, measured):
+    for name, value in measured.items():
+      self.sums[name] = self.sums.get(name, 0.0) + value
+    self.count += 1
+
+  def skip(self, seconds):
+    self.started += seconds
+
+  def means(self):
+    means = {name: total / self.count for name, total in self.sums.items()}
+    return means | {'seconds_per_step': (time.monotonic() - self.started) / self.count}
+
+
+def flat_metrics(measured):
+  """Device metrics as floats; per-block arrays become 'name/00', 'name/01', ..."""
+  measured = jax.device_get(measured)
+  flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
+  for name, values in measured['aux'].items():
+    flat |= {f'{name}/{i:02d}': float(value) for i, value in enumerate(values)}
+  return flat
+
+
+def train(config, workdir):
+  """Runs a config in a folder, from its last checkpoint if there is one.
+
+  Returns:
+    The exit code: done, or interrupted with everything saved.
+
+  Raises:
+    ValueError: the config, the data or the folder cannot be used; nothing was written.
+  """
+  workdir = pathlib.Path(workdir)
+  stages = config_lib.resolve(config)
+  mesh = sharding.make_mesh(stages.mesh)
+  config_lib.check_mesh(stages, mesh)
+  config_lib.check_same_run(config, workdir)
+  shard = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+  loader = data.make_loader(stages.data, 'train', **shard)
+  eval_loader = data.make_loader(stages.data, 'validation', **shard)
+  checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
+    with contextlib.closing(run.writer):
+      finished = run.loop(interrupt)
+    if finished:
+      run.finish()
+      return cli.OK
+  print(f'interrupted at step {run.step}; the same command goes on from there')
+  return cli.INTERRUPTED
+
+
+class Run:
+  """A run in progress: its compiled step, its state, and where its numbers go."""
+
+  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints):
+    self.stages, self.mesh, self.workdir = stages, mesh, workdir
+    self.loader, self.eval_loader, self.checkpoints = loader, eval_loader, checkpoints
+    self.metadata = {
+      'config': config.to_dict(),
+      'corpus': loader.fingerprint,
+      'tokenizer': stages.tokenizer.fingerprint,
+    }
+    self.state = self._restore_or_init()
+    self.step = int(self.state['step'])
+    config_lib.write(config, workdir)
+    self.writer = metrics_lib.MetricsWriter(workdir, self.step)
+    self.eval_result = {}
+    self.train_loss = math.nan
+    self.started, self.first_step = time.monotonic(), self.step
+    self.tokens_per_step = stages.data.batch_size * stages.data.sequence_length
+    self.flops_per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
+    peak = flops.peak_flops(jax.devices()[0], stages.model.dtype)
+    self.peak_flops = (peak or flops.measured_peak_flops(stages.model.dtype)) * (
+      1 if jax.default_backend() == 'cpu' else jax.device_count()
+    )
+
+  def _restore_or_init(self):
+    optimizer = make_optimizer(self.stages.optimizer, self.stages.train.steps)
+    key = jax.random.key(self.stages.train.seed)
+    init = functools.partial(init_state, self.stages.model, optimizer, key)
+    abstract = sharding.abstract(init, self.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    self.train_step = make_train_step(self.stages, shardings)
+    step = self.checkpoints.latest_step()
+    if step is None:
+      return jax.jit(init, out_shardings=shardings)()
+    metadata = self.checkpoints.metadata(step)
+    config_lib.check_tokenizer(metadata, self.stages.tokenizer)
+    if metadata['corpus'] != self.loader.fingerprint:
+      raise ValueError(
+        f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
+        f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
+        'Python version, or changed files). Restore the corpus, or choose another folder.'
+      )
+    print(f'resuming from step {step}')
+    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
+
+  def loop(self, interrupt):
+    """Trains to the last step, or saves and returns False if interrupted."""
+    train = self.stages.train
+    window = Window()
+    pending = None
+    while self.step < train.steps and not interrupt:
+      batch = sharding.place_batch(self.loader.batch(self.step), self.mesh)
+      self.state, measured = self.train_step(self.state, batch)
+      self.step += 1
+      if pending is not None:  # read while the device works on the step just dispatched
+        window.add(flat_metrics(pending))
+      pending = measured
+      if self.step % train.log_interval == 0 or self.step == train.steps:
+        window.add(flat_metrics(pending))
+        pending = None
+        self._log(window.means())
+        window = Window()
+      pause = time.monotonic()
+      if self.step % train.eval_interval == 0 or self.step == train.steps:
+        self._evaluate()
+      if self.step % train.checkpoint_interval == 0 or self.step == train.steps:
+        self._save()
+      window.skip(time.monotonic() - pause)
+    finished = self.step >= train.steps
+    if not finished:
+      self._save()
+    elif not self.eval_result:  # resumed after the last step
+      self._evaluate()
+    return finished
+
+  def _save(self):
+    self.checkpoints.save(self.step, self.state, self.loader, self.metadata)
+
+  def _log(self, means):
+    self.train_loss = means['loss']
+    if not math.isfinite(self.train_loss):
+      raise RuntimeError(
+        f'The loss became {self.train_loss} before step {self.step}. The last checkpoint is good; '
+        'lower optimizer.peak_lr, or lengthen optimizer.warmup_steps.'
+      )
+    seconds = means['seconds_per_step']
+    speed = self.tokens_per_step / seconds
+    means |= {
+      'tokens_per_second': speed,
+      'mfu': speed * self.flops_per_token['model'] / self.peak_flops,
+    }
+    self.writer.write(self.step, means)
+    print(
+      metrics_lib.progress_line(
+        step=self.step,
+        steps=self.stages.train.steps,
+        loss=means['loss'],
+        grad_norm=means['grad_norm'],
+        tokens_per_second=speed,
+        mfu=means['mfu'],
+        seconds_left=(self.stages.train.steps - self.step) * seconds,
+      ),
+      flush=True,
+    )
+
+  def _evaluate(self):
+    self.eval_result = evaluate(
+      self.stages.model,
+      self.state['params'],
+      self.eval_loader,
+      self.stages.train.eval_batches,
+      self.mesh,
+    )
+    self.writer.write(self.step, self.eval_result, prefix='validation')
+    print(f'step {self.step}: validation {_describe(self.eval_result)}', flush=True)
+
+  def finish(self):
+    """Writes the summary and the plot, and prints a sample and where everything is."""
+    sample = self._sample()
+    curves = {
+      'train': metrics_lib.loss_curve(self.workdir),
+      'validation': metrics_lib.loss_curve(self.workdir, 'validation/loss'),
+    }
+    metrics_lib.plot_losses(curves, self.workdir / 'loss.png')
+    metrics_lib.write_summary(self.workdir, self._summary(sample))
+    if sample:
+      print(f'sample: {self.stages.train.sample_prompt}{sample}')
+    print(f'final validation {_describe(self.eval_result)}')
+    print(f'written to {self.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
+
+  def _sample(self):
+    train = self.stages.train
+    room = self.stages.model.max_length - len(self.stages.tokenizer.encode(train.sample_prompt))
+    length = min(train.sample_length, room)
+    if length < 1:
+      return ''
+    args = (self.stages.model, self.state['params'], self.stages.tokenizer)
+    return continuations(*args, [train.sample_prompt], length)[0]
+
+  def _summary(self, sample):
+    return {
+      'config': self.metadata['config'],
+      'corpus': self.metadata['corpus'],
+      'tokenizer': self.metadata['tokenizer'],
+      'parameters': flops.param_counts(self.stages.model),
+      'flops_per_token': self.flops_per_token,
+      'steps': self.step,
+      'tokens_seen': self.step * self.tokens_per_step,
+      'seconds': time.monotonic() - self.started,
+      'resumed_from': self.first_step,
+      'train_loss': self.train_loss,
+      'validation': self.eval_result,
+      'sample': sample,
+      'commit': metrics_lib.git_commit(),
+      'versions': metrics_lib.versions(),
+    }
+
+
+def _describe(result):
+  bits = result.get('bits_per_byte')
+  return f'loss {result["loss"]:.4f} nats per token' + (
+    f', {bits:.4f} bits per byte' if bits is not None else ''
+  )

@@ -1,0 +1,113 @@
+"""Every config file through the real entry point, and what it says about mistakes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import common, mot
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common')
+)
+
+
+def _moejax(*args, program='main', cwd=ROOT, **kwargs):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  command = [sys.executable, '-m', f'moejax.{program}', *args]
+  return subprocess.run(
+    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+  )
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
+  run = [f'--config=configs/{name}.py:debug', f'--workdir={tmp_path}/run']
+  short = _moejax(*run, '--config.train.steps=3', cwd=tmp_path)
+  assert short.returncode == 0, short.stderr
+  longer = _moejax(*run, cwd=tmp_path)
+  assert longer.returncode == 0, longer.stderr
+  assert 'resuming from step 3' in longer.stdout
+  assert 'sample: def ' in longer.stdout and 'bits per byte' in longer.stdout
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['steps'] == 6 and summary['resumed_from'] == 3
+  evaluated = _moejax(f'--workdir={tmp_path}/run', program='evaluate')
+  assert evaluated.returncode == 0, evaluated.stderr
+  loss = json.loads(evaluated.stdout)['loss']
+  assert loss == pytest.approx(summary['validation']['loss'], rel=1e-6)
+  generated = _moejax(
+    f'--workdir={tmp_path}/run', '--prompt=def ', '--length=5', program='generate'
+  )
+  assert generated.returncode == 0, generated.stderr
+  assert generated.stdout.startswith('def ')
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (['--config=configs/mot.py:mediun'], "Did you mean 'medium'?"),
+    (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
+    (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py, mot.py'),
+    (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
+    (['--config.model.d_model=abc'], 'd_model'),
+    (['train'], "unexpected argument 'train'"),
+    (['--config=configs/mot.py:debug', '--config.mesh.data=3'], 'does not fit'),
+    (['--config=configs/mot.py:debug', '--workdir=/proc/none'], 'workdir'),
+  ],
+)
+def test_mistakes_get_one_clear_line(args, message, tmp_path):
+  result = _moejax(*args, cwd=tmp_path)
+  assert result.returncode != 0
+  assert message in result.stderr
+  assert 'Traceback' not in result.stderr
+  assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+  args = ['--config=configs/dense.py:debug', f'--workdir={tmp_path}', '--config.train.steps=100000']
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'moejax.main', *args],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout
+  for line in process.stdout:
+    if line.startswith('step') and '/' in line:
+      break
+  time.sleep(0.5)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 75
+  assert 'the same command goes on from there' in output
+  steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdecimal()]
+  last = f'--config.train.steps={max(steps) + 2}'
+  resumed = _moejax(*args[:2], last)
+  assert resumed.returncode == 0, resumed.stderr
+  assert f'resuming from step {max(steps)}' in resumed.stdout
+
+
+def test_help_and_print_config_do_not_train(tmp_path):
+  printed = _moejax('--config=configs/mot.py:mini', '--print_config', cwd=tmp_path)
+  assert printed.returncode == 0 and 'd_model: 256' in printed.stdout
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_names_become_sizes():
+  c = mot.get_config('medium,experts=32,mixtures=16')
+  assert (c.model.mot.num_experts, c.model.mot.group_size) == (512, 32)
+  assert c.model.blocks == ((('attention', 'mlp'), 4), (('attention', 'mot'), 4))
+  assert c.optimizer.peak_lr == 7e-4 and c.data.batch_size == 256
+
+
+def test_unknown_words_are_refused():
+  with pytest.raises(ValueError, match="Did you mean 'experts='"):
+    common.parse_arg('expert=3', experts=1)

@@ -1,0 +1,245 @@
+"""The step and the loop: resume equals never stopping, accumulation, golden losses."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common, dense, mot
+from moejax import cli, config as config_lib, evaluate, generate, metrics, train
+from moejax.checkpoint import Checkpoints
+from tests import tiny
+
+
+def _debug_config(module=mot, **changes):
+  config = module.get_config('debug')
+  config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
+  config.optimizer.accumulation = 1
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+def _params_of(workdir):
+  _, step, params, _ = evaluate.load_run(workdir)
+  return step, jax.device_get(params)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of 6 steps, never stopped."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  assert train.train(_debug_config(), workdir) == cli.OK
+  return workdir
+
+
+class _StopAfter(train.Interrupt):
+  """An interrupt that comes by itself before a given step."""
+
+  def __init__(self, steps):
+    super().__init__()
+    self.left = steps + 1
+
+  def __bool__(self):
+    self.left -= 1
+    return self.left <= 0
+
+
+def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
+  finished, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'Interrupt', lambda: _StopAfter(4))
+    assert train.train(_debug_config(), tmp_path) == cli.INTERRUPTED
+  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4
+  assert train.train(_debug_config(), tmp_path) == cli.OK
+  (step, params), (other_step, other_params) = _params_of(finished), _params_of(tmp_path)
+  assert step == other_step == 6
+  jax.tree.map(np.testing.assert_array_equal, params, other_params)
+  assert metrics.loss_curve(finished) == metrics.loss_curve(tmp_path)
+
+
+def test_a_finished_run_leaves_everything_it_learnt(finished):
+  names = {path.name for path in finished.iterdir()}
+  assert {'config.json', 'metrics.jsonl', 'summary.json', 'loss.png', 'checkpoints'} <= names
+  summary = json.loads((finished / 'summary.json').read_text())
+  assert summary['tokens_seen'] == 6 * 16 * 32
+  assert summary['parameters']['total'] > summary['parameters']['active'] > 0
+  assert 0 < summary['validation']['loss'] < 6
+  nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
+  assert nats_per_bit == pytest.approx(np.log(2), rel=0.01)
+  assert summary['versions']['jax'] == jax.__version__
+  entropies = [e for e in metrics.read_metrics(finished)[0] if e.startswith('mot/entropy/')]
+  assert entropies == ['mot/entropy/00', 'mot/entropy/01']
+
+
+def test_running_a_finished_run_again_changes_nothing(finished):
+  before = _params_of(finished)[1]
+  assert train.train(_debug_config(), finished) == cli.OK
+  jax.tree.map(np.testing.assert_array_equal, before, _params_of(finished)[1])
+
+
+def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
+  stages, _, params, mesh = evaluate.load_run(finished)
+  from moejax import data
+
+  loader = data.make_loader(stages.data, 'validation')
+  result = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
+  summary = json.loads((finished / 'summary.json').read_text())
+  assert result['loss'] == pytest.approx(summary['validation']['loss'], rel=1e-5)
+
+
+def test_generation_of_a_run(finished):
+  stages, _, params, _ = evaluate.load_run(finished)
+  texts = generate.continuations(stages.model, params, stages.tokenizer, ['def ', 'x'], 8)
+  assert len(texts) == 2
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'model.d_model': 32}, 'model.d_model: 16 there, 32 here'),
+    ({'data.seed': 7}, 'data.seed: 0 there, 7 here'),
+  ],
+)
+def test_a_workdir_with_another_run_is_refused_and_left_alone(finished, changes, message):
+  before = (finished / 'config.json').read_text()
+  with pytest.raises(ValueError, match=message):
+    train.train(_debug_config(**changes), finished)
+  assert (finished / 'config.json').read_text() == before
+
+
+def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
+  from moejax.data import loader
+
+  monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
+  with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
+    train.train(_debug_config(), finished)
+
+
+def test_another_tokenizer_is_refused(finished, monkeypatch):
+  from moejax.data import tokenizer
+
+  monkeypatch.setattr(tokenizer, '_fingerprint', lambda *parts: 'another')
+  with pytest.raises(ValueError, match='data.tokenizer: the checkpoint was trained with'):
+    evaluate.load_run(finished)
+
+
+def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_path):
+  changes = {'optimizer.peak_lr': 1e30, 'optimizer.clip_norm': 1e30, 'optimizer.warmup_steps': 0}
+  config = _debug_config(**changes, **{'train.checkpoint_interval': 1})
+  with pytest.raises(RuntimeError, match='lower optimizer.peak_lr'):
+    train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'model.mot.group_size': 5}, 'model.mot.group_size = 5 must divide the 16 sequences'),
+    ({'optimizer.accumulation': 3}, 'optimizer.accumulation = 3 must divide'),
+    ({'model.vocab_size': 100}, 'model.vocab_size = 100 is smaller than the 259 ids'),
+    ({'data.files': 'nothing/*.txt', 'data.source': 'text'}, 'data.files'),
+    ({'data.tokenizer': 'missing.model'}, 'data.tokenizer'),
+    ({'optimizer.peak_lr': -1.0}, 'optimizer.peak_lr must be positive'),
+    ({'optimizer.decay': 'some'}, 'optimizer.decay must be all or matrices'),
+    ({'train.steps': 0}, 'train.steps must be at least 1'),
+    ({'mesh.tensor': 3}, 'does not fit 8 devices'),
+    ({'mesh.tensor': 1, 'mesh.data': 8, 'data.batch_size': 12}, 'cannot be split over the 8'),
+  ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path, changes, message):
+  workdir = tmp_path / 'run'
+  with pytest.raises(ValueError, match=message):
+    train.train(_debug_config(**changes), workdir)
+  assert not workdir.exists()
+
+
+def test_all_problems_are_reported_together():
+  config = _debug_config(**{'optimizer.peak_lr': -1.0, 'model.d_model': 15, 'train.steps': 0})
+  with pytest.raises(ValueError) as caught:
+    config_lib.resolve(config)
+  assert [line.split()[0] for line in str(caught.value).splitlines()] == [
+    'model.num_heads',
+    'optimizer.peak_lr',
+    'train.steps',
+  ]
+
+
+def _steps(config, num_steps, accumulation=1, learning_rate=1e-2):
+  optimizer = optax.adamw(learning_rate)
+  state = jax.jit(lambda key: train.init_state(config, optimizer, key))(jax.random.key(0))
+  step = jax.jit(
+    functools.partial(
+      train.train_step,
+      model_config=config,
+      optimizer=optimizer,
+      schedule=lambda step: jnp.float32(learning_rate),
+      accumulation=accumulation,
+    )
+  )
+  measured = []
+  for i in range(num_steps):
+    state, metrics_now = step(state, tiny.batch(seed=i))
+    measured.append(metrics_now)
+  return state, measured
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+  config = tiny.model_config()
+  whole, measured = _steps(config, 2)
+  parts, measured_parts = _steps(config, 2, accumulation=2)
+  np.testing.assert_allclose(measured_parts[1]['loss'], measured[1]['loss'], rtol=1e-6)
+  np.testing.assert_allclose(measured_parts[0]['grad_norm'], measured[0]['grad_norm'], rtol=1e-5)
+  assert measured_parts[0]['aux']['mot/entropy'].shape == (2,)
+  del whole, parts
+
+
+@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
+def test_golden_losses_of_five_steps(blocks, golden, request):
+  name = request.node.callspec.id
+  _, measured = _steps(tiny.model_config(blocks=blocks, init_scale=1.0), 5)
+  numbers = {key: [float(m[key]) for m in measured] for key in ('loss', 'grad_norm')}
+  golden(f'five_steps_{name}', numbers, rtol=2e-6)
+
+
+def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction():
+  from moejax.optimizer import OptimizerConfig, make_schedule
+
+  fields = common.baseline().optimizer.to_dict() | {'peak_lr': 2.0, 'warmup_steps': 10}
+  schedule = make_schedule(OptimizerConfig(**fields), 100)
+  values = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
+  np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.1, 0.2], rtol=1e-5)
+
+
+def test_weight_decay_reaches_norms_only_if_asked():
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0}
+  params = {'norm': {'scale': jnp.ones(3), 'bias': jnp.ones(3)}, 'w_in': jnp.ones((3, 4))}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  for decay, norm_decays in (('all', True), ('matrices', False)):
+    optimizer = make_optimizer(OptimizerConfig(**(fields | {'decay': decay})), 10)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert bool((updates['w_in'] < 0).all())
+    assert bool((updates['norm']['scale'] < 0).all()) == norm_decays
+
+
+def test_dense_and_mot_have_equal_active_flops_at_every_size():
+  from moejax import flops
+
+  for size in common.SIZES:
+    pair = [_model_of(module, size) for module in (dense, mot)]
+    a, b = (flops.training_flops_per_token(model, 256)['model'] for model in pair)
+    assert a == pytest.approx(b, rel=1e-9), size
+
+
+def _model_of(module, size):
+  from moejax.model import ModelConfig
+
+  config = module.get_config(size)
+  fields = {**config.model, 'vocab_size': 50_257, 'max_length': 256}
+  return ModelConfig(**fields)
