@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 # name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
 SIZES = {
-  'laptop': (128, 4, 4, 3e-3),
+  'laptop': (128, 4, 4, 6e-3),
   'mini': (256, 4, 4, 4e-3),
   'small': (512, 4, 8, 1e-3),
   'medium': (512, 8, 8, 7e-4),
@@ -40,7 +40,7 @@ def baseline():
   c.model.final_norm = False  # a norm before the output projection
   c.model.tie_embeddings = False  # True: the output projection is the embedding
   c.model.init = 'truncated_normal'  # truncated_normal, truncated_normal_fixed, kaiming_uniform
-  c.model.init_scale = 0.1
+  c.model.init_scale = 1.0
   c.model.dtype = 'float32'  # of activations; routing, norm statistics and loss stay float32
   c.model.param_dtype = 'float32'  # of parameters and optimizer moments
   c.model.remat = (
@@ -67,8 +67,8 @@ def baseline():
   c.data.seed = 0
 
   c.optimizer = ConfigDict()
-  c.optimizer.peak_lr = 3e-3
-  c.optimizer.warmup_steps = 30
+  c.optimizer.peak_lr = 6e-3
+  c.optimizer.warmup_steps = 50
   c.optimizer.final_lr_fraction = (
     0.1  # the cosine ends at this fraction of the peak, at train.steps
   )
@@ -87,7 +87,7 @@ def baseline():
   c.mesh.tensor = 1
 
   c.train = ConfigDict()
-  c.train.steps = 1000
+  c.train.steps = 1500
   c.train.seed = 0  # of the parameters
   c.train.log_interval = 10
   c.train.eval_interval = 250
@@ -143,11 +143,14 @@ def sized(name):
 
 def c4(c):
   """C4, context 256, batch 256, 150k steps: the runs of the second version of the MoT paper."""
+  c.model.init_scale = 0.1
   c.model.dtype = 'bfloat16'
+  c.model.document_mask = True  # packed rows; the papers concatenate documents without a mask
   c.model.loss_chunk = 32
   c.model.remat = 'full'
   c.data.source = 'seqio'
   c.data.task = 'c4_en'
+  c.data.tokenizer = 'gpt2:gpt2'  # a folder gpt2/ with vocab.json and merges.txt
   c.data.sequence_length = 256
   c.data.batch_size = 256
   c.optimizer.warmup_steps = 2500

@@ -38,9 +38,8 @@ class Cost:
 
 def _attention(config, length):
   weights = 4 * config.d_model**2  # query, key, value, output
-  scores = (
-    2 * 2 * length * config.d_model
-  )  # q k^T, then the sum of values: [L, P] by [P, L], H times
+  # q k^T, then the sum of values: [L, P] by [P, L], H times.
+  scores = 2 * 2 * length * config.d_model
   return Cost(
     params={'attention': weights},
     active=weights,

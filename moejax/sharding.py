@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -106,6 +107,13 @@ def _fit(spec, shape, mesh):
   padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
   fits = (axis and n % mesh.shape[axis] == 0 for axis, n in zip(padded, shape, strict=True))
   return P(*(axis if ok else None for axis, ok in zip(padded, fits, strict=True)))
+
+
+def abstract_batch(data_config, mesh):
+  """Shapes, dtypes and shardings of a global batch."""
+  shape = (data_config.batch_size, data_config.sequence_length)
+  leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
+  return dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
 
 
 def place_batch(batch, mesh):

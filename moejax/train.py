@@ -1,8 +1,7 @@
 """Training: the state, the step, and the loop that measures, saves and resumes.
 
 Read `train_step` for what is computed and `train` for the order of things. A run is a function of
-its
-config: data by step from its seed, and nothing random within a step.
+its config: data by step from its seed, and nothing random within a step.
 """
 
 import contextlib
@@ -80,7 +79,7 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation)
   return new_state, measured
 
 
-def make_train_step(stages, shardings):
+def compile_train_step(stages, abstract_state, mesh):
   """`train_step` compiled for a run: `step(state, batch)`, donating the state."""
   step = functools.partial(
     train_step,
@@ -89,7 +88,9 @@ def make_train_step(stages, shardings):
     schedule=make_schedule(stages.optimizer, stages.train.steps),
     accumulation=stages.optimizer.accumulation,
   )
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  return jitted.lower(abstract_state, sharding.abstract_batch(stages.data, mesh)).compile()
 
 
 class Interrupt:
@@ -205,11 +206,12 @@ class Run:
     key = jax.random.key(self.stages.train.seed)
     init = functools.partial(init_state, self.stages.model, optimizer, key)
     abstract = sharding.abstract(init, self.mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    self.train_step = make_train_step(self.stages, shardings)
+    started = time.monotonic()
+    self.train_step = compile_train_step(self.stages, abstract, self.mesh)
+    print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
     step = self.checkpoints.latest_step()
     if step is None:
-      return jax.jit(init, out_shardings=shardings)()
+      return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     metadata = self.checkpoints.metadata(step)
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
     if metadata['corpus'] != self.loader.fingerprint:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from configs import common, mot
+from moejax import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -29,12 +31,15 @@ def _moejax(*args, program='main', cwd=ROOT, **kwargs):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
   run = [f'--config=configs/{name}.py:debug', f'--workdir={tmp_path}/run']
-  short = _moejax(*run, '--config.train.steps=3', cwd=tmp_path)
-  assert short.returncode == 0, short.stderr
-  longer = _moejax(*run, cwd=tmp_path)
-  assert longer.returncode == 0, longer.stderr
-  assert 'resuming from step 3' in longer.stdout
-  assert 'sample: def ' in longer.stdout and 'bits per byte' in longer.stdout
+  first = _moejax(*run, cwd=tmp_path)
+  assert first.returncode == 0, first.stderr
+  assert 'sample: def ' in first.stdout and 'bits per byte' in first.stdout
+  losses = metrics.loss_curve(tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')  # as if it had been killed before
+  again = _moejax(*run, cwd=tmp_path)
+  assert again.returncode == 0, again.stderr
+  assert 'resuming from step 3' in again.stdout
+  assert metrics.loss_curve(tmp_path / 'run') == losses  # bitwise, in a fresh process
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert summary['steps'] == 6 and summary['resumed_from'] == 3
   evaluated = _moejax(f'--workdir={tmp_path}/run', program='evaluate')

@@ -1,11 +1,10 @@
 """The Mixture-of-Tokens layer."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moejax.layers import experts
-from moejax.ops import mixing
+from moejax.ops import mixing, routing
 
 
 class MixtureOfTokens(nnx.Module):
@@ -41,12 +40,7 @@ class MixtureOfTokens(nnx.Module):
       )
     G = B // M
     x_GMLD = x_BLD.reshape(G, M, L, D)
-    logits_GMLE = jnp.einsum(
-      'GMLD,DE->GMLE',
-      x_GMLD.astype(jnp.float32),
-      self.controller[...].astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    logits_GMLE = routing.router_logits(x_GMLD, self.controller[...])
     valid_GML = (tokens.segments > 0).reshape(G, M, L)
     weights_GMLE = mixing.merge_weights(logits_GMLE, valid_GML, self.temperature)
     mixtures_EGLD = mixing.merge(x_GMLD, weights_GMLE)

@@ -1,8 +1,8 @@
 """Mixture of Tokens (arXiv:2310.15961): softmax-weighted mixtures of the tokens of a group.
 
-A group is M consecutive examples, looked at one position at a time. Nothing moves
-along positions, so a mixture at position l holds only tokens at position l: causal, but examples of
-one group see each other.
+A group is M consecutive examples, looked at one position at a time. Nothing moves along positions,
+so a mixture at position l holds only tokens at position l: causal, but examples of one group see
+each other.
 """
 
 import math

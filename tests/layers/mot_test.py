@@ -1,6 +1,7 @@
 """The Mixture-of-Tokens layer: the paper's own code reproduced, what it leaks, what it refuses."""
 
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -33,6 +34,10 @@ def _layer(d_model=D, num_experts=E, expert_width=F, group_size=M, temperature=1
     init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
     rngs=nnx.Rngs(0),
   )
+
+
+def _params(module):
+  return jax.device_get(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
 def _tokens(batch_size, length):
@@ -96,18 +101,18 @@ def test_reproduces_the_papers_mixing_weights(x64):
 
 
 def test_is_the_definition_with_padding():
-  length, layer = 2, _layer()
-  x_BLD = _x()[:, :length]
-  segments_BL = np.array([[1, 1], [2, 0], [3, 1], [1, 0], [1, 0], [1, 0]])
-  y_BLD, _ = _forward(x_BLD, _tokens(B, length)._replace(segments=jnp.asarray(segments_BL)))
-  expected_GMLD = jax.jit(mixing.mixture_of_tokens_reference)(
-    x_BLD.reshape(B // M, M, length, D),
-    layer.controller[...],
-    layer.experts.w_in[...],
-    layer.experts.w_out[...],
-    (segments_BL > 0).reshape(B // M, M, length),
-  )
-  np.testing.assert_allclose(y_BLD, expected_GMLD.reshape(B, length, D), rtol=1e-5, atol=1e-5)
+  segments_BL = np.ones((B, L), 'int32')
+  segments_BL[1, 2:] = segments_BL[M:, 4] = 0  # 4: a group without any token
+  y_BLD, _ = _forward(_x(), _tokens(B, L)._replace(segments=jnp.asarray(segments_BL)))
+  x_BLD, params = np.asarray(_x(), 'float64'), _params(_layer())
+  expected_BLD = np.zeros((B, L, D))
+  for first, l, e in itertools.product(range(0, B, M), range(L), range(E)):
+    group = [b for b in range(first, first + M) if segments_BL[b, l]]
+    weights = np.exp(x_BLD[group, l] @ params['controller'][:, e])
+    weights /= weights.sum()
+    hidden_F = np.maximum(weights @ x_BLD[group, l] @ params['experts']['w_in'][e], 0)
+    expected_BLD[group, l] += weights[:, None] * (hidden_F @ params['experts']['w_out'][e])
+  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-5)
   assert np.array_equal(np.abs(y_BLD).max(-1) > 0, segments_BL > 0)
 
 
@@ -128,10 +133,11 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
 
 
 def test_groups_of_one_are_the_sum_of_all_experts():
-  x_BLD, experts = _x(), _layer().experts
-  y_BLD, _ = _forward(x_BLD, _tokens(B, L), group_size=1)
-  per_expert = experts(jnp.broadcast_to(x_BLD.reshape(1, B * L, D), (E, B * L, D)))
-  np.testing.assert_allclose(y_BLD, per_expert.sum(0).reshape(B, L, D), rtol=1e-5, atol=1e-5)
+  y_BLD, _ = _forward(_x(), _tokens(B, L), group_size=1)
+  params = _params(_layer().experts)
+  hidden = np.maximum(np.einsum('BLD,EDF->BLEF', _x(), params['w_in']), 0)
+  expected_BLD = np.einsum('BLEF,EFD->BLD', hidden, params['w_out'])
+  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_expert_and_the_controller():

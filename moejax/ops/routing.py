@@ -1,0 +1,363 @@
+"""Routers and plans: which token goes to which expert, with what weight, as data.
+
+A router is a function of scores that returns a `Plan`; it has no parameters and moves no rows
+(`moejax.ops.dispatch` does). Three of them: token choice with a capacity, token choice without
+drops, expert choice. Scores are float32 (float64 if the logits are).
+
+G routing groups of T tokens each are routed independently of each other. Where a group consists of
+whole sequences, nothing about it depends on how the batch is spread over devices. Everything after
+the plan sees all G*T tokens as one axis.
+
+Ties go to the expert, or token, of the lowest index. Padding (`valid_GT` False) is never routed and
+takes no slot.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Name of the chosen indices for `jax.checkpoint_policies.save_only_these_names`: a backward pass
+# that computes the scores anew must not choose anew.
+CHOICE = 'routing_choice'
+
+SCORES = ('softmax', 'sigmoid')
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    'token',
+    'weight',
+    'used',
+    'sizes_E',
+    'by_token',
+    'first',
+    'number',
+    'counts_GE',
+  ],
+  meta_fields=['max_per_token'],
+)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which token sits in which row of which expert; the only thing a router says.
+
+  Two layouts of rows. *Slotted*: `token` is [E, G*C], C slots per expert and group, those of group
+  g from g*C on; experts are one batched product. *Packed*: `token` is [rows], all rows of expert 0,
+  then those of expert 1, and so on; `sizes_E` says how many each has, and rows beyond their sum are
+  empty. Experts are a grouped product, and nothing is computed for slots that nobody takes.
+
+  Only `weight` has a gradient. No expert holds a token twice.
+  """
+
+  token: jax.Array  # int32: index among the G*T tokens; arbitrary but valid in an empty row
+  weight: jax.Array  # like token: what the expert's output is multiplied by; 0 in an empty row
+  used: jax.Array  # bool, like token: False in an empty row
+  sizes_E: jax.Array  # int32: rows in use by each expert
+  by_token: jax.Array  # int32: rows (of the flattened layout) listed token by token
+  first: jax.Array  # int32 [G*T]: where in `by_token` the rows of a token start
+  number: jax.Array  # int32 [G*T]: how many rows a token has; 0 for padding and dropped tokens
+  counts_GE: jax.Array  # int32: tokens that chose an expert, or were chosen by it, before drops
+  max_per_token: int  # static bound of number
+
+  @property
+  def packed(self):
+    return self.token.ndim == 1
+
+
+def router_logits(x, w_DE):
+  """Scores of every expert for x [..., D]: logits [..., E], float32 at full precision.
+
+  A bfloat16 router sends several per cent of the tokens to another set of experts, and the default
+  precision of TPUs is bfloat16 whatever the dtype.
+  """
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.einsum(
+    '...D,DE->...E', x.astype(dtype), w_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def expert_capacity(num_tokens, k, num_experts, factor):
+  """Slots per expert and group of `num_tokens`: ceil(factor * k * num_tokens / num_experts).
+
+  At least 1, and at most num_tokens, for no token goes to an expert twice.
+  """
+  # An exact quotient must not be rounded up: 1.1 * 10 is 11.000000000000002.
+  exact = factor * k * num_tokens / num_experts
+  return min(num_tokens, max(1, math.ceil(exact - 1e-9 * exact)))
+
+
+def token_choice(
+  logits_GTE,
+  k,
+  capacity,
+  *,
+  valid_GT,
+  bias_E=None,
+  scores='softmax',
+  softmax_after_top_k=False,
+  renormalize=False,
+  packed=False,
+):
+  """Every token takes its k best experts.
+
+  Switch (arXiv:2101.03961): k=1. llm-random and OLMoE: the defaults. Mixtral: `renormalize`, which
+  equals `softmax_after_top_k`. Balancing without a loss (arXiv:2408.15664): `bias_E`, with
+  `scores='sigmoid'` and `renormalize` in DeepSeek-V3.
+
+  Who is dropped when more than `capacity` tokens of a group choose an expert: slots go to first
+  choices before second choices and so on, and among equal choices to the earlier token of the
+  group; whoever finds no slot is dropped, and the weights of its other experts stay as they are.
+
+  Args:
+    logits_GTE: router scores.
+    k: experts per token, at most E.
+    capacity: slots per expert and group, or None for as many as are asked for.
+    valid_GT: bool; False is padding.
+    bias_E: added to the scores for choosing; weights come from the scores without it.
+    scores: 'softmax' over the experts, or 'sigmoid' of each logit.
+    softmax_after_top_k: weights are a softmax over the k chosen logits.
+    renormalize: weights of a token are divided by their sum.
+    packed: layout of the plan; without a capacity it is always packed.
+
+  Returns:
+    A Plan.
+  """
+  G, T, E = logits_GTE.shape
+  _check(scores in SCORES, f'scores must be one of {", ".join(SCORES)}; got {scores!r}.')
+  _check(1 <= k <= E, f'a token can choose between 1 and {E} experts, got k = {k}.')
+  _check(capacity is None or capacity >= 1, f'capacity must be at least 1 slot, got {capacity}.')
+  scores_GTE = jax.nn.softmax(logits_GTE) if scores == 'softmax' else jax.nn.sigmoid(logits_GTE)
+  # Logits order as their scores do, but scores can underflow to a tie.
+  ranking_GTE = logits_GTE if bias_E is None else scores_GTE + bias_E[None, None]
+  _, choice_GTK = jax.lax.top_k(jax.lax.stop_gradient(ranking_GTE), k)
+  choice_GTK = checkpoint_name(choice_GTK, CHOICE)
+  taken_from = logits_GTE if softmax_after_top_k else scores_GTE
+  weight_GTK = jnp.take_along_axis(taken_from, choice_GTK, axis=-1)
+  if softmax_after_top_k:
+    weight_GTK = jax.nn.softmax(weight_GTK)
+  elif renormalize:
+    tiny = jnp.finfo(weight_GTK.dtype).tiny  # k sigmoids can all underflow
+    weight_GTK = weight_GTK / jnp.maximum(weight_GTK.sum(axis=-1, keepdims=True), tiny)
+  return _plan_of_choices(choice_GTK, weight_GTK, valid_GT, E, capacity, packed or capacity is None)
+
+
+def _plan_of_choices(choice_GTK, weight_GTK, valid_GT, num_experts, capacity, packed):
+  """Sorts the n = G*K*T choices, in the order in which slots are given, by expert and group."""
+  G, T, k = choice_GTK.shape
+  E, n = num_experts, G * T * k
+  group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  bin_GKT = jnp.swapaxes(choice_GTK, 1, 2) * G + group_G11
+  bins = jnp.where(valid_GT[:, None], bin_GKT, E * G).reshape(n)  # the last bin is padding
+  order = _argsort(bins, E * G + 1)
+  ends = _ends(bins[order], E * G)
+  counts = jnp.diff(ends, prepend=0)
+  place = _argsort(order, n)  # the inverse permutation: where each choice stands in `order`
+  routed = bins < E * G
+  own_bin = jnp.minimum(bins, E * G - 1)  # of padding any bin will do, it is masked
+  rank = place - (ends - counts)[own_bin]
+  C = T if capacity is None else min(capacity, T)
+  kept = routed & (rank < C)
+  sizes_E = jnp.minimum(counts, C).reshape(E, G).sum(axis=1)
+  if packed:
+    if C < T:  # close the gaps
+      order = _argsort(jnp.where(kept, own_bin // G, E), E + 1)
+      place = _argsort(order, n)
+    choice_of_row, row = order, place
+    used = jnp.arange(n) < sizes_E.sum()
+  else:
+    slot = jnp.arange(C, dtype=jnp.int32)
+    place_of_row = jnp.minimum((ends - counts)[:, None] + slot[None], n - 1)
+    choice_of_row = order[place_of_row].reshape(E, G * C)
+    row = own_bin * C + jnp.clip(rank, 0, C - 1)
+    used = (slot[None] < counts[:, None]).reshape(E, G * C)
+  weight = jnp.swapaxes(weight_GTK, 1, 2).reshape(n)
+  token = choice_of_row // (k * T) * T + choice_of_row % T
+  # Per token: rows of the kept choices first.
+  per_token = lambda a: jnp.swapaxes(a.reshape(G, k, T), 1, 2).reshape(G * T, k)
+  lost, by_token = jax.lax.sort(
+    (per_token(~kept).astype(jnp.int32), per_token(row)), num_keys=1, is_stable=True
+  )
+  return Plan(
+    token=token,
+    weight=_weight_of_row(weight, choice_of_row, used, row, kept),
+    used=used,
+    sizes_E=sizes_E,
+    by_token=by_token.reshape(n),
+    first=jnp.arange(G * T, dtype=jnp.int32) * k,
+    number=k - lost.sum(axis=1),
+    counts_GE=counts.reshape(E, G).T,
+    max_per_token=k,
+  )
+
+
+def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
+  """Every expert takes the `capacity` best tokens of each group (arXiv:2202.09368).
+
+  Loads are equal by construction; how many experts a token gets varies from none to all. Causal
+  only if no group holds two positions of one sequence.
+
+  Args:
+    logits_GTE: router scores.
+    capacity: tokens per expert and group, at most T. An expert of a group with fewer valid tokens
+      leaves slots empty.
+    valid_GT: bool; False is padding.
+    softmax_over: 'experts' (arXiv:2402.07871) or 'tokens' of the group; weights are these scores.
+
+  Returns:
+    A slotted Plan.
+  """
+  G, T, E = logits_GTE.shape
+  _check(
+    softmax_over in ('experts', 'tokens'),
+    f'softmax_over must be experts or tokens; got {softmax_over!r}.',
+  )
+  _check(
+    1 <= capacity <= T,
+    f'an expert can choose between 1 and all {T} tokens of a group, got capacity = {capacity}.',
+  )
+  C = capacity
+  if softmax_over == 'experts':
+    scores_GTE = jax.nn.softmax(logits_GTE, axis=2)
+  else:
+    lowest = jnp.finfo(logits_GTE.dtype).min  # finite: a group of padding alone stays free of NaN
+    scores_GTE = jax.nn.softmax(jnp.where(valid_GT[..., None], logits_GTE, lowest), axis=1)
+  scores_GET = jnp.swapaxes(scores_GTE, 1, 2)
+  ranking_GET = jnp.where(valid_GT[:, None], jax.lax.stop_gradient(scores_GET), -1.0)
+  _, token_GEC = jax.lax.top_k(ranking_GET, C)
+  token_GEC = checkpoint_name(token_GEC, CHOICE)
+  weight_GEC = jnp.take_along_axis(scores_GET, token_GEC, axis=-1)
+  used_GEC = jnp.take_along_axis(valid_GT[:, None], token_GEC, axis=-1)
+  token_GEC = token_GEC + T * jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  by_expert = lambda a_GEC: jnp.swapaxes(a_GEC, 0, 1).reshape(E, G * C)
+  token, used = by_expert(token_GEC), by_expert(used_GEC)
+  owner = jnp.where(used, token, G * T).reshape(-1)  # empty rows sort to the end
+  by_token = _argsort(owner, G * T + 1)
+  ends = _ends(owner[by_token], G * T)
+  number = jnp.diff(ends, prepend=0)
+  return Plan(
+    token=token,
+    weight=jnp.where(used, by_expert(weight_GEC), 0),
+    used=used,
+    sizes_E=used.sum(axis=1, dtype=jnp.int32),
+    by_token=by_token,
+    first=ends - number,
+    number=number,
+    counts_GE=used_GEC.sum(axis=2, dtype=jnp.int32),
+    max_per_token=E,
+  )
+
+
+@jax.custom_vjp
+def _weight_of_row(weight, choice_of_row, used, row, kept):
+  """Weights in the order of rows; both directions are gathers."""
+  del row, kept
+  return jnp.where(used, weight[choice_of_row], 0)
+
+
+def _weight_of_row_forward(weight, choice_of_row, used, row, kept):
+  return _weight_of_row(weight, choice_of_row, used, row, kept), (row, kept)
+
+
+def _weight_of_row_backward(saved, d_weight):
+  row, kept = saved
+  return jnp.where(kept, d_weight.reshape(-1)[row], 0), None, None, None, None
+
+
+_weight_of_row.defvjp(_weight_of_row_forward, _weight_of_row_backward)
+
+
+def _ends(sorted_keys, bound):
+  """For every key in [0, bound), how many of the sorted keys are at most as large."""
+  keys = jnp.arange(bound, dtype=sorted_keys.dtype)
+  return jnp.searchsorted(sorted_keys, keys, side='right').astype(jnp.int32)
+
+
+def _argsort(keys, bound):
+  """Stable argsort of int32 keys in [0, bound)."""
+  n = keys.shape[0]
+  index = jnp.arange(n, dtype=jnp.int32)
+  if bound * n < 2**31:  # key and index in one number: several times faster than a sort of pairs
+    return jax.lax.sort(keys * n + index) % n
+  return jax.lax.sort((keys, index), num_keys=1, is_stable=True)[1]
+
+
+def _check(condition, message):
+  if not condition:
+    raise ValueError(message)
+
+
+def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='uniform_is_1'):
+  """How far the load is from uniform, over the valid tokens of all groups together.
+
+  With f_e the fraction of all choices that went to expert e, before drops, and P_e its mean softmax
+  score, the value is E * sum(f * P): 1 under uniform routing for every k. Only P has a gradient.
+
+  Args:
+    logits_GTE: router scores.
+    counts_GE: choices per expert, `Plan.counts_GE`.
+    valid_GT: bool; False is padding.
+    k: experts per token.
+    convention: 'uniform_is_1', or 'uniform_is_k', the same times k: there f counts choices per
+      token and sums to k, as in llm-random, Mixtral and OLMoE. They agree for k = 1 (Switch).
+
+  Returns:
+    A scalar of the logits' dtype.
+  """
+  scale = {'uniform_is_1': 1, 'uniform_is_k': k}
+  _check(convention in scale, f'convention must be one of {", ".join(scale)}; got {convention!r}.')
+  E = logits_GTE.shape[-1]
+  num_valid = jnp.maximum(valid_GT.sum(), 1)
+  probability_E = _valid_sum(jax.nn.softmax(logits_GTE), valid_GT[..., None]) / num_valid
+  fraction_E = counts_GE.sum(axis=0) / (k * num_valid)
+  return scale[convention] * E * jnp.sum(fraction_E.astype(logits_GTE.dtype) * probability_E)
+
+
+def z_loss(logits_GTE, valid_GT):
+  """Mean over valid tokens of logsumexp(logits)^2 (arXiv:2202.08906, equation 5)."""
+  squared_GT = jax.nn.logsumexp(logits_GTE, axis=-1) ** 2
+  return _valid_sum(squared_GT, valid_GT) / jnp.maximum(valid_GT.sum(), 1)
+
+
+def _valid_sum(a, valid):
+  return jnp.where(valid, a, 0).sum(axis=(0, 1))
+
+
+def router_health(plan, logits_GTE, valid_GT):
+  """Scalars that say whether a router works, over the valid tokens of all groups, no gradient.
+
+  Returns:
+    A dict of float32: `load_max` (load of the busiest expert over the mean load), `load_cv`
+    (standard deviation of the load over its mean), `dead` (fraction of experts without a token),
+    all three of the load before drops; `dropped` (fraction of choices that found no slot),
+    `unrouted` (fraction of tokens in no row at all), `entropy` (of the softmax scores, mean over
+    tokens, divided by log E: 1 is undecided, 0 is certain).
+  """
+  logits_GTE = jax.lax.stop_gradient(logits_GTE)
+  E = logits_GTE.shape[-1]
+  load_E = plan.counts_GE.sum(axis=0).astype(jnp.float32)
+  mean = jnp.maximum(load_E.mean(), 1 / E)  # nothing routed at all: all loads 0
+  num_valid = jnp.maximum(valid_GT.sum(), 1).astype(jnp.float32)
+  entropy_GT = jax.scipy.special.entr(jax.nn.softmax(logits_GTE)).sum(axis=-1)
+  valid = valid_GT.reshape(-1)
+  health = {
+    'load_max': load_E.max() / mean,
+    'load_cv': load_E.std() / mean,
+    'dead': (load_E == 0).mean(),
+    'dropped': 1 - plan.sizes_E.sum() / jnp.maximum(load_E.sum(), 1),
+    'unrouted': jnp.sum(valid & (plan.number == 0)) / num_valid,
+    'entropy': _valid_sum(entropy_GT, valid_GT) / num_valid / (math.log(E) or 1.0),
+  }
+  return {name: value.astype(jnp.float32) for name, value in health.items()}
+
+
+def bias_update(bias_E, counts_E, rate):
+  """The bias one step closer to balance: up by `rate` for experts below the mean load, down above.
+
+  arXiv:2408.15664, algorithm 1. `counts_E` are the choices before drops of the whole batch.
+  """
+  load_E = counts_E.astype(bias_E.dtype)
+  return bias_E + rate * jnp.sign(load_E.mean() - load_E)

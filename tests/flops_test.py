@@ -1,0 +1,192 @@
+"""Counts of parameters and FLOPs: against the papers' numbers, the real parameters, and XLA."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import dense, mot
+from moejax import flops, model as model_lib
+from tests import tiny
+
+
+def _paper_config(module, arg):
+  """A run of the MoT paper: GPT-2's vocabulary, context 256."""
+  fields = module.get_config(arg).model.to_dict()
+  return model_lib.ModelConfig(**fields | {'vocab_size': 50257, 'max_length': 256})
+
+
+@pytest.mark.parametrize(
+  ('module', 'arg', 'millions'),
+  [
+    (dense, 'medium', '76.8'),
+    (mot, 'medium,experts=8', '135.5'),
+    (mot, 'medium,experts=32', '336.9'),
+    (mot, 'medium,experts=128', '1142'),
+    (mot, 'medium,experts=32,mixtures=8', '337.4'),
+    (mot, 'medium,experts=32,mixtures=16', '337.9'),
+    (mot, 'medium,experts=32,mixtures=32', '338.9'),
+    (dense, 'base', '162.4'),
+    (mot, 'base,experts=32', '1040'),
+    (mot, 'base,experts=64,mixtures=16', '1951'),
+  ],
+)
+def test_totals_of_the_papers_models(module, arg, millions):
+  config = _paper_config(module, arg)
+  dense_layers = sum(names.count('mlp') for names in config.sublayers)
+  biases = dense_layers * (
+    config.d_ff + config.d_model
+  )  # which the papers' code has, and we do not
+  total = flops.param_counts(config)['total'] + biases
+  digits = len(millions.partition('.')[2])
+  assert f'{total / 1e6:.{digits}f}' == millions
+
+
+def test_active_parameters_of_equal_flop_models():
+  width, blocks = 512, 8
+  norms = 2 * blocks * 2 * width
+  counts = flops.param_counts(_paper_config(dense, 'medium'))
+  assert counts['non_embedding'] == counts['active'] == 12 * width**2 * blocks + norms
+  mixing = flops.param_counts(_paper_config(mot, 'medium,experts=32,mixtures=8'))
+  assert mixing['active'] == counts['active'] + blocks // 2 * width * 256  # the controllers
+
+
+@pytest.mark.parametrize(
+  ('mixtures', 'percent'), [(1, '2.3'), (8, '18.8'), (16, '37.5'), (32, '75.0')]
+)
+def test_routing_as_a_share_of_the_experts(mixtures, percent):
+  config = _paper_config(mot, f'medium,experts=32,mixtures={mixtures}')
+  kinds = flops.forward_flops_per_token(config, 256)
+  routing = kinds['controller'] + kinds['merge'] + kinds['emit']
+  assert f'{100 * routing / kinds["experts"]:.1f}' == percent
+  assert kinds['experts'] == kinds['mlp'] == 4 * 16 * 512**2
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'blocks': tiny.DENSE},
+    {'blocks': ((('mlp',), 2), (('mot', 'attention', 'mot'), 3))},
+    {'positions': 'rope', 'tie_embeddings': True},
+    {'positions': 'none', 'norm': 'rms_norm'},
+    {'activation': 'swiglu', 'final_norm': True},
+    {'activation': 'swiglu', 'd_ff': 10},
+    {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
+    {'mot_expert_width': 0},
+    {'mot_expert_width': 5, 'mot_group_size': 3},
+  ],
+)
+def test_counts_are_those_of_the_parameters(changes):
+  config = tiny.model_config(**changes)
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  counts = flops.param_counts(config)
+  size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  embeddings = {name: params[name] for name in params if 'embedding' in name or name == 'head'}
+  assert counts['total'] == size(params)
+  assert counts['embedding'] == size(embeddings)
+  assert counts['non_embedding'] == counts['total'] - counts['embedding']
+  assert sum(counts['by_kind'].values()) == counts['total']
+  assert isinstance(counts['active'], int) and 0 < counts['active'] <= counts['non_embedding']
+
+
+def test_every_sublayer_has_a_cost():
+  assert flops.COSTS.keys() == model_lib.SUBLAYERS.keys()
+
+
+def _xla_flops(config, rows, length):
+  """XLA's count of one loss and its gradient."""
+
+  def loss(params, batch):
+    return model_lib.bind(config, params).loss(batch)[0]
+
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tiny.batch(rows=rows, length=length)))
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+  return compiled.cost_analysis()['flops']
+
+
+@pytest.mark.parametrize(
+  ('blocks', 'activation', 'length'),
+  [
+    # XLA counts the body of a scan once, however often it runs: one repeat each.
+    (((('attention', 'mlp'), 1),), 'swiglu', 32),
+    (((('attention', 'mlp'), 1),), 'relu', 256),  # a quarter of it attention scores
+    (((('attention', 'mlp'), 1), (('attention', 'mot'), 1)), 'relu', 32),
+  ],
+)
+def test_training_flops_agree_with_xla(blocks, activation, length):
+  config = tiny.model_config(
+    blocks=blocks,
+    activation=activation,
+    max_length=length,
+    vocab_size=389,
+    d_model=96,
+    d_ff=384,
+    mot_num_experts=64,
+    mot_expert_width=20,
+  )
+  rows = 4
+  counted = _xla_flops(config, rows, length) / (rows * length)
+  # XLA also counts norms, softmax and activations.
+  assert 0.97 * counted < flops.training_flops_per_token(config, length)['total'] < counted
+
+
+def test_training_is_three_times_the_forward_pass():
+  config = tiny.model_config()
+  kinds = flops.forward_flops_per_token(config, 7)
+  training = flops.training_flops_per_token(config, 7)
+  routing = ('controller', 'merge', 'emit')
+  assert training['routing'] == 3 * sum(kinds[name] for name in routing)
+  assert training['model'] == 3 * sum(v for name, v in kinds.items() if name not in routing)
+  assert training['total'] == training['model'] + training['routing']
+  assert flops.training_flops_per_token(tiny.model_config(blocks=tiny.DENSE), 7)['routing'] == 0
+
+
+@pytest.mark.parametrize(
+  ('kind', 'teraflops'),
+  [
+    ('TPU v3', 61.5),
+    ('TPU v4', 275),
+    ('TPU v5 lite', 197),
+    ('TPU v5', 459),
+    ('TPU v6 lite', 918),
+    ('TPU7x', 1153.5),
+    ('Tesla V100-SXM2-16GB', 125),
+    ('Tesla V100-PCIE-16GB', 112),
+    ('Tesla T4', 65),
+    ('NVIDIA A100-SXM4-80GB', 312),
+    ('NVIDIA L4', 121),
+    ('NVIDIA H100 PCIe', 756),
+    ('NVIDIA H100 80GB HBM3', 989),
+    ('NVIDIA H200', 989),
+    ('NVIDIA B200', 2250),
+  ],
+)
+def test_stated_peaks(kind, teraflops):
+  device = types.SimpleNamespace(device_kind=kind)
+  for dtype in ('bfloat16', 'float16'):
+    assert flops.peak_flops(device, dtype) == teraflops * 1e12
+  assert flops.peak_flops(device, 'float32') is None
+
+
+@pytest.mark.parametrize('kind', ['cpu', 'NVIDIA L40S', 'NVIDIA A100-SXM4-40GB MIG 1g.5gb'])
+def test_unknown_devices_have_no_stated_peak(kind):
+  assert flops.peak_flops(types.SimpleNamespace(device_kind=kind), 'bfloat16') is None
+
+
+def test_a_measured_peak_is_that_of_one_device(monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    jnp, 'matmul', lambda a, b: seen.append(jax.sharding.get_abstract_mesh().size) or a @ b
+  )
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  with jax.set_mesh(mesh):
+    rate = flops.measured_peak_flops('float32', seconds=0.02)
+  assert seen == [1]
+  assert 1e8 < rate < 1e14

@@ -1,0 +1,324 @@
+"""Plans: who goes where, who is dropped, what balances, and the statistics of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.ops import routing
+from tests import shapes
+from tests.ops import oracles
+
+G, T, E = 2, 7, 5
+ALL = np.ones((1, 3), bool)
+
+
+@pytest.fixture
+def x64():
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
+
+
+def _logits(seed=0, shape=(G, T, E)):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _valid():
+  return np.random.default_rng(1).random((G, T)) < 0.8
+
+
+def _rows(plan):
+  """{(token, expert): weight} of all rows in use."""
+  used = np.asarray(plan.used)
+  if plan.packed:
+    ends = np.cumsum(plan.sizes_E)
+    expert = np.searchsorted(ends, np.arange(used.size), side='right')
+  else:
+    expert = np.broadcast_to(np.arange(used.shape[0])[:, None], used.shape)
+  tokens = np.asarray(plan.token)[used].tolist()
+  rows = dict(
+    zip(
+      zip(tokens, expert[used].tolist(), strict=True),
+      np.asarray(plan.weight)[used].tolist(),
+      strict=True,
+    )
+  )
+  assert len(rows) == used.sum(), 'an expert holds a token twice'
+  return rows
+
+
+def _check_consistent(plan, capacity=None):
+  """The list by token is the inverse of the rows; empty rows weigh nothing; sizes are true."""
+  used, token = np.asarray(plan.used).reshape(-1), np.asarray(plan.token).reshape(-1)
+  found = []
+  for t, (first, n) in enumerate(zip(plan.first.tolist(), plan.number.tolist(), strict=True)):
+    rows = np.asarray(plan.by_token)[first : first + n]
+    assert n <= plan.max_per_token
+    assert np.all(token[rows] == t) and np.all(used[rows])
+    found += rows.tolist()
+  assert sorted(found) == np.flatnonzero(used).tolist()
+  assert not np.any(np.asarray(plan.weight).reshape(-1)[~used])
+  assert plan.sizes_E.sum() == used.sum()
+  if not plan.packed:
+    np.testing.assert_array_equal(plan.sizes_E, plan.used.sum(axis=1))
+  assert token.min() >= 0 and token.max() < plan.first.shape[0]
+
+
+# Three tokens, two experts. Token 0 prefers expert 0, tokens 1 and 2 expert 1.
+THREE = jnp.log(jnp.array([[[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]]]))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_who_is_dropped(packed):
+  """First choices before second choices, then earlier tokens."""
+  choose = functools.partial(routing.token_choice, THREE, packed=packed, valid_GT=ALL)
+  # One choice each, one slot: token 2 comes after token 1.
+  assert _rows(choose(1, 1)) == pytest.approx({(0, 0): 0.8, (1, 1): 0.7})
+  # Second choices do not push out first choices: token 0's second choice is expert 1, which is
+  # full with the first choices of tokens 1 and 2 although they come later.
+  assert _rows(choose(2, 2)) == pytest.approx({(0, 0): 0.8, (1, 1): 0.7, (2, 1): 0.6, (1, 0): 0.3})
+  assert _rows(choose(2, 3)).keys() == {(t, e) for t in range(3) for e in range(2)}
+
+
+def test_capacity_is_counted_per_group():
+  logits_GTE = jnp.zeros((2, 3, 2)).at[..., 0].set(1)
+  plan = routing.token_choice(logits_GTE, 1, 2, valid_GT=np.ones((2, 3), bool))
+  assert {token for token, _ in _rows(plan)} == {0, 1, 3, 4}
+  np.testing.assert_array_equal(plan.counts_GE, [[3, 0], [3, 0]])
+  np.testing.assert_array_equal(plan.token[0], [0, 1, 3, 4])  # slots of group 0, then of group 1
+
+
+def test_padding_is_not_routed_and_takes_no_slot():
+  valid_GT = np.array([[True, False, True]])
+  plan = routing.token_choice(THREE, 1, 1, valid_GT=valid_GT)
+  assert _rows(plan).keys() == {(0, 0), (2, 1)}
+  np.testing.assert_array_equal(plan.counts_GE, [[1, 1]])
+  plan = routing.expert_choice(THREE, 3, valid_GT=valid_GT)
+  assert {token for token, _ in _rows(plan)} == {0, 2}
+  _check_consistent(plan)
+
+
+def test_ties_go_to_the_lowest_index():
+  plan = routing.token_choice(jnp.zeros((1, 3, 4)), 2, None, valid_GT=ALL)
+  assert _rows(plan).keys() == {(t, e) for t in range(3) for e in (0, 1)}
+  plan = routing.expert_choice(jnp.zeros((1, 3, 4)), 2, valid_GT=ALL)
+  assert _rows(plan).keys() == {(t, e) for t in (0, 1) for e in range(4)}
+
+
+ROUTERS = {
+  'k1': dict(k=1),
+  'k2': dict(k=2),
+  'k3': dict(k=3, renormalize=True),
+  'all experts': dict(k=E),
+  'softmax after': dict(k=2, softmax_after_top_k=True),
+  'sigmoid': dict(k=2, scores='sigmoid', renormalize=True),
+}
+
+
+@pytest.mark.parametrize('capacity', [1, 2, 4, 100, None])
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('name', ROUTERS)
+def test_token_choice_is_the_loops(name, capacity, packed):
+  logits_GTE, valid_GT = _logits(), _valid()
+  options = dict(scores='softmax', softmax_after_top_k=False, renormalize=False) | ROUTERS[name]
+  route = jax.jit(
+    functools.partial(routing.token_choice, capacity=capacity, packed=packed, **options)
+  )
+  plan = route(logits_GTE, valid_GT=valid_GT)
+  _check_consistent(plan)
+  kept, num_choices, _ = oracles.token_choice(
+    np.asarray(logits_GTE, np.float64), capacity=capacity, valid_GT=valid_GT, bias_E=None, **options
+  )
+  expected = {(g * T + t, e): weight for g, _, t, e, weight in kept}
+  assert _rows(plan) == pytest.approx(expected)
+  health = routing.router_health(plan, logits_GTE, valid_GT)
+  assert health['dropped'] == pytest.approx(1 - len(kept) / num_choices, abs=1e-6)
+  routed = {token for token, _ in expected}
+  assert health['unrouted'] == pytest.approx(1 - len(routed) / valid_GT.sum(), abs=1e-6)
+  if packed or capacity is None:
+    assert plan.packed
+    loads = np.bincount([e for _, e in expected], minlength=E)
+    np.testing.assert_array_equal(plan.sizes_E, loads)
+
+
+@pytest.mark.parametrize('softmax_over', ['experts', 'tokens'])
+@pytest.mark.parametrize('capacity', [1, 3, T])
+def test_expert_choice_is_the_loops(softmax_over, capacity):
+  logits_GTE, valid_GT = _logits(), _valid()
+  valid_GT[1] = False
+  plan = routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=softmax_over)
+  _check_consistent(plan)
+  logits = np.asarray(logits_GTE, np.float64)
+  kept, _, _ = oracles.expert_choice(logits, capacity, valid_GT, softmax_over)
+  assert _rows(plan) == pytest.approx({(g * T + t, e): weight for g, _, t, e, weight in kept})
+
+
+def test_mixtral_is_softmax_after_top_k():
+  after = routing.token_choice(_logits(), 2, None, valid_GT=_valid(), softmax_after_top_k=True)
+  renormalized = routing.token_choice(_logits(), 2, None, valid_GT=_valid(), renormalize=True)
+  assert _rows(after) == pytest.approx(_rows(renormalized))
+
+
+def test_weights_of_a_token_are_conserved():
+  plan = routing.token_choice(_logits(), 3, None, valid_GT=_valid(), renormalize=True)
+  sums = np.bincount(plan.token, plan.weight, minlength=G * T)
+  np.testing.assert_allclose(sums, _valid().reshape(-1), rtol=1e-6, atol=1e-7)
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+  bias_E = jnp.array([0.0, 100, 0, 0, 0])
+  plan = routing.token_choice(
+    _logits(), 1, None, valid_GT=_valid(), bias_E=bias_E, scores='sigmoid'
+  )
+  rows = _rows(plan)
+  assert {e for _, e in rows} == {1}
+  scores = jax.nn.sigmoid(_logits()).reshape(G * T, E)
+  assert rows == pytest.approx({(t, 1): float(scores[t, 1]) for t, _ in rows})
+
+
+def test_the_bias_balances():
+  logits_GTE = _logits(shape=(1, 400, E)) + jnp.arange(E)[None, None]
+  valid_GT = np.ones((1, 400), bool)
+
+  @jax.jit
+  def step(bias_E):
+    plan = routing.token_choice(
+      logits_GTE, 2, None, valid_GT=valid_GT, bias_E=bias_E, scores='sigmoid'
+    )
+    return routing.bias_update(bias_E, plan.counts_GE.sum(axis=0), 0.01), plan.counts_GE[0]
+
+  bias_E = jnp.zeros(E)
+  _, before = step(bias_E)
+  for _ in range(150):
+    bias_E, counts = step(bias_E)
+  assert before.max() / before.mean() > 1.5
+  assert counts.max() / counts.mean() < 1.2
+  np.testing.assert_allclose(
+    routing.bias_update(jnp.zeros(3), jnp.array([1, 2, 3]), 0.5), [0.5, 0, -0.5]
+  )
+
+
+@pytest.mark.parametrize('k', [1, 2, E])
+def test_uniform_routing_has_a_balance_loss_of_one(k):
+  counts_GE = jnp.full((G, E), T * k / E)
+  valid_GT = np.ones((G, T), bool)
+  loss = functools.partial(
+    routing.load_balancing_loss, jnp.zeros((G, T, E)), counts_GE, valid_GT, k=k
+  )
+  assert loss() == pytest.approx(1)
+  assert loss(convention='uniform_is_k') == pytest.approx(k)
+
+
+def test_all_to_one_expert_has_a_balance_loss_of_the_number_of_experts():
+  logits_GTE = jnp.zeros((G, T, E)).at[..., 2].set(100)
+  plan = routing.token_choice(logits_GTE, 1, 1, valid_GT=_valid())
+  loss = routing.load_balancing_loss(logits_GTE, plan.counts_GE, _valid(), k=1)
+  assert loss == pytest.approx(E)
+
+
+def test_statistics_see_valid_tokens_only():
+  valid_GT = _valid()
+  logits_GTE = _logits()
+  other_GTE = jnp.where(valid_GT[..., None], logits_GTE, 50.0)
+
+  def statistics(logits_GTE):
+    plan = routing.token_choice(logits_GTE, 2, 1, valid_GT=valid_GT)
+    balance = routing.load_balancing_loss(logits_GTE, plan.counts_GE, valid_GT, k=2)
+    health = routing.router_health(plan, logits_GTE, valid_GT)
+    return balance, routing.z_loss(logits_GTE, valid_GT), health
+
+  jax.tree.map(np.testing.assert_array_equal, statistics(logits_GTE), statistics(other_GTE))
+  expected = np.mean(jax.nn.logsumexp(logits_GTE, axis=-1)[valid_GT] ** 2)
+  assert routing.z_loss(logits_GTE, valid_GT) == pytest.approx(expected)
+
+
+def test_health():
+  logits_GTE = jnp.zeros((1, 3, 4)).at[0, :, 1].set(100)
+  plan = routing.token_choice(logits_GTE, 1, 2, valid_GT=ALL)
+  health = routing.router_health(plan, logits_GTE, ALL)
+  expected = dict(
+    load_max=4, load_cv=np.sqrt(3), dead=0.75, dropped=1 / 3, unrouted=1 / 3, entropy=0
+  )
+  assert {k: float(v) for k, v in health.items()} == pytest.approx(expected, abs=1e-6)
+  uniform = routing.router_health(plan, jnp.zeros((1, 3, 4)), ALL)
+  assert uniform['entropy'] == pytest.approx(1)
+
+
+def test_nothing_but_padding():
+  nothing_GT = np.zeros((G, T), bool)
+  for plan in (
+    routing.token_choice(_logits(), 2, 3, valid_GT=nothing_GT),
+    routing.token_choice(_logits(), 2, None, valid_GT=nothing_GT),
+    routing.expert_choice(_logits(), 3, valid_GT=nothing_GT, softmax_over='tokens'),
+  ):
+    assert not _rows(plan)
+    health = routing.router_health(plan, _logits(), nothing_GT)
+    balance = routing.load_balancing_loss(_logits(), plan.counts_GE, nothing_GT, k=2)
+    assert np.all(np.isfinite([*health.values(), balance]))
+
+
+def test_experts_can_be_renamed():
+  order = np.array([3, 0, 4, 1, 2])
+  for route in (
+    lambda logits: routing.token_choice(logits, 2, 2, valid_GT=_valid()),
+    lambda logits: routing.expert_choice(logits, 3, valid_GT=_valid()),
+  ):
+    renamed = {(t, int(order[e])): w for (t, e), w in _rows(route(_logits()[..., order])).items()}
+    assert renamed == pytest.approx(_rows(route(_logits())))
+
+
+@pytest.mark.parametrize(
+  ('num_tokens', 'k', 'num_experts', 'factor', 'slots'),
+  [
+    (256, 1, 64, 1.0, 4),
+    (10, 1, 10, 1.1, 2),
+    (100, 1, 10, 1.1, 11),
+    (4, 1, 64, 1.0, 1),
+    (8, 4, 4, 9.0, 8),
+  ],
+)
+def test_capacity(num_tokens, k, num_experts, factor, slots):
+  assert routing.expert_capacity(num_tokens, k, num_experts, factor) == slots
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda: routing.token_choice(_logits(), E + 1, 1, valid_GT=_valid()), 'between 1 and 5'),
+    (lambda: routing.token_choice(_logits(), 1, 0, valid_GT=_valid()), 'at least 1 slot'),
+    (lambda: routing.token_choice(_logits(), 1, 1, valid_GT=_valid(), scores='relu'), 'relu'),
+    (lambda: routing.expert_choice(_logits(), T + 1, valid_GT=_valid()), 'all 7 tokens'),
+    (
+      lambda: routing.expert_choice(_logits(), 1, valid_GT=_valid(), softmax_over='x'),
+      'experts or',
+    ),
+    (
+      lambda: routing.load_balancing_loss(_logits(), 0, _valid(), k=1, convention='x'),
+      'uniform_is_1',
+    ),
+  ],
+)
+def test_impossible_values(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_sorts_with_and_without_room_for_the_index_in_the_key():
+  keys = np.random.default_rng(0).integers(0, 9, 50).astype(np.int32)
+  expected = np.argsort(keys, kind='stable')
+  np.testing.assert_array_equal(routing._argsort(keys, 10), expected)
+  np.testing.assert_array_equal(routing._argsort(keys, 2**30), expected)
+
+
+def test_names_are_true():
+  with shapes.checked():
+    for route in (
+      lambda logits: routing.token_choice(logits, 2, 3, valid_GT=_valid()),
+      lambda logits: routing.token_choice(logits, 2, 3, valid_GT=_valid(), packed=True),
+      lambda logits: routing.expert_choice(logits, 3, valid_GT=_valid()),
+    ):
+      plan = jax.eval_shape(route, _logits())
+      jax.eval_shape(lambda p: routing.router_health(p, _logits(), _valid()), plan)
