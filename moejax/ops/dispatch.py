@@ -1,0 +1,57 @@
+"""Moves tokens to the rows of their experts and back, as a Plan says.
+
+`dispatch`, experts on all rows, `combine`: large products, for accelerators and for experts on
+other devices. `moejax.ops.expert_loop` does all three at once, a few experts at a time.
+
+Both directions of both functions are gathers, and the rows of a token add up in a fixed order: no
+atomic additions, so results do not vary from run to run.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def dispatch(x_TD, plan):
+  """Rows of all experts, [E, G*C, D] or packed [rows, D], like `plan.token`.
+
+  An empty row holds some token; its weight is 0, and its gradient is never read.
+  """
+  return x_TD.at[plan.token].get(mode='promise_in_bounds')
+
+
+@jax.custom_vjp
+def combine(rows, plan):
+  """y_TD, the sum of the rows of every token, without weights: they belong into the experts.
+
+  Multiplying hidden activations, which are narrower than rows, by `plan.weight` weighs the output.
+  Empty rows are not read; tokens without a row get 0. Sums run in float32 at least.
+  """
+  D = rows.shape[-1]
+  rows_RD = rows.reshape(-1, D)
+  last = plan.by_token.shape[0] - 1
+
+  def add_row(i, y_TD):
+    row_T = plan.by_token[jnp.minimum(plan.first + i, last)]
+    next_TD = rows_RD.at[row_T].get(mode='promise_in_bounds')
+    return y_TD + jnp.where((i < plan.number)[:, None], next_TD, 0)
+
+  y_TD = jnp.zeros((plan.number.shape[0], D), jnp.promote_types(rows.dtype, jnp.float32))
+  if plan.max_per_token <= 8:  # one fused pass
+    for i in range(plan.max_per_token):
+      y_TD = add_row(i, y_TD)
+  else:
+    y_TD = jax.lax.fori_loop(0, plan.number.max(), add_row, y_TD)
+  return y_TD.astype(rows.dtype)
+
+
+# Each is the transpose of the other. Plans have no gradient here: that of the weights comes from
+# the experts, which use them.
+dispatch.defvjp(
+  lambda x_TD, plan: (dispatch(x_TD, plan), plan),
+  lambda plan, d_rows: (combine(d_rows, plan), None),
+)
+combine.defvjp(
+  lambda rows, plan: (combine(rows, plan), plan),
+  lambda plan, dy_TD: (dispatch(dy_TD, plan), None),
+)
