@@ -88,7 +88,7 @@ def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
   from moejax import data
 
   loader = data.make_loader(stages.data, 'validation')
-  result = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
+  result, _ = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
   summary = json.loads((finished / 'summary.json').read_text())
   assert result['loss'] == pytest.approx(summary['validation']['loss'], rel=1e-5)
 
