@@ -168,6 +168,7 @@ def train(config, workdir):
   loader = data.make_loader(stages.data, 'train', **shard)
   eval_loader = data.make_loader(stages.data, 'validation', **shard)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  checkpoints.make_writable()
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
     run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
     with contextlib.closing(run.writer):

@@ -69,7 +69,7 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   summary = json.loads((finished / 'summary.json').read_text())
   assert summary['tokens_seen'] == 6 * 16 * 32
   assert summary['parameters']['total'] > summary['parameters']['active'] > 0
-  assert 0 < summary['validation']['loss'] < 6
+  assert 0 < summary['validation']['loss'] < 7
   nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
   assert nats_per_bit == pytest.approx(np.log(2), rel=0.01)
   assert summary['versions']['jax'] == jax.__version__
