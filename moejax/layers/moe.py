@@ -144,7 +144,7 @@ class MoEConfig:
     return self.router == 'expert_choice' and not self.by_position
 
 
-def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E):
+def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
   """Every token takes its best experts (Switch, GShard, Mixtral, OLMoE, DeepSeek)."""
   return routing.token_choice(
     logits_GTE,
@@ -154,13 +154,13 @@ def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E):
     bias_E=bias_E,
     scores=config.scores,
     renormalize=config.renormalize,
-    packed=loops(config.impl),
+    packed=packed,
   )
 
 
-def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E):
+def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
   """Every expert takes its best tokens of the group."""
-  del bias_E
+  del bias_E, packed
   over = 'tokens' if config.scores == 'softmax_over_tokens' else 'experts'
   return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=over)
 
@@ -231,7 +231,12 @@ class MixtureOfExperts(nnx.Module):
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
     plan = ROUTERS[config.router](
-      logits_GTE, config=config, capacity=capacity, valid_GT=valid_GT, bias_E=bias_E
+      logits_GTE,
+      config=config,
+      capacity=capacity,
+      valid_GT=valid_GT,
+      bias_E=bias_E,
+      packed=capacity is None or loops(config.impl),
     )
     D = x_GTD.shape[-1]
     y_TD = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)

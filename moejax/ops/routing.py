@@ -143,11 +143,29 @@ def token_choice(
   elif renormalize:
     tiny = jnp.finfo(weight_GTK.dtype).tiny  # k sigmoids can all underflow
     weight_GTK = weight_GTK / jnp.maximum(weight_GTK.sum(axis=-1, keepdims=True), tiny)
-  return _plan_of_choices(choice_GTK, weight_GTK, valid_GT, E, capacity, packed or capacity is None)
+  return plan_of_choices(
+    choice_GTK,
+    weight_GTK,
+    valid_GT=valid_GT,
+    num_experts=E,
+    capacity=capacity,
+    packed=packed or capacity is None,
+  )
 
 
-def _plan_of_choices(choice_GTK, weight_GTK, valid_GT, num_experts, capacity, packed):
-  """Sorts the n = G*T*K choices, stably, by expert and group."""
+def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, packed):
+  """The plan in which every token goes to the experts it chose, while they have slots.
+
+  Args:
+    choice_GTK: int32, the experts of each token, all different.
+    weight_GTK: what their outputs are multiplied by; has a gradient.
+    valid_GT: bool; choices of padding are left out.
+    num_experts: E.
+    capacity: slots per expert and group, given to tokens in the order of the group; None: as many
+      as are asked for.
+    packed: layout of the plan.
+  """
+  # The n = G*T*K choices are sorted, stably, by expert and group.
   G, T, k = choice_GTK.shape
   E, n = num_experts, G * T * k
   bin_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
