@@ -15,13 +15,6 @@ G, T, E = 2, 7, 5
 ALL = np.ones((1, 3), bool)
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 def _logits(seed=0, shape=(G, T, E)):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
@@ -110,24 +103,22 @@ def test_ties_go_to_the_lowest_index():
 
 ROUTERS = {
   'k1': dict(k=1),
-  'k2': dict(k=2),
   'k3': dict(k=3, renormalize=True),
   'all experts': dict(k=E),
-  'softmax after': dict(k=2, softmax_after_top_k=True),
-  'sigmoid': dict(k=2, scores='sigmoid', renormalize=True),
+  'sigmoid': dict(k=3, scores='sigmoid', renormalize=True),
 }
 
 
-@pytest.mark.parametrize('capacity', [1, 2, 4, 100, None])
-@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize(
+  ('capacity', 'packed'), [(1, False), (1, True), (4, False), (4, True), (100, False), (None, True)]
+)
 @pytest.mark.parametrize('name', ROUTERS)
 def test_token_choice_is_the_loops(name, capacity, packed):
   logits_GTE, valid_GT = _logits(), _valid()
   options = dict(scores='softmax', softmax_after_top_k=False, renormalize=False) | ROUTERS[name]
-  route = jax.jit(
-    functools.partial(routing.token_choice, capacity=capacity, packed=packed, **options)
+  plan = routing.token_choice(
+    logits_GTE, capacity=capacity, packed=packed, valid_GT=valid_GT, **options
   )
-  plan = route(logits_GTE, valid_GT=valid_GT)
   _check_consistent(plan)
   kept, num_choices, _ = oracles.token_choice(
     np.asarray(logits_GTE, np.float64), capacity=capacity, valid_GT=valid_GT, bias_E=None, **options
@@ -138,7 +129,7 @@ def test_token_choice_is_the_loops(name, capacity, packed):
   assert health['dropped'] == pytest.approx(1 - len(kept) / num_choices, abs=1e-6)
   routed = {token for token, _ in expected}
   assert health['unrouted'] == pytest.approx(1 - len(routed) / valid_GT.sum(), abs=1e-6)
-  if packed or capacity is None:
+  if packed:
     assert plan.packed
     loads = np.bincount([e for _, e in expected], minlength=E)
     np.testing.assert_array_equal(plan.sizes_E, loads)
