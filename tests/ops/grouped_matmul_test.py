@@ -9,7 +9,7 @@ import pytest
 
 from moejax.ops import grouped_matmul
 from tests import shapes
-from tests.ops import oracles
+from tests.ops import oracles, sparse_layer
 
 # Mostly of one size, so that little needs compiling: 100 rows, 8 groups, blocks of 16 rows.
 GROUPS = {
@@ -33,7 +33,7 @@ def _inputs(groups, dtype='float64', D=3, F=5):
   return x_TD, w_EDF, jnp.array(sizes, jnp.int32), dy_TF
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=sparse_layer.QUICK_TO_COMPILE)
 def _with_gradients(impl, x_TD, w_EDF, sizes_E, dy_TF):
   product = lambda x_TD, w_EDF: grouped_matmul.grouped_matmul(x_TD, w_EDF, sizes_E, impl)
   y_TF, backward = jax.vjp(product, x_TD, w_EDF)
@@ -88,7 +88,7 @@ def test_megablox_interpreted(monkeypatch):
 @pytest.mark.parametrize('impl', ['megablox', 'ragged_dot'])
 def test_lowers_for_tpu(impl):
   x_TD, w_EDF, sizes_E, dy_TF = _inputs('rows beyond', 'bfloat16', D=128, F=256)
-  f = jax.jit(functools.partial(_with_gradients, impl))
+  f = jax.jit(functools.partial(_with_gradients.__wrapped__, impl))
   text = jax.export.export(f, platforms=['tpu'])(x_TD, w_EDF, sizes_E, dy_TF).mlir_module()
   assert ('tpu_custom_call' if impl == 'megablox' else 'ragged_dot') in text
 
@@ -110,6 +110,6 @@ def test_errors():
 def test_names_are_true():
   with shapes.checked():
     jax.eval_shape(
-      lambda *a: _with_gradients('blocked', *a),
+      lambda *a: _with_gradients.__wrapped__('blocked', *a),
       *_inputs('rows beyond', 'float32'),
     )

@@ -4,9 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moejax.ops import dispatch, expert_loop, grouped_matmul, routing
+
+# These tests compile much and compute little.
+QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
 
 
 def relu(h, weight):
@@ -34,29 +36,25 @@ def _in_a_loop(activation, x_TD, plan, w):
   return expert_loop.map_experts(expert, x_TD, plan, w)
 
 
-# Compiled once for each layout and size; the plan is an argument.
-WAYS = {'loop': jax.jit(_in_a_loop, static_argnums=0)} | {
-  impl: jax.jit(functools.partial(_in_three_steps, impl), static_argnums=0)
-  for impl in ('blocked', 'ragged_dot', 'reference')
+# The name of a backend makes a difference for packed plans only.
+WAYS = {'loop': _in_a_loop} | {
+  impl: functools.partial(_in_three_steps, impl) for impl in ('blocked', 'ragged_dot', 'reference')
 }
 
 
-def ways_for(packed):
-  """The backends of the grouped product make a difference for packed plans only."""
-  return WAYS if packed else {name: WAYS[name] for name in ('loop', 'blocked')}
-
-
 def layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=relu):
+  """y_GTD; `route` makes a plan of logits, `way` names one of WAYS."""
   plan = route(routing.router_logits(x_GTD, router_DE))
   x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
-  return way(activation, x_TD, plan, (w_in_EDF, w_out_EFD)).reshape(x_GTD.shape)
+  return WAYS[way](activation, x_TD, plan, (w_in_EDF, w_out_EFD)).reshape(x_GTD.shape)
 
 
-def value_and_gradients(function, args, dy):
-  """y and a dict of the gradients of sum(y * dy) by the arguments of `layer`."""
-  y, backward = jax.vjp(function, *args)
-  return y, dict(zip(('x', 'router', 'w_in', 'w_out'), backward(dy), strict=True))
-
-
-def relative_error(got, expected):
-  return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+@functools.partial(
+  jax.jit, static_argnames=('route', 'way', 'activation'), compiler_options=QUICK_TO_COMPILE
+)
+def value_and_gradients(args, dy_GTD, valid_GT, *, route, way, activation=relu):
+  """y and the gradients of sum(y * dy) by x, router, w_in and w_out."""
+  route = functools.partial(route, valid_GT=valid_GT)
+  run = functools.partial(layer, route=route, way=way, activation=activation)
+  y_GTD, backward = jax.vjp(run, *args)
+  return y_GTD, *backward(dy_GTD)
