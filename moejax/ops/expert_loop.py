@@ -2,7 +2,8 @@
 
 The rows of a few experts stay in the cache between their gather, their products and their sum. On a
 CPU this is faster than the same in three steps and takes a fraction of the memory; the finer the
-experts, the more.
+experts, the more. On an accelerator, which has no use for so many small steps, `dispatch` is the
+way; there the order of the sums here would vary as well.
 """
 
 import functools
@@ -56,7 +57,7 @@ def _take(x_TD, token):
 
 
 def _add(y_TD, token, rows, used):
-  # Experts come one after the other and hold no token twice: the order of the sum is fixed.
+  # No expert holds a token twice, and a CPU adds rows in their order: sums do not vary.
   rows = jnp.where(used[..., None], rows, 0).astype(y_TD.dtype)
   return y_TD.at[token].add(rows, mode='promise_in_bounds')
 
@@ -98,7 +99,7 @@ def _map_slotted_backward(expert, saved, dy_TD):
     return _add(dx_TD, token_EC, dx_ECD, used_EC), (d_weight_EC, dw)
 
   dx_TD, gradients = jax.lax.scan(step, _zeros(x_TD), (xs, h))
-  d_weight, dw = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients)
+  d_weight, dw = jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), gradients)
   return dx_TD.astype(x_TD.dtype), None, d_weight, None, dw
 
 
@@ -115,8 +116,7 @@ def _few_at_a_time(tree):
   return jax.tree.map(lambda a: a.reshape(E // together, together, *a.shape[1:]), tree)
 
 
-# Packed: a scan over experts, and for each a loop over blocks of its rows, as many as the load of
-# this batch takes. An expert's weights are read, and its gradient is written, only once.
+# Packed: a loop over blocks of rows of one expert, as many as the load of this batch takes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,55 +125,49 @@ def _map_packed(expert, *args):
 
 
 def _map_packed_forward(expert, x_TD, token, weight, sizes_E, weights):
-  C = grouped_matmul.block_size(token.shape[0] / sizes_E.shape[0])
-  long_token, long_weight = _lengthen(token, C), _lengthen(weight, C)
+  block = _Block(token.shape[0], sizes_E)
+  x_CD = jax.ShapeDtypeStruct((block.size, x_TD.shape[1]), x_TD.dtype)
+  h_of_a_block = jax.eval_shape(expert.inner, x_CD, jax.tree.map(lambda a: a[0], weights))
+  long_token, long_weight = block.lengthen(token), block.lengthen(weight)
 
-  def run_expert(carry, xs):
-    rows, w = xs
+  def step(i, carry):
+    y_TD, all_h = carry
+    token_C, w = block.read(i, long_token), block.of_group(i, weights)
+    h = expert.inner(_take(x_TD, token_C), w)
+    y_CD = expert.outer(h, block.read(i, long_weight), w)
+    return _add(y_TD, token_C, y_CD, block.used(i)), block.write(i, all_h, h)
 
-    def run_block(i, carry):
-      y_TD, all_h = carry
-      first, used_C = rows.block(i, C)
-      token_C = _read(long_token, first, C)
-      h = expert.inner(_take(x_TD, token_C), w)
-      y_CD = expert.outer(h, _read(long_weight, first, C), w)
-      return _add(y_TD, token_C, y_CD, used_C), _write(all_h, h, first)
-
-    return jax.lax.fori_loop(0, rows.blocks(C), run_block, carry), None
-
-  x_CD = jax.ShapeDtypeStruct((C, x_TD.shape[1]), x_TD.dtype)
-  h = jax.eval_shape(expert.inner, x_CD, jax.tree.map(lambda a: a[0], weights))
-  no_h = jax.tree.map(lambda a: jnp.zeros((long_token.shape[0], *a.shape[1:]), a.dtype), h)
-  (y_TD, h), _ = jax.lax.scan(run_expert, (_zeros(x_TD), no_h), (_rows_of(sizes_E), weights))
+  no_h = jax.tree.map(
+    lambda a: jnp.zeros((long_token.shape[0], *a.shape[1:]), a.dtype), h_of_a_block
+  )
+  y_TD, h = jax.lax.fori_loop(0, block.number, step, (_zeros(x_TD), no_h))
   return y_TD.astype(x_TD.dtype), (x_TD, token, weight, h, sizes_E, weights)
 
 
 def _map_packed_backward(expert, saved, dy_TD):
   x_TD, token, weight, h, sizes_E, weights = saved
-  C = grouped_matmul.block_size(token.shape[0] / sizes_E.shape[0])
-  long_token, long_weight = _lengthen(token, C), _lengthen(weight, C)
+  block = _Block(token.shape[0], sizes_E)
+  long_token, long_weight = block.lengthen(token), block.lengthen(weight)
 
-  def run_expert(carry, xs):
-    rows, w = xs
+  def step(i, carry):
+    dx_TD, d_weight, dw = carry
+    token_C, used_C = block.read(i, long_token), block.used(i)
+    dy_CD = jnp.where(used_C[:, None], _take(dy_TD, token_C), 0)
+    dx_CD, d_weight_C, dw_block = _backward(
+      expert,
+      _take(x_TD, token_C),
+      block.read(i, h),
+      block.read(i, long_weight),
+      block.of_group(i, weights),
+      dy_CD,
+    )
+    group = block.blocks.group[i]
+    dw = jax.tree.map(lambda a, b: a.at[group].add(b.astype(a.dtype)), dw, dw_block)
+    return _add(dx_TD, token_C, dx_CD, used_C), block.write(i, d_weight, d_weight_C), dw
 
-    def run_block(i, carry):
-      dx_TD, d_weight, dw = carry
-      first, used_C = rows.block(i, C)
-      token_C = _read(long_token, first, C)
-      dy_CD = jnp.where(used_C[:, None], _take(dy_TD, token_C), 0)
-      dx_CD, d_weight_C, dw_of_block = _backward(
-        expert, _take(x_TD, token_C), _read(h, first, C), _read(long_weight, first, C), w, dy_CD
-      )
-      dw = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dw, dw_of_block)
-      return _add(dx_TD, token_C, dx_CD, used_C), _write(d_weight, d_weight_C, first), dw
-
-    # Blocks of one expert add up in float32.
-    no_dw = jax.tree.map(_zeros, w)
-    *carry, dw = jax.lax.fori_loop(0, rows.blocks(C), run_block, (*carry, no_dw))
-    return tuple(carry), jax.tree.map(lambda a, w: a.astype(w.dtype), dw, w)
-
-  carry = _zeros(x_TD), jnp.zeros_like(long_weight)
-  (dx_TD, d_weight), dw = jax.lax.scan(run_expert, carry, (_rows_of(sizes_E), weights))
+  zeros = _zeros(x_TD), jnp.zeros_like(long_weight), jax.tree.map(_zeros, weights)
+  dx_TD, d_weight, dw = jax.lax.fori_loop(0, block.number, step, zeros)
+  dw = jax.tree.map(lambda a, w: a.astype(w.dtype), dw, weights)
   # What the last block wrote beyond the last group is `dy` = 0 times something finite, so 0.
   return dx_TD.astype(x_TD.dtype), None, d_weight[: token.shape[0]], None, dw
 
@@ -181,38 +175,32 @@ def _map_packed_backward(expert, saved, dy_TD):
 _map_packed.defvjp(_map_packed_forward, _map_packed_backward)
 
 
-class _Rows(typing.NamedTuple):
-  """The rows of an expert in a packed plan, in blocks.
+class _Block:
+  """Block i of the rows of a packed plan.
 
-  The last block may reach beyond them. What it writes there, the next expert writes again; arrays
-  are one block longer than the plan, so that there is room after the last one.
+  A block may reach beyond its group. What it writes there, the first block of the next group
+  writes again; arrays are `size` rows longer than the plan, so that the last one has room.
   """
 
-  first: jax.Array
-  end: jax.Array
+  def __init__(self, num_rows, sizes_E):
+    self.size = grouped_matmul.block_size(num_rows / sizes_E.shape[0])
+    self.blocks = grouped_matmul.blocks_of_groups(sizes_E, self.size, num_rows)
+    self.number = self.blocks.number
 
-  def blocks(self, size):
-    return -(-(self.end - self.first) // size)
+  def lengthen(self, a):
+    return jnp.pad(a, (0, self.size))
 
-  def block(self, i, size):
-    """First row of block i, and which of its rows are the expert's."""
-    first = self.first + i * size
-    return first, first + jnp.arange(size, dtype=first.dtype) < self.end
+  def used(self, i):
+    row_C = self.blocks.first[i] + jnp.arange(self.size, dtype=self.blocks.first.dtype)
+    return row_C < self.blocks.end[i]
 
+  def of_group(self, i, tree):
+    return jax.tree.map(lambda a: a[self.blocks.group[i]], tree)
 
-def _rows_of(sizes_E):
-  ends_E = jnp.cumsum(sizes_E)
-  return _Rows(ends_E - sizes_E, ends_E)
+  def read(self, i, tree):
+    read = lambda a: jax.lax.dynamic_slice_in_dim(a, self.blocks.first[i], self.size, axis=0)
+    return jax.tree.map(read, tree)
 
-
-def _lengthen(a, size):
-  return jnp.pad(a, (0, size))
-
-
-def _read(tree, first, size):
-  return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, size), tree)
-
-
-def _write(tree, rows, first):
-  write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, first, axis=0)
-  return jax.tree.map(write, tree, rows)
+  def write(self, i, tree, rows):
+    write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, self.blocks.first[i], axis=0)
+    return jax.tree.map(write, tree, rows)

@@ -181,7 +181,7 @@ def test_the_bias_balances():
 
   @jax.jit
   def step(bias_E):
-    plan = token_choice(logits_GTE, 2, None, valid_GT=valid_GT, bias_E=bias_E, scores='sigmoid')
+    plan = routing.token_choice(logits_GTE, 2, None, valid_GT=valid_GT, bias_E=bias_E, scores='sigmoid')
     return routing.bias_update(bias_E, plan.counts_GE.sum(axis=0), 0.01), plan.counts_GE[0]
 
   bias_E = jnp.zeros(E)
