@@ -171,8 +171,8 @@ def train(config, workdir):
   checkpoints.make_writable()
   if stages.model.leaks():
     print(
-      'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: losses '
-      'are too good, and generation does not reach them. model.moe.group_by = position does not.'
+      'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
+      'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
     )
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
     run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
