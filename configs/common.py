@@ -92,8 +92,8 @@ def baseline():
   c.data.task = ''  # seqio: a registered task or mixture
   c.data.tfds_data_dir = ''  # seqio: where prepared tensorflow-datasets lie; '' is their default
   c.data.tokenizer = 'bytes'  # bytes, a SentencePiece .model file, gpt2:FOLDER
-  c.data.sequence_length = 128
-  c.data.batch_size = 16  # sequences per step, over all devices
+  c.data.sequence_length = 64
+  c.data.batch_size = 32  # sequences per step, over all devices
   c.data.seed = 0
 
   c.optimizer = ConfigDict()

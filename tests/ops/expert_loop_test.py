@@ -182,6 +182,7 @@ def test_works_under_scan_and_remat(way):
 @pytest.mark.parametrize('packed', [False, True])
 def test_names_are_true(packed, way):
   *args, _, valid_GT = _inputs('plain')
+  args = [jnp.asarray(a, 'float32') for a in args]
   route = functools.partial(routing.token_choice, k=2, capacity=4, valid_GT=valid_GT, packed=packed)
   layer = functools.partial(sparse_layer.layer, route=route, way=way)
   with shapes.checked():
