@@ -7,21 +7,22 @@ All programs of a case run in turn, in a new order every round; a ratio is the m
 of the ratios within a round, so that a busy machine disturbs it little. --clock=cpu counts seconds
 of CPU time, for a machine with other work: it leaves out how well the work spreads over cores.
 
-Floor. T tokens, width D, each sent to k of E experts of width F; the dense layer has width k * F.
-  FLOPs    dense: 12 T D k F. Sparse: the same, plus the router's three products, 6 T D E.
-           A capacity factor c > 1 computes c times the experts' FLOPs, if slots are computed that
-           nobody takes.
-  bytes    dense: x, dy read, y, dx written, the hidden activations written and read once, the
-           weights read in both directions and their gradients written: 4 T D + 2 T k F + 6 D k F
-           numbers. Sparse: rows of x gathered in both directions and of dy in one, rows added to y
-           and to dx (read and written), 7 T k D; the logits written and read in both directions,
-           4 T E; the hidden activations, 2 T k F; the weights of all experts, 6 D E F.
-The floor of a ratio is max(FLOPs / speed of the dense layer, bytes / speed of a copy) over the
-time of the dense layer, both measured in the same round. Rows of x are numbers of an array of T D
-that may well fit into a cache: the bytes bound is then pessimistic, and a ratio below it possible.
+Floor. T tokens of width D, each sent to k of E experts of width F; the dense layer has width k * F.
+  FLOPs    dense: 12 T D k F. Sparse: the same, and the router's three products, 6 T D E, which
+           makes 1 + E / (2 k F) of the dense layer: 1.00 for 8x1, 1.02 for 32x8, 1.25 for 512x8,
+           2.00 for expert choice at G=32 (for which the target counts the router twice).
+           Slots that nobody takes, and blocks of rows that an expert does not fill, come on top.
+  numbers  x, dy read, y, dx written: 4 T D. Hidden activations written and read: 2 T k F. Weights
+           of all experts read in both directions, their gradients written: 6 D E F. Rows of x
+           gathered in both directions and of dy in one, rows added to y and to dx (read, written):
+           7 T k D. Logits written and read in both directions: 4 T E.
+The floor of a ratio is the larger of its FLOPs at the speed of the dense layer and of its bytes at
+the speed of a copy to new memory, both measured in the same rounds. Two things that the floor
+leaves out matter for fine experts on a CPU. A product with few rows is slower than a large one: at
+64 rows of width 256 by 128, to about 3/4 forward and 1/2 and less backward. And the pages of the
+weights' gradients (134 MB for 512x8) are new in every run, which no product overlaps with.
 
-Floors, for float32 and a machine with 40 FLOPs to a byte (numbers per FLOP are small, so what
-counts is 6 D E F and 7 T k D): 8x1 1.1, 32x8 1.1, 512x8 1.3, expert choice at G=32 2.0.
+`move` is gather and addition of rows with the experts left out, `experts` the rest of the layer.
 """
 
 import dataclasses

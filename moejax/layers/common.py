@@ -16,6 +16,7 @@ class Tokens(NamedTuple):
 
   segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
   positions: jax.Array  # position of the token in its document or row
+  key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
 
 
 def truncated_normal(key, shape, fan_in, scale, dtype=jnp.float32):

@@ -24,6 +24,7 @@ def _layer(d_model=D, num_experts=E, expert_width=F, group_size=M, temperature=1
     expert_width=expert_width,
     group_size=group_size,
     temperature=temperature,
+    activation='relu',
     init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
     rngs=nnx.Rngs(0),
   )
