@@ -45,7 +45,7 @@ def baseline():
   c.model.num_heads = 2
   c.model.d_ff = 256  # hidden width of a dense feed-forward
   c.model.activation = 'relu'  # relu, gelu, swiglu: of dense feed-forwards
-  c.model.positions = 'learned'  # learned (absolute), rope, none
+  c.model.positions = 'rope'  # rope, learned (absolute), none
   c.model.document_mask = False  # True: attention stays inside packed documents
   c.model.norm = 'layer_norm'  # layer_norm, rms_norm
   c.model.final_norm = False  # a norm before the output projection
@@ -178,6 +178,7 @@ def sized(name):
 
 def c4(c):
   """C4, context 256, batch 256, 150k steps: the runs of the second version of the MoT paper."""
+  c.model.positions = 'learned'
   c.model.init_scale = 0.1
   c.model.dtype = 'bfloat16'
   c.model.document_mask = True  # packed rows; the papers concatenate documents without a mask

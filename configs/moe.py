@@ -22,7 +22,6 @@ def get_config(arg=None):
   c = common.baseline() if arg.size == 'laptop' else _paper(*SIZES[arg.size])
   ((_, blocks),) = c.model.blocks
   c.model.blocks = ((('attention', 'moe'), blocks),)
-  c.model.positions = 'rope'
   c.model.moe.expansion_rate = arg.experts or c.model.moe.expansion_rate
   c.model.moe.experts_per_token = arg.top_k
   return common.shrink(c) if arg.debug else c
@@ -31,6 +30,7 @@ def get_config(arg=None):
 def _paper(d_model, blocks, heads, peak_lr, batch_size, steps):
   c = common.baseline()
   common.c4(c)
+  c.model.positions = 'rope'
   c.model.d_model, c.model.num_heads, c.model.d_ff = d_model, heads, 4 * d_model
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   c.model.moe.expansion_rate = 32

@@ -152,6 +152,10 @@ class ModelConfig:
     expert_choice = self.uses('moe') and self.moe.router == 'expert_choice'
     return math.lcm(mot, self.moe.group_size if expert_choice else 1)
 
+  def leaks(self):
+    """Whether a token sees later positions."""
+    return self.uses('moe') and self.moe.leaks()
+
   def dropless(self):
     """The same model without dropped tokens, or None if it drops none."""
     if not self.uses('moe') or self.moe.router != 'token_choice' or not self.moe.capacity_factor:

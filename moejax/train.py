@@ -169,6 +169,11 @@ def train(config, workdir):
   eval_loader = data.make_loader(stages.data, 'validation', **shard)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
   checkpoints.make_writable()
+  if stages.model.leaks():
+    print(
+      'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
+      'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
+    )
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
     run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
     with contextlib.closing(run.writer):

@@ -25,7 +25,7 @@ def model_config(**changes):
   """A tiny ModelConfig with the baseline's defaults; `mot_...`, `moe_...` go to their sections."""
   fields = common.baseline().model.to_dict()
   fields |= {'vocab_size': V, 'max_length': L, 'd_model': D, 'num_heads': H, 'd_ff': F}
-  fields |= {'blocks': MOT}
+  fields |= {'blocks': MOT, 'positions': 'learned'}
   fields['mot'] |= {'num_experts': E, 'group_size': M, 'expert_width': 16}
   fields['moe'] |= {'expansion_rate': E // 2, 'granularity': 2, 'group_size': M}
   for name, value in changes.items():
