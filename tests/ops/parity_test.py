@@ -147,8 +147,14 @@ LLM_RANDOM = (
 )
 
 
-@pytest.mark.parametrize(('dtype', 'way'), [('float32', 'blocked'), ('float64', 'loop')])
-@pytest.mark.parametrize('name', ['llm_random_tc_k1_nodrop', 'llm_random_tc_k2_nodrop'])
+@pytest.mark.parametrize(
+  ('name', 'dtype', 'way'),
+  [
+    ('llm_random_tc_k1_nodrop', 'float64', 'loop'),
+    ('llm_random_tc_k2_nodrop', 'float64', 'blocked'),
+    ('llm_random_tc_k2_nodrop', 'float32', 'loop'),
+  ],
+)
 def test_llm_random_token_choice(x64, name, dtype, way):
   a, config = _load(name)
   k = config['routing_top_k']
@@ -173,9 +179,13 @@ def test_llm_random_load_balancing_loss(x64, name):
   _check(got, (a[key], a[f'{key}.dx'], a[f'{key}.g.gating.gate']), 'float64')
 
 
-@pytest.mark.parametrize(('dtype', 'way'), [('float32', 'blocked'), ('float64', 'loop')])
 @pytest.mark.parametrize(
-  'name', ['llm_random_ec_no_layernorm', 'llm_random_ec_repo_default_granular']
+  ('name', 'dtype', 'way'),
+  [
+    ('llm_random_ec_no_layernorm', 'float64', 'loop'),
+    ('llm_random_ec_repo_default_granular', 'float64', 'blocked'),
+    ('llm_random_ec_repo_default_granular', 'float32', 'loop'),
+  ],
 )
 def test_llm_random_expert_choice(x64, name, dtype, way):
   """A group is the batch at one position; granular experts have a layer norm on their sum."""

@@ -50,11 +50,18 @@ def layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=relu)
 
 
 @functools.partial(
-  jax.jit, static_argnames=('route', 'way', 'activation'), compiler_options=QUICK_TO_COMPILE
+  jax.jit, static_argnames=('route', 'ways', 'activation'), compiler_options=QUICK_TO_COMPILE
 )
-def value_and_gradients(args, dy_GTD, valid_GT, *, route, way, activation=relu):
-  """y and the gradients of sum(y * dy) by x, router, w_in and w_out."""
+def value_and_gradients(
+  args, dy_GTD, valid_GT, *, route, ways=('loop', 'blocked'), activation=relu
+):
+  """For every way, y and the gradients of sum(y * dy) by x, router, w_in and w_out."""
   route = functools.partial(route, valid_GT=valid_GT)
-  run = functools.partial(layer, route=route, way=way, activation=activation)
-  y_GTD, backward = jax.vjp(run, *args)
-  return y_GTD, *backward(dy_GTD)
+
+  def run(way):
+    y_GTD, backward = jax.vjp(
+      functools.partial(layer, route=route, way=way, activation=activation), *args
+    )
+    return y_GTD, *backward(dy_GTD)
+
+  return {way: run(way) for way in ways}
