@@ -81,26 +81,45 @@ def fit(runs, form, *, c=None, starts=50, repeats=100, held_out=0.2, penalty=0.0
   problem = _problem(runs, law, names, c, penalty)
   rng = np.random.default_rng(seed)
   start = _starts(rng, names, starts, problem.loss.mean())
-  (theta,) = _solve(law, names, problem, np.ones((1, len(runs))), start)
-  excluded = _diverged(runs, errors(_coefficients(names, problem, theta), runs))
-  kept = np.array([run.name not in excluded for run in runs])
-  _check_number(kept.sum(), form, names)
-  seen = kept & (problem.loss > np.quantile(problem.loss[kept], held_out))
-  draws = rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
-  weights = np.stack([kept, seen, *draws]).astype(np.float64)
-  theta, partial_theta, *others = _solve(law, names, problem, weights, start)
-  coefficients = _coefficients(names, problem, theta)
-  unseen = errors(_coefficients(names, problem, partial_theta), runs)[kept & ~seen]
+
+  def solve(kept):
+    """For all runs kept, for all but those held out, and for every repeat: coefficients."""
+    weights = np.stack([kept, _seen(problem.loss, kept, held_out), *_draw(rng, kept, repeats)])
+    return _solve(law, names, problem, weights.astype(np.float64), start)
+
+  natural = functools.partial(_coefficients, names, problem)
+  kept = np.full(len(runs), True)
+  thetas = solve(kept)
+  excluded = _diverged(runs, errors(natural(thetas[0]), runs))
+  if excluded:
+    kept = np.array([run.name not in excluded for run in runs])
+    _check_number(kept.sum(), form, names)
+    thetas = solve(kept)
+  theta, validation_theta, *others = thetas
+  seen = _seen(problem.loss, kept, held_out)
+  validated = seen.sum() > len(names) and (kept & ~seen).any()
   return Fit(
     form=form,
-    coefficients=coefficients,
-    intervals=_intervals(names, [_coefficients(names, problem, other) for other in others]),
-    rmse=_rms(errors(coefficients, runs)[kept]),
-    held_out_rmse=_rms(unseen) if len(unseen) and seen.sum() > len(names) else None,
+    coefficients=natural(theta),
+    intervals=_intervals(names, [natural(other) for other in others]),
+    rmse=_rms(errors(natural(theta), runs)[kept]),
+    held_out_rmse=_rms(errors(natural(validation_theta), runs)[kept & ~seen])
+    if validated
+    else None,
     used=tuple(run.name for run in runs if run.name not in excluded),
     excluded=excluded,
     warnings=tuple(_unidentified(law, names, problem, theta, kept)),
   )
+
+
+def _seen(loss, kept, held_out):
+  """Of the kept runs those that the validation fit sees."""
+  return kept & (loss > np.quantile(loss[kept], held_out)) if held_out else kept
+
+
+def _draw(rng, kept, repeats):
+  """[repeats, runs]: how often each run is in each bootstrap sample."""
+  return rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
 
 
 def fit_moe_and_dense(sparse, dense, *, c=None, **options):

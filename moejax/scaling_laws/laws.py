@@ -39,7 +39,7 @@ _FOUR_DIGITS = Coefficients(
 )
 _DENSE = Coefficients(c=0.472, a=16.3, alpha=0.126, b=26.7, beta=0.127)
 
-# Name -> expansion rate -> coefficients, for C4 and GPT-2's tokenizer; 1 is the dense law. `printed`
+# Name -> expansion rate (1: dense) -> coefficients, for C4 and GPT-2's tokenizer. `printed`
 # are Tables 1 (E = 64, dense) and 8 (E = 16), with the c = 0.472 that they round to 0.47;
 # `four_digits` are those of the authors' plotting code, which has no more of the dense law's.
 PUBLISHED = {

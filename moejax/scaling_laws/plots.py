@@ -34,7 +34,8 @@ def plot(coefficients, expansion_rate, runs, folder):
   figures = {}
   if sparse:
     figures['loss_by_granularity'] = _loss_by_granularity(sparse, expansion_rate, runs)
-    figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, budgets)
+    more = np.geomspace(budgets[0] / 10, budgets[-1] * 1000, len(budgets))
+    figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, more)
   figures['loss_by_flops'] = _loss_by_flops(coefficients, expansion_rate, runs, budgets)
   if runs:
     figures['residuals'] = _residuals(sparse, dense, runs)
@@ -45,12 +46,15 @@ def plot(coefficients, expansion_rate, runs, folder):
   return [folder / f'{name}.png' for name in figures]
 
 
-def _figure(xlabel, ylabel, **size):
-  figure = Figure(figsize=(7.5, 5), layout='constrained')
-  axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, axisbelow=True, **size)
+def _figure(width=7.5, height=5):
+  return Figure(figsize=(width, height), layout='constrained')
+
+
+def _axes(figure, *position, xlabel='', ylabel='', **properties):
+  axes = figure.add_subplot(*position, xlabel=xlabel, ylabel=ylabel, axisbelow=True, **properties)
   axes.grid(color='0.92')
   axes.spines[['top', 'right']].set_visible(False)
-  return figure, axes
+  return axes
 
 
 def _colours(values):
@@ -61,50 +65,58 @@ def _colours(values):
 
 
 def _loss_by_granularity(law, expansion_rate, runs):
-  """Fixed N and D: how much finer experts help."""
-  figure, axes = _figure('granularity G', 'loss (nats per token)', xscale='log')
-  measured = {}
+  """How much finer experts help: a panel for each D, a line for each N."""
+  measured = {}  # tokens -> params -> granularity -> loss
   for run in runs:
     if run.granularity != laws.DENSE:
-      points = measured.setdefault((run.params, run.tokens), {})
-      points[run.granularity] = run.loss
-  groups = measured or {size: {} for size in _example_sizes(expansion_rate)}
-  last = max([16, *(g for points in groups.values() for g in points)])
+      sizes = measured.setdefault(run.tokens, {})
+      sizes.setdefault(run.params, {})[run.granularity] = run.loss
+  panels = measured or _example_sizes(expansion_rate)
+  colours = _colours(params for sizes in panels.values() for params in sizes)
+  last = max([16, *(run.granularity for run in runs)])
   fine = np.geomspace(1, last, 60)
-  colours = _colours(params for params, _ in groups)
-  durations = sorted({tokens for _, tokens in groups})
-  styles = dict(zip(durations, ['-', '--', ':', '-.'] * len(durations), strict=False))
-  rows = []
-  for (params, tokens), points in sorted(groups.items()):
-    style = {'color': colours[params], 'linestyle': styles[tokens]}
-    axes.plot(fine, laws.loss(law, params, tokens, fine), linewidth=1.4, **style)
-    if points:
-      axes.plot(*zip(*sorted(points.items()), strict=True), 'o', color=colours[params], ms=4.5)
-    for granularity in sorted(points) or _powers_of_two(last):
-      predicted = float(laws.loss(law, params, tokens, granularity))
-      rows.append((params, tokens, granularity, points.get(granularity, ''), predicted))
-  handles = [axes.plot([], color=c, label=f'N = {short(n)}')[0] for n, c in colours.items()]
-  handles += [
-    axes.plot([], color='0.4', linestyle=styles[d], label=f'D = {short(d)}')[0] for d in durations
+  figure, first, rows = _figure(2 + 2.4 * len(panels)), None, []
+  for column, tokens in enumerate(sorted(panels), start=1):
+    axes = _axes(figure, 1, len(panels), column, xscale='log', sharey=first)
+    first = first or axes
+    for params, points in sorted(panels[tokens].items()):
+      axes.plot(fine, laws.loss(law, params, tokens, fine), color=colours[params], linewidth=1.4)
+      if points:
+        axes.plot(*zip(*sorted(points.items()), strict=True), 'o', color=colours[params], ms=4.5)
+      for granularity in sorted(points) or _powers_of_two(last):
+        predicted = float(laws.loss(law, params, tokens, granularity))
+        rows.append((params, tokens, granularity, points.get(granularity, ''), predicted))
+    axes.set_title(f'D = {short(tokens)}', fontsize='medium')
+    axes.tick_params(labelleft=axes is first)
+    _granularity_ticks(axes.xaxis, last)
+  assert first
+  first.set_ylabel('loss (nats per token)')
+  figure.supxlabel(f'granularity G, at expansion rate {expansion_rate:g}', fontsize='medium')
+  handles = [
+    first.plot([], color=colour, label=f'N = {short(params)}')[0]
+    for params, colour in colours.items()
   ]
-  axes.legend(handles=handles, frameon=False, ncols=2, fontsize='small', loc='upper right')
-  axes.set_title(f'Loss by granularity, E = {expansion_rate:g}', fontsize='medium')
-  axes.margins(y=0.12)
-  _granularity_ticks(axes.xaxis, last)
+  figure.legend(handles=handles, frameon=False, fontsize='small', loc='outside right upper')
   return figure, ('params', 'tokens', 'granularity', 'loss', 'predicted'), rows
 
 
 def _example_sizes(expansion_rate):
-  """Sizes of the paper's runs, for a law that comes without runs."""
-  for d_model, blocks in ((256, 4), (512, 8), (768, 12)):
-    for tokens in (16e9, 66e9):
-      yield laws.total_params(d_model, blocks, expansion_rate), tokens
+  """Sizes of the paper's runs without their losses, for a law that comes without runs."""
+  shapes = ((256, 4), (512, 8), (768, 12))
+  sizes = {laws.total_params(*shape, expansion_rate): {} for shape in shapes}
+  return {16.4e9: sizes, 65.5e9: sizes}
 
 
 def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
   """The best loss of each granularity and of dense models at every budget, and their envelope."""
-  figure, axes = _figure(
-    'training FLOPs', 'loss (nats per token)', xscale='log', yscale='log', xlim=budgets[[0, -1]]
+  figure = _figure()
+  axes = _axes(
+    figure,
+    xlabel='training FLOPs',
+    ylabel='loss (nats per token)',
+    xscale='log',
+    yscale='log',
+    xlim=budgets[[0, -1]],
   )
   curves = {}
   if sparse := coefficients.get(expansion_rate):
@@ -122,7 +134,9 @@ def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
   for run in runs:
     if run.granularity in curves:
       axes.plot(run.flops, run.loss, 'o', color=colours[run.granularity], ms=4, alpha=0.8)
-  axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+  axes.yaxis.set_major_locator(
+    ticker.LogLocator(subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8))
+  )
   axes.yaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   axes.yaxis.set_minor_locator(ticker.NullLocator())
   axes.legend(frameon=False, fontsize='small')
@@ -141,23 +155,42 @@ def _best_losses(law, expansion_rate, granularity, budgets):
 
 
 def _optimal_granularity(law, expansion_rate, budgets):
-  """The best granularity at every budget, and what coarse experts cost there."""
+  """The best granularity at every budget, and what another one costs there."""
   best = [optimal.best(law, expansion_rate, flops) for flops in budgets]
-  figure, axes = _figure(
-    'training FLOPs', 'best granularity G', xscale='log', yscale='log', xlim=budgets[[0, -1]]
+  chosen = [optimum.granularity for optimum in best]
+  lowest = np.array([optimum.loss for optimum in best])
+  figure = _figure(height=6)
+  top = _axes(figure, 2, 1, 1, ylabel='best granularity G', xscale='log', yscale='log')
+  top.step(budgets, chosen, where='mid', color='0.2', linewidth=2)
+  top.set_ylim(0.8, 1.3 * max(chosen))
+  top.set_title(f'Compute-optimal granularity at expansion rate {expansion_rate:g}', size='medium')
+  _granularity_ticks(top.yaxis, max(chosen))
+  bottom = _axes(
+    figure, 2, 1, 2, xlabel='training FLOPs', ylabel='loss above the best (nats)', sharex=top
   )
-  granularities = [optimum.granularity for optimum in best]
-  axes.step(budgets, granularities, where='mid', color='C0', linewidth=2)
-  _granularity_ticks(axes.yaxis, max(granularities))
-  axes.set_ylim(0.8, 1.3 * max(granularities))
-  axes.set_title(f'Compute-optimal granularity, E = {expansion_rate:g}', fontsize='medium')
-  rows = [(o.flops, o.granularity, o.params, o.tokens, o.loss) for o in best]
-  return figure, ('flops', 'granularity', 'params', 'tokens', 'loss'), rows
+  granularities = _powers_of_two(max(8, *chosen))
+  colours = _colours(granularities)
+  excess = {}
+  for g in granularities:
+    excess[g] = _best_losses(law, expansion_rate, g, budgets) - lowest
+    bottom.plot(budgets, excess[g], color=colours[g], linewidth=1.4, label=_kind(g))
+  bottom.set_xlim(*budgets[[0, -1]])
+  bottom.set_ylim(0, 1.1 * max(0.02, *excess[1]))
+  figure.legend(*bottom.get_legend_handles_labels(), frameon=False, loc='outside right lower')
+  rows = [
+    (o.flops, o.granularity, o.params, o.tokens, o.loss, *(float(excess[g][i]) for g in excess))
+    for i, o in enumerate(best)
+  ]
+  names = (f'excess_g{g}' for g in granularities)
+  return figure, ('flops', 'granularity', 'params', 'tokens', 'loss', *names), rows
 
 
 def _residuals(sparse, dense, runs):
   """Measured less predicted, over the prediction."""
-  figure, axes = _figure('predicted loss (nats per token)', 'measured - predicted')
+  figure = _figure()
+  axes = _axes(
+    figure, xlabel='predicted loss (nats per token)', ylabel='measured - predicted (nats)'
+  )
   colours = _colours(r.granularity for r in runs if r.granularity != laws.DENSE)
   colours |= {laws.DENSE: _DENSE_COLOUR}
   rows = []
