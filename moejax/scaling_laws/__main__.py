@@ -12,6 +12,7 @@ Each has --help.
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -20,7 +21,7 @@ from moejax import cli
 _FLAGS = flags.FLAGS
 
 
-def _define_coefficients(default='printed'):
+def _define_coefficients(default: str | None = 'printed'):
   flags.DEFINE_string(
     'coefficients',
     default,
@@ -138,12 +139,13 @@ def fit(paths):
     raise ValueError('fit needs folders of runs, or CSV files: fit runs/grid --output=law.')
   runs, excluded = collect.collect(paths, _FLAGS.expansion_rate or 0)
   sparse, dense = collect.by_kind(runs)
-  options = {name: _FLAGS[name].value for name in ('starts', 'repeats', 'held_out', 'penalty')}
+  names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
+  options: Any = {name: _FLAGS[name].value for name in names}
   fits = {}
   if _FLAGS.law == 'moe':
-    fits = fit_lib.fit_moe_and_dense(sparse, dense, c=_FLAGS.c, **options)
+    fits = fit_lib.fit_moe_and_dense(sparse, dense, **options)
   else:
-    fits[1] = fit_lib.fit(dense, _FLAGS.law, c=_FLAGS.c, **options)
+    fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
   folder = pathlib.Path(_FLAGS.output)
   folder.mkdir(parents=True, exist_ok=True)
   report.save(fits, folder / 'fit.json')

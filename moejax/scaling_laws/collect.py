@@ -30,7 +30,7 @@ _NEEDED = ('params', 'tokens', 'granularity', 'loss')
 _WEIGHTS = ('attention', 'mlp', 'experts')  # kinds of parameters that the law's N counts
 
 
-def collect(paths, expansion_rate=0):
+def collect(paths, expansion_rate=0.0):
   """Reads runs.
 
   Args:
@@ -78,23 +78,25 @@ def _is_run(folder):
 
 
 def from_summary(name, summary):
-  """The `Run` that a summary.json tells of."""
+  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it."""
   model, by_kind = summary['config']['model'], summary['parameters']['by_kind']
+  sublayers = {sublayer for pattern, _ in model['blocks'] for sublayer in pattern}
+  if sublayers == {'attention', 'moe'}:
+    granularity, expansion_rate = model['moe']['granularity'], model['moe']['expansion_rate']
+  elif sublayers == {'attention', 'mlp'}:
+    granularity, expansion_rate = laws.DENSE, 1
+  else:
+    return f'its blocks are of {", ".join(sorted(sublayers))}: neither all dense nor all sparse'
   d_model, blocks = model['d_model'], sum(repeats for _, repeats in model['blocks'])
-  granularity, expansion_rate = laws.DENSE, 1
-  if 'experts' in by_kind:
-    expansion_rate = by_kind['experts'] / (2 * d_model * model['d_ff'] * blocks)
-    granularity = round(by_kind['router'] / (d_model * blocks) / expansion_rate)
+  tokens, loss = summary['tokens_seen'], summary['validation']['loss']
   config = json.dumps(summary['config'], sort_keys=True)
-  loss = summary['validation']['loss']
   return Run(
     name=name,
     params=sum(by_kind.get(kind, 0) for kind in _WEIGHTS),
-    tokens=summary['tokens_seen'],
+    tokens=tokens,
     granularity=granularity,
     expansion_rate=expansion_rate,
-    flops=laws.flops_per_token(d_model, blocks, expansion_rate, granularity)
-    * summary['tokens_seen'],
+    flops=laws.flops_per_token(d_model, blocks, expansion_rate, granularity) * tokens,
     loss=math.nan if loss is None else loss,
     data=f'{summary["corpus"]}/{summary["tokenizer"]}',
     config_hash=hashlib.sha256(config.encode()).hexdigest()[:12],

@@ -122,7 +122,7 @@ def _draw(rng, kept, repeats):
   return rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
 
 
-def fit_moe_and_dense(sparse, dense, *, c=None, **options):
+def fit_moe_and_dense(sparse, dense, *, c: float | None = None, **options):
   """The law of sparse runs and, if there are any, that of dense ones with the same c.
 
   Returns a dict of expansion rate to `Fit`; the arguments are those of `fit`.
@@ -161,12 +161,11 @@ def _diverged(runs, excess):
 
 def _intervals(names, repeats):
   """Percentiles of every free coefficient over the bootstrap repeats."""
-  if not repeats:
-    return {}
-  return {
-    name: tuple(map(float, np.percentile([getattr(k, name) for k in repeats], INTERVAL)))
-    for name in names
-  }
+  spread = {}
+  for name in names if repeats else ():
+    low, high = np.percentile([getattr(k, name) for k in repeats], INTERVAL)
+    spread[name] = (float(low), float(high))
+  return spread
 
 
 def _unidentified(law, names, problem, theta, kept):
@@ -181,7 +180,8 @@ def _unidentified(law, names, problem, theta, kept):
   length = np.maximum(np.linalg.norm(slope[kept], axis=0), 1e-9)
   _, size, directions = np.linalg.svd(slope[kept] / length, full_matrices=False)
   root = problem.raw @ (directions / length).T / np.maximum(size, 1e-9)  # of the covariance
-  deviation = max(_rms(error), _NOISE_FLOOR) * np.linalg.norm(root, axis=1)
+  floor = _NOISE_FLOOR / problem.loss.mean() if law.log_loss else _NOISE_FLOOR
+  deviation = max(_rms(error), floor) * np.linalg.norm(root, axis=1)
   for name, value, spread in zip(names, problem.raw @ theta, deviation, strict=True):
     if name in SCALES and spread > 0.5:
       factor = f'{np.exp(spread):.2g}' if spread < 5 else 'more than 100'
@@ -251,10 +251,11 @@ def _residuals(law, names, problem, theta):
 
 def _starts(rng, names, number, mean_loss):
   """[starts, coefficients]: exponents in [0.03, 1], terms that share the mean loss at random."""
-  exponents = np.log([0.03, 1.0])
-  columns = dict(zip(SCALES, np.log(mean_loss * rng.dirichlet(np.ones(4), number)).T, strict=True))
+  columns = {}
+  for name, shares in zip(SCALES, rng.dirichlet(np.ones(len(SCALES)), number).T, strict=True):
+    columns[name] = np.log(mean_loss * shares)
   for name in ('alpha', 'beta', 'gamma'):
-    columns[name] = np.exp(rng.uniform(*exponents, number))
+    columns[name] = np.exp(rng.uniform(np.log(0.03), 0.0, number))
   return np.stack([columns[name] for name in names], axis=1)
 
 
@@ -284,7 +285,7 @@ def _minimise(law, names, problem, weights, start):
     error, slope = residuals(theta), jax.jacfwd(residuals)(theta)
     weight = share * law.huber / jnp.maximum(jnp.abs(error), law.huber)
     gradient = (weight * error) @ slope + 2 * penalty @ theta
-    curvature = (slope.T * weight) @ slope + 2 * penalty
+    curvature = (slope.T * weight[None]) @ slope + 2 * penalty
     damped = curvature + jnp.diag(state.damping * jnp.diag(curvature) + 1e-30)
     step = jnp.linalg.solve(damped, gradient)
     cost = cost_at(theta - step)

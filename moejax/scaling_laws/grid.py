@@ -30,39 +30,35 @@ class Cell:
 class Recipe:
   """What all runs of a grid share."""
 
-  dense: str  # --config of dense models, to be changed to the cell's size
-  sparse: str  # of the others
-  words: str  # of the sparse config, where it has none for the size
-  sizes: dict[tuple[int, int], str]  # (d_model, blocks): its word for the size
+  sizes: dict[tuple[int, int], str]  # (d_model, blocks): the configs' word for the size
+  word: str  # for other sizes: of the one whose fields are changed
   tokens_per_step: int
-  flags: tuple[str, ...]  # of all runs
-  dense_flags: tuple[str, ...]  # of dense runs, for what the sparse config already says
+  warmup: float  # fraction of the steps
+  flags: tuple[str, ...]
 
 
 # arXiv:2402.07871, Appendix A: 2048 sequences of 256 tokens of C4, one learning rate for all sizes.
 PAPER = Recipe(
-  dense='configs/dense.py:mini',
-  sparse='configs/fine_grained.py',
-  words='3M',
   sizes={
     (256, 4): '3M',
+    (256, 8): '6M',
     (384, 4): '7M',
     (512, 4): '13M',
     (512, 8): '25M',
     (640, 10): '49M',
     (768, 12): '85M',
   },
+  word='3M',
   tokens_per_step=2048 * 256,
+  warmup=0.01,
   flags=(),
-  dense_flags=('--config.data.batch_size=2048', '--config.optimizer.peak_lr=2e-4'),
 )
 # A grid for the CPU of a laptop, on the embedded corpus; only the last validation counts.
 LAPTOP = Recipe(
-  dense='configs/dense.py',
-  sparse='configs/fine_grained.py',
-  words='',
   sizes={},
+  word='laptop',
   tokens_per_step=32 * 64,
+  warmup=0.05,
   flags=(
     '--config.data.batch_size=32',
     '--config.data.sequence_length=64',
@@ -71,10 +67,9 @@ LAPTOP = Recipe(
     '--config.train.eval_batches=64',
     '--config.train.sample_length=0',
   ),
-  dense_flags=(),
 )
 
-_TO_2, _TO_4, _TO_8, _TO_16 = (1, 2), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16)
+_TO_4, _TO_8, _TO_16 = (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16)
 _D16, _D24, _D33, _D66, _D131 = 31_250, 46_875, 62_500, 125_000, 250_000  # steps for so many G
 _DENSE = (laws.DENSE,)
 
@@ -162,21 +157,21 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
 
 def _command(recipe, shape, expansion_rate, granularity, steps):
   d_model, blocks, heads = shape
-  dense = granularity == laws.DENSE
-  size = None if dense else recipe.sizes.get((d_model, blocks))
-  rates = f'granularity={granularity},expansion_rate={expansion_rate:g}'
-  words = ','.join(filter(None, (size or recipe.words, rates)))
-  yield 'python -m moejax.main'
-  yield f'--config={recipe.dense if dense else f"{recipe.sparse}:{words}"}'
-  if not size:
-    sublayers = "'attention','mlp'" if dense else "'attention','moe'"
+  words = recipe.sizes.get((d_model, blocks), recipe.word)
+  feed_forward, config = 'mlp', f'configs/dense.py:{words}'
+  if granularity != laws.DENSE:
+    feed_forward = 'moe'
+    config = f'configs/fine_grained.py:{words},granularity={granularity}'
+    config += f',expansion_rate={expansion_rate:g}'
+  yield f'python -m moejax.main --config={config}'
+  if (d_model, blocks) not in recipe.sizes:
     yield f'--config.model.d_model={d_model}'
     yield f'--config.model.d_ff={4 * d_model}'
     yield f'--config.model.num_heads={heads}'
-    yield f'--config.model.blocks="((({sublayers}),{blocks}),)"'
+    pattern = f"'attention','{feed_forward}'"
+    yield f'--config.model.blocks="((({pattern}),{blocks}),)"'
   yield from recipe.flags
-  yield from recipe.dense_flags if dense else ()
-  yield f'--config.optimizer.warmup_steps={steps // 100}'
+  yield f'--config.optimizer.warmup_steps={int(recipe.warmup * steps)}'
   yield f'--config.train.steps={steps}'
 
 

@@ -55,13 +55,8 @@ def best_width(coefficients, expansion_rate, granularity, flops):
   def choice(log_width):
     return _choice(coefficients, expansion_rate, granularity, flops, math.exp(log_width))
 
-  found = optimize.minimize_scalar(
-    lambda log_width: choice(log_width).loss,
-    bounds=_LOG_WIDTH,
-    method='bounded',
-    options={'xatol': 1e-8},
-  )
-  return choice(found.x)
+  log_width = optimize.fminbound(lambda x: choice(x).loss, *_LOG_WIDTH, xtol=1e-8)
+  return choice(log_width)
 
 
 def best(coefficients, expansion_rate, flops):

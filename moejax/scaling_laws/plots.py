@@ -30,9 +30,10 @@ def plot(coefficients, expansion_rate, runs, folder):
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   sparse, dense = coefficients.get(expansion_rate), coefficients.get(1)
+  runs = [run for run in runs if run.expansion_rate in {1, expansion_rate} & coefficients.keys()]
   budgets = _budgets(runs)
   figures = {}
-  if sparse:
+  if sparse and sparse.g is not None:
     figures['loss_by_granularity'] = _loss_by_granularity(sparse, expansion_rate, runs)
     more = np.geomspace(budgets[0] / 10, budgets[-1] * 1000, len(budgets))
     figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, more)
@@ -82,7 +83,7 @@ def _loss_by_granularity(law, expansion_rate, runs):
     for params, points in sorted(panels[tokens].items()):
       axes.plot(fine, laws.loss(law, params, tokens, fine), color=colours[params], linewidth=1.4)
       if points:
-        axes.plot(*zip(*sorted(points.items()), strict=True), 'o', color=colours[params], ms=4.5)
+        axes.plot(list(points), list(points.values()), 'o', color=colours[params], ms=4.5)
       for granularity in sorted(points) or _powers_of_two(last):
         predicted = float(laws.loss(law, params, tokens, granularity))
         rows.append((params, tokens, granularity, points.get(granularity, ''), predicted))
@@ -93,7 +94,7 @@ def _loss_by_granularity(law, expansion_rate, runs):
   first.set_ylabel('loss (nats per token)')
   figure.supxlabel(f'granularity G, at expansion rate {expansion_rate:g}', fontsize='medium')
   handles = [
-    first.plot([], color=colour, label=f'N = {short(params)}')[0]
+    first.plot([], [], color=colour, label=f'N = {short(params)}')[0]
     for params, colour in colours.items()
   ]
   figure.legend(handles=handles, frameon=False, fontsize='small', loc='outside right upper')
@@ -119,7 +120,7 @@ def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
     xlim=budgets[[0, -1]],
   )
   curves = {}
-  if sparse := coefficients.get(expansion_rate):
+  if expansion_rate != 1 and (sparse := coefficients.get(expansion_rate)):
     for g in _powers_of_two(_last_granularity(sparse, expansion_rate, runs, budgets[-1])):
       curves[g] = _best_losses(sparse, expansion_rate, g, budgets)
   colours = _colours(curves) | {laws.DENSE: _DENSE_COLOUR}
@@ -130,7 +131,7 @@ def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
   axes.plot(
     budgets, np.min(list(curves.values()), axis=0), color='black', linewidth=5, alpha=0.15, zorder=0
   )
-  axes.plot([], color='black', linewidth=5, alpha=0.15, label='envelope')
+  axes.plot([], [], color='black', linewidth=5, alpha=0.15, label='envelope')
   for run in runs:
     if run.granularity in curves:
       axes.plot(run.flops, run.loss, 'o', color=colours[run.granularity], ms=4, alpha=0.8)

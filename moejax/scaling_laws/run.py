@@ -127,7 +127,6 @@ class _Scheduler:
         pass_fds=[self.lock.fileno()],
         start_new_session=True,  # Ctrl-C reaches it through `work`
       )
-    (self.workdir / f'{cell.name}.pid').write_text(str(process.pid))
     self.running[process] = cell
 
   def _reap(self):

@@ -53,7 +53,8 @@ def test_a_grid_is_trained_and_goes_on_after_a_kill(tmp_path):
   first = _start(cells, tmp_path)
   _wait_for_step(tmp_path / 'runs' / 'long', 50)
   first.send_signal(signal.SIGTERM)
-  assert first.wait(120) == cli.INTERRUPTED, first.communicate()
+  out, _ = first.communicate(timeout=120)
+  assert first.returncode == cli.INTERRUPTED and 'the same command goes on' in out
   reached = metrics.read_metrics(tmp_path / 'runs' / 'long')[-1]['step']
   assert 50 <= reached < 4000
 
@@ -66,19 +67,10 @@ def test_a_grid_is_trained_and_goes_on_after_a_kill(tmp_path):
   assert summary['resumed_from'] == reached and summary['steps'] == reached + 30
 
 
-@pytest.mark.slow
-def test_cells_that_a_killed_program_left_behind_are_noticed(tmp_path):
-  first = _start([_cell('long', 100_000)], tmp_path)
-  _wait_for_step(tmp_path / 'runs' / 'long', 10)
-  first.kill()
-  first.wait()
-  try:
-    second = _start([_cell('long', 100_000)], tmp_path)
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == cli.USAGE and 'still running' in err
-  finally:
-    pid = int((tmp_path / 'runs' / 'long.pid').read_text())
-    os.kill(pid, signal.SIGKILL)
+def test_two_programs_do_not_train_the_same_cells(tmp_path):
+  with run._lock(tmp_path):
+    with pytest.raises(ValueError, match='another program is training'):
+      run.run([_cell('short', 4)], tmp_path)
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
