@@ -286,7 +286,8 @@ def _minimise(law, names, problem, weights, start):
     weight = share * law.huber / jnp.maximum(jnp.abs(error), law.huber)
     gradient = (weight * error) @ slope + 2 * penalty @ theta
     curvature = (slope.T * weight[None]) @ slope + 2 * penalty
-    damped = curvature + jnp.diag(state.damping * jnp.diag(curvature) + 1e-30)
+    # The constant holds coefficients still that the runs do not determine at all.
+    damped = curvature + jnp.diag(state.damping * jnp.diag(curvature) + 1e-12)
     step = jnp.linalg.solve(damped, gradient)
     cost = cost_at(theta - step)
     better = cost < state.cost
