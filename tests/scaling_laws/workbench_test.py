@@ -53,7 +53,7 @@ def test_bad_command_lines(arguments, message):
 
 
 def test_every_command_has_help():
-  assert 'or the fit.json of a fit' in _call('plot', '--help').stdout
+  assert '--runs: Runs to draw as well' in _call('plot', '--help').stdout
   assert set(program.COMMANDS) == {'plan', 'grid', 'run', 'fit', 'plot'}
 
 
