@@ -17,17 +17,19 @@ _DEFAULT = 'configs/mot.py'
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
 
-def run(main, needs_config=True):
-  """Runs `main(config)`, or `main()`, and exits with the code it returns.
+def run(main, needs_config=True, takes_arguments=False):
+  """Runs `main(config)`, `main()` or `main(arguments)`, and exits with the code it returns.
 
   A ValueError that this package raises is the user's to fix: its message, exit code 2. One that
   comes from elsewhere is a fault, and keeps its traceback.
   """
 
   def guarded(argv):
-    if len(argv) > 1:
+    if len(argv) > 1 and not takes_arguments:
       return _fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
     try:
+      if takes_arguments:
+        return main(argv[1:])
       return main(_CONFIG.value) if needs_config else main()
     except ValueError as error:
       if not _is_ours(error):

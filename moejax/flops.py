@@ -197,6 +197,11 @@ def peak_flops(device, dtype):
   kind = device.device_kind
   if jnp.dtype(dtype).itemsize != 2 or 'MIG' in kind:
     return None
+  return named_peak_flops(kind)
+
+
+def named_peak_flops(kind):
+  """16-bit FLOP/s of a device by its kind, such as 'TPU v5e' or 'H100'; None if not known."""
   for name, teraflops in _PEAK_TERAFLOPS.items():
     if re.search(rf'\b{re.escape(name)}\b', kind):
       return teraflops * 1e12

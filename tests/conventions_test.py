@@ -24,6 +24,7 @@ RANKS = (
   ('layers',),
   ('model',),
   ('cli', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops'),
+  ('scaling_laws',),
   ('config',),
   ('evaluate',),
   ('generate',),

@@ -1,0 +1,203 @@
+"""The scaling-law workbench.
+
+python -m moejax.scaling_laws plan --flops=1e21
+python -m moejax.scaling_laws grid --preset=laptop --output=grid.json
+python -m moejax.scaling_laws run --grid=grid.json --workdir=runs/grid
+python -m moejax.scaling_laws fit runs/grid --output=law
+python -m moejax.scaling_laws plot --coefficients=law/fit.json --runs=law/runs.csv --output=law
+
+Each has --help.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from moejax import cli
+
+_FLAGS = flags.FLAGS
+
+
+def _define_coefficients(default: str | None = 'printed'):
+  flags.DEFINE_string(
+    'coefficients',
+    default,
+    'printed or four_digits (of the paper), or the fit.json of a fit.',
+  )
+
+
+def _define_expansion_rate(what):
+  flags.DEFINE_float('expansion_rate', None, f'{what}; 1 is dense.', lower_bound=1)
+
+
+def _define_plan():
+  _define_coefficients()
+  _define_expansion_rate("Of the model to train; default: the coefficients' largest")
+  flags.DEFINE_float('flops', None, 'Training FLOPs to spend.')
+  flags.DEFINE_float('target_loss', None, 'Loss to reach, nats per token.')
+  flags.DEFINE_float('params', None, 'Active parameters to have: 7e9 is the "64x7B" of the paper.')
+  flags.DEFINE_float('tokens', None, 'Tokens to train on.')
+  flags.DEFINE_string('chip', None, 'A chip to count hours of, such as v5e, v5p, A100 or H100.')
+  flags.DEFINE_float('mfu', 0.4, 'The fraction of its peak that training reaches.')
+  flags.DEFINE_enum('recipe', 'paper', ['paper', 'laptop'], 'How the model would be trained.')
+  flags.DEFINE_bool('json', False, 'Print one JSON object.')
+
+
+def plan():
+  """The best model and duration for a budget."""
+  from moejax.scaling_laws import grid, plan as plan_lib, report
+
+  targets = {
+    'flops': _FLAGS.flops,
+    'loss': _FLAGS.target_loss,
+    'active_params': _FLAGS.params,
+    'tokens': _FLAGS.tokens,
+  }
+  target = {name: value for name, value in targets.items() if value is not None}
+  if len(target) != 1 or min(target.values()) <= 0:
+    raise ValueError('give one of --flops, --target_loss, --params and --tokens, above zero.')
+  coefficients = report.load(_FLAGS.coefficients)
+  result = plan_lib.make(
+    coefficients,
+    _FLAGS.expansion_rate or max(coefficients),
+    target,
+    {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe],
+    _FLAGS.chip,
+    _FLAGS.mfu,
+  )
+  print(json.dumps(result, indent=2) if _FLAGS.json else plan_lib.describe(result))
+  return cli.OK
+
+
+def _define_grid():
+  _define_coefficients(default=None)
+  flags.DEFINE_string('preset', 'laptop', 'paper, laptop or laptop_larger.')
+  flags.DEFINE_string('output', 'grid.json', 'The file to write.')
+
+
+def grid():
+  """Writes a grid of runs; with coefficients, the losses they predict too."""
+  from moejax.scaling_laws import grid as grid_lib, plots, report
+
+  coefficients = report.load(_FLAGS.coefficients) if _FLAGS.coefficients else None
+  cells = grid_lib.make(_FLAGS.preset, coefficients)
+  grid_lib.write(cells, _FLAGS.output)
+  total = sum(cell.flops for cell in cells)
+  tokens = sum(cell.tokens for cell in cells)
+  print(f'{len(cells)} cells, {total:.3g} FLOPs, {plots.short(tokens)} tokens, in {_FLAGS.output}')
+  for cell in cells:
+    if cell.predicted_loss:
+      print(f'{cell.name:24} predicted loss {cell.predicted_loss:.4f}')
+  return cli.OK
+
+
+def _define_run():
+  flags.DEFINE_string('grid', 'grid.json', 'A file that `grid` wrote.')
+  flags.DEFINE_string('workdir', None, 'The folder for all cells.', required=True)
+  flags.DEFINE_string(
+    'launch',
+    None,
+    'Train nothing, but print this for each cell, with its {name} and its {command}, quoted.',
+  )
+
+
+def run():
+  """Trains a grid, or prints the commands that do it elsewhere."""
+  from moejax.scaling_laws import grid as grid_lib, run as run_lib
+
+  cells = grid_lib.read(_FLAGS.grid)
+  if _FLAGS.launch is None:
+    return run_lib.run(cells, pathlib.Path(_FLAGS.workdir).absolute())
+  print('\n'.join(run_lib.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))
+  return cli.OK
+
+
+def _define_fit():
+  _define_expansion_rate('Of the sparse rows of a CSV file without such a column')
+  flags.DEFINE_enum(
+    'law',
+    'moe',
+    ['moe', 'dense', 'chinchilla'],
+    'moe: of the sparse runs, and with its c of the dense ones. Others: of the dense runs.',
+  )
+  flags.DEFINE_float('c', None, 'The value of c; default: it is fitted.')
+  flags.DEFINE_integer('starts', 50, 'Starting points of every optimisation.', lower_bound=1)
+  flags.DEFINE_integer('repeats', 100, 'Bootstrap resamplings.', lower_bound=0)
+  flags.DEFINE_float('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
+  flags.DEFINE_float('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)
+  flags.DEFINE_string('output', 'law', 'The folder to write fit.json and runs.csv to.')
+
+
+def fit(paths):
+  """Fits a law to runs."""
+  from moejax.scaling_laws import collect, fit as fit_lib, report
+
+  if not paths:
+    raise ValueError('fit needs folders of runs, or CSV files: fit runs/grid --output=law.')
+  runs, excluded = collect.collect(paths, _FLAGS.expansion_rate or 0)
+  sparse, dense = collect.by_kind(runs)
+  names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
+  options: Any = {name: _FLAGS[name].value for name in names}
+  fits = {}
+  if _FLAGS.law == 'moe':
+    fits = fit_lib.fit_moe_and_dense(sparse, dense, **options)
+  else:
+    fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
+  folder = pathlib.Path(_FLAGS.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  report.save(fits, folder / 'fit.json')
+  used = {name for one in fits.values() for name in one.used}
+  collect.write_table([run for run in runs if run.name in used], folder / 'runs.csv')
+  print(report.describe(fits, excluded))
+  print(f'written to {folder}: fit.json, runs.csv')
+  return cli.OK
+
+
+def _define_plot():
+  _define_coefficients()
+  _define_expansion_rate("Of the sparse law to draw; default: the coefficients' largest")
+  flags.DEFINE_list('runs', [], 'Runs to draw as well: folders or CSV files.')
+  flags.DEFINE_string('output', 'law', 'The folder to write to.')
+
+
+def plot():
+  """Draws a law, and the runs it was fitted to."""
+  from moejax.scaling_laws import collect, plots, report
+
+  coefficients = report.load(_FLAGS.coefficients)
+  rate = _FLAGS.expansion_rate or max(coefficients)
+  runs, _ = collect.collect(_FLAGS.runs, rate)
+  for path in plots.plot(coefficients, rate, runs, _FLAGS.output):
+    print(path)
+  return cli.OK
+
+
+# Name -> flags, program, whether it takes arguments. Programs import what they need: --help is
+# quick.
+COMMANDS = {
+  'plan': (_define_plan, plan, False),
+  'grid': (_define_grid, grid, False),
+  'run': (_define_run, run, False),
+  'fit': (_define_fit, fit, True),
+  'plot': (_define_plot, plot, False),
+}
+
+
+def main():
+  """Runs the command that the first argument names."""
+  name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name not in COMMANDS:
+    print(f'error: expected one of {", ".join(COMMANDS)}, got {name!r}.', file=sys.stderr)
+    sys.exit(cli.USAGE)
+  define, program, takes_arguments = COMMANDS[name]
+  define()
+  del sys.argv[1]
+  _FLAGS.set_gnu_getopt()  # flags may stand before, between and after arguments
+  cli.run(program, needs_config=False, takes_arguments=takes_arguments)
+
+
+if __name__ == '__main__':
+  main()

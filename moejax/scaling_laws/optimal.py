@@ -1,0 +1,114 @@
+"""The best model and duration for a budget, by a law.
+
+All models have the shape d_model = 64 blocks. Width and tokens are continuous, granularities powers
+of two, as in the paper (arXiv:2402.07871, Section 6).
+"""
+
+import dataclasses
+import math
+
+from scipy import optimize
+
+from moejax.scaling_laws import laws
+
+GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+QUANTITIES = ('flops', 'loss', 'active_params', 'tokens')  # what `solve` can be asked for
+_LOG_WIDTH = (math.log(2**2), math.log(2**24))
+_LOG_FLOPS = (math.log(1e6), math.log(1e36))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+  """The choice that reaches the lowest loss of its FLOPs."""
+
+  flops: float  # of training, by laws.flops_per_token
+  d_model: float
+  granularity: int
+  params: float  # N of the law
+  active_params: float
+  tokens: float
+  loss: float
+
+  @property
+  def blocks(self):
+    return self.d_model / laws.WIDTH_PER_BLOCK
+
+
+def _choice(coefficients, expansion_rate, granularity, flops, d_model):
+  blocks = d_model / laws.WIDTH_PER_BLOCK
+  params = laws.total_params(d_model, blocks, expansion_rate)
+  tokens = flops / laws.flops_per_token(d_model, blocks, expansion_rate, granularity)
+  return Optimum(
+    flops=flops,
+    d_model=d_model,
+    granularity=granularity,
+    params=params,
+    active_params=laws.active_params(d_model, blocks),
+    tokens=tokens,
+    loss=laws.loss(coefficients, params, tokens, granularity),
+  )
+
+
+def best_width(coefficients, expansion_rate, granularity, flops):
+  """The `Optimum` of one granularity."""
+
+  def choice(log_width):
+    return _choice(coefficients, expansion_rate, granularity, flops, math.exp(log_width))
+
+  log_width = optimize.fminbound(lambda x: choice(x).loss, *_LOG_WIDTH, xtol=1e-8)
+  return choice(log_width)
+
+
+def best(coefficients, expansion_rate, flops):
+  """The `Optimum` of all granularities; of a dense law, which has none, the dense one."""
+  return min(
+    (best_width(coefficients, expansion_rate, g, flops) for g in _granularities(coefficients)),
+    key=lambda optimum: optimum.loss,
+  )
+
+
+def _granularities(coefficients):
+  return (laws.DENSE,) if coefficients.g is None else GRANULARITIES
+
+
+def solve(coefficients, expansion_rate, **target):
+  """The `Optimum` of which one quantity is given, such as `flops=1e21` or `tokens=1e12`.
+
+  Where the best granularity changes, width and tokens jump, so that no optimum or two may have the
+  given value. The answer is the granularity's that is closest to optimal at its own FLOPs.
+
+  Raises:
+    ValueError: no budget reaches the value.
+  """
+  ((quantity, value),) = target.items()
+  if quantity == 'flops':
+    return best(coefficients, expansion_rate, value)
+  reached = [
+    found
+    for granularity in _granularities(coefficients)
+    if (found := _with_granularity(coefficients, expansion_rate, granularity, quantity, value))
+  ]
+  if not reached:
+    raise ValueError(
+      f'no budget between 1e6 and 1e36 FLOPs has an optimum with {quantity} = {value:.4g}'
+      + (f'; the law does not fall below {coefficients.c:.3g}.' if quantity == 'loss' else '.')
+    )
+
+  def excess(found):
+    return found.loss - best(coefficients, expansion_rate, found.flops).loss
+
+  return min(reached, key=excess)
+
+
+def _with_granularity(coefficients, expansion_rate, granularity, quantity, value):
+  """The optimum of one granularity that has the value, or None."""
+
+  def at(log_flops):
+    return best_width(coefficients, expansion_rate, granularity, math.exp(log_flops))
+
+  def distance(log_flops):
+    return math.log(getattr(at(log_flops), quantity) / value)
+
+  if distance(_LOG_FLOPS[0]) * distance(_LOG_FLOPS[1]) > 0:
+    return None
+  return at(optimize.brentq(distance, *_LOG_FLOPS, xtol=1e-9))

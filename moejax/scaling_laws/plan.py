@@ -1,0 +1,136 @@
+"""What to train for a budget: the optimum of a law, rounded to a model that can be built."""
+
+from moejax import flops
+from moejax.scaling_laws import grid, laws, optimal
+from moejax.scaling_laws.plots import short
+
+
+def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
+  """The plan as a dict of plain values, in the units of laws.py.
+
+  Args:
+    coefficients: dict of expansion rate to `laws.Coefficients`.
+    expansion_rate: of the model to train; 1: dense.
+    target: one quantity of optimal.QUANTITIES and its value.
+    recipe: a `grid.Recipe`, how the model would be trained.
+    chip: such as 'v5e' or 'H100', to say how many hours of one it takes, or None.
+    mfu: the fraction of the chip's peak that the model's FLOPs reach.
+
+  Raises:
+    ValueError: the law or the chip is not known, or no budget reaches the target.
+  """
+  if expansion_rate not in coefficients:
+    known = ', '.join(f'{rate:g}' for rate in sorted(coefficients))
+    raise ValueError(
+      f'--expansion_rate={expansion_rate:g}: these coefficients are for {known} (1 is dense). '
+      'A law holds for one expansion rate; `fit` finds that of other runs.'
+    )
+  best = optimal.solve(coefficients[expansion_rate], expansion_rate, **target)
+  result = {
+    'flops': best.flops,
+    'expansion_rate': expansion_rate,
+    'params': best.params,
+    'active_params': best.active_params,
+    'tokens': best.tokens,
+    'granularity': best.granularity,
+    'loss': best.loss,
+    'tokens_per_param': best.tokens / best.params,
+    'tokens_per_active_param': best.tokens / best.active_params,
+    'model': _model(coefficients, best, expansion_rate, recipe),
+  }
+  if expansion_rate != 1 and 1 in coefficients:
+    result['dense'] = _dense(coefficients[1], best)
+  if chip:
+    result['chip'] = _chip(chip, mfu, best.flops)
+  return result
+
+
+def _model(coefficients, best, expansion_rate, recipe):
+  """The nearest model of whole blocks, trained with the same FLOPs."""
+  blocks = max(1, round(best.blocks))
+  d_model = laws.WIDTH_PER_BLOCK * blocks
+  per_token = laws.flops_per_token(d_model, blocks, expansion_rate, best.granularity)
+  steps = max(1, round(best.flops / per_token / recipe.tokens_per_step))
+  cell = grid.make_cell(
+    recipe, (d_model, blocks, blocks), expansion_rate, best.granularity, steps, coefficients
+  )
+  sparse = best.granularity != laws.DENSE
+  return {
+    'd_model': d_model,
+    'blocks': blocks,
+    'heads': blocks,
+    'experts': round(expansion_rate * best.granularity) if sparse else 0,
+    'expert_width': 4 * d_model // best.granularity if sparse else 0,
+    'params': cell.params,
+    'active_params': cell.active_params,
+    'tokens': cell.tokens,
+    'steps': steps,
+    'flops': cell.flops,
+    'loss': cell.predicted_loss,
+    'command': cell.command,
+  }
+
+
+def _dense(law, best):
+  """What a dense model needs for the same loss."""
+  try:
+    same = optimal.solve(law, 1, loss=best.loss)
+  except ValueError:  # below what the dense law reaches
+    return None
+  return {
+    'flops': same.flops,
+    'params': same.params,
+    'tokens': same.tokens,
+    'flops_ratio': same.flops / best.flops,
+  }
+
+
+def _chip(chip, mfu, training_flops):
+  peak = flops.named_peak_flops(f'TPU {chip}')  # finds GPUs as well
+  if peak is None:
+    raise ValueError(f'--chip={chip}: its FLOP/s are not known; try v5e, v5p, v6e, A100 or H100.')
+  if not 0 < mfu <= 1:
+    raise ValueError(f'--mfu={mfu}: expected a fraction of the peak, such as 0.4.')
+  return {'name': chip, 'mfu': mfu, 'hours': training_flops / (peak * mfu) / 3600}
+
+
+def describe(plan):
+  """The plan for people."""
+  model, dense, chip = plan['model'], plan.get('dense'), plan.get('chip')
+  kind = f'expansion rate {plan["expansion_rate"]:g}' if model['experts'] else 'dense'
+  rows = [
+    ('training FLOPs', f'{plan["flops"]:.3g}'),
+    ('model', kind),
+    ('parameters N', f'{short(plan["params"])}, {short(plan["active_params"])} active'),
+    (
+      'tokens D',
+      f'{short(plan["tokens"])}: {plan["tokens_per_param"]:.3g} per parameter, '
+      f'{plan["tokens_per_active_param"]:.3g} per active one',
+    ),
+    ('granularity G', str(plan['granularity'])) if model['experts'] else None,
+    ('loss', f'{plan["loss"]:.4f} nats per token'),
+    (
+      'dense, same loss',
+      f'{dense["flops"]:.3g} FLOPs ({dense["flops_ratio"]:.1f}x), {short(dense["params"])} '
+      f'parameters, {short(dense["tokens"])} tokens',
+    )
+    if dense
+    else None,
+    (f'{chip["name"]} hours', f'{chip["hours"]:.4g} at {100 * chip["mfu"]:.0f}% MFU')
+    if chip
+    else None,
+    (
+      'nearest shape',
+      f'd_model {model["d_model"]}, {model["blocks"]} blocks'
+      + (
+        f', {model["experts"]} experts of width {model["expert_width"]}' if kind != 'dense' else ''
+      ),
+    ),
+    (
+      '',
+      f'{short(model["params"])} parameters, {short(model["tokens"])} tokens, '
+      f'loss {model["loss"]:.4f}',
+    ),
+  ]
+  lines = [f'{name:17} {text}' for name, text in filter(None, rows)]
+  return '\n'.join([*lines, '', model['command']])

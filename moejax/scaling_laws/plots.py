@@ -1,0 +1,250 @@
+"""The figures of a law: what it says, beside the runs it was fitted to; and the numbers behind."""
+
+import csv
+import math
+import pathlib
+
+import numpy as np
+from matplotlib import colormaps, ticker
+from matplotlib.figure import Figure
+
+from moejax.scaling_laws import laws, optimal
+
+_SPARSE_COLOURS = 'viridis'
+_DENSE_COLOUR = '#d1495b'
+_DPI = 130
+
+
+def plot(coefficients, expansion_rate, runs, folder):
+  """Draws every figure that the laws at hand allow, as NAME.png with NAME.csv.
+
+  Args:
+    coefficients: dict of expansion rate to `laws.Coefficients`; 1 is the dense law.
+    expansion_rate: the sparse law to draw.
+    runs: `collect.Run`s it was fitted to, or none: the curves alone.
+    folder: where to write; created if it does not exist.
+
+  Returns:
+    The paths of the figures.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  sparse, dense = coefficients.get(expansion_rate), coefficients.get(1)
+  runs = [run for run in runs if run.expansion_rate in {1, expansion_rate} & coefficients.keys()]
+  budgets = _budgets(runs)
+  figures = {}
+  if sparse and sparse.g is not None:
+    figures['loss_by_granularity'] = _loss_by_granularity(sparse, expansion_rate, runs)
+    more = np.geomspace(budgets[0] / 10, budgets[-1] * 1000, len(budgets))
+    figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, more)
+  figures['loss_by_flops'] = _loss_by_flops(coefficients, expansion_rate, runs, budgets)
+  if runs:
+    figures['residuals'] = _residuals(sparse, dense, runs)
+  for name, (figure, header, rows) in figures.items():
+    figure.savefig(folder / f'{name}.png', dpi=_DPI)
+    with (folder / f'{name}.csv').open('w', newline='') as file:
+      csv.writer(file).writerows([header, *rows])
+  return [folder / f'{name}.png' for name in figures]
+
+
+def _figure(width=7.5, height=5):
+  return Figure(figsize=(width, height), layout='constrained')
+
+
+def _axes(figure, *position, xlabel='', ylabel='', **properties):
+  axes = figure.add_subplot(*position, xlabel=xlabel, ylabel=ylabel, axisbelow=True, **properties)
+  axes.grid(color='0.92')
+  axes.spines[['top', 'right']].set_visible(False)
+  return axes
+
+
+def _colours(values):
+  """A colour for each of the values, light for the largest."""
+  ordered = sorted(set(values))
+  shades = np.linspace(0, 0.9, max(len(ordered), 2))
+  return {v: colormaps[_SPARSE_COLOURS](s) for v, s in zip(ordered, shades, strict=False)}
+
+
+def _loss_by_granularity(law, expansion_rate, runs):
+  """How much finer experts help: a panel for each D, a line for each N."""
+  measured = {}  # tokens -> params -> granularity -> loss
+  for run in runs:
+    if run.granularity != laws.DENSE:
+      sizes = measured.setdefault(run.tokens, {})
+      sizes.setdefault(run.params, {})[run.granularity] = run.loss
+  panels = measured or _example_sizes(expansion_rate)
+  colours = _colours(params for sizes in panels.values() for params in sizes)
+  last = max([16, *(run.granularity for run in runs)])
+  fine = np.geomspace(1, last, 60)
+  figure, first, rows = _figure(2 + 2.4 * len(panels)), None, []
+  for column, tokens in enumerate(sorted(panels), start=1):
+    axes = _axes(figure, 1, len(panels), column, xscale='log', sharey=first)
+    first = first or axes
+    for params, points in sorted(panels[tokens].items()):
+      axes.plot(fine, laws.loss(law, params, tokens, fine), color=colours[params], linewidth=1.4)
+      if points:
+        axes.plot(list(points), list(points.values()), 'o', color=colours[params], ms=4.5)
+      for granularity in sorted(points) or _powers_of_two(last):
+        predicted = float(laws.loss(law, params, tokens, granularity))
+        rows.append((params, tokens, granularity, points.get(granularity, ''), predicted))
+    axes.set_title(f'D = {short(tokens)}', fontsize='medium')
+    axes.tick_params(labelleft=axes is first)
+    _granularity_ticks(axes.xaxis, last)
+  assert first
+  first.set_ylabel('loss (nats per token)')
+  figure.supxlabel(f'granularity G, at expansion rate {expansion_rate:g}', fontsize='medium')
+  handles = [
+    first.plot([], [], color=colour, label=f'N = {short(params)}')[0]
+    for params, colour in colours.items()
+  ]
+  figure.legend(handles=handles, frameon=False, fontsize='small', loc='outside right upper')
+  return figure, ('params', 'tokens', 'granularity', 'loss', 'predicted'), rows
+
+
+def _example_sizes(expansion_rate):
+  """Sizes of the paper's runs without their losses, for a law that comes without runs."""
+  shapes = ((256, 4), (512, 8), (768, 12))
+  sizes = {laws.total_params(*shape, expansion_rate): {} for shape in shapes}
+  return {16.4e9: sizes, 65.5e9: sizes}
+
+
+def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
+  """The best loss of each granularity and of dense models at every budget, and their envelope."""
+  figure = _figure()
+  axes = _axes(
+    figure,
+    xlabel='training FLOPs',
+    ylabel='loss (nats per token)',
+    xscale='log',
+    yscale='log',
+    xlim=budgets[[0, -1]],
+  )
+  curves = {}
+  if expansion_rate != 1 and (sparse := coefficients.get(expansion_rate)):
+    for g in _powers_of_two(_last_granularity(sparse, expansion_rate, runs, budgets[-1])):
+      curves[g] = _best_losses(sparse, expansion_rate, g, budgets)
+  colours = _colours(curves) | {laws.DENSE: _DENSE_COLOUR}
+  if dense := coefficients.get(1):
+    curves[laws.DENSE] = _best_losses(dense, 1, laws.DENSE, budgets)
+  for g, losses in curves.items():
+    axes.plot(budgets, losses, color=colours[g], linewidth=1.4, label=_kind(g))
+  axes.plot(
+    budgets, np.min(list(curves.values()), axis=0), color='black', linewidth=5, alpha=0.15, zorder=0
+  )
+  axes.plot([], [], color='black', linewidth=5, alpha=0.15, label='envelope')
+  for run in runs:
+    if run.granularity in curves:
+      axes.plot(run.flops, run.loss, 'o', color=colours[run.granularity], ms=4, alpha=0.8)
+  axes.yaxis.set_major_locator(
+    ticker.LogLocator(subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8))
+  )
+  axes.yaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  axes.yaxis.set_minor_locator(ticker.NullLocator())
+  axes.legend(frameon=False, fontsize='small')
+  axes.set_title('Compute-optimal loss' + (', and the runs' if runs else ''), fontsize='medium')
+  rows = [
+    (float(flops), _kind(g), float(loss))
+    for g, losses in curves.items()
+    for flops, loss in zip(budgets, losses, strict=True)
+  ]
+  return figure, ('flops', 'model', 'loss'), rows
+
+
+def _best_losses(law, expansion_rate, granularity, budgets):
+  best = [optimal.best_width(law, expansion_rate, granularity, flops) for flops in budgets]
+  return np.array([optimum.loss for optimum in best])
+
+
+def _optimal_granularity(law, expansion_rate, budgets):
+  """The best granularity at every budget, and what another one costs there."""
+  best = [optimal.best(law, expansion_rate, flops) for flops in budgets]
+  chosen = [optimum.granularity for optimum in best]
+  lowest = np.array([optimum.loss for optimum in best])
+  figure = _figure(height=6)
+  top = _axes(figure, 2, 1, 1, ylabel='best granularity G', xscale='log', yscale='log')
+  top.step(budgets, chosen, where='mid', color='0.2', linewidth=2)
+  top.set_ylim(0.8, 1.3 * max(chosen))
+  top.set_title(f'Compute-optimal granularity at expansion rate {expansion_rate:g}', size='medium')
+  _granularity_ticks(top.yaxis, max(chosen))
+  bottom = _axes(
+    figure, 2, 1, 2, xlabel='training FLOPs', ylabel='loss above the best (nats)', sharex=top
+  )
+  granularities = _powers_of_two(max(8, *chosen))
+  colours = _colours(granularities)
+  excess = {}
+  for g in granularities:
+    excess[g] = _best_losses(law, expansion_rate, g, budgets) - lowest
+    bottom.plot(budgets, excess[g], color=colours[g], linewidth=1.4, label=_kind(g))
+  bottom.set_xlim(*budgets[[0, -1]])
+  bottom.set_ylim(0, 1.1 * max(0.02, *excess[1]))
+  figure.legend(*bottom.get_legend_handles_labels(), frameon=False, loc='outside right lower')
+  rows = [
+    (o.flops, o.granularity, o.params, o.tokens, o.loss, *(float(excess[g][i]) for g in excess))
+    for i, o in enumerate(best)
+  ]
+  names = (f'excess_g{g}' for g in granularities)
+  return figure, ('flops', 'granularity', 'params', 'tokens', 'loss', *names), rows
+
+
+def _residuals(sparse, dense, runs):
+  """Measured less predicted, over the prediction."""
+  figure = _figure()
+  axes = _axes(
+    figure, xlabel='predicted loss (nats per token)', ylabel='measured - predicted (nats)'
+  )
+  colours = _colours(r.granularity for r in runs if r.granularity != laws.DENSE)
+  colours |= {laws.DENSE: _DENSE_COLOUR}
+  rows = []
+  for run in sorted(runs, key=lambda run: run.granularity):
+    law = dense if run.granularity == laws.DENSE else sparse
+    if law:
+      predicted = float(laws.loss(law, run.params, run.tokens, run.granularity))
+      rows.append((run.name, run.granularity, predicted, run.loss, run.loss - predicted))
+  for granularity in dict.fromkeys(row[1] for row in rows):
+    points = [(row[2], row[4]) for row in rows if row[1] == granularity]
+    label = _kind(granularity)
+    axes.plot(
+      *zip(*points, strict=True), 'o', color=colours[granularity], ms=5, alpha=0.8, label=label
+    )
+  rmse = math.sqrt(sum(row[4] ** 2 for row in rows) / len(rows))
+  axes.axhline(0, color='0.3', linewidth=1)
+  axes.axhspan(-rmse, rmse, color='0.5', alpha=0.12, linewidth=0, label=f'RMSE {rmse:.4f}')
+  axes.legend(frameon=False, fontsize='small', ncols=2)
+  axes.set_title('Residuals', fontsize='medium')
+  axes.margins(y=0.15)
+  return figure, ('name', 'granularity', 'predicted', 'loss', 'residual'), rows
+
+
+def _budgets(runs):
+  """FLOPs to draw curves over: the runs' and two decades more; without runs those of the paper."""
+  flops = [run.flops for run in runs] or [1e18, 1e24]
+  return np.geomspace(min(flops) / 3, max(flops) * 100, 81)
+
+
+def _last_granularity(law, expansion_rate, runs, flops):
+  """The largest one worth a curve: the best at the largest budget, or the largest of the runs."""
+  best = optimal.best(law, expansion_rate, flops).granularity
+  return max([best, *(run.granularity for run in runs)])
+
+
+def _powers_of_two(last):
+  return [g for g in optimal.GRANULARITIES if g <= last]
+
+
+def _kind(granularity):
+  return 'dense' if granularity == laws.DENSE else f'G = {granularity}'
+
+
+def _granularity_ticks(axis, last):
+  axis.set_major_locator(ticker.FixedLocator(_powers_of_two(last)))
+  axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  axis.set_minor_locator(ticker.NullLocator())
+
+
+def short(number):
+  """'4.37B': three digits and a unit."""
+  for unit in ('', 'k', 'M', 'B'):
+    if number < 999.5:
+      return f'{number:.3g}{unit}'
+    number /= 1000
+  return f'{number:.3g}T'

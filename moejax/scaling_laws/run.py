@@ -1,0 +1,182 @@
+"""Training the cells of a grid: here, several small ones at once, or by commands for elsewhere."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+
+import tqdm
+
+from moejax import cli, metrics
+
+_POLL_SECONDS = 0.5
+_PROCESS_BYTES = 1 << 30  # of a training process, whatever its model
+_BYTES_PER_PARAM = 40  # parameters, gradients and moments in float32, and room for activations
+
+
+def run(cells, workdir):
+  """Trains what is not trained yet: cell by cell a program of its own in `workdir`/NAME.
+
+  On CPUs as many cells run at once as there are cores for and half of the memory allows; anywhere
+  else one, because a process takes the whole accelerator. What was interrupted goes on from its
+  checkpoint; a cell that fails does not stop the others.
+
+  Returns:
+    The exit code.
+
+  Raises:
+    ValueError: another program is training in `workdir`.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with _lock(workdir) as lock:
+    scheduler = _Scheduler(cells, workdir, lock)
+    with _stop_on_signals() as stop:
+      failed = scheduler.work(stop)
+  if stop.is_set():
+    print('interrupted; the same command goes on from there')
+    return cli.INTERRUPTED
+  for name in failed:
+    print(f'{name} failed: the end of {workdir / name}.log says why', file=sys.stderr)
+  done = sum(_is_done(workdir, cell) for cell in cells)
+  print(f'{done} of {len(cells)} cells are done, in {workdir}')
+  return cli.FAILED if failed else cli.OK
+
+
+def _is_done(workdir, cell):
+  return (workdir / cell.name / 'summary.json').exists()
+
+
+@contextlib.contextmanager
+def _lock(workdir):
+  """Held by this program and by the cells it starts, so that orphans of a killed one count."""
+  with (workdir / 'lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f'--workdir={workdir}: another program is training cells there, or cells are still running '
+        'that a killed one started. Wait for them, or stop them.'
+      ) from error
+    yield file
+
+
+@contextlib.contextmanager
+def _stop_on_signals():
+  stop = threading.Event()
+  handlers = {
+    number: signal.signal(number, lambda *_: stop.set())
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield stop
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+
+
+class _Scheduler:
+  """Cells that wait, cells that run, and how far all of them are."""
+
+  def __init__(self, cells, workdir, lock):
+    self.cells, self.workdir, self.lock = cells, workdir, lock
+    self.waiting = [cell for cell in cells if not _is_done(workdir, cell)]
+    self.running = {}  # process -> cell
+    self.failed = []
+    self.cores = os.cpu_count() or 1
+    on_cpu = bool(self.waiting) and _backend() == 'cpu'
+    self.most = min(self.cores, len(self.waiting)) if on_cpu else 1
+    self.memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+
+  def work(self, stop):
+    """Returns the names of the cells that failed."""
+    total = sum(cell.flops for cell in self.cells)
+    with tqdm.tqdm(total=total, initial=self._flops(), unit='FLOP', unit_scale=True) as bar:
+      while (self.waiting or self.running) and not stop.is_set():
+        while self.waiting and self._fits(self.waiting[0]):
+          self._start(self.waiting.pop(0))
+        stop.wait(_POLL_SECONDS)
+        self._reap()
+        bar.set_postfix_str(self._describe(), refresh=False)
+        bar.update(self._flops() - bar.n)
+      for process in self.running:
+        process.terminate()  # the cell saves a checkpoint
+      for process in self.running:
+        process.wait()
+    return self.failed
+
+  def _fits(self, cell):
+    need = sum(_PROCESS_BYTES + _BYTES_PER_PARAM * c.params for c in (cell, *self.running.values()))
+    return not self.running or len(self.running) < self.most and need <= self.memory
+
+  def _start(self, cell):
+    # JAX takes NPROC for the number of cores: cells at once do better with cores of their own.
+    environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
+    _, *arguments = shlex.split(cell.command)
+    with (self.workdir / f'{cell.name}.log').open('a') as log:
+      process = subprocess.Popen(
+        [sys.executable, *arguments, f'--workdir={self.workdir / cell.name}'],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=[self.lock.fileno()],
+        start_new_session=True,  # Ctrl-C reaches it through `work`
+      )
+    self.running[process] = cell
+
+  def _reap(self):
+    for process in [p for p in self.running if p.poll() is not None]:
+      cell = self.running.pop(process)
+      if process.returncode:
+        self.failed.append(cell.name)
+
+  def _flops(self):
+    return sum(cell.flops * self._progress(cell) for cell in self.cells)
+
+  def _progress(self, cell):
+    """The fraction of a cell's steps that are done."""
+    if _is_done(self.workdir, cell):
+      return 1.0
+    lines = metrics.read_metrics(self.workdir / cell.name)
+    return lines[-1]['step'] / cell.steps if lines else 0.0
+
+  def _describe(self):
+    ended = len(self.cells) - len(self.waiting) - len(self.running)
+    names = ', '.join(cell.name for cell in self.running.values())
+    return f'{ended} of {len(self.cells)} cells; {names}'
+
+
+def _backend():
+  """Asked of another process: one that initialises JAX takes the accelerator for itself."""
+  program = 'import jax; print(jax.default_backend())'
+  asked = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+  if asked.returncode:
+    raise RuntimeError(f'JAX does not start:\n{asked.stderr}')
+  return asked.stdout.strip()
+
+
+def launch_commands(cells, workdir, template):
+  """Yields a command per cell that has it trained on another machine.
+
+  Args:
+    cells: of a grid.
+    workdir: the folder of the grid as that machine sees it, such as gs://bucket/grid.
+    template: with {name}, the cell's, and {command}, what to run, quoted for a shell.
+
+  Raises:
+    ValueError: the template has other braces, or no {command}.
+  """
+  for cell in cells:
+    command = shlex.quote(f'{cell.command} --workdir={workdir.rstrip("/")}/{cell.name}')
+    try:
+      launch = template.format(name=cell.name, command=command)
+    except (KeyError, IndexError, ValueError) as error:
+      raise ValueError(f'--launch={template!r} may only have {{name}} and {{command}}.') from error
+    if command not in launch:
+      raise ValueError(f'--launch={template!r} has no {{command}}, what the machine is to run.')
+    yield launch

@@ -1,0 +1,100 @@
+"""Training the cells of a grid: all of them, at once, and again after a kill."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moejax import cli, metrics
+from moejax.scaling_laws import grid, run
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def _cell(name, steps, **flags):
+  flags = {'steps': steps, 'eval_interval': 1000, 'checkpoint_interval': 20, **flags}
+  words = ' '.join(f'--config.train.{flag}={value}' for flag, value in flags.items())
+  command = f'python -m moejax.main --config=configs/dense.py:debug {words}'
+  size = {'d_model': 16, 'blocks': 2, 'heads': 2, 'expansion_rate': 1, 'granularity': 0}
+  return grid.Cell(
+    name, steps=steps, tokens=512 * steps, params=6144, active_params=6144, flops=1e6 * steps,
+    command=command, **size,
+  )  # fmt: skip
+
+
+def _start(cells, folder):
+  grid.write(cells, folder / 'grid.json')
+  files = [f'--grid={folder / "grid.json"}', f'--workdir={folder / "runs"}']
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  return subprocess.Popen(
+    [sys.executable, '-m', 'moejax.scaling_laws', 'run', *files],
+    cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def _wait_for_step(folder, step):
+  end = time.monotonic() + 120
+  while time.monotonic() < end:
+    lines = metrics.read_metrics(folder)
+    if lines and lines[-1]['step'] >= step:
+      return
+    time.sleep(0.1)
+  raise AssertionError(f'{folder} did not reach step {step}')
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_and_goes_on_after_a_kill(tmp_path):
+  cells = [_cell('short', 4), _cell('long', 4000)]
+  first = _start(cells, tmp_path)
+  _wait_for_step(tmp_path / 'runs' / 'long', 50)
+  first.send_signal(signal.SIGTERM)
+  out, _ = first.communicate(timeout=120)
+  assert first.returncode == cli.INTERRUPTED and 'the same command goes on' in out
+  reached = metrics.read_metrics(tmp_path / 'runs' / 'long')[-1]['step']
+  assert 50 <= reached < 4000
+
+  cells[1] = _cell('long', reached + 30)
+  second = _start(cells, tmp_path)
+  out, err = second.communicate(timeout=120)
+  assert second.returncode == cli.OK, err
+  assert '2 of 2 cells are done' in out
+  summary = json.loads((tmp_path / 'runs' / 'long' / 'summary.json').read_text())
+  assert summary['resumed_from'] == reached and summary['steps'] == reached + 30
+
+
+def test_two_programs_do_not_train_the_same_cells(tmp_path):
+  with run._lock(tmp_path):
+    with pytest.raises(ValueError, match='another program is training'):
+      run.run([_cell('short', 4)], tmp_path)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
+  cells = [_cell('bad', 4), _cell('good', 4)]
+  (tmp_path / 'good').mkdir()
+  (tmp_path / 'good' / 'summary.json').write_text('{}')
+  bad = cells[0].__dict__ | {'command': 'python -c "raise SystemExit(3)"'}
+  assert run.run([grid.Cell(**bad), cells[1]], tmp_path) == cli.FAILED
+  printed = capsys.readouterr()
+  assert 'bad failed' in printed.err and '1 of 2 cells are done' in printed.out
+  assert run.run(cells[1:], tmp_path) == cli.OK
+
+
+def test_launch_commands_are_quoted_and_complete():
+  cells = grid.make('laptop')[:2]
+  template = 'gcloud ssh {name} --command={command}'
+  first, _ = run.launch_commands(cells, 'gs://bucket/grid/', template)
+  words = first.split(maxsplit=3)
+  assert words[:3] == ['gcloud', 'ssh', cells[0].name]
+  assert words[3].startswith("--command='python -m moejax.main --config=configs/dense.py")
+  assert words[3].endswith(f"--workdir=gs://bucket/grid/{cells[0].name}'")
+
+
+@pytest.mark.parametrize('template', ['ssh {name}', 'ssh {host} {command}', 'ssh {} {command}'])
+def test_launch_templates_that_cannot_work(template):
+  with pytest.raises(ValueError, match='--launch'):
+    list(run.launch_commands(grid.make('laptop')[:1], 'runs', template))
