@@ -55,6 +55,11 @@ def baseline():
   )
   c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
 
+  c.model.mamba = ConfigDict()  # the Mamba sublayer
+  c.model.mamba.expand = 2.0  # channels per unit of d_model
+  c.model.mamba.state_size = 16  # states per channel
+  c.model.mamba.conv_width = 4  # positions that its convolution sees
+
   c.data = ConfigDict()
   c.data.source = 'stdlib'  # stdlib, text, jsonl, tokens, seqio
   c.data.files = ''  # text, jsonl: a glob; tokens: the folder that moejax.tokenize wrote
@@ -76,7 +81,7 @@ def baseline():
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
   c.optimizer.weight_decay = 0.1
-  c.optimizer.decay = 'all'  # all, matrices (not the scales and biases of norms)
+  c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
   c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mlp, mot
+from moejax.layers import attention, common, mamba, mlp, mot
 from moejax.ops import cross_entropy
 
 # The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
@@ -39,6 +39,14 @@ SUBLAYERS = {
     group_size=c.mot.group_size,
     temperature=c.mot.temperature,
     init=init,
+    rngs=rngs,
+  ),
+  'mamba': lambda c, init, rngs: mamba.Mamba(
+    d_model=c.d_model,
+    expand=c.mamba.expand,
+    state_size=c.mamba.state_size,
+    conv_width=c.mamba.conv_width,
+    dtype=init.dtype,
     rngs=rngs,
   ),
 }
@@ -87,6 +95,27 @@ class MoTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MambaConfig:
+  """Section `model.mamba`."""
+
+  expand: float
+  state_size: int
+  conv_width: int
+
+  def problems(self, d_model):
+    """Yields one sentence per impossible value."""
+    if self.expand * d_model < 1:
+      yield (
+        f'model.mamba.expand = {self.expand} must make at least one channel of model.d_model = '
+        f'{d_model}.'
+      )
+    if self.state_size < 1:
+      yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
+    if self.conv_width < 2:
+      yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Section `model`: what every field means stands in configs/common.py."""
 
@@ -109,10 +138,13 @@ class ModelConfig:
   remat: str
   loss_chunk: int
   mot: Any  # MoTConfig, or the mapping that becomes one
+  mamba: Any  # MambaConfig, likewise
 
   def __post_init__(self):
     if not isinstance(self.mot, MoTConfig):
       object.__setattr__(self, 'mot', MoTConfig(**self.mot))
+    if not isinstance(self.mamba, MambaConfig):
+      object.__setattr__(self, 'mamba', MambaConfig(**self.mamba))
     problems = list(self._problems())
     if problems:
       raise ValueError('\n'.join(problems))
@@ -151,6 +183,8 @@ class ModelConfig:
     yield from self._block_problems()
     if any('mot' in pattern for pattern in self.sublayers):
       yield from self.mot.problems(self.d_ff)
+    if any('mamba' in pattern for pattern in self.sublayers):
+      yield from self.mamba.problems(self.d_model)
 
   def _block_problems(self):
     if not self.blocks:
