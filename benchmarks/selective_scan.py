@@ -109,9 +109,9 @@ def torch_program(args):
 
 def layer_programs(B, L, I, N):
   """A layer, and the matrix products in it, forward + backward."""
-  layer = mamba.Mamba(
-    d_model=I // 2, expand=2.0, state_size=N, conv_width=4, dtype=jnp.float32, rngs=nnx.Rngs(0)
-  )
+  config = mamba.MambaConfig(expand=2.0, state_size=N, conv_width=4)
+  init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
+  layer = mamba.Mamba(config, d_model=I // 2, init=init, rngs=nnx.Rngs(0))
   graph, params = nnx.split(layer)
   x_BLD = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, I // 2)), jnp.float32)
   positions_BL = jnp.tile(jnp.arange(L)[None], (B, 1))

@@ -13,12 +13,29 @@ from ml_collections import ConfigDict
 
 # name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
 SIZES = {
-  'laptop': (128, 4, 4, 6e-3),
+  'laptop': (64, 4, 2, 6e-3),
   'mini': (256, 4, 4, 4e-3),
   'small': (512, 4, 8, 1e-3),
   'medium': (512, 8, 8, 7e-4),
   'base': (768, 12, 12, 4e-4),
   'large': (1024, 24, 16, 2e-4),
+}
+# The same of the runs behind the scaling laws (arXiv:2402.07871, appendix A), named by the
+# parameters that a token uses.
+SCALING_SIZES = {
+  '3M': (256, 4, 4, 2e-4),
+  '6M': (256, 8, 4, 2e-4),
+  '7M': (384, 4, 6, 2e-4),
+  '13M': (512, 4, 8, 2e-4),
+  '25M': (512, 8, 8, 2e-4),
+  '49M': (640, 10, 10, 2e-4),
+  '85M': (768, 12, 12, 2e-4),
+}
+# Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
+# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps.
+MOE_MAMBA_SIZES = {
+  '25M': (512, 8, 8, 5e-4, 64, 150_000),
+  '100M': (768, 16, 12, 2.5e-4, 1024, 30_000),
 }
 
 
@@ -30,11 +47,11 @@ def baseline():
   # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...).
   c.model.blocks = ((('attention', 'mlp'), 4),)
   c.model.vocab_size = 0  # 0: the tokenizer's; more pads the embedding
-  c.model.d_model = 128
-  c.model.num_heads = 4
-  c.model.d_ff = 512  # hidden width of a dense feed-forward
+  c.model.d_model = 64
+  c.model.num_heads = 2
+  c.model.d_ff = 256  # hidden width of a dense feed-forward
   c.model.activation = 'relu'  # relu, gelu, swiglu: of dense feed-forwards
-  c.model.positions = 'learned'  # learned (absolute), rope, none
+  c.model.positions = 'rope'  # rope, learned (absolute), none
   c.model.document_mask = False  # True: attention stays inside packed documents
   c.model.norm = 'layer_norm'  # layer_norm, rms_norm
   c.model.final_norm = False  # a norm before the output projection
@@ -48,12 +65,31 @@ def baseline():
   )
   c.model.loss_chunk = 0  # positions whose logits exist at once; 0: all
   c.model.mot = ConfigDict()  # the Mixture-of-Tokens sublayer
-  c.model.mot.num_experts = 16
-  c.model.mot.group_size = 16  # sequences that are mixed with each other
+  c.model.mot.num_experts = 64
+  c.model.mot.group_size = 8  # sequences that are mixed with each other
   c.model.mot.expert_width = (
     0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
   )
   c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
+
+  c.model.moe = ConfigDict()  # the sparse mixture-of-experts sublayer
+  c.model.moe.router = 'token_choice'  # token_choice, expert_choice
+  c.model.moe.expansion_rate = 8  # parameters of all experts over those of a dense layer
+  c.model.moe.granularity = 1  # experts are d_ff / granularity wide, this many times as many
+  c.model.moe.experts_per_token = 0  # 0: granularity, the FLOPs per token of a dense layer
+  c.model.moe.capacity_factor = 1.25  # slots of an expert over its fair share; 0: nobody is dropped
+  c.model.moe.group_size = 8  # sequences that are routed together
+  c.model.moe.group_by = 'auto'  # sequence (all their tokens), position; auto: what is causal
+  c.model.moe.scores = 'softmax'  # softmax, sigmoid (token choice), softmax_over_tokens (expert's)
+  c.model.moe.renormalize = False  # weights of a token sum to 1: the softmax after the choice
+  c.model.moe.balance_loss = 0.01  # weight of the load-balancing loss
+  c.model.moe.balance_convention = 'uniform_is_1'  # uniform_is_k: k times as much, as in the papers
+  c.model.moe.balance_bias = False  # balance by a bias instead (optimizer.balance_bias_rate)
+  c.model.moe.z_loss = 0.0  # weight of the mean squared logsumexp of router scores
+  c.model.moe.jitter = 0.0  # noise of the router's input in training: uniform in 1 +- jitter
+  c.model.moe.shared_width = 0  # hidden width of an expert that every token passes; 0: none
+  c.model.moe.output_norm = False  # layer norm of the output
+  c.model.moe.impl = 'auto'  # loop (over experts), rows (all at once); auto: by device
 
   c.model.mamba = ConfigDict()  # the Mamba sublayer
   c.model.mamba.expand = 2.0  # channels per unit of d_model
@@ -68,7 +104,7 @@ def baseline():
   c.data.tfds_data_dir = ''  # seqio: where prepared tensorflow-datasets lie; '' is their default
   c.data.tokenizer = 'bytes'  # bytes, a SentencePiece .model file, gpt2:FOLDER
   c.data.sequence_length = 128
-  c.data.batch_size = 32  # sequences per step, over all devices
+  c.data.batch_size = 16  # sequences per step, over all devices
   c.data.seed = 0
 
   c.optimizer = ConfigDict()
@@ -83,6 +119,7 @@ def baseline():
   c.optimizer.weight_decay = 0.1
   c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
+  c.optimizer.balance_bias_rate = 1e-3  # step of the biases that balance routers
   c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
 
   c.mesh = ConfigDict()  # devices along each axis; -1: the rest
@@ -92,11 +129,11 @@ def baseline():
   c.mesh.tensor = 1
 
   c.train = ConfigDict()
-  c.train.steps = 1500
+  c.train.steps = 3000
   c.train.seed = 0  # of the parameters
   c.train.log_interval = 10
   c.train.eval_interval = 250
-  c.train.eval_batches = 16
+  c.train.eval_batches = 32
   c.train.checkpoint_interval = 250
   c.train.keep_checkpoints = 3
   c.train.sample_prompt = 'def '
@@ -104,11 +141,12 @@ def baseline():
   return c.lock()
 
 
-def parse_arg(arg, **options):
+def parse_arg(arg, sizes=SIZES, **options):
   """Reads 'medium,experts=32,debug' into a namespace with `size`, `debug` and the given options.
 
   Args:
     arg: the part of --config after the colon, or None.
+    sizes: names that are a size.
     **options: name=default of further `name=value` words, of the default's type.
 
   Raises:
@@ -117,7 +155,7 @@ def parse_arg(arg, **options):
   values = {'size': 'laptop', 'debug': False, **options}
   for word in filter(None, (arg or '').split(',')):
     name, equals, text = word.partition('=')
-    if name in SIZES and not equals:
+    if name in sizes and not equals:
       values['size'] = name
     elif name == 'debug' and not equals:
       values['debug'] = True
@@ -128,7 +166,7 @@ def parse_arg(arg, **options):
         kind = type(options[name]).__name__
         raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
     else:
-      known = [*SIZES, 'debug', *(f'{option}=' for option in options)]
+      known = [*sizes, 'debug', *(f'{option}=' for option in options)]
       close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
       hint = f' Did you mean {close[0]!r}?' if close else ''
       raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}.{hint}')
@@ -136,18 +174,22 @@ def parse_arg(arg, **options):
 
 
 def sized(name):
-  """The baseline at a size of SIZES; all but the laptop's follow the papers' runs on C4."""
+  """The dense model of a size; all but the laptop's follow the papers' runs on C4."""
   c = baseline()
-  c.model.d_model, blocks, c.model.num_heads, c.optimizer.peak_lr = SIZES[name]
+  shape = (SIZES | SCALING_SIZES)[name]
+  c.model.d_model, blocks, c.model.num_heads, c.optimizer.peak_lr = shape
   c.model.d_ff = 4 * c.model.d_model
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   if name != 'laptop':
     c4(c)
+  if name in SCALING_SIZES:
+    scaling_law_run(c)
   return c
 
 
 def c4(c):
   """C4, context 256, batch 256, 150k steps: the runs of the second version of the MoT paper."""
+  c.model.positions = 'learned'
   c.model.init_scale = 0.1
   c.model.dtype = 'bfloat16'
   c.model.document_mask = True  # packed rows; the papers concatenate documents without a mask
@@ -165,12 +207,38 @@ def c4(c):
   c.train.checkpoint_interval = 1000
 
 
+def scaling_law_run(c):
+  """Batches of half a million tokens, 33B in all; warm-up 1 % (arXiv:2402.07871, appendix A)."""
+  c.data.batch_size = 2048
+  c.optimizer.accumulation = 8  # a routing group is 256 sequences
+  c.train.steps = 62_500
+  c.optimizer.warmup_steps = 625
+
+
+def moe_mamba_run(size):
+  """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
+  c = baseline()
+  c4(c)
+  c.model.positions = 'rope'
+  c.model.d_model, c.model.num_heads, c.model.d_ff = d_model, heads, 4 * d_model
+  c.model.blocks = ((('attention', 'mlp'), blocks),)
+  c.data.sequence_length = 1024
+  c.data.batch_size = batch_size
+  c.optimizer.peak_lr = peak_lr
+  c.optimizer.warmup_steps = steps // 100
+  c.train.steps = steps
+  return c
+
+
 def shrink(c):
   """The same program in seconds: tiny sizes, every code path; corpora to download become stdlib."""
   c.model.d_model, c.model.num_heads, c.model.d_ff = 16, 2, 64
   c.model.blocks = tuple((pattern, min(repeats, 2)) for pattern, repeats in c.model.blocks)
   c.model.loss_chunk = 12
   c.model.mot.num_experts, c.model.mot.group_size = 8, 4
+  c.model.moe.expansion_rate, c.model.moe.group_size = 4, 4
+  c.model.moe.granularity = min(c.model.moe.granularity, 2)
   c.data.source, c.data.tokenizer = 'stdlib', 'bytes'
   c.data.sequence_length, c.data.batch_size = 32, 16
   c.optimizer.accumulation = 2

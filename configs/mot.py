@@ -17,7 +17,7 @@ PEAK_LR = {'mini': 2e-3, 'base': 2e-4}
 def get_config(arg=None):
   arg = common.parse_arg(arg, experts=0, mixtures=0)
   c = common.sized(arg.size)
-  default_experts, default_mixtures = {'laptop': (8, 1), 'mini': (32, 16)}.get(arg.size, (32, 1))
+  default_experts, default_mixtures = {'laptop': (8, 8), 'mini': (32, 16)}.get(arg.size, (32, 1))
   experts, mixtures = arg.experts or default_experts, arg.mixtures or default_mixtures
   c.model.mot.group_size = experts
   c.model.mot.num_experts = experts * mixtures

@@ -44,17 +44,25 @@ class Checkpoints:
   """
 
   def __init__(self, directory, keep: int = 3):
-    """Opens a folder of checkpoints, which is created if it does not exist.
+    """Opens a folder of checkpoints, which need not exist yet.
 
     Args:
       directory: the folder, on a disk that all processes share.
       keep: how many of the newest steps to keep.
+    """
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    logging.get_absl_logger().addFilter(_is_worth_showing)
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._background = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending = None  # step and future of the save under way
+
+  def make_writable(self) -> None:
+    """Creates the folder, to find out before training that it can be.
 
     Raises:
       ValueError: the folder cannot be created, or not be written.
     """
-    self._directory = pathlib.Path(directory).absolute()
-    self._keep = keep
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self._directory) as probe:
@@ -64,10 +72,6 @@ class Checkpoints:
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
         'a folder that can be written, on a disk with free space.'
       ) from error
-    logging.get_absl_logger().addFilter(_is_worth_showing)
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-    self._background = concurrent.futures.ThreadPoolExecutor(1)
-    self._pending = None  # step and future of the save under way
 
   def save(self, step: int, state, loader, metadata: dict) -> None:
     """Starts to save a step; `state` may be donated as soon as this returns.
@@ -166,7 +170,7 @@ class Checkpoints:
     """Steps whose saves were finished, in order, damaged or not."""
     return sorted(
       int(folder.name)
-      for folder in self._directory.iterdir()
+      for folder in self._directory.glob('*')  # none if there is no directory yet
       if folder.name.isdecimal()
       and ((folder / 'state').exists() or (folder / 'manifest.json').exists())
     )

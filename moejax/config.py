@@ -92,12 +92,13 @@ def _batch_problems(data_config, model, optimizer):
   batch, parts = data_config.batch_size, optimizer.accumulation
   if batch % parts:
     yield f'optimizer.accumulation = {parts} must divide data.batch_size = {batch}.'
-  elif any('mot' in names for names in model.sublayers) and batch // parts % model.mot.group_size:
-    yield (
-      f'model.mot.group_size = {model.mot.group_size} must divide the {batch // parts} sequences '
-      f'that are in one pass (data.batch_size = {batch} / optimizer.accumulation = {parts}). '
-      'Change one of the three.'
-    )
+    return
+  for field, size in model.groups.items():
+    if batch // parts % size:
+      yield (
+        f'{field} = {size} must divide the {batch // parts} sequences that are in one pass '
+        f'(data.batch_size = {batch} / optimizer.accumulation = {parts}). Change one of the three.'
+      )
 
 
 def check_mesh(stages, mesh):
@@ -151,7 +152,7 @@ def check_tokenizer(metadata, tokenizer):
 # Fields that may change when a run goes on: how it is computed, and where its text lies (that the
 # text is the same, the corpus' fingerprint in the checkpoint tells).
 _FREE = {
-  'model': ('remat', 'loss_chunk'),
+  'model': ('remat', 'loss_chunk', 'moe.impl'),
   'data': ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer'),
 }
 

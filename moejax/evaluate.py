@@ -8,9 +8,10 @@ import json
 import math
 
 import jax
+import numpy as np
 from absl import flags
 
-from moejax import cli, config as config_lib, data, model as model_lib, sharding
+from moejax import cli, config as config_lib, data, metrics, model as model_lib, sharding
 from moejax.checkpoint import Checkpoints
 
 
@@ -24,17 +25,27 @@ def evaluate(model_config, params, loader, num_batches, mesh):
   """Mean loss over the first `num_batches` batches of a loader.
 
   Returns:
-    'loss' in nats per token, 'bits_per_byte' where the loader knows the bytes, and 'tokens'.
+    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' where the loader knows the bytes,
+    'tokens', and for models that drop tokens 'loss_dropless'; and aux, the measurements of the
+    sublayers, as numpy arrays [sublayers that measure it, ...].
   """
-  total_nats = total_tokens = 0.0
+  dropless = model_config.dropless()
+  total = {'nats': 0.0, 'tokens': 0.0, 'nats_dropless': 0.0}
+  all_aux = []
   for step in range(num_batches):
     batch = sharding.place_batch(loader.batch(step), mesh)
-    nats, tokens, _ = eval_step(model_config, params, batch)
-    total_nats, total_tokens = total_nats + float(nats), total_tokens + float(tokens)
-  result = {'loss': total_nats / total_tokens, 'tokens': int(total_tokens)}
+    nats, tokens, aux = eval_step(model_config, params, batch)
+    all_aux.append(jax.device_get(aux))
+    total['nats'] += float(nats)
+    total['tokens'] += float(tokens)
+    if dropless:
+      total['nats_dropless'] += float(eval_step(dropless, params, batch)[0])
+  result = {'loss': total['nats'] / total['tokens'], 'tokens': int(total['tokens'])}
   if loader.bytes_per_token:
     result['bits_per_byte'] = result['loss'] / math.log(2) / loader.bytes_per_token
-  return result
+  if dropless:
+    result['loss_dropless'] = total['nats_dropless'] / total['tokens']
+  return result, jax.tree.map(lambda *values: np.mean(values, axis=0), *all_aux)
 
 
 def load_run(workdir):
@@ -68,8 +79,8 @@ def main():
   loader = data.make_loader(stages.data, 'validation')
   num_batches = flags.FLAGS.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
-    result = evaluate(stages.model, params, loader, num_batches, mesh)
-  print(json.dumps({'step': step, **result}))
+    result, aux = evaluate(stages.model, params, loader, num_batches, mesh)
+  print(json.dumps({'step': step, **result, **metrics.flatten_aux(aux)}))
   return cli.OK
 
 

@@ -5,8 +5,9 @@ Conventions:
   look-up do not.
 - Model FLOPs of training are three times those of the forward pass: the backward pass multiplies
   every product by both of its factors. What `model.remat` computes again does not count.
-- Experts count as often as they run: E mixtures for the M tokens of a group. Routing (controller,
-  merge and emit) is counted apart from the model, so that MFU does not reward it.
+- Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
+  under token choice, whether it is dropped or not; all slots under expert choice. Routing
+  (controller, merge and emit; router) is counted apart, so that MFU does not reward it.
 - The recurrence of Mamba counts as what it is, three multiply-adds per state, and its convolution
   as one per tap, though neither is a matrix product.
 - Attention scores count for every pair of positions, also those that the causal mask hides, as in
@@ -49,19 +50,23 @@ def _attention(config, length):
   )
 
 
+def _feed_forward(d_model, width, activation):
+  """Parameters of one feed-forward network, dense or expert."""
+  gated = activation == 'swiglu'
+  return 3 * d_model * mlp.gated_width(width) if gated else 2 * d_model * width
+
+
 def _mlp(config, length):
   del length
-  if config.activation == 'swiglu':
-    weights = 3 * config.d_model * mlp.gated_width(config.d_ff)
-  else:
-    weights = 2 * config.d_model * config.d_ff
+  weights = _feed_forward(config.d_model, config.d_ff, config.activation)
   return Cost(params={'mlp': weights}, active=weights, model_flops={'mlp': 2 * weights})
 
 
 def _mot(config, length):
   del length
   E, M = config.mot.num_experts, config.mot.group_size
-  experts = 2 * E * config.d_model * config.mot.width(config.d_ff)
+  expert = _feed_forward(config.d_model, config.mot.width(config.d_ff), config.activation)
+  experts = E * expert
   controller = config.d_model * E
   return Cost(
     params={'experts': experts, 'controller': controller},
@@ -71,10 +76,28 @@ def _mot(config, length):
   )
 
 
+def _moe(config, length):
+  moe, D = config.moe, config.d_model
+  E, K = moe.num_experts, moe.top_k
+  if moe.router == 'expert_choice':  # every slot is taken
+    group = moe.group_size * (1 if moe.by_position else max(length, 1))
+    K = E * moe.capacity(group) / group
+  expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation)
+  shared = _feed_forward(D, moe.shared_width, config.activation) if moe.shared_width else 0
+  router = D * E
+  bias, norm = E * moe.balance_bias, 2 * D * moe.output_norm
+  return Cost(
+    params={'experts': E * expert, 'mlp': shared, 'router': router + bias, 'norm': norm},
+    active=K * expert + shared + router + bias + norm,
+    model_flops={'experts': 2 * K * expert, 'mlp': 2 * shared},
+    routing_flops={'router': 2 * router},
+  )
+
+
 def _mamba(config, length):
   del length
   D, N, W = config.d_model, config.mamba.state_size, config.mamba.conv_width
-  I, R = mamba.inner_width(D, config.mamba.expand), mamba.delta_rank(D)
+  I, R = config.mamba.inner_width(D), mamba.delta_rank(D)
   projections = 3 * D * I + I * (R + 2 * N) + R * I  # in, gate and out; select; delta
   channels = W * I + N * I + 3 * I  # kernel, a; biases of convolution and delta, skip
   return Cost(
@@ -89,7 +112,7 @@ def _mamba(config, length):
 
 
 # Name of a sublayer in `model.blocks` -> function of ModelConfig and sequence length.
-COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'mamba': _mamba}
+COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'moe': _moe, 'mamba': _mamba}
 
 _NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
 
@@ -102,7 +125,7 @@ def _sums(dicts):
   total = collections.Counter()
   for numbers in dicts:
     total.update(numbers)
-  return dict(total)
+  return {kind: number for kind, number in total.items() if number}
 
 
 def param_counts(config):
@@ -142,11 +165,11 @@ def _routing_flops(config, length):
 
 
 def forward_flops_per_token(config, length):
-  """Forward FLOPs per token of sequences of `length` positions, by kind; kinds not in use are
-  absent.
+  """Forward FLOPs per token of sequences of `length` positions, by kind.
 
   Kinds: attention_projections, attention_scores, mlp, experts, mamba_projections,
-  mamba_convolution, mamba_scan, head; routing: controller, merge, emit.
+  mamba_convolution, mamba_scan, head; routing: controller, merge, emit, router. Those not in use
+  are absent.
   """
   return _model_flops(config, length) | _routing_flops(config, length)
 

@@ -43,7 +43,7 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
       f'{model_config.max_length} (data.sequence_length). Shorten the prompt or --length.'
     )
   # Rows up to a multiple of the group are padding: segment 0 keeps them out of every mixture.
-  rows = -(-len(prompts) // group_size(model_config)) * group_size(model_config)
+  rows = _full_groups(model_config, len(prompts))
   prompts_BS = np.zeros((rows, lengths.max()), np.int32)
   for row, prompt in enumerate(prompts):
     prompts_BS[row, : len(prompt)] = prompt
@@ -60,10 +60,9 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   return [out_BS[row, n - 1 : n - 1 + length] for row, n in enumerate(lengths)]
 
 
-def group_size(model_config):
-  """How many sequences the model mixes with each other; 1 if it does not mix."""
-  mixes = any('mot' in names for names in model_config.sublayers)
-  return model_config.mot.group_size if mixes else 1
+def _full_groups(model_config, rows):
+  M = model_config.mixed_sequences
+  return -(-rows // M) * M
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -101,7 +100,7 @@ def continuations(model_config, params, tokenizer, prompts, length, *, temperatu
   the same prompts: a mixture of fewer tokens than in training would be a distribution the model has
   not seen.
   """
-  rows = -(-len(prompts) // group_size(model_config)) * group_size(model_config)
+  rows = _full_groups(model_config, len(prompts))
   ids = [tokenizer.encode(text) for text in prompts]
   repeated = [ids[row % len(ids)] for row in range(rows)]
   key = jax.random.key(seed)

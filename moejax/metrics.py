@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tensorboardX
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import moejax
 
@@ -74,6 +75,20 @@ def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
   return [(entry['step'], entry[name]) for entry in entries if entry.get(name) is not None]
 
 
+def flatten_aux(aux: dict) -> dict[str, float]:
+  """Measurements of sublayers by name: 'name/00', 'name/01', ... in their order.
+
+  Those with more than one number per sublayer are for plots and left out.
+  """
+  rows = {name: np.asarray(values) for name, values in aux.items()}
+  return {
+    f'{name}/{i:02d}': float(value)
+    for name, values in rows.items()
+    if values.ndim == 1
+    for i, value in enumerate(values)
+  }
+
+
 def progress_line(
   *,
   step: int,
@@ -83,13 +98,18 @@ def progress_line(
   seconds_left: float,
   grad_norm: float | None = None,
   mfu: float | None = None,
+  dropped: float | None = None,
 ) -> str:
-  """One line of at most 100 columns; `mfu` is a fraction of the peak, None is left out."""
+  """One line of at most 100 columns; None is left out.
+
+  `mfu` is a fraction of the peak, `dropped` of the choices of experts.
+  """
   parts = [
     f'step {step:>{len(str(steps))}}/{steps}',
     f'{100 * step / steps:5.1f}%',
     f'loss {loss:.3f}' if abs(loss) < 1000 else f'loss {loss:.2e}',
     f'grad {grad_norm:.2g}' if grad_norm is not None else '',
+    f'dropped {100 * dropped:.1f}%' if dropped is not None else '',
     f'{_short(tokens_per_second)} tok/s',
     f'MFU {100 * mfu:.1f}%' if mfu is not None else '',
     f'{_duration(seconds_left)} left',
@@ -145,6 +165,25 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
     axes.legend(frameon=False)
   axes.grid(color='0.9')
   axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path)
+
+
+def plot_router(load, path) -> None:
+  """Draws the load of experts (columns) by sparse layer (rows) into a PNG file.
+
+  Args:
+    load: [layers, experts], 1 is a fair share.
+    path: of the file.
+  """
+  load = np.asarray(load)
+  figure = Figure(figsize=(8, 1.5 + 0.3 * len(load)), dpi=120, layout='constrained')
+  axes = figure.add_subplot(xlabel='expert', ylabel='sparse layer')
+  image = axes.imshow(load, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='nearest')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(MaxNLocator(integer=True))
+  label = f'load over fair share (largest {load.max():.2f}, {(load == 0).sum()} dead)'
+  figure.colorbar(image, label='load / fair share', extend='max')
+  axes.set_title(label, fontsize='medium', loc='left')
   figure.savefig(path)
 
 

@@ -7,19 +7,21 @@ scan, so compile time does not grow with depth. Around each sublayer stands a pr
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mamba, mlp, mot
-from moejax.ops import cross_entropy
+from moejax.layers import attention, common, mamba, mlp, moe, mot
+from moejax.ops import cross_entropy, routing
 
 # The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
 # the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
 # `init_state(batch_size, max_length, dtype)` and `step(x_BD, state, tokens) -> (y_BD, state)`.
-# `aux` is a flat dict of small arrays: measurements by name.
+# `aux` is a flat dict of small arrays: measurements by name; 'auxiliary_loss' is added to the
+# objective, averaged over the sublayers that have one (as in the papers' runs).
 SUBLAYERS = {
   'attention': lambda c, init, rngs: attention.Attention(
     d_model=c.d_model,
@@ -38,27 +40,29 @@ SUBLAYERS = {
     expert_width=c.mot.width(c.d_ff),
     group_size=c.mot.group_size,
     temperature=c.mot.temperature,
+    activation=c.activation,
     init=init,
     rngs=rngs,
   ),
-  'mamba': lambda c, init, rngs: mamba.Mamba(
-    d_model=c.d_model,
-    expand=c.mamba.expand,
-    state_size=c.mamba.state_size,
-    conv_width=c.mamba.conv_width,
-    dtype=init.dtype,
-    rngs=rngs,
+  'moe': lambda c, init, rngs: moe.MixtureOfExperts(
+    c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
+  'mamba': lambda c, init, rngs: mamba.Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs),
 }
+
+# Chosen experts are kept in every case: a route computed again could be another one.
+_CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
 
 REMAT = {
   'none': lambda f: f,
   'dots': functools.partial(
     jax.checkpoint,
     prevent_cse=False,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    policy=jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _CHOICES
+    ),
   ),
-  'full': functools.partial(jax.checkpoint, prevent_cse=False),
+  'full': functools.partial(jax.checkpoint, prevent_cse=False, policy=_CHOICES),
 }
 
 
@@ -94,25 +98,7 @@ class MoTConfig:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class MambaConfig:
-  """Section `model.mamba`."""
-
-  expand: float
-  state_size: int
-  conv_width: int
-
-  def problems(self, d_model):
-    """Yields one sentence per impossible value."""
-    if self.expand * d_model < 1:
-      yield (
-        f'model.mamba.expand = {self.expand} must make at least one channel of model.d_model = '
-        f'{d_model}.'
-      )
-    if self.state_size < 1:
-      yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
-    if self.conv_width < 2:
-      yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
+_SECTIONS = {'mot': MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +124,13 @@ class ModelConfig:
   remat: str
   loss_chunk: int
   mot: Any  # MoTConfig, or the mapping that becomes one
-  mamba: Any  # MambaConfig, likewise
+  moe: Any  # moe.MoEConfig, or the mapping that becomes one
+  mamba: Any  # mamba.MambaConfig, likewise
 
   def __post_init__(self):
-    if not isinstance(self.mot, MoTConfig):
-      object.__setattr__(self, 'mot', MoTConfig(**self.mot))
-    if not isinstance(self.mamba, MambaConfig):
-      object.__setattr__(self, 'mamba', MambaConfig(**self.mamba))
+    for name, section in _SECTIONS.items():
+      if not isinstance(getattr(self, name), section):
+        object.__setattr__(self, name, section(**getattr(self, name)))
     problems = list(self._problems())
     if problems:
       raise ValueError('\n'.join(problems))
@@ -153,6 +139,33 @@ class ModelConfig:
   def sublayers(self):
     """Names of all sublayers in order, one tuple per block."""
     return [tuple(pattern) for pattern, repeats in self.blocks for _ in range(repeats)]
+
+  def uses(self, kind):
+    """Whether any block has a sublayer of this kind."""
+    return any(kind in pattern for pattern in self.sublayers)
+
+  @property
+  def groups(self):
+    """Field -> how many consecutive sequences a pass must be cut into."""
+    kinds = ('mot', 'moe')
+    return {f'model.{k}.group_size': getattr(self, k).group_size for k in kinds if self.uses(k)}
+
+  @property
+  def mixed_sequences(self):
+    """How many sequences influence each other at equal positions, in decoding too; 1 if none."""
+    mot = self.mot.group_size if self.uses('mot') else 1
+    expert_choice = self.uses('moe') and self.moe.router == 'expert_choice'
+    return math.lcm(mot, self.moe.group_size if expert_choice else 1)
+
+  def leaks(self):
+    """Whether a token sees later positions."""
+    return self.uses('moe') and self.moe.leaks()
+
+  def dropless(self):
+    """The same model without dropped tokens, or None if it drops none."""
+    if not self.uses('moe') or self.moe.router != 'token_choice' or not self.moe.capacity_factor:
+      return None
+    return dataclasses.replace(self, moe=dataclasses.replace(self.moe, capacity_factor=0.0))
 
   def _problems(self):
     choices = {
@@ -181,9 +194,11 @@ class ModelConfig:
         f'{self.d_model // self.num_heads}.'
       )
     yield from self._block_problems()
-    if any('mot' in pattern for pattern in self.sublayers):
+    if self.uses('mot'):
       yield from self.mot.problems(self.d_ff)
-    if any('mamba' in pattern for pattern in self.sublayers):
+    if self.uses('moe'):
+      yield from self.moe.problems(self.d_ff, self.max_length)
+    if self.uses('mamba'):
       yield from self.mamba.problems(self.d_model)
 
   def _block_problems(self):
@@ -223,10 +238,12 @@ class Block(nnx.Module):
 
   def __call__(self, x_BLD, tokens):
     aux = {}
-    for name in self.names:
-      x_BLD, layer_aux = getattr(self, name)(x_BLD, tokens)
-      aux |= layer_aux
-    return x_BLD, aux
+    for i, name in enumerate(self.names):
+      key = None if tokens.key is None else jax.random.fold_in(tokens.key, i)
+      x_BLD, layer_aux = getattr(self, name)(x_BLD, tokens._replace(key=key))
+      for measured, value in layer_aux.items():
+        aux.setdefault(measured, []).append(value)
+    return x_BLD, {measured: jnp.stack(values) for measured, values in aux.items()}
 
   def init_state(self, batch_size, max_length, dtype):
     layers = {name: getattr(self, name).layer for name in self.names}
@@ -264,20 +281,31 @@ class LanguageModel(nnx.Module):
 
     Returns:
       x_BLD in the compute dtype, ready for the output projection, and aux: a dict of float32
-      arrays [blocks that measure it], in the order of the blocks.
+      arrays [sublayers that measure it, ...], in their order.
     """
     x_BLD = self._embed(inputs_BL, tokens)
     aux = {}
-    for name in self.stacks:
-      body = REMAT[self.config.remat](lambda x, block: block(x, tokens))
-      x_BLD, stack_aux = jax.lax.scan(body, x_BLD, getattr(self, name))
-      for key, values in stack_aux.items():
-        aux[key] = jnp.concatenate([aux[key], values]) if key in aux else values
-    return self._normalize(x_BLD), aux
+    for i, (name, (_, repeats)) in enumerate(zip(self.stacks, self.config.blocks, strict=True)):
+      keys = None
+      if tokens.key is not None:
+        keys = jax.random.split(jax.random.fold_in(tokens.key, i), repeats)
 
-  def loss(self, batch):
-    """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux."""
-    tokens = common.Tokens(batch['segments'], batch['positions'])
+      def body(x_BLD, block_and_key):
+        block, key = block_and_key
+        return block(x_BLD, tokens._replace(key=key))
+
+      body = REMAT[self.config.remat](body)
+      x_BLD, stack_aux = jax.lax.scan(body, x_BLD, (getattr(self, name), keys))
+      for measured, values in stack_aux.items():
+        aux.setdefault(measured, []).append(values.reshape(-1, *values.shape[2:]))
+    return self._normalize(x_BLD), {name: jnp.concatenate(parts) for name, parts in aux.items()}
+
+  def loss(self, batch, key=None):
+    """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
+
+    `key` is of the noise that some layers add in training; None: none.
+    """
+    tokens = common.Tokens(batch['segments'], batch['positions'], key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
     weights_BL = (batch['segments'] > 0).astype(jnp.float32)
     nats = cross_entropy.chunked_cross_entropy(

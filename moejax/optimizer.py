@@ -19,12 +19,17 @@ class OptimizerConfig:
   weight_decay: float
   decay: str
   clip_norm: float
+  balance_bias_rate: float
   accumulation: int
 
   def __post_init__(self):
     for name in ('peak_lr', 'eps', 'clip_norm'):
       if getattr(self, name) <= 0:
         raise ValueError(f'optimizer.{name} must be positive, got {getattr(self, name)}.')
+    if self.balance_bias_rate < 0:
+      raise ValueError(
+        f'optimizer.balance_bias_rate must not be negative, got {self.balance_bias_rate}.'
+      )
     if self.accumulation < 1:
       raise ValueError(f'optimizer.accumulation must be at least 1, got {self.accumulation}.')
     if self.warmup_steps < 0:
@@ -49,8 +54,12 @@ def make_schedule(config, steps):
 
 
 def make_optimizer(config, steps):
-  """The optax transformation for a run of `steps` steps."""
-  return optax.chain(
+  """The optax transformation for a run of `steps` steps.
+
+  AdamW, but for the biases that balance routers: their gradient is the load of an expert above the
+  mean, and they move against its sign by a fixed rate (arXiv:2408.15664, algorithm 1).
+  """
+  adamw = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
       make_schedule(config, steps),
@@ -60,6 +69,21 @@ def make_optimizer(config, steps):
       weight_decay=config.weight_decay,
       mask=None if config.decay == 'all' else _is_matrix,
     ),
+  )
+  balance = optax.sign_sgd(config.balance_bias_rate)
+  return optax.partition({'adamw': adamw, 'balance': balance}, _labels)
+
+
+def gradient_norm(gradients):
+  """Norm of all gradients that AdamW sees."""
+  labels = jax.tree.leaves(_labels(gradients))
+  leaves = jax.tree.leaves(gradients)
+  return optax.tree.norm([g for g, label in zip(leaves, labels, strict=True) if label == 'adamw'])
+
+
+def _labels(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: 'balance' if path[-1].key == 'balance_bias' else 'adamw', params
   )
 
 

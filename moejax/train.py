@@ -29,7 +29,7 @@ from moejax import (
 from moejax.checkpoint import Checkpoints
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
-from moejax.optimizer import make_optimizer, make_schedule
+from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
 
 def init_state(model_config, optimizer, key):
@@ -38,7 +38,7 @@ def init_state(model_config, optimizer, key):
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
-def train_step(state, batch, *, model_config, optimizer, schedule, accumulation):
+def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
   """One optimizer step.
 
   Args:
@@ -46,24 +46,28 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation)
     batch: int32 arrays [B, L]: inputs, targets, segments, positions.
     model_config, optimizer, schedule: static; what to train and how.
     accumulation: passes the batch is split into, as consecutive blocks of sequences.
+    key: of the noise in training; that of a step is folded in from it.
 
   Returns:
     The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
-    'learning_rate', and under 'aux' float32 arrays with one number per block that measures it.
+    'learning_rate', and under 'aux' float32 arrays with one row per sublayer that measures it.
   """
   num_targets = jnp.sum(batch['segments'] > 0)
+  keys = jax.random.split(jax.random.fold_in(key, state['step']), accumulation)
 
-  def loss(params, part):
-    nats, _, aux = model_lib.bind(model_config, params).loss(part)
-    return nats / num_targets, aux
+  def objective(params, part, key):
+    nats, _, aux = model_lib.bind(model_config, params).loss(part, key)
+    mean_nats = nats / num_targets
+    auxiliary = aux['auxiliary_loss'].mean() / accumulation if 'auxiliary_loss' in aux else 0.0
+    return mean_nats + auxiliary, (mean_nats, aux)
 
-  def add_part(total, part):
-    (nats, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state['params'], part)
+  def add_part(total, part_and_key):
+    gradients, (nats, aux) = jax.grad(objective, has_aux=True)(state['params'], *part_and_key)
     return jax.tree.map(jnp.add, total, (nats, gradients)), aux
 
   parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
   zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
-  (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, parts)
+  (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, (parts, keys))
   updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
   new_state = {
     'params': optax.apply_updates(state['params'], updates),
@@ -72,7 +76,7 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation)
   }
   measured = {
     'loss': mean_nats,
-    'grad_norm': optax.tree.norm(gradients),
+    'grad_norm': gradient_norm(gradients),
     'learning_rate': schedule(state['step']),
     'aux': jax.tree.map(lambda a: a.mean(0), aux),
   }
@@ -87,6 +91,7 @@ def compile_train_step(stages, abstract_state, mesh):
     optimizer=make_optimizer(stages.optimizer, stages.train.steps),
     schedule=make_schedule(stages.optimizer, stages.train.steps),
     accumulation=stages.optimizer.accumulation,
+    key=jax.random.key(stages.train.seed),
   )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -139,12 +144,10 @@ class Window:
 
 
 def flat_metrics(measured):
-  """Device metrics as floats; per-block arrays become 'name/00', 'name/01', ..."""
+  """Device metrics as floats, those of sublayers as by `metrics.flatten_aux`."""
   measured = jax.device_get(measured)
   flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
-  for name, values in measured['aux'].items():
-    flat |= {f'{name}/{i:02d}': float(value) for i, value in enumerate(values)}
-  return flat
+  return flat | metrics_lib.flatten_aux(measured['aux'])
 
 
 def train(config, workdir):
@@ -165,6 +168,12 @@ def train(config, workdir):
   loader = data.make_loader(stages.data, 'train', **shard)
   eval_loader = data.make_loader(stages.data, 'validation', **shard)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  checkpoints.make_writable()
+  if stages.model.leaks():
+    print(
+      'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
+      'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
+    )
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
     run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
     with contextlib.closing(run.writer):
@@ -278,20 +287,24 @@ class Run:
         grad_norm=means['grad_norm'],
         tokens_per_second=speed,
         mfu=means['mfu'],
+        dropped=_mean_of(means, 'moe/dropped/') if self.stages.model.dropless() else None,
         seconds_left=(self.stages.train.steps - self.step) * seconds,
       ),
       flush=True,
     )
 
   def _evaluate(self):
-    self.eval_result = evaluate(
+    self.eval_result, aux = evaluate(
       self.stages.model,
       self.state['params'],
       self.eval_loader,
       self.stages.train.eval_batches,
       self.mesh,
     )
-    self.writer.write(self.step, self.eval_result, prefix='validation')
+    measured = self.eval_result | metrics_lib.flatten_aux(aux)
+    self.writer.write(self.step, measured, prefix='validation')
+    if 'moe/load' in aux:
+      metrics_lib.plot_router(aux['moe/load'], self.workdir / 'router.png')
     print(f'step {self.step}: validation {_describe(self.eval_result)}', flush=True)
 
   def finish(self):
@@ -336,8 +349,15 @@ class Run:
     }
 
 
+def _mean_of(means, prefix):
+  values = [value for name, value in means.items() if name.startswith(prefix)]
+  return sum(values) / len(values)
+
+
 def _describe(result):
-  bits = result.get('bits_per_byte')
-  return f'loss {result["loss"]:.4f} nats per token' + (
-    f', {bits:.4f} bits per byte' if bits is not None else ''
-  )
+  parts = [f'loss {result["loss"]:.4f} nats per token']
+  if 'bits_per_byte' in result:
+    parts.append(f'{result["bits_per_byte"]:.4f} bits per byte')
+  if 'loss_dropless' in result:
+    parts.append(f'{result["loss_dropless"]:.4f} nats without drops')
+  return ', '.join(parts)

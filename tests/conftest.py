@@ -38,6 +38,14 @@ def key():
 
 
 @pytest.fixture
+def x64():
+  """Makes float64 available to one test."""
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
+
+
+@pytest.fixture
 def golden(request):
   """`golden(name, numbers, rtol=...)` compares nested numbers with tests/golden/NAME.json."""
   return goldens.Goldens(

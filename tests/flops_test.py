@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dense, mot
+from configs import dense, fine_grained, mamba, moe, mot
 from moejax import flops, model as model_lib
 from tests import tiny
 
@@ -37,9 +37,7 @@ def _paper_config(module, arg):
 def test_totals_of_the_papers_models(module, arg, millions):
   config = _paper_config(module, arg)
   dense_layers = sum(names.count('mlp') for names in config.sublayers)
-  biases = dense_layers * (
-    config.d_ff + config.d_model
-  )  # which the papers' code has, and we do not
+  biases = dense_layers * (config.d_ff + config.d_model)  # the papers' code has them, we do not
   total = flops.param_counts(config)['total'] + biases
   digits = len(millions.partition('.')[2])
   assert f'{total / 1e6:.{digits}f}' == millions
@@ -52,6 +50,26 @@ def test_active_parameters_of_equal_flop_models():
   assert counts['non_embedding'] == counts['active'] == 12 * width**2 * blocks + norms
   mixing = flops.param_counts(_paper_config(mot, 'medium,experts=32,mixtures=8'))
   assert mixing['active'] == counts['active'] + blocks // 2 * width * 256  # the controllers
+
+
+def test_sizes_of_the_scaling_laws():
+  """arXiv:2402.07871, section 5: N = d^2 (8E + 4) blocks, and 12 d^2 blocks of them are active."""
+  for granularity in (1, 8):
+    arg = f'25M,expansion_rate=64,granularity={granularity}'
+    config = _paper_config(fine_grained, arg)
+    counts = flops.param_counts(config)['by_kind']
+    assert counts['experts'] + counts['attention'] == 512**2 * (8 * 64 + 4) * 8
+    kinds = flops.forward_flops_per_token(config, 256)
+    assert kinds['experts'] + kinds['attention_projections'] == 2 * 12 * 512**2 * 8
+    assert kinds['router'] == 2 * 512 * 64 * granularity * 8
+
+
+@pytest.mark.parametrize(('size', 'total', 'active'), [('25M', 545, 25), ('100M', 2454, 114)])
+def test_sizes_of_transformer_moe(size, total, active):
+  """arXiv:2401.04081, table 1, without embeddings."""
+  counts = flops.param_counts(_paper_config(moe, size))
+  assert round(counts['non_embedding'] / 1e6) == total
+  assert round(counts['active'] / 1e6) == active
 
 
 @pytest.mark.parametrize(
@@ -78,6 +96,10 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},
+    {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
+    {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
+    {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
+    {'blocks': tiny.MOE, 'activation': 'swiglu', 'd_ff': 20, 'moe_shared_width': 5},
   ],
 )
 def test_counts_are_those_of_the_parameters(changes):
@@ -91,6 +113,17 @@ def test_counts_are_those_of_the_parameters(changes):
   assert counts['non_embedding'] == counts['total'] - counts['embedding']
   assert sum(counts['by_kind'].values()) == counts['total']
   assert isinstance(counts['active'], int) and 0 < counts['active'] <= counts['non_embedding']
+
+
+@pytest.mark.parametrize(
+  ('size', 'width', 'layers', 'layer', 'millions'),
+  [('25M', 512, 16, 1_694_720, 27), ('100M', 768, 32, 3_770_880, 121)],
+)
+def test_mamba_of_the_paper(size, width, layers, layer, millions):
+  counts = flops.param_counts(_paper_config(mamba, size))
+  assert counts['by_kind']['mamba'] == layers * layer
+  assert counts['active'] == counts['non_embedding'] == layers * (layer + 2 * width)
+  assert round(counts['active'] / 1e6) == millions
 
 
 def test_every_sublayer_has_a_cost():

@@ -27,10 +27,13 @@ def _random_params(config):
   return jax.tree.map(noise, jax.device_get(_init(config, jax.random.key(0))))
 
 
-@pytest.mark.parametrize('positions', ['learned', 'rope', 'none'])
-@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
-def test_a_token_changes_nothing_before_it_in_any_example(blocks, positions):
-  config = tiny.model_config(blocks=blocks, positions=positions)
+MODELS = pytest.mark.parametrize('model', tiny.MODELS)
+
+
+@pytest.mark.parametrize('positions', ['learned', 'rope'])
+@MODELS
+def test_a_token_changes_nothing_before_it_in_any_example(model, positions):
+  config = tiny.model_config(**tiny.MODELS[model], positions=positions)
   params = _random_params(config)
   batch = tiny.batch()
   before = _logits(config, params, batch['inputs'], tiny.tokens(batch))
@@ -63,10 +66,11 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
   np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
-@pytest.mark.parametrize('positions', ['learned', 'rope'])
-def test_decoding_step_by_step_equals_the_forward_pass(blocks, positions):
-  config = tiny.model_config(blocks=blocks, positions=positions, final_norm=True)
+@pytest.mark.parametrize('positions', ['learned', 'none'])
+@MODELS
+def test_decoding_step_by_step_equals_the_forward_pass(model, positions):
+  config = tiny.model_config(**tiny.MODELS[model], positions=positions, final_norm=True)
+  config = config.dropless() or config  # decoding drops nobody
   params = _random_params(config)
   batch = tiny.batch()
 
@@ -128,6 +132,13 @@ def test_how_it_is_computed_does_not_change_the_loss(changes):
   jax.tree.map(close, other_gradients, gradients)
 
 
+def test_recomputation_keeps_the_chosen_experts():
+  config = tiny.model_config(**tiny.MODELS['token choice'], remat='full')
+  loss = lambda params: model_lib.bind(config, params).loss(tiny.batch())[0]
+  program = str(jax.make_jaxpr(jax.grad(loss))(_random_params(config)))
+  assert program.count('top_k[') == 1  # of one scanned block: none in its backward pass
+
+
 def test_aux_has_one_number_per_mixing_block():
   (_, aux), _ = _loss_and_gradients(
     tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
@@ -160,8 +171,19 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),
     ({'loss_chunk': -1}, 'model.loss_chunk'),
     ({'d_ff': 0}, 'model.d_ff must be at least 1'),
+    ({'moe_router': 'hash'}, 'model.moe.router must be one of token_choice, expert_choice'),
+    ({'moe_experts_per_token': 7}, 'a token cannot choose 7 of 6 experts'),
+    ({'moe_granularity': 5}, 'granularity = 5 must divide model.d_ff = 24'),
+    ({'moe_capacity_factor': 0.01}, 'fewer than 1. Raise group_size'),
+    ({'moe_capacity_factor': -1.0}, 'capacity_factor must not be negative'),
+    ({'moe_group_size': 0}, 'model.moe.group_size must be at least 1'),
+    ({'moe_scores': 'softmax_over_tokens'}, 'is of expert_choice'),
+    ({'moe_router': 'expert_choice', 'moe_scores': 'sigmoid'}, 'are of token choice'),
+    ({'moe_router': 'expert_choice', 'moe_capacity_factor': 0.0}, 'must be positive'),
   ],
 )
 def test_impossible_configs_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
+    if any(name.startswith('moe_') for name in changes):
+      changes = {'blocks': tiny.MOE} | changes
     tiny.model_config(**changes)

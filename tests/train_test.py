@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common, dense, mot
+from configs import common, dense, fine_grained, moe, mot
 from moejax import cli, config as config_lib, evaluate, generate, metrics, train
 from moejax.checkpoint import Checkpoints
 from tests import tiny
@@ -69,7 +69,7 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   summary = json.loads((finished / 'summary.json').read_text())
   assert summary['tokens_seen'] == 6 * 16 * 32
   assert summary['parameters']['total'] > summary['parameters']['active'] > 0
-  assert 0 < summary['validation']['loss'] < 6
+  assert 0 < summary['validation']['loss'] < 7
   nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
   assert nats_per_bit == pytest.approx(np.log(2), rel=0.01)
   assert summary['versions']['jax'] == jax.__version__
@@ -88,7 +88,7 @@ def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
   from moejax import data
 
   loader = data.make_loader(stages.data, 'validation')
-  result = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
+  result, _ = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
   summary = json.loads((finished / 'summary.json').read_text())
   assert result['loss'] == pytest.approx(summary['validation']['loss'], rel=1e-5)
 
@@ -169,8 +169,8 @@ def test_all_problems_are_reported_together():
   ]
 
 
-def _steps(config, num_steps, accumulation=1, learning_rate=1e-2):
-  optimizer = optax.adamw(learning_rate)
+def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None):
+  optimizer = optimizer or optax.adamw(learning_rate)
   state = jax.jit(lambda key: train.init_state(config, optimizer, key))(jax.random.key(0))
   step = jax.jit(
     functools.partial(
@@ -179,6 +179,7 @@ def _steps(config, num_steps, accumulation=1, learning_rate=1e-2):
       optimizer=optimizer,
       schedule=lambda step: jnp.float32(learning_rate),
       accumulation=accumulation,
+      key=jax.random.key(0),
     )
   )
   measured = []
@@ -198,12 +199,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
   del whole, parts
 
 
-@pytest.mark.parametrize('blocks', [tiny.DENSE, tiny.MOT], ids=['dense', 'mot'])
-def test_golden_losses_of_five_steps(blocks, golden, request):
-  name = request.node.callspec.id
-  _, measured = _steps(tiny.model_config(blocks=blocks, init_scale=1.0), 5)
+@pytest.mark.parametrize('model', tiny.MODELS)
+def test_golden_losses_of_five_steps(model, golden):
+  _, measured = _steps(tiny.model_config(**tiny.MODELS[model], init_scale=1.0), 5)
   numbers = {key: [float(m[key]) for m in measured] for key in ('loss', 'grad_norm')}
-  golden(f'five_steps_{name}', numbers, rtol=2e-6)
+  golden(f'five_steps_{model.replace(" ", "_")}', numbers, rtol=2e-6)
 
 
 def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction():
@@ -228,11 +228,39 @@ def test_weight_decay_reaches_norms_only_if_asked():
     assert bool((updates['norm']['scale'] < 0).all()) == norm_decays
 
 
-def test_dense_and_mot_have_equal_active_flops_at_every_size():
+def test_the_balance_bias_moves_against_the_load():
+  from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'balance_bias_rate': 0.25}
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  params = {'balance_bias': jnp.zeros(3), 'router': jnp.ones((2, 3))}
+  gradients = {'balance_bias': jnp.array([0.5, 0.0, -0.1]), 'router': jnp.full((2, 3), 2.0)}
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['balance_bias'], [-0.25, 0.0, 0.25])
+  np.testing.assert_allclose(gradient_norm(gradients), np.sqrt(6 * 4), rtol=1e-6)
+
+
+def test_balance_without_a_loss():
+  """Routing that starts lopsided is level after some steps of the bias alone."""
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  config = tiny.model_config(
+    **tiny.MODELS['token choice'], moe_balance_bias=True, moe_balance_loss=0.0
+  )
+  fields = common.baseline().optimizer.to_dict() | {'balance_bias_rate': 0.02, 'peak_lr': 1e-9}
+  optimizer = make_optimizer(OptimizerConfig(**fields), 100)
+  _, measured = _steps(config, 40, optimizer=optimizer)
+  first, last = (measured[i]['aux']['moe/load_cv'].mean() for i in (0, -1))
+  assert last < 0.5 * first
+
+
+@pytest.mark.parametrize('other', [mot, moe, fine_grained])
+def test_equal_active_flops_at_every_size(other):
   from moejax import flops
 
-  for size in common.SIZES:
-    pair = [_model_of(module, size) for module in (dense, mot)]
+  sizes = {mot: common.SIZES, moe: ['laptop'], fine_grained: ['laptop', *common.SCALING_SIZES]}
+  for size in sizes[other]:
+    pair = [_model_of(module, size) for module in (dense, other)]
     a, b = (flops.training_flops_per_token(model, 256)['model'] for model in pair)
     assert a == pytest.approx(b, rel=1e-9), size
 

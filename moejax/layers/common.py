@@ -16,6 +16,7 @@ class Tokens(NamedTuple):
 
   segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
   positions: jax.Array  # position of the token in its document or row
+  key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
 
 
 def truncated_normal(key, shape, fan_in, scale, dtype=jnp.float32):
@@ -62,22 +63,27 @@ class Initializer(NamedTuple):
 
 
 def layer_norm(x, scale_D, bias_D, eps=1e-5):
-  """Layer norm of x [..., D] over its last axis; statistics in float32, result in x's dtype."""
-  centred = x.astype(jnp.float32) - x.astype(jnp.float32).mean(-1, keepdims=True)
+  """Layer norm of x [..., D] over its last axis; statistics in float32 at least, result as x."""
+  wide = _wide(x)
+  centred = wide - wide.mean(-1, keepdims=True)
   normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-  return (normal * _row(scale_D, x) + _row(bias_D, x)).astype(x.dtype)
+  return (normal * _row(scale_D, wide) + _row(bias_D, wide)).astype(x.dtype)
 
 
 def rms_norm(x, scale_D, eps=1e-5):
-  """Root-mean-square norm of x [..., D]; statistics in float32, result in x's dtype."""
-  x32 = x.astype(jnp.float32)
-  normal = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-  return (normal * _row(scale_D, x)).astype(x.dtype)
+  """Root-mean-square norm of x [..., D]; statistics in float32 at least, result as x."""
+  wide = _wide(x)
+  normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  return (normal * _row(scale_D, wide)).astype(x.dtype)
+
+
+def _wide(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _row(v_D, like):
-  """v as float32 with the leading ones that strict rank promotion asks for."""
-  return v_D.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + v_D.shape)
+  """v in the dtype of `like`, with the leading ones that strict rank promotion asks for."""
+  return v_D.astype(like.dtype).reshape((1,) * (like.ndim - 1) + v_D.shape)
 
 
 class LayerNorm(nnx.Module):

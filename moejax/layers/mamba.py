@@ -1,5 +1,6 @@
 """The Mamba layer: a gated recurrence whose coefficients depend on the token."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,6 +12,30 @@ from moejax.ops import selective_scan
 
 # The initial step sizes, softplus(delta_bias): uniform in their logarithm between these.
 MIN_STEP, MAX_STEP = 1e-3, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+  """Section `model.mamba`: what every field means stands in configs/common.py."""
+
+  expand: float
+  state_size: int
+  conv_width: int
+
+  def inner_width(self, d_model):
+    """I, the number of channels."""
+    return round(self.expand * d_model)
+
+  def problems(self, d_model):
+    """Yields one sentence per impossible value."""
+    if self.inner_width(d_model) < 1:
+      yield (
+        f'model.mamba.expand = {self.expand} must make at least one channel of d_model = {d_model}.'
+      )
+    if self.state_size < 1:
+      yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
+    if self.conv_width < 2:
+      yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
 
 
 class Mamba(nnx.Module):
@@ -26,9 +51,9 @@ class Mamba(nnx.Module):
   Every matrix starts uniform within 1/sqrt(fan-in), also where `model.init` says otherwise.
   """
 
-  def __init__(self, *, d_model, expand, state_size, conv_width, dtype, rngs):
-    D, I, N, W = d_model, inner_width(d_model, expand), state_size, conv_width
-    R = delta_rank(d_model)
+  def __init__(self, config, *, d_model, init, rngs):
+    D, I, R = d_model, config.inner_width(d_model), delta_rank(d_model)
+    N, W, dtype = config.state_size, config.conv_width, init.dtype
     init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
     self.w_in = init(rngs, D, I, fan_in=D)
     self.w_gate = init(rngs, D, I, fan_in=D)
@@ -94,11 +119,6 @@ class Mamba(nnx.Module):
 
   def _out(self, y):
     return jnp.einsum('...I,ID->...D', y, self.w_out[...].astype(y.dtype))
-
-
-def inner_width(d_model, expand):
-  """I, the number of channels."""
-  return round(expand * d_model)
 
 
 def delta_rank(d_model):

@@ -22,12 +22,19 @@ class MixtureOfTokens(nnx.Module):
   controller, merge and emit add 6 * D * E FLOPs forward.
   """
 
-  def __init__(self, *, d_model, num_experts, expert_width, group_size, temperature, init, rngs):
+  def __init__(
+    self, *, d_model, num_experts, expert_width, group_size, temperature, activation, init, rngs
+  ):
     self.group_size = group_size
     self.temperature = temperature
     self.controller = init(rngs, d_model, num_experts, fan_in=d_model)
     self.experts = experts.Experts(
-      num_experts=num_experts, d_model=d_model, expert_width=expert_width, init=init, rngs=rngs
+      num_experts=num_experts,
+      d_model=d_model,
+      expert_width=expert_width,
+      activation=activation,
+      init=init,
+      rngs=rngs,
     )
 
   def __call__(self, x_BLD, tokens):

@@ -108,9 +108,10 @@ def token_choice(
   equals `softmax_after_top_k`. Balancing without a loss (arXiv:2408.15664): `bias_E`, with
   `scores='sigmoid'` and `renormalize` in DeepSeek-V3.
 
-  Who is dropped when more than `capacity` tokens of a group choose an expert: slots go to first
-  choices before second choices and so on, and among equal choices to the earlier token of the
-  group; whoever finds no slot is dropped, and the weights of its other experts stay as they are.
+  Who is dropped when more than `capacity` tokens of a group choose an expert: the later ones. Slots
+  go to tokens in the order of the group, whether an expert is their first choice or their last (a
+  first choice of a later token that displaced an earlier token would leak the future). The weights
+  of a token's other experts stay as they are.
 
   Args:
     logits_GTE: router scores.
@@ -142,16 +143,33 @@ def token_choice(
   elif renormalize:
     tiny = jnp.finfo(weight_GTK.dtype).tiny  # k sigmoids can all underflow
     weight_GTK = weight_GTK / jnp.maximum(weight_GTK.sum(axis=-1, keepdims=True), tiny)
-  return _plan_of_choices(choice_GTK, weight_GTK, valid_GT, E, capacity, packed or capacity is None)
+  return plan_of_choices(
+    choice_GTK,
+    weight_GTK,
+    valid_GT=valid_GT,
+    num_experts=E,
+    capacity=capacity,
+    packed=packed or capacity is None,
+  )
 
 
-def _plan_of_choices(choice_GTK, weight_GTK, valid_GT, num_experts, capacity, packed):
-  """Sorts the n = G*K*T choices, in the order in which slots are given, by expert and group."""
+def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, packed):
+  """The plan in which every token goes to the experts it chose, while they have slots.
+
+  Args:
+    choice_GTK: int32, the experts of each token, all different.
+    weight_GTK: what their outputs are multiplied by; has a gradient.
+    valid_GT: bool; choices of padding are left out.
+    num_experts: E.
+    capacity: slots per expert and group, given to tokens in the order of the group; None: as many
+      as are asked for.
+    packed: layout of the plan.
+  """
+  # The n = G*T*K choices are sorted, stably, by expert and group.
   G, T, k = choice_GTK.shape
   E, n = num_experts, G * T * k
-  group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  bin_GKT = jnp.swapaxes(choice_GTK, 1, 2) * G + group_G11
-  bins = jnp.where(valid_GT[:, None], bin_GKT, E * G).reshape(n)  # the last bin is padding
+  bin_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  bins = jnp.where(valid_GT[..., None], bin_GTK, E * G).reshape(n)  # the last bin is padding
   order = _argsort(bins, E * G + 1)
   ends = _ends(bins[order], E * G)
   counts = jnp.diff(ends, prepend=0)
@@ -174,16 +192,12 @@ def _plan_of_choices(choice_GTK, weight_GTK, valid_GT, num_experts, capacity, pa
     choice_of_row = order[place_of_row].reshape(E, G * C)
     row = own_bin * C + jnp.clip(rank, 0, C - 1)
     used = (slot[None] < counts[:, None]).reshape(E, G * C)
-  weight = jnp.swapaxes(weight_GTK, 1, 2).reshape(n)
-  token = choice_of_row // (k * T) * T + choice_of_row % T
   # Per token: rows of the kept choices first.
-  per_token = lambda a: jnp.swapaxes(a.reshape(G, k, T), 1, 2).reshape(G * T, k)
-  lost, by_token = jax.lax.sort(
-    (per_token(~kept).astype(jnp.int32), per_token(row)), num_keys=1, is_stable=True
-  )
+  per_token = lambda a: a.astype(jnp.int32).reshape(G * T, k)
+  lost, by_token = jax.lax.sort((per_token(~kept), per_token(row)), num_keys=1, is_stable=True)
   return Plan(
-    token=token,
-    weight=_weight_of_row(weight, choice_of_row, used, row, kept),
+    token=choice_of_row // k,
+    weight=_weight_of_row(weight_GTK.reshape(n), choice_of_row, used, row, kept),
     used=used,
     sizes_E=sizes_E,
     by_token=by_token.reshape(n),

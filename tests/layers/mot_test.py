@@ -17,13 +17,6 @@ B, L, D, E, F, M = 6, 5, 8, 4, 7, 3
 REFERENCE = pathlib.Path(__file__).parent.parent / 'reference' / 'llm_random_mot_basic.npz'
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 def _layer(d_model=D, num_experts=E, expert_width=F, group_size=M, temperature=1.0):
   return mot.MixtureOfTokens(
     d_model=d_model,
@@ -31,6 +24,7 @@ def _layer(d_model=D, num_experts=E, expert_width=F, group_size=M, temperature=1
     expert_width=expert_width,
     group_size=group_size,
     temperature=temperature,
+    activation='relu',
     init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
     rngs=nnx.Rngs(0),
   )

@@ -1,77 +1,25 @@
-"""Whole layers: every router, both ways to run a plan, against loops and other people's code."""
+"""Whole layers: every router, every way to run a plan, against loops."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops import dispatch, expert_loop, grouped_matmul, routing
+from moejax.ops import routing
 from tests import shapes
-from tests.ops import oracles
+from tests.ops import oracles, sparse_layer
 
-D, F = 4, 3
-REFERENCE = pathlib.Path(__file__).parent.parent / 'reference'
-
-
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
-def _relu(h, weight):
-  return jax.nn.relu(h) * weight[..., None].astype(h.dtype)
-
-
-def _swiglu(h, weight):
-  gate, up = jnp.split(h, 2, axis=-1)
-  return jax.nn.silu(gate) * up * weight[..., None].astype(h.dtype)
-
-
-def _in_three_steps(activation, x_TD, plan, w, impl='auto'):
-  if plan.packed:
-    product = lambda x, w: grouped_matmul.grouped_matmul(x, w, plan.sizes_E, impl)
-  else:
-    product = lambda x, w: jnp.einsum('ECD,EDF->ECF', x, w)
-  h = activation(product(dispatch.dispatch(x_TD, plan), w[0]), plan.weight)
-  return dispatch.combine(product(h, w[1]), plan)
-
-
-def _in_a_loop(activation, x_TD, plan, w):
-  expert = expert_loop.Expert(
-    inner=lambda x_CD, w: x_CD @ w[0], outer=lambda h, weight_C, w: activation(h, weight_C) @ w[1]
-  )
-  return expert_loop.map_experts(expert, x_TD, plan, w)
-
-
-WAYS = {'three steps': _in_three_steps, 'loop': _in_a_loop}
-
-
-def _layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=_relu):
-  plan = route(routing.router_logits(x_GTD, router_DE))
-  w = w_in_EDF, w_out_EFD
-  y_TD = way(activation, x_GTD.reshape(-1, x_GTD.shape[-1]), plan, w)
-  return y_TD.reshape(x_GTD.shape)
-
-
-def _value_and_gradients(layer, args, dy):
-  @jax.jit
-  def run(args, dy):
-    y, backward = jax.vjp(layer, *args)
-    return y, *backward(dy)
-
-  y, *gradients = run(args, dy)
-  return y, dict(zip(('x', 'router', 'w_in', 'w_out'), gradients, strict=True))
+D, F, E = 4, 3, 5
+KINDS = ('plain', 'padding', 'ties', 'all to one', 'an idle expert')
 
 
 def _token_choice(k, capacity=None, scores='softmax', softmax_after_top_k=False, renormalize=False):
   return dict(
     k=k,
     capacity=capacity,
+    bias_E=np.linspace(-0.2, 0.2, E) if scores == 'sigmoid' else None,
     scores=scores,
     softmax_after_top_k=softmax_after_top_k,
     renormalize=renormalize,
@@ -80,24 +28,35 @@ def _token_choice(k, capacity=None, scores='softmax', softmax_after_top_k=False,
 
 TOKEN_CHOICE = {
   'k1': _token_choice(1),
-  'k1 renormalized': _token_choice(1, renormalize=True),
-  'k2': _token_choice(2),
-  'k2 renormalized': _token_choice(2, renormalize=True),
-  'k2 softmax after': _token_choice(2, softmax_after_top_k=True),
-  'k3': _token_choice(3),
+  'k1 tight': _token_choice(1, 3),
+  'k2 ample, renormalized': _token_choice(2, 99, renormalize=True),
+  'k2 one slot, softmax after': _token_choice(2, 1, softmax_after_top_k=True),
   'k3 sigmoid': _token_choice(3, scores='sigmoid', renormalize=True),
-  'k2 tight': _token_choice(2, 3),
-  'k3 tight, renormalized': _token_choice(3, 4, renormalize=True),
-  'k3 one slot': _token_choice(3, 1),
-  'k2 ample': _token_choice(2, 99),
+  'k3 sigmoid, tight': _token_choice(3, 3, scores='sigmoid'),
 }
+EXPERT_CHOICE = {
+  'one slot': dict(capacity=1, softmax_over='tokens'),
+  'some': dict(capacity=3, softmax_over='experts'),
+  'all tokens': dict(capacity=11, softmax_over='tokens'),
+}
+
+
+@functools.cache
+def _routes(router, name):
+  """[(plans are packed, function that makes one)], the same objects in every call."""
+  if router == 'expert choice':
+    return [(False, functools.partial(routing.expert_choice, **EXPERT_CHOICE[name]))]
+  options = TOKEN_CHOICE[name] if name in TOKEN_CHOICE else _token_choice(20, 6)
+  layouts = (False, True) if options['capacity'] else (True,)
+  return [(p, functools.partial(routing.token_choice, packed=p, **options)) for p in layouts]
 
 
 def _inputs(kind):
   """x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD, valid_GT in float64."""
-  E, G, T = (40, 1, 11) if kind == 'many experts' else (5, 3, 11)
+  num_experts, G, T = (40, 1, 11) if kind == 'many experts' else (E, 3, 11)
   rng = np.random.default_rng(0)
-  sizes = ((G, T, D), (D, E), (E, D, F), (E, F, D), (G, T, D))
+  experts = (num_experts, D, F), (num_experts, F, D)
+  sizes = ((G, T, D), (D, num_experts), *experts, (G, T, D))
   x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD = (rng.standard_normal(s) for s in sizes)
   valid_GT = np.ones((G, T), bool)
   if kind == 'padding':
@@ -117,109 +76,96 @@ def _inputs(kind):
   return x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD, valid_GT
 
 
-KINDS = ('plain', 'padding', 'ties', 'all to one', 'an idle expert', 'many experts')
-
-
-def _compare(route, oracle, inputs):
-  *args, dy_GTD, _ = inputs
-  y_GTD, gradients, kept, _ = oracles.moe(*args, dy_GTD, oracle)
-  for name, way in WAYS.items():
-    layer = functools.partial(_layer, route=route, way=way)
-    got = _value_and_gradients(layer, args, dy_GTD)
-    for what, a, b in [('y', got[0], y_GTD)] + [(n, got[1][n], gradients[n]) for n in gradients]:
-      assert a.dtype == 'float64'
-      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=f'{what}, {name}')
-  return kept
-
-
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name', TOKEN_CHOICE)
-def test_token_choice_is_the_loops(x64, name, kind):
-  inputs, options = _inputs(kind), TOKEN_CHOICE[name]
-  bias_E = None
-  if options['scores'] == 'sigmoid':
-    bias_E = np.linspace(-0.2, 0.2, inputs[1].shape[1])
-  oracle = functools.partial(oracles.token_choice, valid_GT=inputs[-1], bias_E=bias_E, **options)
-  for packed in (False, True) if options['capacity'] else (True,):
-    route = functools.partial(
-      routing.token_choice, valid_GT=inputs[-1], bias_E=bias_E, packed=packed, **options
-    )
-    _compare(route, oracle, inputs)
-
-
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('softmax_over', ['experts', 'tokens'])
-@pytest.mark.parametrize('capacity', [1, 3, 11])
-def test_expert_choice_is_the_loops(x64, capacity, softmax_over, kind):
-  inputs = _inputs(kind)
-  options = dict(valid_GT=inputs[-1], softmax_over=softmax_over, capacity=capacity)
-  route = functools.partial(routing.expert_choice, **options)
-  _compare(route, functools.partial(oracles.expert_choice, **options), inputs)
-
-
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize('packed', [False, True])
-def test_more_choices_than_one_pass_combines(x64, packed, way):
-  inputs = _inputs('many experts')
+def _compare(routes, oracle, inputs, ways=('loop', 'blocked')):
   *args, dy_GTD, valid_GT = inputs
-  options = _token_choice(20, 6)
-  oracle = functools.partial(oracles.token_choice, valid_GT=valid_GT, bias_E=None, **options)
   y_GTD, gradients, _, _ = oracles.moe(*args, dy_GTD, oracle)
-  route = functools.partial(routing.token_choice, valid_GT=valid_GT, packed=packed, **options)
-  got = _value_and_gradients(functools.partial(_layer, route=route, way=way), args, dy_GTD)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), got, (y_GTD, gradients)
+  for packed, route in routes:
+    for way in ways:
+      got = sparse_layer.value_and_gradients(args, dy_GTD, valid_GT, route=route, way=way)
+      for what, a, b in zip(('y', *gradients), got, (y_GTD, *gradients.values()), strict=True):
+        assert a.dtype == 'float64'
+        message = f'{what}, {way}, {"packed" if packed else "slotted"}'
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=message)
+
+
+@pytest.mark.parametrize('name', TOKEN_CHOICE)
+@pytest.mark.parametrize('kind', KINDS)
+def test_token_choice_is_the_loops(x64, kind, name):
+  inputs = _inputs(kind)
+  oracle = functools.partial(oracles.token_choice, valid_GT=inputs[-1], **TOKEN_CHOICE[name])
+  _compare(_routes('token choice', name), oracle, inputs)
+
+
+@pytest.mark.parametrize('name', EXPERT_CHOICE)
+@pytest.mark.parametrize('kind', KINDS)
+def test_expert_choice_is_the_loops(x64, kind, name):
+  inputs = _inputs(kind)
+  oracle = functools.partial(oracles.expert_choice, valid_GT=inputs[-1], **EXPERT_CHOICE[name])
+  _compare(_routes('expert choice', name), oracle, inputs)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_other_backends_are_the_loops(x64, kind):
+  """What is behind a grouped product does not depend on the router: one of them is enough."""
+  inputs = _inputs(kind)
+  oracle = functools.partial(
+    oracles.token_choice, valid_GT=inputs[-1], **TOKEN_CHOICE['k3 sigmoid, tight']
   )
+  _, packed = _routes('token choice', 'k3 sigmoid, tight')
+  _compare([packed], oracle, inputs, ways=('ragged_dot', 'reference'))
 
 
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize('packed', [False, True])
-def test_a_group_does_not_see_the_others(packed, way):
-  *args, _, valid_GT = _inputs('plain')
-  args = [jnp.asarray(a, jnp.float32) for a in args]
-  route = functools.partial(routing.token_choice, k=2, capacity=3, packed=packed)
-  run = lambda x, v: _layer(x, *args[1:], route=functools.partial(route, valid_GT=v), way=way)
-  together = run(args[0], valid_GT)
-  apart = [run(args[0][g : g + 1], valid_GT[g : g + 1]) for g in range(3)]
-  np.testing.assert_allclose(together, np.concatenate(apart), rtol=2e-5, atol=1e-5)
+def test_many_experts_for_few_tokens(x64):
+  """More experts than tokens, and more choices than `combine` adds in one pass."""
+  inputs = _inputs('many experts')
+  oracle = functools.partial(oracles.token_choice, valid_GT=inputs[-1], **_token_choice(20, 6))
+  _compare(_routes('token choice', 'k20'), oracle, inputs)
 
 
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
-def test_tokens_can_be_renamed_where_nobody_is_dropped(way):
-  *args, _, valid_GT = _inputs('padding')
-  x_GTD, *weights = (jnp.asarray(a, jnp.float32) for a in args)
+@pytest.mark.parametrize('way', ['loop', 'blocked'])
+def test_a_group_does_not_see_the_others(x64, way):
+  x_GTD, *args, dy_GTD, valid_GT = _inputs('plain')
+  other_GTD = x_GTD.copy()
+  other_GTD[1:] += 1
+  for _, route in _routes('token choice', 'k3 sigmoid, tight'):
+    run = lambda x_GTD, route=route: sparse_layer.value_and_gradients(
+      (x_GTD, *args), dy_GTD, valid_GT, route=route, way=way
+    )
+    np.testing.assert_allclose(run(other_GTD)[0][0], run(x_GTD)[0][0], rtol=1e-12)
+
+
+@pytest.mark.parametrize('way', ['loop', 'blocked'])
+def test_tokens_can_be_renamed_where_nobody_is_dropped(x64, way):
+  x_GTD, *args, dy_GTD, valid_GT = _inputs('padding')
   order = np.random.default_rng(3).permutation(x_GTD.shape[1])
-  run = lambda x, v: _layer(
-    x, *weights, route=lambda l: routing.token_choice(l, 2, None, valid_GT=v), way=way
-  )
+  [(_, route)] = _routes('token choice', 'k1')
+  run = lambda x_GTD, valid_GT: sparse_layer.value_and_gradients(
+    (x_GTD, *args), dy_GTD, valid_GT, route=route, way=way
+  )[0]
   permuted = run(x_GTD[:, order], valid_GT[:, order])
-  np.testing.assert_allclose(permuted, run(x_GTD, valid_GT)[:, order], rtol=2e-5, atol=1e-5)
+  np.testing.assert_allclose(permuted, run(x_GTD, valid_GT)[:, order], rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
-def test_bfloat16_in_and_out(way):
+@pytest.mark.parametrize('way', ['loop', 'blocked'])
+@pytest.mark.parametrize('name', ['k1', 'k1 tight'])
+def test_bfloat16_in_and_out(name, way):
   *args, dy_GTD, valid_GT = _inputs('plain')
-  args = [jnp.asarray(a, jnp.bfloat16) for a in args]
-  for route in (
-    functools.partial(routing.token_choice, k=2, capacity=3, valid_GT=valid_GT),
-    functools.partial(routing.token_choice, k=2, capacity=None, valid_GT=valid_GT),
-    functools.partial(routing.expert_choice, capacity=3, valid_GT=valid_GT),
-  ):
-    layer = functools.partial(_layer, route=route, way=way)
-    got = _value_and_gradients(layer, args, jnp.asarray(dy_GTD, jnp.bfloat16))
-    assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype('bfloat16')}
-    wide = [a.astype(jnp.float32) for a in args]
-    expected = _value_and_gradients(layer, wide, jnp.asarray(dy_GTD, jnp.float32))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-      assert np.abs(a.astype(jnp.float32) - b).max() < 0.05 * np.abs(b).max()
+  _, route = _routes('token choice', name)[0]
+  narrow = [jnp.asarray(a, jnp.bfloat16) for a in (*args, dy_GTD)]
+  run = lambda *args, dy: sparse_layer.value_and_gradients(args, dy, valid_GT, route=route, way=way)
+  got = run(*narrow[:-1], dy=narrow[-1])
+  assert {a.dtype for a in got} == {jnp.dtype('bfloat16')}
+  wide = [a.astype(jnp.float32) for a in narrow]
+  for a, b in zip(got, run(*wide[:-1], dy=wide[-1]), strict=True):
+    assert np.abs(a.astype(jnp.float32) - b).max() < 0.05 * np.abs(b).max()
 
 
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize('way', ['loop', 'blocked'])
 def test_works_under_scan_and_remat(way):
   *args, _, valid_GT = _inputs('plain')
   x_GTD, *weights = (jnp.asarray(a, jnp.float32) for a in args)
   route = functools.partial(routing.token_choice, k=2, capacity=3, valid_GT=valid_GT, packed=True)
-  layer = functools.partial(_layer, route=route, way=way)
+  layer = functools.partial(sparse_layer.layer, route=route, way=way)
   stacked = [jnp.stack([w, w * 0.5]) for w in weights]
   policy = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
 
@@ -232,11 +178,11 @@ def test_works_under_scan_and_remat(way):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, rematted)
 
 
-def test_names_are_true():
+@pytest.mark.parametrize('way', ['loop', 'blocked'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_names_are_true(packed, way):
   *args, _, valid_GT = _inputs('plain')
-  for options in (dict(packed=True), dict(packed=False)):
-    route = functools.partial(routing.token_choice, k=2, capacity=3, valid_GT=valid_GT, **options)
-    for way in WAYS.values():
-      layer = functools.partial(_layer, route=route, way=way)
-      with shapes.checked():
-        jax.eval_shape(jax.grad(lambda x, layer=layer: layer(x, *args[1:]).sum()), args[0])
+  route = functools.partial(routing.token_choice, k=2, capacity=4, valid_GT=valid_GT, packed=packed)
+  layer = functools.partial(sparse_layer.layer, route=route, way=way)
+  with shapes.checked():
+    jax.eval_shape(jax.grad(lambda x: layer(x, *args[1:]).sum()), args[0])

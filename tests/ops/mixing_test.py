@@ -12,13 +12,6 @@ from moejax.ops import mixing
 G, M, L, D, E, F = 2, 5, 3, 6, 4, 7
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 def _inputs(dtype='float32', group_size=M):
   """Activations and weights: x_GMLD, controller_DE, w_in_EDF, w_out_EFD."""
   rng = np.random.default_rng(0)

@@ -42,8 +42,8 @@ def token_choice(
   kept = []
   for g in range(G):
     free = [T if capacity is None else capacity] * E
-    for j in range(k):
-      for t in range(T):
+    for t in range(T):
+      for j in range(k):
         if valid_GT[g, t] and free[chosen[g, t][j]]:
           free[chosen[g, t][j]] -= 1
           kept.append((g, j, t, chosen[g, t][j], weights[g, t][j]))

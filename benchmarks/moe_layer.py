@@ -1,0 +1,253 @@
+"""Sparse layers against a dense feed-forward layer of the same active FLOPs, forward + backward.
+
+  python benchmarks/moe_layer.py                      all cases for the default device
+  python benchmarks/moe_layer.py --only=32x8 --rounds=15
+
+All programs of a case run in turn, in a new order every round; a ratio is the median over rounds
+of the ratios within a round, so that a busy machine disturbs it little. --clock=cpu counts seconds
+of CPU time, for a machine with other work: it leaves out how well the work spreads over cores.
+
+Floor. T tokens of width D, each sent to k of E experts of width F; the dense layer has width k * F.
+  FLOPs    dense: 12 T D k F. Sparse: the same, and the router's three products, 6 T D E, which
+           makes 1 + E / (2 k F) of the dense layer: 1.00 for 8x1, 1.02 for 32x8, 1.25 for 512x8,
+           2.00 for expert choice at G=32 (for which the target counts the router twice).
+           Slots that nobody takes, and blocks of rows that an expert does not fill, come on top.
+  numbers  x, dy read, y, dx written: 4 T D. Hidden activations written and read: 2 T k F. Weights
+           of all experts read in both directions, their gradients written: 6 D E F. Rows of x
+           gathered in both directions and of dy in one, rows added to y and to dx (read, written):
+           7 T k D. Logits written and read in both directions: 4 T E.
+The floor of a ratio is the larger of its FLOPs at the speed of the dense layer and of its bytes at
+the speed of a copy to new memory, both measured in the same rounds. Two things that the floor
+leaves out matter for fine experts on a CPU. A product with few rows is slower than a large one: at
+64 rows of width 256 by 128, to about 3/4 forward and 1/2 and less backward. And the pages of the
+weights' gradients (134 MB for 512x8) are new in every run, which no product overlaps with.
+
+`move` is gather and addition of rows with the experts left out, `experts` the rest of the layer.
+"""
+
+import dataclasses
+import functools
+import random
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from moejax.ops import dispatch, expert_loop, routing
+
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of measurements.', lower_bound=1)
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Which seconds to count.')
+_ONLY = flags.DEFINE_string('only', '', 'Cases whose name contains this.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One sparse layer. Token choice, or expert choice where `group` is given."""
+
+  name: str
+  num_experts: int
+  width: int
+  k: int
+  target: str
+  factor: float | None = None  # capacity factor; None is dropless
+  packed: bool = True
+  loop: bool = True  # dispatch, experts and combine in one loop, or in three steps
+  group: int | None = None
+  tokens: int = 4096
+  d_model: int = 256
+  dtype: str = 'float32'
+
+
+def _expert_choice(granularity, expansion_rate=64):
+  return Case(
+    f'expert choice G={granularity}',
+    num_experts=granularity * expansion_rate,
+    width=1024 // granularity,
+    k=granularity,
+    group=256,
+    packed=False,
+    target='1.3 x (dense + router)',
+  )
+
+
+ON_CPU = (
+  Case('8x1', 8, 1024, 1, '1.35', factor=1.25),
+  Case('8x1 dropless', 8, 1024, 1, '1.35'),
+  Case('32x8', 32, 128, 8, '1.6', factor=1.25),
+  Case('32x8 dropless', 32, 128, 8, '1.6'),
+  Case('512x8', 512, 128, 8, '2.2', factor=1.25),
+  Case('512x8 dropless', 512, 128, 8, '1.3 x with capacity'),
+  Case('512x8 slotted', 512, 128, 8, '-', factor=1.25, packed=False),
+  Case('512x8 three steps', 512, 128, 8, '-', factor=1.25, packed=False, loop=False),
+  *(_expert_choice(granularity) for granularity in (1, 2, 4, 8, 16, 32)),
+)
+_GPU = dict(tokens=32768, d_model=1024, dtype='bfloat16', packed=False, loop=False, target='1.67')
+ON_GPU = (
+  Case('64x1', 64, 4096, 1, factor=1.25, **_GPU),
+  Case('64x8', 64, 512, 8, factor=1.25, **_GPU),
+)
+
+
+def _weighted_relu(h, weight):
+  return jax.nn.relu(h) * weight[..., None].astype(h.dtype)
+
+
+_EXPERT = expert_loop.Expert(
+  inner=lambda x_CD, w: x_CD @ w[0],
+  outer=lambda h_CF, weight_C, w: _weighted_relu(h_CF, weight_C) @ w[1],
+)
+_MOVE_ONLY = expert_loop.Expert(
+  inner=lambda x_CD, w: x_CD, outer=lambda x_CD, weight_C, w: x_CD * weight_C[:, None]
+)
+
+
+def dense(x_TD, w_in_DF, w_out_FD):
+  return jax.nn.relu(x_TD @ w_in_DF) @ w_out_FD
+
+
+def route(case, logits_TE):
+  logits_GTE = logits_TE.reshape(-1, case.group or case.tokens, case.num_experts)
+  T = logits_GTE.shape[1]
+  valid_GT = np.ones(logits_GTE.shape[:2], bool)
+  capacity = None
+  if case.factor or case.group:
+    capacity = routing.expert_capacity(T, case.k, case.num_experts, case.factor or 1.0)
+  if case.group:
+    return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT)
+  return routing.token_choice(logits_GTE, case.k, capacity, valid_GT=valid_GT, packed=case.packed)
+
+
+def experts(case, x_TD, plan, *w):
+  if case.loop:
+    return expert_loop.map_experts(_EXPERT, x_TD, plan, w)
+  h_ECF = jnp.einsum('ECD,EDF->ECF', dispatch.dispatch(x_TD, plan), w[0])
+  h_ECF = _weighted_relu(h_ECF, plan.weight)
+  return dispatch.combine(jnp.einsum('ECF,EFD->ECD', h_ECF, w[1]), plan)
+
+
+def move(case, x_TD, plan):
+  """Dispatch and combine without experts."""
+  if case.loop:
+    nothing = jnp.zeros((case.num_experts, 0), x_TD.dtype)
+    return expert_loop.map_experts(_MOVE_ONLY, x_TD, plan, nothing)
+  rows = dispatch.dispatch(x_TD, plan)
+  return dispatch.combine(rows * plan.weight[..., None].astype(rows.dtype), plan)
+
+
+def sparse(case, x_TD, router_DE, *w):
+  return experts(case, x_TD, route(case, routing.router_logits(x_TD, router_DE)), *w)
+
+
+class Program:
+  """A function, compiled together with its gradient by all float arguments."""
+
+  def __init__(self, function, *args):
+    @jax.jit
+    def with_gradient(args, dy):
+      is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+      leaves, tree = jax.tree.flatten(args)
+      floats = [a for a in leaves if is_float(a)]
+
+      def of_floats(floats):
+        floats = iter(floats)
+        return function(*tree.unflatten([next(floats) if is_float(a) else a for a in leaves]))
+
+      y, backward = jax.vjp(of_floats, floats)
+      return y, backward(dy)
+
+    y = jax.eval_shape(function, *args)
+    self.args = args, jnp.ones(y.shape, y.dtype)
+    self.compiled = with_gradient.lower(*self.args).compile()
+    self.temporary = self.compiled.memory_analysis().temp_size_in_bytes
+    self.seconds()
+
+  def seconds(self):
+    clock = time.process_time if _CLOCK.value == 'cpu' else time.perf_counter
+    start = clock()
+    jax.block_until_ready(self.compiled(*self.args))
+    return clock() - start
+
+
+def measure(programs, rounds):
+  """{name: seconds of every round}."""
+  times = {name: [] for name in programs}
+  for _ in range(rounds):
+    for name in random.sample(list(programs), len(programs)):
+      times[name].append(programs[name].seconds())
+  return times
+
+
+def floor(case, dense_seconds, bytes_per_second):
+  """The least time over that of the dense layer, as the header says."""
+  T, D, E, F, k = case.tokens, case.d_model, case.num_experts, case.width, case.k
+  flops_ratio = 1 + E / (2 * k * F)
+  numbers = 7 * T * k * D + 4 * T * E + 2 * T * k * F + 6 * D * E * F
+  num_bytes = numbers * jnp.dtype(case.dtype).itemsize
+  return max(flops_ratio, num_bytes / bytes_per_second / dense_seconds)
+
+
+def programs_of(case):
+  T, D, E, F = case.tokens, case.d_model, case.num_experts, case.width
+  keys = iter(jax.random.split(jax.random.key(0), 6))
+  normal = lambda *shape: jax.random.normal(next(keys), shape, case.dtype) / shape[-2] ** 0.5
+  x_TD = normal(T, D) * T**0.5
+  router_DE = normal(D, E).astype(jnp.float32)
+  w = normal(E, D, F), normal(E, F, D)
+  logits_TE = routing.router_logits(x_TD, router_DE)
+  plan = jax.jit(functools.partial(route, case))(logits_TE)
+  copied = jnp.zeros(1 << 24, jnp.float32)  # 64 MiB: no cache holds it
+  return {
+    'dense': Program(dense, x_TD, normal(D, case.k * F), normal(case.k * F, D)),
+    'sparse': Program(functools.partial(sparse, case), x_TD, router_DE, *w),
+    'router': Program(routing.router_logits, x_TD, router_DE),
+    'plan': Program(lambda logits_TE: route(case, logits_TE).weight, logits_TE),
+    'move': Program(functools.partial(move, case), x_TD, plan),
+    'all but router': Program(functools.partial(experts, case), x_TD, plan, *w),
+    'copy': Program(jnp.negative, copied),
+  }, copied.nbytes
+
+
+def report(case, rounds):
+  programs, copied_bytes = programs_of(case)
+  times = measure(programs, rounds)
+
+  dense_seconds = statistics.median(times['dense'])
+  # A negation and its gradient: each reads one such array and writes one.
+  bytes_per_second = 4 * copied_bytes / statistics.median(times['copy'])
+  ratio = {
+    name: statistics.median(t / d for t, d in zip(times[name], times['dense'], strict=True))
+    for name in programs
+  }
+  least = floor(case, dense_seconds, bytes_per_second)
+  temporary = {name: programs[name].temporary for name in ('sparse', 'dense')}
+  print(
+    f'{case.name:<22}{ratio["sparse"]:6.2f}'
+    f'{least:7.2f}{ratio["sparse"] / least:7.2f}'
+    f'{ratio["router"]:9.2f}{ratio["plan"]:6.2f}{ratio["move"]:6.2f}'
+    f'{ratio["all but router"] - ratio["move"]:9.2f}'
+    f'{dense_seconds * 1e3:9.0f}'
+    f'{temporary["sparse"] / 2**20:7.0f}{temporary["sparse"] / max(temporary["dense"], 1):6.2f}'
+    f'  {case.target}',
+    flush=True,
+  )
+
+
+def main(argv):
+  del argv
+  device = jax.devices()[0]
+  print(f'{device.device_kind}, jax {jax.__version__}, {_ROUNDS.value} rounds; all but the last')
+  print('columns are ratios to the dense layer')
+  print(
+    f'{"case":<22}{"ratio":>6}{"floor":>7}{"/floor":>7}{"router":>9}{"plan":>6}{"move":>6}'
+    f'{"experts":>9}{"dense ms":>9}{"MiB":>7}{"ratio":>6}  target'
+  )
+  for case in ON_GPU if device.platform == 'gpu' else ON_CPU:
+    if _ONLY.value in case.name:
+      report(case, _ROUNDS.value)
+
+
+if __name__ == '__main__':
+  app.run(main)

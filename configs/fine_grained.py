@@ -1,0 +1,28 @@
+"""Fine-grained experts under expert choice (arXiv:2402.07871).
+
+  python -m moejax.main --config=configs/fine_grained.py
+  python -m moejax.main --config=configs/fine_grained.py:25M,granularity=8,expansion_rate=64
+
+Every feed-forward is expansion_rate * granularity experts of width d_ff / granularity, which choose
+their tokens among 256 sequences at one position; layer norm of the output. The sizes are those of
+the paper's appendix A; configs/dense.py has the dense models of the same names.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  sizes = ('laptop', *common.SCALING_SIZES)
+  arg = common.parse_arg(arg, sizes=sizes, granularity=0, expansion_rate=0)
+  c = common.sized(arg.size)
+  laptop = arg.size == 'laptop'
+  ((_, blocks),) = c.model.blocks
+  c.model.blocks = ((('attention', 'moe'), blocks),)
+  c.model.moe.router = 'expert_choice'
+  c.model.moe.granularity = arg.granularity or (4 if laptop else 8)
+  c.model.moe.expansion_rate = arg.expansion_rate or (8 if laptop else 64)
+  c.model.moe.capacity_factor = 1.0
+  c.model.moe.group_size = 16 if laptop else 256
+  c.model.moe.balance_loss = 0.0
+  c.model.moe.output_norm = True
+  return common.shrink(c) if arg.debug else c

@@ -1,0 +1,289 @@
+"""The sparse mixture-of-experts layer: router, plan, dispatch and combine, experts.
+
+A router is a function from scores to a `Plan` (moejax.ops.routing); ROUTERS names them, and
+docs/adding_a_router.md adds one. Everything else is the same for all of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.layers import mlp
+from moejax.layers.common import LayerNorm
+from moejax.layers.experts import Experts, loops
+from moejax.ops import routing
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Section `model.moe`: what every field means stands in configs/common.py.
+
+  Sizes follow arXiv:2402.07871, sections 4 and 6.1: with expansion rate E and granularity G there
+  are G * E experts of width d_ff / G, and a token is processed by G of them (on average, under
+  expert choice). Parameters are E times those of a dense layer of width d_ff, and the FLOPs of the
+  experts are those of the dense layer, for every G.
+  """
+
+  router: str
+  expansion_rate: int
+  granularity: int
+  experts_per_token: int
+  capacity_factor: float
+  group_size: int
+  group_by: str
+  scores: str
+  renormalize: bool
+  balance_loss: float
+  balance_convention: str
+  balance_bias: bool
+  z_loss: float
+  jitter: float
+  shared_width: int
+  output_norm: bool
+  impl: str
+
+  @property
+  def num_experts(self):
+    return self.expansion_rate * self.granularity
+
+  @property
+  def top_k(self):
+    """Experts of a token; with expert choice on average, if capacity_factor is 1."""
+    return self.experts_per_token or self.granularity
+
+  @property
+  def by_position(self):
+    """Whether a routing group holds tokens of one position only."""
+    if self.group_by == 'auto':
+      return self.router == 'expert_choice'
+    return self.group_by == 'position'
+
+  def expert_width(self, d_ff):
+    """Hidden width of one expert."""
+    return d_ff // self.granularity
+
+  def fan_in_out(self, d_ff):
+    """The fan-in that initialises the experts' output matrices, by the papers' code.
+
+    Expert choice counts the experts of a token (so d_ff); token choice counts all experts.
+    """
+    experts = self.top_k if self.router == 'expert_choice' else self.num_experts
+    return experts * self.expert_width(d_ff)
+
+  def capacity(self, num_tokens):
+    """Slots of an expert in a routing group of `num_tokens`, or None: as many as asked for."""
+    if not self.capacity_factor:
+      return None
+    return routing.expert_capacity(num_tokens, self.top_k, self.num_experts, self.capacity_factor)
+
+  def problems(self, d_ff, length):
+    """Yields one sentence per impossible value; `length` is that of the sequences."""
+    choices = {
+      'router': tuple(ROUTERS),
+      'group_by': ('auto', 'sequence', 'position'),
+      'scores': ('softmax', 'sigmoid', 'softmax_over_tokens'),
+      'balance_convention': ('uniform_is_1', 'uniform_is_k'),
+      'impl': ('auto', 'loop', 'rows'),
+    }
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        yield f'model.moe.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
+        return
+    for name in ('expansion_rate', 'granularity', 'group_size'):
+      if getattr(self, name) < 1:
+        yield f'model.moe.{name} must be at least 1, got {getattr(self, name)}.'
+        return
+    for name in (
+      'experts_per_token',
+      'capacity_factor',
+      'balance_loss',
+      'z_loss',
+      'jitter',
+      'shared_width',
+    ):
+      if getattr(self, name) < 0:
+        yield f'model.moe.{name} must not be negative, got {getattr(self, name)}.'
+        return
+    if d_ff % self.granularity:
+      yield (
+        f'model.moe.granularity = {self.granularity} must divide model.d_ff = {d_ff}: experts are '
+        'd_ff / granularity wide. Change one of the two.'
+      )
+    if self.top_k > self.num_experts:
+      yield (
+        f'model.moe: a token cannot choose {self.top_k} of {self.num_experts} experts. Lower '
+        'experts_per_token, or raise expansion_rate (experts = expansion_rate * granularity).'
+      )
+    group = self.group_size * (1 if self.by_position else length)
+    mean_load = self.capacity_factor * self.top_k * group / self.num_experts
+    if self.capacity_factor and mean_load < 1:
+      yield (
+        f'model.moe: an expert would have {mean_load:.3g} slots for a routing group of {group} '
+        f'tokens, fewer than 1. Raise group_size (now {self.group_size} sequences) or '
+        'capacity_factor.'
+      )
+    if self.router == 'expert_choice':
+      if not self.capacity_factor:
+        yield (
+          'model.moe.capacity_factor must be positive for expert_choice: it says how many tokens '
+          'an expert takes; 1 gives every token granularity experts on average.'
+        )
+      if self.scores == 'sigmoid' or self.renormalize or self.balance_bias:
+        yield (
+          'model.moe: scores = sigmoid, renormalize and balance_bias are of token choice; '
+          'expert_choice has softmax (over experts) or softmax_over_tokens, and loads that are '
+          'equal by construction.'
+        )
+    elif self.scores == 'softmax_over_tokens':
+      yield 'model.moe.scores = softmax_over_tokens is of expert_choice; token choice has no use.'
+
+  def leaks(self):
+    """Whether a token can see later positions."""
+    return self.router == 'expert_choice' and not self.by_position
+
+
+def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
+  """Every token takes its best experts (Switch, GShard, Mixtral, OLMoE, DeepSeek)."""
+  return routing.token_choice(
+    logits_GTE,
+    config.top_k,
+    capacity,
+    valid_GT=valid_GT,
+    bias_E=bias_E,
+    scores=config.scores,
+    renormalize=config.renormalize,
+    packed=packed,
+  )
+
+
+def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
+  """Every expert takes its best tokens of the group."""
+  del bias_E, packed
+  over = 'tokens' if config.scores == 'softmax_over_tokens' else 'experts'
+  return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=over)
+
+
+# Name in `model.moe.router` -> function of scores that returns a Plan.
+ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
+
+
+class MixtureOfExperts(nnx.Module):
+  """Sparse mixture of experts.
+
+  Input and output x_BLD, any float dtype; scores, weights and losses in float32 at least. The
+  batch is cut into routing groups: `group_size` consecutive whole sequences, in which tokens are
+  ordered by position, or, with `group_by = 'position'`, the tokens of those sequences at one
+  position. Padding (segment 0) is never routed.
+
+  Leaks: token choice is causal: who finds no slot is decided by earlier tokens, and those at the
+  same position, of its group. Expert choice by position is causal, but the examples of a group see
+  each other's tokens at the same position. Expert choice by sequence sees the future.
+
+  `aux['auxiliary_loss']`: the weighted balance and z losses, to be averaged over layers and added
+  to the objective. All other entries are measurements; `aux['moe/load']` has one number per expert:
+  its share of all choices times E, so that 1 is uniform.
+  """
+
+  def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
+    self.config = config
+    self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
+    self.experts = Experts(
+      num_experts=config.num_experts,
+      d_model=d_model,
+      expert_width=config.expert_width(d_ff),
+      activation=activation,
+      fan_in_out=config.fan_in_out(d_ff),
+      init=init,
+      rngs=rngs,
+    )
+    if config.balance_bias:
+      self.balance_bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
+    if config.shared_width:
+      self.shared = mlp.MLP(
+        d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
+      )
+    if config.output_norm:
+      self.output_norm = LayerNorm(d_model, init.dtype)
+
+  def __call__(self, x_BLD, tokens):
+    B, L, D = x_BLD.shape
+    M = self.config.group_size
+    if B % M:
+      raise ValueError(
+        f'model.moe.group_size = {M} must divide the number of sequences routed together, got {B}. '
+        'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
+      )
+    T = M if self.config.by_position else M * L
+    # Positions before sequences: earlier positions come first in every group.
+    grouped = lambda a: jnp.swapaxes(a.reshape(B // M, M, *a.shape[1:]), 1, 2)
+    x_GTD = grouped(x_BLD).reshape(-1, T, D)
+    valid_GT = (grouped(tokens.segments) > 0).reshape(-1, T)
+    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, self.config.capacity(T))
+    y_BLD = jnp.swapaxes(y_GTD.reshape(B // M, L, M, D), 1, 2).reshape(B, L, D)
+    if self.config.shared_width:
+      y_BLD += self.shared(x_BLD, tokens)[0]
+    return (self.output_norm(y_BLD) if self.config.output_norm else y_BLD), aux
+
+  def _route(self, x_GTD, valid_GT, key, capacity):
+    config = self.config
+    logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
+    bias_E = self.balance_bias[...] if config.balance_bias else None
+    plan = ROUTERS[config.router](
+      logits_GTE,
+      config=config,
+      capacity=capacity,
+      valid_GT=valid_GT,
+      bias_E=bias_E,
+      packed=capacity is None or loops(config.impl),
+    )
+    D = x_GTD.shape[-1]
+    y_TD = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)
+    return y_TD.reshape(x_GTD.shape), self._aux(plan, logits_GTE, valid_GT, bias_E)
+
+  def _aux(self, plan, logits_GTE, valid_GT, bias_E):
+    config = self.config
+    balance = routing.load_balancing_loss(
+      logits_GTE, plan.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
+    )
+    z = routing.z_loss(logits_GTE, valid_GT)
+    loss = config.balance_loss * balance + config.z_loss * z
+    load_E = plan.counts_GE.sum(axis=0).astype(jnp.float32)
+    load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
+    if bias_E is not None:
+      # Of value 0; its gradient is how much more than its share an expert got, and the optimizer
+      # takes the sign of the whole batch's.
+      pull = jnp.sum(bias_E * (load_E - 1))
+      loss += pull - jax.lax.stop_gradient(pull)
+    health = routing.router_health(plan, logits_GTE, valid_GT) | {'balance': balance, 'z': z}
+    return {f'moe/{name}': value for name, value in health.items()} | {
+      'moe/load': load_E,
+      'auxiliary_loss': loss,
+    }
+
+  def init_state(self, batch_size, max_length, dtype):
+    del batch_size, max_length, dtype
+    return {}
+
+  def step(self, x_BD, state, tokens):
+    """Routes one position of every sequence: token choice drops nobody, expert choice groups the
+    sequences as training does at one position."""
+    mixes = self.config.router == 'expert_choice'
+    M = self.config.group_size if mixes else x_BD.shape[0]
+    x_GTD = x_BD.reshape(-1, M, x_BD.shape[-1])
+    valid_GT = (tokens.segments > 0).reshape(-1, M)
+    capacity = self.config.capacity(M) if mixes else None
+    y_GTD, _ = self._route(x_GTD, valid_GT, None, capacity)
+    y_BD = y_GTD.reshape(x_BD.shape)
+    if self.config.shared_width:
+      y_BD += self.shared.step(x_BD, {}, tokens)[0]
+    return (self.output_norm(y_BD) if self.config.output_norm else y_BD), state
+
+
+def _jitter(x, amount, key):
+  """Multiplies by noise in 1 +- amount in training (arXiv:2101.03961, section 2.4)."""
+  if not amount or key is None:
+    return x
+  noise = jax.random.uniform(key, x.shape, jnp.float32, 1 - amount, 1 + amount)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * noise

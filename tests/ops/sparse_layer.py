@@ -1,0 +1,60 @@
+"""Sparse layers made of ops, in every way in which a plan can be run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moejax.ops import dispatch, expert_loop, grouped_matmul, routing
+
+# These tests compile much and compute little.
+QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
+
+
+def relu(h, weight):
+  return jax.nn.relu(h) * weight[..., None].astype(h.dtype)
+
+
+def swiglu(h, weight):
+  gate, up = jnp.split(h, 2, axis=-1)
+  return jax.nn.silu(gate) * up * weight[..., None].astype(h.dtype)
+
+
+def _in_three_steps(impl, activation, x_TD, plan, w):
+  if plan.packed:
+    product = lambda x, w: grouped_matmul.grouped_matmul(x, w, plan.sizes_E, impl)
+  else:
+    product = lambda x, w: jnp.einsum('ECD,EDF->ECF', x, w)
+  h = activation(product(dispatch.dispatch(x_TD, plan), w[0]), plan.weight)
+  return dispatch.combine(product(h, w[1]), plan)
+
+
+def _in_a_loop(activation, x_TD, plan, w):
+  expert = expert_loop.Expert(
+    inner=lambda x_CD, w: x_CD @ w[0], outer=lambda h, weight_C, w: activation(h, weight_C) @ w[1]
+  )
+  return expert_loop.map_experts(expert, x_TD, plan, w)
+
+
+# The name of a backend makes a difference for packed plans only.
+WAYS = {'loop': _in_a_loop} | {
+  impl: functools.partial(_in_three_steps, impl) for impl in ('blocked', 'ragged_dot', 'reference')
+}
+
+
+def layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=relu):
+  """y_GTD; `route` makes a plan of logits, `way` names one of WAYS."""
+  plan = route(routing.router_logits(x_GTD, router_DE))
+  x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
+  return WAYS[way](activation, x_TD, plan, (w_in_EDF, w_out_EFD)).reshape(x_GTD.shape)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('route', 'way', 'activation'), compiler_options=QUICK_TO_COMPILE
+)
+def value_and_gradients(args, dy_GTD, valid_GT, *, route, way, activation=relu):
+  """y and the gradients of sum(y * dy) by x, router, w_in and w_out."""
+  route = functools.partial(route, valid_GT=valid_GT)
+  run = functools.partial(layer, route=route, way=way, activation=activation)
+  y_GTD, backward = jax.vjp(run, *args)
+  return y_GTD, *backward(dy_GTD)
