@@ -19,7 +19,7 @@ MODELS = {
   'mot': {},
   'token choice': {'blocks': MOE, 'moe_capacity_factor': 0.7},  # tokens are dropped
   'expert choice': {'blocks': MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
-  'mamba': {'blocks': MAMBA, 'positions': 'none'},
+  'mamba': {'blocks': MAMBA},
 }
 
 
