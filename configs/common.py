@@ -31,6 +31,12 @@ SCALING_SIZES = {
   '49M': (640, 10, 10, 2e-4),
   '85M': (768, 12, 12, 2e-4),
 }
+# Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
+# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps.
+MOE_MAMBA_SIZES = {
+  '25M': (512, 8, 8, 5e-4, 64, 150_000),
+  '100M': (768, 16, 12, 2.5e-4, 1024, 30_000),
+}
 
 
 def baseline():
@@ -85,6 +91,11 @@ def baseline():
   c.model.moe.output_norm = False  # layer norm of the output
   c.model.moe.impl = 'auto'  # loop (over experts), rows (all at once); auto: by device
 
+  c.model.mamba = ConfigDict()  # the Mamba sublayer
+  c.model.mamba.expand = 2.0  # channels per unit of d_model
+  c.model.mamba.state_size = 16  # states per channel
+  c.model.mamba.conv_width = 4  # positions that its convolution sees
+
   c.data = ConfigDict()
   c.data.source = 'stdlib'  # stdlib, text, jsonl, tokens, seqio
   c.data.files = ''  # text, jsonl: a glob; tokens: the folder that moejax.tokenize wrote
@@ -106,7 +117,7 @@ def baseline():
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
   c.optimizer.weight_decay = 0.1
-  c.optimizer.decay = 'all'  # all, matrices (not the scales and biases of norms)
+  c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
   c.optimizer.balance_bias_rate = 1e-3  # step of the biases that balance routers
   c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
@@ -202,6 +213,22 @@ def scaling_law_run(c):
   c.optimizer.accumulation = 8  # a routing group is 256 sequences
   c.train.steps = 62_500
   c.optimizer.warmup_steps = 625
+
+
+def moe_mamba_run(size):
+  """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
+  c = baseline()
+  c4(c)
+  c.model.positions = 'rope'
+  c.model.d_model, c.model.num_heads, c.model.d_ff = d_model, heads, 4 * d_model
+  c.model.blocks = ((('attention', 'mlp'), blocks),)
+  c.data.sequence_length = 1024
+  c.data.batch_size = batch_size
+  c.optimizer.peak_lr = peak_lr
+  c.optimizer.warmup_steps = steps // 100
+  c.train.steps = steps
+  return c
 
 
 def shrink(c):

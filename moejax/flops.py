@@ -8,6 +8,8 @@ Conventions:
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
   under token choice, whether it is dropped or not; all slots under expert choice. Routing
   (controller, merge and emit; router) is counted apart, so that MFU does not reward it.
+- The recurrence of Mamba counts as what it is, three multiply-adds per state, and its convolution
+  as one per tap, though neither is a matrix product.
 - Attention scores count for every pair of positions, also those that the causal mask hides, as in
   PaLM (arXiv:2204.02311, Appendix B) and as XLA computes them. Programs that count only the visible
   half report a lower MFU.
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.layers import mlp
+from moejax.layers import mamba, mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,25 @@ def _moe(config, length):
   )
 
 
+def _mamba(config, length):
+  del length
+  D, N, W = config.d_model, config.mamba.state_size, config.mamba.conv_width
+  I, R = config.mamba.inner_width(D), mamba.delta_rank(D)
+  projections = 3 * D * I + I * (R + 2 * N) + R * I  # in, gate and out; select; delta
+  channels = W * I + N * I + 3 * I  # kernel, a; biases of convolution and delta, skip
+  return Cost(
+    params={'mamba': projections + channels},
+    active=projections + channels,
+    model_flops={
+      'mamba_projections': 2 * projections,
+      'mamba_convolution': 2 * W * I,
+      'mamba_scan': 6 * N * I,
+    },
+  )
+
+
 # Name of a sublayer in `model.blocks` -> function of ModelConfig and sequence length.
-COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'moe': _moe}
+COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'moe': _moe, 'mamba': _mamba}
 
 _NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
 
@@ -148,8 +167,9 @@ def _routing_flops(config, length):
 def forward_flops_per_token(config, length):
   """Forward FLOPs per token of sequences of `length` positions, by kind.
 
-  Kinds: attention_projections, attention_scores, mlp, experts, head; routing: controller, merge,
-  emit, router. Those not in use are absent.
+  Kinds: attention_projections, attention_scores, mlp, experts, mamba_projections,
+  mamba_convolution, mamba_scan, head; routing: controller, merge, emit, router. Those not in use
+  are absent.
   """
   return _model_flops(config, length) | _routing_flops(config, length)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mlp, moe, mot
+from moejax.layers import attention, common, mamba, mlp, moe, mot
 from moejax.ops import cross_entropy, routing
 
 # The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
@@ -47,6 +47,7 @@ SUBLAYERS = {
   'moe': lambda c, init, rngs: moe.MixtureOfExperts(
     c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
+  'mamba': lambda c, init, rngs: mamba.Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs),
 }
 
 # Chosen experts are kept in every case: a route computed again could be another one.
@@ -97,6 +98,9 @@ class MoTConfig:
       )
 
 
+_SECTIONS = {'mot': MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Section `model`: what every field means stands in configs/common.py."""
@@ -121,9 +125,10 @@ class ModelConfig:
   loss_chunk: int
   mot: Any  # MoTConfig, or the mapping that becomes one
   moe: Any  # moe.MoEConfig, or the mapping that becomes one
+  mamba: Any  # mamba.MambaConfig, likewise
 
   def __post_init__(self):
-    for name, section in (('mot', MoTConfig), ('moe', moe.MoEConfig)):
+    for name, section in _SECTIONS.items():
       if not isinstance(getattr(self, name), section):
         object.__setattr__(self, name, section(**getattr(self, name)))
     problems = list(self._problems())
@@ -193,6 +198,8 @@ class ModelConfig:
       yield from self.mot.problems(self.d_ff)
     if self.uses('moe'):
       yield from self.moe.problems(self.d_ff, self.max_length)
+    if self.uses('mamba'):
+      yield from self.mamba.problems(self.d_model)
 
   def _block_problems(self):
     if not self.blocks:

@@ -88,7 +88,7 @@ def _labels(params):
 
 
 def _is_matrix(params):
-  """True for all parameters but the scales and biases of norms."""
+  """True for all parameters but those of norms and of Mamba's recurrence, and biases."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key not in ('scale', 'bias'), params
+    lambda path, _: not path[-1].key.endswith(('scale', 'bias', 'a_log', 'skip')), params
   )

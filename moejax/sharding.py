@@ -27,6 +27,9 @@ RULES = (
   (r'experts/w_out', P('expert', 'tensor', 'fsdp')),
   (r'(w_in|w_gate)', P('fsdp', 'tensor')),
   (r'w_out', P('tensor', 'fsdp')),
+  (r'(conv_kernel|w_delta)', P(None, 'tensor')),
+  (r'(w_select|a_log)', P('tensor', None)),
+  (r'(conv_bias|delta_bias|skip)', P('tensor')),
   (r'.*', P()),
 )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dense, fine_grained, moe, mot
+from configs import dense, fine_grained, mamba, moe, mot
 from moejax import flops, model as model_lib
 from tests import tiny
 
@@ -98,6 +98,7 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'mot_expert_width': 5, 'mot_group_size': 3},
     {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
+    {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
     {'blocks': tiny.MOE, 'activation': 'swiglu', 'd_ff': 20, 'moe_shared_width': 5},
   ],
 )
@@ -112,6 +113,17 @@ def test_counts_are_those_of_the_parameters(changes):
   assert counts['non_embedding'] == counts['total'] - counts['embedding']
   assert sum(counts['by_kind'].values()) == counts['total']
   assert isinstance(counts['active'], int) and 0 < counts['active'] <= counts['non_embedding']
+
+
+@pytest.mark.parametrize(
+  ('size', 'width', 'layers', 'layer', 'millions'),
+  [('25M', 512, 16, 1_694_720, 27), ('100M', 768, 32, 3_770_880, 121)],
+)
+def test_mamba_of_the_paper(size, width, layers, layer, millions):
+  counts = flops.param_counts(_paper_config(mamba, size))
+  assert counts['by_kind']['mamba'] == layers * layer
+  assert counts['active'] == counts['non_embedding'] == layers * (layer + 2 * width)
+  assert round(counts['active'] / 1e6) == millions
 
 
 def test_every_sublayer_has_a_cost():

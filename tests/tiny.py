@@ -12,25 +12,28 @@ V, L, B, D, H, F, M, E = 37, 11, 8, 12, 3, 24, 4, 6
 MOT = ((('attention', 'mlp'), 1), (('attention', 'mot'), 2))
 DENSE = ((('attention', 'mlp'), 2),)
 MOE = ((('attention', 'moe'), 2),)
+MAMBA = ((('mamba', 'mlp'), 2),)
 # Changes to `model_config`, by kind of model.
 MODELS = {
   'dense': {'blocks': DENSE},
   'mot': {},
   'token choice': {'blocks': MOE, 'moe_capacity_factor': 0.7},  # tokens are dropped
   'expert choice': {'blocks': MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
+  'mamba': {'blocks': MAMBA},
 }
 
 
 def model_config(**changes):
-  """A tiny ModelConfig with the baseline's defaults; `mot_...`, `moe_...` go to their sections."""
+  """A tiny ModelConfig with the baseline's defaults; `SECTION_...` goes to its section."""
   fields = common.baseline().model.to_dict()
   fields |= {'vocab_size': V, 'max_length': L, 'd_model': D, 'num_heads': H, 'd_ff': F}
   fields |= {'blocks': MOT, 'positions': 'learned'}
   fields['mot'] |= {'num_experts': E, 'group_size': M, 'expert_width': 16}
   fields['moe'] |= {'expansion_rate': E // 2, 'granularity': 2, 'group_size': M}
+  fields['mamba'] |= {'state_size': 5, 'conv_width': 3}
   for name, value in changes.items():
     section, _, field = name.partition('_')
-    if section in ('mot', 'moe') and field:
+    if section in ('mot', 'moe', 'mamba') and field:
       fields[section][field] = value
     else:
       fields[name] = value

@@ -1,0 +1,193 @@
+"""The selective scan against other ways to write it, and a Mamba layer against its own products.
+
+  python benchmarks/selective_scan.py
+  python benchmarks/selective_scan.py --shape=8,512,1024 --rounds=15 --clock=cpu
+
+All programs run in turn, in a new order every round; a ratio is the median over rounds of the
+ratios within a round, so that a busy machine disturbs it little. --clock=cpu counts seconds of CPU
+time, for a machine with other work.
+
+  scan         `moejax.ops.selective_scan`
+  associative  `jax.lax.associative_scan` over the full [B, L, N, I], differentiated by JAX
+  loop         one `jax.lax.scan` over positions, differentiated by JAX
+  torch        the PyTorch fallback of transformers (forward only: its gradient takes time quadratic
+               in the length); left out where torch and transformers are not installed
+  floor        the bytes below at the speed of a copy of x
+
+Floor in bytes. The states stay in the cache, so per position and channel the forward pass reads x,
+delta and gate and writes y: 4 numbers. The backward pass reads them and dy, and writes three
+gradients: 7 numbers. b, c and their gradients are 2 N / I of that, and the states at the starts of
+chunks, written once and read once, 2 N / chunk float32 numbers. The scan is far from this floor on
+a CPU: it does 3 (forward) and 9 (backward) multiply-adds, and 1 and 2 exponentials, for each of the
+N states.
+
+Targets on a CPU at the default shape: 0.06 of associative forward, 0.10 forward + backward; 50
+times faster than torch; temporary memory of at most twice inputs and outputs; the layer at most 3
+times its products.
+"""
+
+import random
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from moejax.layers import common, mamba
+from moejax.ops import selective_scan
+
+_SHAPE = flags.DEFINE_list('shape', ['4', '1024', '512'], 'Sequences, positions, channels.')
+_STATES = flags.DEFINE_integer('states', 16, 'States per channel.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of measurements.', lower_bound=1)
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Which seconds to count.')
+
+
+def associative(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I):
+  """All states at once, from decays and inputs composed pairwise."""
+  dt_BLI = jax.nn.softplus(delta_BLI + bias_I[None, None])
+  decay = jnp.exp(dt_BLI[:, :, None] * a_IN.T[None, None])
+  inputs = (dt_BLI * x_BLI)[:, :, None] * b_BLN[..., None]
+  compose = lambda first, then: (then[0] * first[0], then[0] * first[1] + then[1])
+  _, states = jax.lax.associative_scan(compose, (decay, inputs), axis=1)
+  y_BLI = jnp.sum(states * c_BLN[..., None], axis=2) + skip_I[None, None] * x_BLI
+  return y_BLI * jax.nn.silu(gate_BLI)
+
+
+def arguments(B, L, I, N):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  a_IN = jnp.tile(-jnp.arange(1.0, N + 1)[None], (I, 1))
+  x_BLI, delta_BLI, gate_BLI = draw(B, L, I), draw(B, L, I), draw(B, L, I)
+  return x_BLI, delta_BLI, a_IN, draw(B, L, N), draw(B, L, N), draw(I), gate_BLI, draw(I) - 4
+
+
+class Program:
+  """A compiled function and its arguments."""
+
+  def __init__(self, function, *args):
+    self.compiled = jax.jit(function).lower(*args).compile()
+    self.args = args
+
+  def __call__(self):
+    jax.block_until_ready(self.compiled(*self.args))
+
+  def memory(self):
+    """Bytes of temporary memory, and of inputs and outputs."""
+    memory = self.compiled.memory_analysis()
+    return memory.temp_size_in_bytes, memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+def with_gradients(function):
+  def run(dy, *args):
+    y, backward = jax.vjp(function, *args)
+    return y, backward(dy)
+
+  return run
+
+
+def torch_program(args):
+  """The fallback of transformers on the same numbers, or None where it is not installed."""
+  try:
+    import torch
+    from transformers.models.mamba import modeling_mamba
+  except ImportError:
+    return None
+  x, delta, a, b, c, skip, gate, bias = (torch.tensor(np.asarray(v)) for v in args)
+  x, delta, b, c, gate = (v.transpose(1, 2).contiguous() for v in (x, delta, b, c, gate))
+
+  def run():
+    with torch.no_grad():
+      modeling_mamba.mamba_selective_scan(
+        x, delta, a, b, c, skip, gate, delta_bias=bias, delta_softplus=True
+      )
+
+  return run
+
+
+def layer_programs(B, L, I, N):
+  """A layer, and the matrix products in it, forward + backward."""
+  config = mamba.MambaConfig(expand=2.0, state_size=N, conv_width=4)
+  init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
+  layer = mamba.Mamba(config, d_model=I // 2, init=init, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(layer)
+  x_BLD = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, I // 2)), jnp.float32)
+  positions_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
+  tokens = common.Tokens(jnp.ones_like(positions_BL), positions_BL)
+
+  def products(params, x_BLD):
+    layer = nnx.merge(graph, params)
+    x_BLI, gate_BLI = layer._project(x_BLD)
+    x_BLI, delta_BLI, _, b_BLN, c_BLN, *_ = layer._coefficients(x_BLI, gate_BLI)
+    # Every product has a gradient to work on, for next to nothing.
+    y_BLI = x_BLI + gate_BLI + delta_BLI + jnp.sum(b_BLN * c_BLN, axis=-1, keepdims=True)
+    return layer._out(y_BLI)
+
+  whole = lambda params, x_BLD: nnx.merge(graph, params)(x_BLD, tokens)[0]
+  return {
+    name: Program(with_gradients(f), x_BLD, params, x_BLD)
+    for name, f in {'layer': whole, 'products': products}.items()
+  }
+
+
+def programs(B, L, I, N):
+  """{(name, pass): something to run}."""
+  args = arguments(B, L, I, N)
+  ways = {
+    'scan': lambda *args: selective_scan.selective_scan(*args)[0],
+    'loop': lambda *args: selective_scan.selective_scan(*args, impl='reference')[0],
+    'associative': associative,
+  }
+  found = {(name, 'forward'): Program(f, *args) for name, f in ways.items()}
+  for name, f in ways.items():
+    found[name, 'both'] = Program(with_gradients(f), args[0], *args)
+  found |= {(name, 'both'): program for name, program in layer_programs(B, L, I, N).items()}
+  found['copy', 'forward'] = Program(lambda x_BLI: x_BLI + 1, args[0])
+  if torch := torch_program(args):
+    found['torch', 'forward'] = torch
+  return found
+
+
+def measure(programs, rounds):
+  """{name: seconds of every round}, after one round that does not count."""
+  clock = time.process_time if _CLOCK.value == 'cpu' else time.perf_counter
+  times = {name: [] for name in programs}
+  for _ in range(rounds + 1):
+    for name in random.sample(list(programs), len(programs)):
+      start = clock()
+      programs[name]()
+      times[name].append(clock() - start)
+  return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def main(argv):
+  del argv
+  B, L, I = map(int, _SHAPE.value)
+  N = _STATES.value
+  found = programs(B, L, I, N)
+  times = measure(found, _ROUNDS.value)
+
+  def ratio(a, b):
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, B={B} L={L} I={I} N={N}')
+  print(f'{_CLOCK.value} seconds, {_ROUNDS.value} rounds; ratios are scan / other')
+  chunk = selective_scan._TUNINGS[jax.default_backend()].chunk
+  for kind, numbers in (('forward', 4 + N / chunk), ('both', 11 + 2 * N / chunk)):
+    numbers += 2 * N / I * (1 if kind == 'forward' else 3)
+    temporary, visible = found['scan', kind].memory()
+    others = [name for name, k in found if k == kind and name in ('loop', 'associative', 'torch')]
+    print(
+      f'{kind:8} {statistics.median(times["scan", kind]) * 1e3:8.1f} ms',
+      *(f'{name} {ratio(("scan", kind), (name, kind)):.3f}' for name in others),
+      # A copy moves two numbers per position and channel.
+      f'floor {ratio(("scan", kind), ("copy", "forward")) * 2 / numbers:.1f}',
+      f'temporary / (inputs + outputs) {temporary / visible:.2f}',
+    )
+  print(f'layer / its products, both: {ratio(("layer", "both"), ("products", "both")):.2f}')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,21 @@
+"""Mamba without feed-forward layers and positions, as MoE-Mamba's baseline (arXiv:2401.04081).
+
+  python -m moejax.main --config=configs/mamba.py
+  python -m moejax.main --config=configs/mamba.py:25M
+
+Two Mamba layers take the place of a block of attention and feed-forward. Final log-perplexity in
+the paper (table 1): 25M 3.34, 100M 2.99. Its runs decay every parameter;
+--config.optimizer.decay=matrices spares the recurrence, as the authors of Mamba advise.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, sizes=('laptop', *common.MOE_MAMBA_SIZES))
+  c = common.baseline() if arg.size == 'laptop' else common.moe_mamba_run(arg.size)
+  ((_, blocks),) = c.model.blocks
+  c.model.blocks = ((('mamba',), 2 * blocks),)
+  c.model.positions = 'none'
+  c.optimizer.peak_lr = 3e-3 if arg.size == 'laptop' else 1e-3
+  return common.shrink(c) if arg.debug else c

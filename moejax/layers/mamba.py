@@ -1,0 +1,158 @@
+"""The Mamba layer: a gated recurrence whose coefficients depend on the token."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.layers import common
+from moejax.ops import selective_scan
+
+# The initial step sizes, softplus(delta_bias): uniform in their logarithm between these.
+MIN_STEP, MAX_STEP = 1e-3, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+  """Section `model.mamba`: what every field means stands in configs/common.py."""
+
+  expand: float
+  state_size: int
+  conv_width: int
+
+  def inner_width(self, d_model):
+    """I, the number of channels."""
+    return round(self.expand * d_model)
+
+  def problems(self, d_model):
+    """Yields one sentence per impossible value."""
+    if self.inner_width(d_model) < 1:
+      yield (
+        f'model.mamba.expand = {self.expand} must make at least one channel of d_model = {d_model}.'
+      )
+    if self.state_size < 1:
+      yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
+    if self.conv_width < 2:
+      yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
+
+
+class Mamba(nnx.Module):
+  """Mamba (arXiv:2312.00752, Figure 3), initialised as in github.com/state-spaces/mamba.
+
+  Input and output x_BLD, any float dtype; convolution, step sizes and state in float32. `aux` is
+  empty. Sees its own sequence, at its own and earlier positions, no further back than to the last
+  token at position 0, where a document starts.
+
+  Sizes: I = expand * D channels of N = state_size states, W = conv_width, step sizes of rank R =
+  D / 16. The decoding state has N + W - 1 numbers per channel, whatever the length.
+
+  Every matrix starts uniform within 1/sqrt(fan-in), also where `model.init` says otherwise.
+  """
+
+  def __init__(self, config, *, d_model, init, rngs):
+    D, I, R = d_model, config.inner_width(d_model), delta_rank(d_model)
+    N, W, dtype = config.state_size, config.conv_width, init.dtype
+    init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
+    self.w_in = init(rngs, D, I, fan_in=D)
+    self.w_gate = init(rngs, D, I, fan_in=D)
+    self.conv_kernel = init(rngs, W, I, fan_in=W)
+    self.conv_bias = init(rngs, I, fan_in=W)
+    self.w_select = init(rngs, I, R + 2 * N, fan_in=I)
+    self.w_delta = init(rngs, R, I, fan_in=R)
+    self.delta_bias = nnx.Param(_delta_bias(rngs.params(), I).astype(dtype))
+    self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], (I, 1)))
+    self.skip = nnx.Param(jnp.ones(I, dtype))
+    self.w_out = init(rngs, I, D, fan_in=I)
+
+  def __call__(self, x_BLD, tokens):
+    return self.prefill(x_BLD, tokens)[0], {}
+
+  def prefill(self, x_BLD, tokens):
+    """The forward pass: y_BLD, and the state from which `step` goes on after the last position."""
+    W = self.conv_kernel.shape[0]
+    u_BLI, gate_BLI = self._project(x_BLD)
+    padded = jnp.pad(u_BLI, ((0, 0), (W - 1, 0), (0, 0)))
+    x_BLI = self._convolve(padded, tokens.positions)
+    y_BLI, state_BNI = selective_scan.selective_scan(
+      *self._coefficients(x_BLI, gate_BLI), reset_BL=tokens.positions == 0
+    )
+    return self._out(y_BLI), {'window': padded[:, -(W - 1) :], 'scan': state_BNI}
+
+  def init_state(self, batch_size, max_length, dtype):
+    """Zeros: the last W - 1 inputs of the convolution, and the state of the scan."""
+    del max_length
+    W, I = self.conv_kernel.shape
+    N = self.a_log.shape[1]
+    return {
+      'window': jnp.zeros((batch_size, W - 1, I), dtype),
+      'scan': jnp.zeros((batch_size, N, I), jnp.promote_types(dtype, jnp.float32)),
+    }
+
+  def step(self, x_BD, state, tokens):
+    """One position for every sequence."""
+    u_BI, gate_BI = self._project(x_BD)
+    window = jnp.concatenate([state['window'], u_BI[:, None]], axis=1)
+    x_BI = self._convolve(window, tokens.positions[:, None])[:, 0]
+    y_BI, state_BNI = selective_scan.step(
+      *self._coefficients(x_BI, gate_BI), state['scan'], tokens.positions == 0
+    )
+    return self._out(y_BI), {'window': window[:, 1:], 'scan': state_BNI}
+
+  def _project(self, x):
+    project = lambda w_DI: jnp.einsum('...D,DI->...I', x, w_DI.astype(x.dtype))
+    return project(self.w_in[...]), project(self.w_gate[...])
+
+  def _convolve(self, padded, positions_BL):
+    y_BLI = causal_convolution(padded, self.conv_kernel[...], self.conv_bias[...], positions_BL)
+    return jax.nn.silu(y_BLI).astype(padded.dtype)
+
+  def _coefficients(self, x, gate):
+    """Arguments of the scan: x and what depends on it, [..., I]."""
+    R, N = self.w_delta.shape[0], self.a_log.shape[1]
+    select = jnp.einsum('...I,IJ->...J', x, self.w_select[...].astype(x.dtype))
+    low_rank, b, c = jnp.split(select, [R, R + N], axis=-1)
+    delta = jnp.einsum('...R,RI->...I', low_rank, self.w_delta[...].astype(x.dtype))
+    a_IN = -jnp.exp(self.a_log[...])
+    return x, delta, a_IN, b, c, self.skip[...], gate, self.delta_bias[...]
+
+  def _out(self, y):
+    return jnp.einsum('...I,ID->...D', y, self.w_out[...].astype(y.dtype))
+
+
+def delta_rank(d_model):
+  """R, the rank of the map from tokens to step sizes."""
+  return math.ceil(d_model / 16)
+
+
+def causal_convolution(padded, kernel_WI, bias_I, positions_BL):
+  """Every channel's own convolution over the last W positions of a document, in float32 or wider.
+
+  Shifted products, not `conv_general_dilated`: on CPU that is an order of magnitude slower for one
+  channel per group, and here a document can keep out what came before it.
+
+  Args:
+    padded: [B, L + W - 1, I]: the W - 1 inputs before the first position, then the positions.
+    kernel_WI: weights; the last row is that of the position itself.
+    bias_I: added to every position.
+    positions_BL: positions inside documents.
+
+  Returns:
+    y_BLI.
+  """
+  W, L = kernel_WI.shape[0], positions_BL.shape[1]
+  dtype = jnp.promote_types(padded.dtype, jnp.float32)
+  y_BLI = bias_I.astype(dtype)[None, None]
+  for lag in range(W):
+    earlier_BLI = padded[:, W - 1 - lag : W - 1 - lag + L].astype(dtype)
+    same_document = (positions_BL >= lag)[..., None]
+    y_BLI = y_BLI + jnp.where(same_document, earlier_BLI, 0) * kernel_WI[W - 1 - lag][None, None]
+  return y_BLI
+
+
+def _delta_bias(key, channels):
+  """The inverse softplus of the initial step sizes."""
+  low, high = math.log(MIN_STEP), math.log(MAX_STEP)
+  dt_I = jnp.exp(jax.random.uniform(key, (channels,), minval=low, maxval=high))
+  return dt_I + jnp.log(-jnp.expm1(-dt_I))
