@@ -19,7 +19,7 @@ Implementations of `selective_scan`, all equal by value and gradient:
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +89,25 @@ def step(x_BI, delta_BI, a_IN, b_BN, c_BN, skip_I, gate_BI, bias_I, state_BNI, r
 
 
 class _Sequences(NamedTuple):
-  """What changes along positions, [B, L, ...], or [B, ...] at one position."""
+  """What changes along positions, [B, L, ...], or [B, ...] at one position.
 
-  x: jax.Array  # I
-  delta: jax.Array  # I
-  b: jax.Array  # N
-  c: jax.Array  # N
-  gate: jax.Array  # I
-  keep: jax.Array  # 0 where a document starts, else 1
+  Arrays, or one thing for each of them: how it is partitioned, what it is padded with.
+  """
+
+  x: Any  # I
+  delta: Any  # I
+  b: Any  # N
+  c: Any  # N
+  gate: Any  # I
+  keep: Any  # 0 where a document starts, else 1
 
 
 class _Channels(NamedTuple):
   """What belongs to the channels."""
 
-  a: jax.Array  # [I, N]
-  skip: jax.Array  # [I]
-  bias: jax.Array  # [I]
+  a: Any  # [I, N]
+  skip: Any  # [I]
+  bias: Any  # [I]
 
 
 def _per_device(scan, sequences, channels, state_BNI):
@@ -186,7 +189,8 @@ def _chunked(tuning, sequences, channels, state_BNI):
   # Behind the end dt is softplus(-inf) = 0: the state stays as it is.
   fill = _Sequences(x=0, delta=-jnp.inf, b=0, c=0, gate=0, keep=1)
   padded = jax.tree.map(functools.partial(_pad, -L % chunk), sequences, fill)
-  y_BLI, state_BNI = _scan(tuning._replace(chunk=chunk), padded, channels, state_BNI)
+  result: Any = _scan(tuning._replace(chunk=chunk), padded, channels, state_BNI)
+  y_BLI, state_BNI = result
   return y_BLI[:, :L], state_BNI
 
 
