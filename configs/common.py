@@ -129,7 +129,7 @@ def baseline():
   c.mesh.tensor = 1
 
   c.train = ConfigDict()
-  c.train.steps = 4000
+  c.train.steps = 3000
   c.train.seed = 0  # of the parameters
   c.train.log_interval = 10
   c.train.eval_interval = 250

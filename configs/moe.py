@@ -5,7 +5,8 @@
 
 The sizes are the Transformer-MoE baselines of MoE-Mamba (arXiv:2401.04081, tables 5 and 6): 32
 experts, top 1, capacity factor 1, on C4 with context 1024. Final log-perplexity there (table 1):
-25M 3.23, 100M 2.88.
+25M 3.23, 100M 2.88. The laptop default (8 experts) reaches 1.190 nats per byte on held-out files,
+1.162 without drops; its dense baseline 1.191.
 """
 
 from configs import common
