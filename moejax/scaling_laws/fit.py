@@ -7,6 +7,7 @@ Levenberg-Marquardt with exact derivatives in float64 solves every start of ever
 once by `vmap`.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -122,6 +123,17 @@ def _draw(rng, kept, repeats):
   return rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
 
 
+@contextlib.contextmanager
+def _float64():
+  """`jax.enable_x64`, which jax has from 0.8 on."""
+  before = jnp.result_type(float) == jnp.float64
+  jax.config.update('jax_enable_x64', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_x64', before)
+
+
 def fit_moe_and_dense(sparse, dense, *, c: float | None = None, **options):
   """The law of sparse runs and, if there are any, that of dense ones with the same c.
 
@@ -174,7 +186,7 @@ def _unidentified(law, names, problem, theta, kept):
   The measure is its standard error, from the slopes of the law at the optimum, were every loss
   wrong by the error of fit: more than half of an exponent, or more than a factor of e^(1/2).
   """
-  with jax.enable_x64(True):
+  with _float64():
     residuals = functools.partial(_residuals, law, names, problem)
     error, slope = np.asarray(residuals(theta))[kept], np.asarray(jax.jacfwd(residuals)(theta))
   length = np.maximum(np.linalg.norm(slope[kept], axis=0), 1e-9)
@@ -314,7 +326,7 @@ def _best(law, names, problem, weights, starts):
 
 def _solve(law, names, problem, weights, starts):
   """[resamplings, coefficients]: the best centred coefficients for each row of `weights`."""
-  with jax.enable_x64(True):
+  with _float64():
     return np.asarray(_best(law, names, problem, weights, starts))
 
 
