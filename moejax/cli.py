@@ -55,7 +55,9 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    sys.exit(_fail(str(error)))
+    # ml_collections hands a config file's ValueError on as the text of its traceback.
+    _, in_config_file, message = str(error).rpartition('\nValueError: ')
+    sys.exit(_fail(message if in_config_file else str(error)))
 
 
 def _parse_with_config(argv):
@@ -80,7 +82,9 @@ def _find_config(argument):
   if not pathlib.Path(path).exists() and bundled.exists():
     path = bundled
   elif not pathlib.Path(path).exists():
-    known = sorted(p.name for p in bundled.parent.glob('*.py') if p.name[0] != '_')
+    known = sorted(
+      p.name for p in bundled.parent.glob('*.py') if p.stem not in ('__init__', 'common')
+    )
     sys.exit(_fail(f'--config={path}: there is no such file; bundled ones are {", ".join(known)}.'))
   return f'--config={path}{colon}{words}'
 
