@@ -10,7 +10,7 @@ from tests import tiny
 
 def test_a_figure_of_the_paper():
   """Figure 3: without its G term the loss of 64x25M after 16B tokens is 3.12."""
-  law = laws.PUBLISHED['printed'][64]
+  law = laws.PUBLISHED['four_digits'][64]
   params = laws.total_params(512, 8, 64)
   assert laws.loss(law._replace(g=None), params, 16e9, 8) == pytest.approx(3.12, abs=0.005)
 
