@@ -187,14 +187,15 @@ def test_variants_of_mixing_agree_with_xla(changes):
     blocks=((('mot',), 1),), d_model=96, mot_num_experts=64, mot_expert_width=20, **changes
   )
 
-  def total(params, x_BLD):
+  def projected(params, x_BLD, dy_BLD):
     block = model_lib.bind(config, params).stack_0
     layer = getattr(jax.tree.map(lambda leaf: leaf[0], block), '0_mot').layer
-    return layer(x_BLD, tiny.tokens(tiny.batch()))[0].sum()
+    return jnp.sum(layer(x_BLD, tiny.tokens(tiny.batch()))[0] * dy_BLD)
 
   params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
   x_BLD = jax.ShapeDtypeStruct((tiny.B, tiny.L, 96), 'float32')
-  compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x_BLD).compile()
+  gradients = jax.jit(jax.value_and_grad(projected, argnums=(0, 1)))
+  compiled = gradients.lower(params, x_BLD, x_BLD).compile()
   counted = compiled.cost_analysis()['flops'] / (tiny.B * tiny.L)
   forward = flops.forward_flops_per_token(config, tiny.L)
   expected = flops.training_flops_per_token(config, tiny.L)['total'] - 3 * forward['head']
