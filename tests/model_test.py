@@ -171,13 +171,16 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
 def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
   config = tiny.model_config(dtype='bfloat16', param_dtype='bfloat16')
   params = jax.tree.map(lambda p: p.astype('bfloat16'), _random_params(tiny.model_config()))
-  (loss, _), gradients = _loss_and_gradients(config, params, tiny.batch())
-  (exact, _), _ = _loss_and_gradients(
-    tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
-  )
+  both = functools.partial(_loss_and_gradients.__wrapped__, config)
+  (loss, _), gradients = jax.eval_shape(both, params, tiny.batch())
   assert loss.dtype == jnp.float32
   assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype('bfloat16')}
-  np.testing.assert_allclose(loss, exact, rtol=3e-2)
+  batch = tiny.batch()
+  exact = _logits(
+    tiny.model_config(), _random_params(tiny.model_config()), batch['inputs'], tiny.tokens(batch)
+  )
+  got = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  assert np.abs(got - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
 @pytest.mark.parametrize(
