@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,6 +25,8 @@ def run(main, needs_config=True, takes_arguments=False):
   """
 
   def guarded(argv):
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # at absl's default, libraries tell of themselves
     if len(argv) > 1 and not takes_arguments:
       return _fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
     try:
@@ -90,10 +92,12 @@ def _find_config(argument):
 
 
 def _explain(error, argv):
-  """One sentence for an unknown config field, with the closest known one."""
-  match = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', str(error))
-  if not match:
-    return str(error).splitlines()[-1].strip('\'"')
-  known, unknown = match.groups()
+  """One sentence for an unknown config field, with the closest known one if there is any."""
+  text = str(error).splitlines()[-1].strip('\'"')
+  if isinstance(error, ValueError):
+    return text
+  match = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
+  known, unknown = match.groups() if match else (None, text)
   flag = next((a for a in argv if f'.{unknown}' in a), unknown)
-  return f'{flag}: the config has no field {unknown!r}; did you mean {known!r}?'
+  advice = f'did you mean {known!r}?' if known else '--print_config shows those that it has.'
+  return f'{flag}: the config has no field {unknown!r}; {advice}'

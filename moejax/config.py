@@ -75,7 +75,8 @@ def resolve(config):
 
 
 def _model_config(config, tokenizer):
-  fields = {**config.model, 'max_length': config.data.sequence_length}
+  # Of a length below 1, the data section's own error is reported.
+  fields = {**config.model, 'max_length': max(1, config.data.sequence_length)}
   if tokenizer:
     if 0 < fields['vocab_size'] < tokenizer.vocab_size:
       raise ValueError(

@@ -193,7 +193,10 @@ class ModelConfig:
         'model.positions = rope needs an even head width, got d_model / num_heads = '
         f'{self.d_model // self.num_heads}.'
       )
-    yield from self._block_problems()
+    block_problems = list(self._block_problems())
+    yield from block_problems
+    if block_problems:
+      return
     if self.uses('mot'):
       yield from self.mot.problems(self.d_ff)
     if self.uses('moe'):
@@ -202,14 +205,25 @@ class ModelConfig:
       yield from self.mamba.problems(self.d_model)
 
   def _block_problems(self):
-    if not self.blocks:
-      yield 'model.blocks must hold at least one (pattern, repeats) pair.'
+    if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
+      yield (
+        'model.blocks must hold at least one (pattern, repeats) pair and nothing else, as in '
+        f"((('attention', 'mlp'), 4),); got {self.blocks!r}."
+      )
+      return
     for pattern, repeats in self.blocks:
       if repeats < 1:
         yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
       for name in pattern:
         if name not in SUBLAYERS:
           yield f'model.blocks: no sublayer {name!r}; there are {", ".join(SUBLAYERS)}.'
+
+
+def _is_repeated_pattern(entry):
+  match entry:
+    case ((*names,), int()):
+      return bool(names) and all(isinstance(name, str) for name in names)
+  return False
 
 
 class Residual(nnx.Module):

@@ -5,7 +5,6 @@ its config: data by step from its seed, and nothing random within a step.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -122,25 +121,42 @@ class Interrupt:
     return self._event.is_set()
 
 
-@dataclasses.dataclass
 class Window:
-  """Metrics since the last log line, and the time they took without evaluation and saving."""
+  """Metrics since the last log line, and the time they took without evaluation and saving.
 
-  sums: dict = dataclasses.field(default_factory=dict)
-  count: int = 0
-  started: float = dataclasses.field(default_factory=time.monotonic)
+  A run that goes on takes up the totals of the one before it: its log lines are the same.
+  """
+
+  def __init__(self, sums=None, count=0):
+    self._sums, self._count, self._taken_up = dict(sums or {}), count, count
+    self._unread = None
+    self._started = time.monotonic()
 
   def add(self, measured):
-    for name, value in measured.items():
-      self.sums[name] = self.sums.get(name, 0.0) + value
-    self.count += 1
+    """Takes in a step just dispatched; reads the one before while the device works on this."""
+    self._read()
+    self._unread = measured
 
   def skip(self, seconds):
-    self.started += seconds
+    self._started += seconds
+
+  def totals(self):
+    """The arguments that make the same window again, as JSON can hold them."""
+    self._read()
+    return {'sums': self._sums, 'count': self._count}
 
   def means(self):
-    means = {name: total / self.count for name, total in self.sums.items()}
-    return means | {'seconds_per_step': (time.monotonic() - self.started) / self.count}
+    self._read()
+    seconds = time.monotonic() - self._started
+    means = {name: total / self._count for name, total in self._sums.items()}
+    return means | {'seconds_per_step': seconds / (self._count - self._taken_up)}
+
+  def _read(self):
+    if self._unread is not None:
+      for name, value in flat_metrics(self._unread).items():
+        self._sums[name] = self._sums.get(name, 0.0) + value
+      self._count += 1
+      self._unread = None
 
 
 def flat_metrics(measured):
@@ -196,6 +212,7 @@ class Run:
       'corpus': loader.fingerprint,
       'tokenizer': stages.tokenizer.fingerprint,
     }
+    self.window = Window()
     self.state = self._restore_or_init()
     self.step = int(self.state['step'])
     config_lib.write(config, workdir)
@@ -230,31 +247,26 @@ class Run:
         'Python version, or changed files). Restore the corpus, or choose another folder.'
       )
     print(f'resuming from step {step}')
+    self.window = Window(**metadata.get('window', {}))
     return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
 
   def loop(self, interrupt):
     """Trains to the last step, or saves and returns False if interrupted."""
     train = self.stages.train
-    window = Window()
-    pending = None
     while self.step < train.steps and not interrupt:
       batch = sharding.place_batch(self.loader.batch(self.step), self.mesh)
       self.state, measured = self.train_step(self.state, batch)
       self.step += 1
-      if pending is not None:  # read while the device works on the step just dispatched
-        window.add(flat_metrics(pending))
-      pending = measured
+      self.window.add(measured)
       if self.step % train.log_interval == 0 or self.step == train.steps:
-        window.add(flat_metrics(pending))
-        pending = None
-        self._log(window.means())
-        window = Window()
+        self._log(self.window.means())
+        self.window = Window()
       pause = time.monotonic()
       if self.step % train.eval_interval == 0 or self.step == train.steps:
         self._evaluate()
       if self.step % train.checkpoint_interval == 0 or self.step == train.steps:
         self._save()
-      window.skip(time.monotonic() - pause)
+      self.window.skip(time.monotonic() - pause)
     finished = self.step >= train.steps
     if not finished:
       self._save()
@@ -263,7 +275,8 @@ class Run:
     return finished
 
   def _save(self):
-    self.checkpoints.save(self.step, self.state, self.loader, self.metadata)
+    metadata = self.metadata | {'window': self.window.totals()}
+    self.checkpoints.save(self.step, self.state, self.loader, metadata)
 
   def _log(self, means):
     self.train_loss = means['loss']

@@ -60,6 +60,7 @@ def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
     (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
     (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
+    (['--config.model.mot.group=1'], "no field 'group'; --print_config shows"),
     (['--config.model.d_model=abc'], 'd_model'),
     (['train'], "unexpected argument 'train'"),
     (['--config=configs/mot.py:debug', '--config.mesh.data=3'], 'does not fit'),

@@ -164,6 +164,8 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
+    ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
+    ({'blocks': 'attention'}, "and nothing else, as in .* got 'attention'"),
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),

@@ -19,6 +19,7 @@ def _debug_config(module=mot, **changes):
   config = module.get_config('debug')
   config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
   config.optimizer.accumulation = 1
+  config.train.log_interval = 3
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   return config
@@ -55,7 +56,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   with monkeypatch.context() as patch:
     patch.setattr(train, 'Interrupt', lambda: _StopAfter(4))
     assert train.train(_debug_config(), tmp_path) == cli.INTERRUPTED
-  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4
+  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4  # between log lines
   assert train.train(_debug_config(), tmp_path) == cli.OK
   (step, params), (other_step, other_params) = _params_of(finished), _params_of(tmp_path)
   assert step == other_step == 6
