@@ -182,6 +182,8 @@ def sized(name):
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   if name != 'laptop':
     c4(c)
+  if name == 'mini':
+    c.train.steps = 250_000  # the proof of concept in the first version of the MoT paper
   if name in SCALING_SIZES:
     scaling_law_run(c)
   return c

@@ -57,11 +57,15 @@ class Checkpoints:
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save under way
 
-  def make_writable(self) -> None:
+  def make_writable(self, num_bytes: int) -> None:
     """Creates the folder, to find out before training that it can be.
 
+    Args:
+      num_bytes: size of the arrays of one checkpoint.
+
     Raises:
-      ValueError: the folder cannot be created, or not be written.
+      ValueError: the folder cannot be created, or not be written, or its disk has no room for a
+        checkpoint.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,12 @@ class Checkpoints:
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
         'a folder that can be written, on a disk with free space.'
       ) from error
+    free = shutil.disk_usage(self._directory).free
+    if free < num_bytes:
+      raise ValueError(
+        f'workdir: a checkpoint of this model takes {num_bytes / 1e6:.1f} MB, but the disk of '
+        f'{self._directory} has only {free / 1e6:.1f} MB left. Make room, or choose another folder.'
+      )
 
   def save(self, step: int, state, loader, metadata: dict) -> None:
     """Starts to save a step; `state` may be donated as soon as this returns.

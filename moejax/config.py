@@ -32,6 +32,10 @@ class TrainConfig:
         raise ValueError(f'train.{name} must be at least 1, got {getattr(self, name)}.')
     if self.keep_checkpoints < 1:
       raise ValueError(f'train.keep_checkpoints must be at least 1, got {self.keep_checkpoints}.')
+    if self.sample_length > 0 and not self.sample_prompt:
+      raise ValueError(
+        'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +118,14 @@ def check_mesh(stages, mesh):
     )
 
 
-def write(config, workdir):
-  """Writes `config.json`, from which `read` makes the same ConfigDict."""
+def write(config, workdir, corpus=None):
+  """Writes `config.json`, from which `read` makes the same ConfigDict.
+
+  `corpus`, the fingerprint of the text, stands beside its sections for those who read the file.
+  """
   path = pathlib.Path(workdir) / 'config.json'
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(config.to_dict(), indent=2))
+  temporary.write_text(json.dumps({'corpus': corpus, **config.to_dict()}, indent=2))
   temporary.replace(path)
 
 
@@ -132,6 +139,7 @@ def read(workdir):
   if not path.exists():
     raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
   fields = json.loads(path.read_text())
+  fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   return ml_collections.ConfigDict(fields)
 

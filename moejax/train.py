@@ -184,7 +184,6 @@ def train(config, workdir):
   loader = data.make_loader(stages.data, 'train', **shard)
   eval_loader = data.make_loader(stages.data, 'validation', **shard)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
-  checkpoints.make_writable()
   if stages.model.leaks():
     print(
       'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
@@ -215,7 +214,7 @@ class Run:
     self.window = Window()
     self.state = self._restore_or_init()
     self.step = int(self.state['step'])
-    config_lib.write(config, workdir)
+    config_lib.write(config, workdir, loader.fingerprint)
     self.writer = metrics_lib.MetricsWriter(workdir, self.step)
     self.eval_result = {}
     self.train_loss = math.nan
@@ -232,13 +231,24 @@ class Run:
     key = jax.random.key(self.stages.train.seed)
     init = functools.partial(init_state, self.stages.model, optimizer, key)
     abstract = sharding.abstract(init, self.mesh)
+    self.checkpoints.make_writable(
+      sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    )
+    step = self.checkpoints.latest_step()
+    metadata = {}
+    if step is not None:
+      metadata = self.checkpoints.metadata(step)
+      self._check_same_text(metadata)
     started = time.monotonic()
     self.train_step = compile_train_step(self.stages, abstract, self.mesh)
     print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
-    step = self.checkpoints.latest_step()
     if step is None:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
-    metadata = self.checkpoints.metadata(step)
+    print(f'resuming from step {step}')
+    self.window = Window(**metadata.get('window', {}))
+    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
+
+  def _check_same_text(self, metadata):
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
     if metadata['corpus'] != self.loader.fingerprint:
       raise ValueError(
@@ -246,9 +256,6 @@ class Run:
         f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
         'Python version, or changed files). Restore the corpus, or choose another folder.'
       )
-    print(f'resuming from step {step}')
-    self.window = Window(**metadata.get('window', {}))
-    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
 
   def loop(self, interrupt):
     """Trains to the last step, or saves and returns False if interrupted."""

@@ -366,12 +366,3 @@ def router_health(plan, logits_GTE, valid_GT):
     'entropy': _valid_sum(entropy_GT, valid_GT) / num_valid / (math.log(E) or 1.0),
   }
   return {name: value.astype(jnp.float32) for name, value in health.items()}
-
-
-def bias_update(bias_E, counts_E, rate):
-  """The bias one step closer to balance: up by `rate` for experts below the mean load, down above.
-
-  arXiv:2408.15664, algorithm 1. `counts_E` are the choices before drops of the whole batch.
-  """
-  load_E = counts_E.astype(bias_E.dtype)
-  return bias_E + rate * jnp.sign(load_E.mean() - load_E)
