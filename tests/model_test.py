@@ -132,8 +132,9 @@ def test_how_it_is_computed_does_not_change_the_loss(changes):
   jax.tree.map(close, other_gradients, gradients)
 
 
-def test_recomputation_keeps_the_chosen_experts():
-  config = tiny.model_config(**tiny.MODELS['token choice'], remat='full')
+@pytest.mark.parametrize('router', ['token choice', 'expert choice'])
+def test_recomputation_keeps_the_chosen_experts(router):
+  config = tiny.model_config(**tiny.MODELS[router], remat='full')
   loss = lambda params: model_lib.bind(config, params).loss(tiny.batch())[0]
   program = str(jax.make_jaxpr(jax.grad(loss))(_random_params(config)))
   assert program.count('top_k[') == 1  # of one scanned block: none in its backward pass
