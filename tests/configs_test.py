@@ -25,7 +25,7 @@ def _moejax(*args, program='main', cwd=ROOT, **kwargs):
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
   command = [sys.executable, '-m', f'moejax.{program}', *args]
   return subprocess.run(
-    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **kwargs
   )
 
 
