@@ -16,6 +16,10 @@ MESHES = {
   'data 2, expert 2, tensor 2': (2, 1, 2, 2),
   'fsdp 2, tensor 3': (1, 2, 1, 3),
 }
+SPARSE_MESHES = {
+  'fsdp 2, expert 3': (1, 2, 3, 1),
+  'fsdp 2, expert 2, tensor 2': (1, 2, 2, 2),
+}
 
 
 def _losses(config, sizes, steps=3):
@@ -56,9 +60,11 @@ def test_losses_do_not_depend_on_the_mesh(sizes):
 
 
 @pytest.mark.parametrize('impl', ['loop', 'rows'])
-def test_who_is_dropped_does_not_depend_on_the_mesh(impl):
-  config = tiny.model_config(**tiny.MODELS['token choice'], moe_impl=impl)
-  losses, _ = _losses(config, MESHES['data 2, expert 2, tensor 2'])
+@pytest.mark.parametrize('router', ['token choice', 'expert choice'])
+@pytest.mark.parametrize('sizes', SPARSE_MESHES.values(), ids=SPARSE_MESHES)
+def test_who_is_dropped_does_not_depend_on_the_mesh(sizes, router, impl):
+  config = tiny.model_config(**tiny.MODELS[router], moe_impl=impl, moe_group_size=2)
+  losses, _ = _losses(config, sizes)
   np.testing.assert_allclose(losses, _losses_on_one_device(config), rtol=1e-5)
 
 
