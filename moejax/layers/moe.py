@@ -12,7 +12,7 @@ from flax import nnx
 
 from moejax.layers import mlp
 from moejax.layers.common import LayerNorm
-from moejax.layers.experts import Experts, loops
+from moejax.layers.experts import Experts
 from moejax.ops import routing
 
 
@@ -230,33 +230,33 @@ class MixtureOfExperts(nnx.Module):
     config = self.config
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
-    plan = ROUTERS[config.router](
+    make_plan = lambda logits_GTE, valid_GT, packed: ROUTERS[config.router](
       logits_GTE,
       config=config,
       capacity=capacity,
       valid_GT=valid_GT,
       bias_E=bias_E,
-      packed=capacity is None or loops(config.impl),
+      packed=packed or capacity is None,
     )
-    D = x_GTD.shape[-1]
-    y_TD = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)
-    return y_TD.reshape(x_GTD.shape), self._aux(plan, logits_GTE, valid_GT, bias_E)
+    routed = self.experts.route(make_plan, x_GTD, logits_GTE, valid_GT, config.impl)
+    return routed.y_GTD, self._aux(routed, logits_GTE, valid_GT, bias_E)
 
-  def _aux(self, plan, logits_GTE, valid_GT, bias_E):
+  def _aux(self, routed, logits_GTE, valid_GT, bias_E):
     config = self.config
     balance = routing.load_balancing_loss(
-      logits_GTE, plan.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
+      logits_GTE, routed.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
     )
     z = routing.z_loss(logits_GTE, valid_GT)
     loss = config.balance_loss * balance + config.z_loss * z
-    load_E = plan.counts_GE.sum(axis=0).astype(jnp.float32)
+    load_E = routed.counts_GE.sum(axis=0).astype(jnp.float32)
     load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
     if bias_E is not None:
       # Of value 0; its gradient is how much more than its share an expert got, and the optimizer
       # takes the sign of the whole batch's.
       pull = jnp.sum(bias_E * (load_E - 1))
       loss += pull - jax.lax.stop_gradient(pull)
-    health = routing.router_health(plan, logits_GTE, valid_GT) | {'balance': balance, 'z': z}
+    health = routing.router_health(routed.counts_GE, routed.number_GT, logits_GTE, valid_GT)
+    health |= {'balance': balance, 'z': z}
     return {f'moe/{name}': value for name, value in health.items()} | {
       'moe/load': load_E,
       'auxiliary_loss': loss,
