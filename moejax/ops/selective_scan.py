@@ -203,8 +203,8 @@ def _in_chunks(chunk, scan, sequences, channels, state_BNI):
   # Behind the end dt is softplus(-inf) = 0: the state stays as it is.
   fill = _Sequences(x=0, delta=-jnp.inf, b=0, c=0, gate=0, keep=1)
   padded = jax.tree.map(functools.partial(_pad, -L % chunk), sequences, fill)
-  y_BLI, state_BNI = scan(padded, channels, state_BNI)
-  return y_BLI[:, :L], state_BNI
+  y, state_BNI = scan(padded, channels, state_BNI)
+  return y[:, :L], state_BNI
 
 
 def _pad(positions, v, value):

@@ -103,7 +103,7 @@ scan.defvjp(_forward, _backward)
 
 
 class _Blocks:
-  """The grid of programs (sequence, tile of channels, chunk), and which blocks of arrays they see."""
+  """The grid of programs (sequence, tile of channels, chunk), and the blocks that they see."""
 
   def __init__(self, sequences, channels, num_states, reverse=False):
     B, L, I = sequences.x.shape
