@@ -34,7 +34,11 @@ from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
 def init_state(model_config, optimizer, key):
   """A fresh train state: a pure dict of arrays."""
-  params = model_lib.init_params(model_config, key)
+  return start(model_lib.init_params(model_config, key), optimizer)
+
+
+def start(params, optimizer):
+  """The train state of step 0 with these parameters."""
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
@@ -223,14 +227,15 @@ class Run:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     metadata = self.checkpoints.metadata(step)
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
-    if metadata['corpus'] != self.loader.fingerprint:
+    loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
+    if loader and metadata['corpus'] != loader.fingerprint:
       raise ValueError(
         f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
-        f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
+        f'data.source = {self.stages.data.source!r} now gives {loader.fingerprint} (another '
         'Python version, or changed files). Restore the corpus, or choose another folder.'
       )
     print(f'resuming from step {step}')
-    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
+    return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
 
   def loop(self, interrupt):
     """Trains to the last step, or saves and returns False if interrupted."""
