@@ -4,6 +4,8 @@ import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -39,6 +41,27 @@ def run(main, needs_config=True, takes_arguments=False):
       return _fail(str(error))
 
   app.run(guarded, flags_parser=_parse_with_config if needs_config else _parse)
+
+
+class Command(NamedTuple):
+  """One of several in a program."""
+
+  define: Callable  # its flags
+  main: Callable  # as `run` takes it
+  needs_config: bool = False
+  takes_arguments: bool = False
+
+
+def run_command(commands):
+  """`run` of the Command, in a dict by name, that the first argument names."""
+  name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name not in commands:
+    sys.exit(_fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
+  define, main, needs_config, takes_arguments = commands[name]
+  define()
+  del sys.argv[1]
+  flags.FLAGS.set_gnu_getopt()  # flags may stand before, between and after arguments
+  run(main, needs_config, takes_arguments)
 
 
 def _is_ours(error):

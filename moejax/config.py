@@ -138,7 +138,12 @@ def read(workdir):
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
-  fields = json.loads(path.read_text())
+  return parse(path.read_text())
+
+
+def parse(text):
+  """The ConfigDict that was written as JSON."""
+  fields = json.loads(text)
   fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   return ml_collections.ConfigDict(fields)

@@ -33,7 +33,11 @@ from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
 def init_state(model_config, optimizer, key):
   """A fresh train state: a pure dict of arrays."""
-  params = model_lib.init_params(model_config, key)
+  return start(model_lib.init_params(model_config, key), optimizer)
+
+
+def start(params, optimizer):
+  """The train state of step 0 with these parameters."""
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
@@ -246,11 +250,12 @@ class Run:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     print(f'resuming from step {step}')
     self.window = Window(**metadata.get('window', {}))
-    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
+    loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
+    return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
 
   def _check_same_text(self, metadata):
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
-    if metadata['corpus'] != self.loader.fingerprint:
+    if metadata['corpus'] not in (None, self.loader.fingerprint):
       raise ValueError(
         f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
         f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
