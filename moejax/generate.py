@@ -51,13 +51,21 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   prompt_lengths_B[: len(prompts)] = lengths
   valid_B = np.arange(rows) < len(prompts)
   key = jax.random.key(0) if key is None else key
-  steps = int(lengths.max()) + length - 1
+  common, steps = int(lengths.min()), int(lengths.max()) + length - 1
   out_BS = _decode(
-    model_config, steps, params, prompts_BS, prompt_lengths_B, valid_B, np.float32(temperature), key
+    model_config,
+    common,
+    steps,
+    params,
+    prompts_BS,
+    prompt_lengths_B,
+    valid_B,
+    np.float32(temperature),
+    key,
   )
   out_BS = np.asarray(out_BS)
-  # out_BS[:, t] is the token after position t.
-  return [out_BS[row, n - 1 : n - 1 + length] for row, n in enumerate(lengths)]
+  # out_BS[:, i] is the token after position common - 1 + i.
+  return [out_BS[row, n - common : n - common + length] for row, n in enumerate(lengths)]
 
 
 def _full_groups(model_config, rows):
@@ -65,25 +73,34 @@ def _full_groups(model_config, rows):
   return -(-rows // M) * M
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(config, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
-  """The token that follows each position, [B, steps]: a prompt's own token, or a sampled one."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
+  """The tokens after positions common - 1 to steps - 1: a prompt's own where it has one, or sampled.
+
+  All prompts have `common` tokens at least. These go through the model in parallel; then follows one
+  position after the other.
+  """
   model = model_lib.bind(config, params)
   B, S = prompts_BS.shape
   segments_B = valid_B.astype(jnp.int32)
 
-  def advance(carry, position):
-    token_B, state = carry
-    tokens = Tokens(segments_B, jnp.full(B, position))
-    logits_BV, state = model.step(token_B, state, tokens)
+  def choose(logits_BV, position):
     sampled_B = _sample(logits_BV, temperature, jax.random.fold_in(key, position))
     forced_B = prompts_BS[:, jnp.minimum(position + 1, S - 1)]
-    next_B = jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
+    return jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
+
+  def advance(carry, position):
+    token_B, state = carry
+    logits_BV, state = model.step(token_B, state, Tokens(segments_B, jnp.full(B, position)))
+    next_B = choose(logits_BV, position)
     return (next_B, state), next_B
 
-  start = (prompts_BS[:, 0], model.init_state(B, steps))
-  _, out_SB = jax.lax.scan(advance, start, jnp.arange(steps))
-  return out_SB.T
+  ones = jnp.ones((B, common), jnp.int32)
+  prefix = Tokens(segments_B[:, None] * ones, jnp.arange(common)[None] * ones)
+  logits_BV, state = model.prefill(prompts_BS[:, :common], prefix, steps)
+  first_B = choose(logits_BV, common - 1)
+  _, rest_SB = jax.lax.scan(advance, (first_B, state), jnp.arange(common, steps))
+  return jnp.concatenate([first_B[:, None], rest_SB.T], axis=1)
 
 
 def _sample(logits_BV, temperature, key):

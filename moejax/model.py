@@ -19,7 +19,9 @@ from moejax.ops import cross_entropy, routing
 
 # The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
 # the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
-# `init_state(batch_size, max_length, dtype)` and `step(x_BD, state, tokens) -> (y_BD, state)`.
+# `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and
+# `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once, and the state after
+# them, with caches as long as the prompt; `common.Stateless` has the three of layers without state.
 # `aux` is a flat dict of small arrays: measurements by name; 'auxiliary_loss' is added to the
 # objective, averaged over the sublayers that have one (as in the papers' runs).
 SUBLAYERS = {
@@ -223,6 +225,10 @@ class Residual(nnx.Module):
     y_BLD, aux = self.layer(self.norm(x_BLD), tokens)
     return x_BLD + y_BLD, aux
 
+  def prefill(self, x_BLD, tokens):
+    y_BLD, state = self.layer.prefill(self.norm(x_BLD), tokens)
+    return x_BLD + y_BLD, state
+
   def step(self, x_BD, state, tokens):
     y_BD, state = self.layer.step(self.norm(x_BD), state, tokens)
     return x_BD + y_BD, state
@@ -248,6 +254,12 @@ class Block(nnx.Module):
   def init_state(self, batch_size, max_length, dtype):
     layers = {name: getattr(self, name).layer for name in self.names}
     return {name: f.init_state(batch_size, max_length, dtype) for name, f in layers.items()}
+
+  def prefill(self, x_BLD, tokens):
+    state = {}
+    for name in self.names:
+      x_BLD, state[name] = getattr(self, name).prefill(x_BLD, tokens)
+    return x_BLD, state
 
   def step(self, x_BD, state, tokens):
     new_state = {}
@@ -324,6 +336,23 @@ class LanguageModel(nnx.Module):
     empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
     return {name: empty(getattr(self, name)) for name in self.stacks}
 
+  def prefill(self, inputs_BL, tokens, max_length):
+    """Takes in the first L positions of every sequence in one parallel pass.
+
+    Sequences influence each other as in `step`, and no token is dropped.
+
+    Returns:
+      Float32 logits_BV of the last of these positions, and the state from which `step` goes on, with
+      room for `max_length` positions.
+    """
+    x_BLD = self._embed(inputs_BL, tokens)
+    state = self.init_state(inputs_BL.shape[0], max_length)
+    for name in self.stacks:
+      body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
+      x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
+      state[name] = jax.tree.map(_place, state[name], filled)
+    return self._project(self._normalize(x_BLD[:, -1])), state
+
   def step(self, inputs_B, state, tokens):
     """Decodes one position of every sequence: float32 logits_BV and the next state."""
     x_BD = self._embed(inputs_B, tokens)
@@ -352,6 +381,11 @@ class LanguageModel(nnx.Module):
   def _project(self, x):
     head_DV = self._head().astype(x.dtype)
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=jnp.float32)
+
+
+def _place(empty, filled):
+  """A cache of few positions at the start of one of more; states of constant size as they are."""
+  return jax.lax.dynamic_update_slice(empty, filled.astype(empty.dtype), (0,) * empty.ndim)
 
 
 def _make_block(pattern, config, init, key):

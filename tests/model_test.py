@@ -74,20 +74,55 @@ def test_decoding_step_by_step_equals_the_forward_pass(model, positions):
   params = _random_params(config)
   batch = tiny.batch()
 
-  @jax.jit
-  def decode(params):
-    model = model_lib.bind(config, params)
-
-    def advance(state, position):
-      at = tiny.tokens(jax.tree.map(lambda a: jnp.asarray(a)[:, position], batch))
-      logits_BV, state = model.step(jnp.asarray(batch['inputs'])[:, position], state, at)
-      return state, logits_BV
-
-    state = model.init_state(tiny.B, tiny.L)
-    return jnp.moveaxis(jax.lax.scan(advance, state, jnp.arange(tiny.L))[1], 0, 1)
-
   forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
-  np.testing.assert_allclose(decode(params), forward, rtol=2e-5, atol=2e-5)
+  step_by_step = _decode(config, 1, params, batch)
+  np.testing.assert_allclose(step_by_step, forward, rtol=2e-5, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, split, params, batch):
+  """Logits of positions split - 1 and later: a prefill of `split` positions, then single steps."""
+  model = model_lib.bind(config, params)
+  inputs_BL, tokens = jnp.asarray(batch['inputs']), tiny.tokens(batch)
+
+  def advance(state, position):
+    at = jax.tree.map(lambda a_BL: a_BL[:, position], tokens)
+    logits_BV, state = model.step(inputs_BL[:, position], state, at)
+    return state, logits_BV
+
+  prefix = jax.tree.map(lambda a_BL: a_BL[:, :split], tokens)
+  length = inputs_BL.shape[1]
+  first_BV, state = model.prefill(inputs_BL[:, :split], prefix, length)
+  rest = jax.lax.scan(advance, state, jnp.arange(split, length))[1]
+  return jnp.concatenate([first_BV[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+
+
+@pytest.mark.parametrize('changes', [{}, {'moe_router': 'expert_choice', 'positions': 'rope'}])
+def test_prefill_and_steps_equal_the_forward_pass_at_every_split(changes):
+  length = 6
+  every_kind = ((('mamba', 'moe', 'mot', 'attention', 'mlp'), 1),)
+  config = tiny.model_config(blocks=every_kind, d_model=6, num_heads=3, **changes)
+  params = _random_params(config)
+  batch = tiny.batch(length=length)
+  exact = config.dropless() or config
+  forward = _logits(exact, params, batch['inputs'], tiny.tokens(batch))
+  for split in range(1, length + 1):
+    decoded = _decode(config, split, params, batch)
+    np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('model, grows', [('dense', True), ('mamba', False)])
+def test_only_attention_remembers_every_position(model, grows):
+  config = tiny.model_config(**tiny.MODELS[model])
+
+  def size(length):
+    params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+    state = jax.eval_shape(
+      lambda p: model_lib.bind(config, p).init_state(tiny.B, length), params
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+  assert (size(64) > size(8)) == grows
 
 
 def test_padding_has_no_influence_on_other_examples():

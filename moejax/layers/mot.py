@@ -1,13 +1,10 @@
 """The Mixture-of-Tokens layer."""
 
-import jax
-from flax import nnx
-
-from moejax.layers import experts
+from moejax.layers import common, experts
 from moejax.ops import mixing, routing
 
 
-class MixtureOfTokens(nnx.Module):
+class MixtureOfTokens(common.Stateless):
   """Continuous mixture of experts over examples (arXiv:2310.15961).
 
   Input and output x_BLD, any float dtype; controller scores and weights in float32. M = group_size
@@ -55,13 +52,3 @@ class MixtureOfTokens(nnx.Module):
     out_EGLD = self.experts(mixtures_EGLD.reshape(E, G * L, D)).reshape(E, G, L, D)
     y_BLD = mixing.emit(out_EGLD, weights_GMLE).reshape(B, L, D)
     return y_BLD, {'mot/entropy': mixing.normalized_entropy(weights_GMLE).mean()}
-
-  def init_state(self, batch_size, max_length, dtype):
-    del batch_size, max_length, dtype
-    return {}
-
-  def step(self, x_BD, state, tokens):
-    """Mixes the sequences of a group at this step, as training does at one position."""
-    one_position = jax.tree.map(lambda a: a[:, None], tokens)
-    y_BLD, _ = self(x_BD[:, None], one_position)
-    return y_BLD[:, 0], state
