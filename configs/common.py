@@ -70,6 +70,7 @@ def baseline():
   c.model.mot.expert_width = (
     0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
   )
+  c.model.mot.routing = 'softmax'  # softmax, discrete (one token per expert), uniform (all alike)
   c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
 
   c.model.moe = ConfigDict()  # the sparse mixture-of-experts sublayer

@@ -37,14 +37,7 @@ SUBLAYERS = {
     d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
   'mot': lambda c, init, rngs: mot.MixtureOfTokens(
-    d_model=c.d_model,
-    num_experts=c.mot.num_experts,
-    expert_width=c.mot.width(c.d_ff),
-    group_size=c.mot.group_size,
-    temperature=c.mot.temperature,
-    activation=c.activation,
-    init=init,
-    rngs=rngs,
+    c.mot, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
   'moe': lambda c, init, rngs: moe.MixtureOfExperts(
     c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
@@ -68,39 +61,7 @@ REMAT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class MoTConfig:
-  """Section `model.mot`. In the paper's names, MoT-Size/kE/m has k = group_size and k*m experts."""
-
-  num_experts: int
-  group_size: int
-  expert_width: int  # 0: as many FLOPs per token as a dense layer of width d_ff
-  temperature: float
-
-  def width(self, d_ff):
-    """Hidden width of one expert; E * width / group_size = d_ff matches a dense layer's FLOPs."""
-    if self.expert_width:
-      return self.expert_width
-    return d_ff * self.group_size // self.num_experts
-
-  def problems(self, d_ff):
-    """Yields one sentence per impossible value."""
-    for name in ('num_experts', 'group_size'):
-      if getattr(self, name) < 1:
-        yield f'model.mot.{name} must be at least 1, got {getattr(self, name)}.'
-        return
-    if self.temperature <= 0:
-      yield f'model.mot.temperature must be positive, got {self.temperature}.'
-    if self.expert_width < 0:
-      yield f'model.mot.expert_width must be positive, or 0 to match d_ff, got {self.expert_width}.'
-    elif not self.expert_width and d_ff * self.group_size % self.num_experts:
-      yield (
-        f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = '
-        f'{d_ff * self.group_size} for experts of equal FLOPs; change it or set expert_width.'
-      )
-
-
-_SECTIONS = {'mot': MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
+_SECTIONS = {'mot': mot.MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +86,7 @@ class ModelConfig:
   param_dtype: str
   remat: str
   loss_chunk: int
-  mot: Any  # MoTConfig, or the mapping that becomes one
+  mot: Any  # mot.MoTConfig, or the mapping that becomes one
   moe: Any  # moe.MoEConfig, or the mapping that becomes one
   mamba: Any  # mamba.MambaConfig, likewise
 
@@ -168,6 +129,15 @@ class ModelConfig:
     if not self.uses('moe') or self.moe.router != 'token_choice' or not self.moe.capacity_factor:
       return None
     return dataclasses.replace(self, moe=dataclasses.replace(self.moe, capacity_factor=0.0))
+
+  def with_mot(self, group_size=None, routing=None):
+    """The same parameters mixed in groups of another size, or with another routing."""
+    changes = {'expert_width': self.mot.width(self.d_ff)}  # 0 would follow the group
+    if group_size is not None:
+      changes['group_size'] = group_size
+    if routing is not None:
+      changes['routing'] = routing
+    return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
 
   def _problems(self):
     choices = {

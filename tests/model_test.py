@@ -174,6 +174,17 @@ def test_recomputation_keeps_the_chosen_experts():
   assert program.count('top_k[') == 1  # of one scanned block: none in its backward pass
 
 
+def test_groups_and_routing_change_without_the_parameters():
+  config = tiny.model_config(mot_expert_width=0)
+  other = config.with_mot(group_size=1, routing='discrete')
+  assert other.mot.width(other.d_ff) == config.mot.width(config.d_ff) == 16
+  assert (other.mot.group_size, other.mot.routing) == (1, 'discrete')
+  assert config.with_mot().mot.group_size == tiny.M
+  params, batch = _random_params(config), tiny.batch()
+  changed = _logits(other, params, batch['inputs'], tiny.tokens(batch))
+  assert np.abs(changed - _logits(config, params, batch['inputs'], tiny.tokens(batch))).max() > 0.1
+
+
 def test_aux_has_one_number_per_mixing_block():
   (_, aux), _ = _loss_and_gradients(
     tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
@@ -201,6 +212,7 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
     ({'blocks': ()}, 'model.blocks must hold at least one'),
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
+    ({'mot_routing': 'hard'}, 'model.mot.routing must be one of softmax, discrete, uniform'),
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
     ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),
