@@ -114,6 +114,7 @@ def baseline():
   c.optimizer.final_lr_fraction = (
     0.1  # the cosine ends at this fraction of the peak, at train.steps
   )
+  c.optimizer.schedule_start = 0  # step at which warm-up begins; later in a run that goes on anew
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8

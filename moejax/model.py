@@ -285,11 +285,15 @@ class LanguageModel(nnx.Module):
   def loss(self, batch, key=None):
     """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
 
-    `key` is of the noise that some layers add in training; None: none.
+    `key` is of the noise that some layers add in training; None: none. `batch['counted']`, bool
+    [B, L], is optional: the targets that count; other sequences are only there to be mixed with.
     """
     tokens = common.Tokens(batch['segments'], batch['positions'], key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
-    weights_BL = (batch['segments'] > 0).astype(jnp.float32)
+    counted_BL = batch['segments'] > 0
+    if 'counted' in batch:
+      counted_BL &= batch['counted']
+    weights_BL = counted_BL.astype(jnp.float32)
     nats = cross_entropy.chunked_cross_entropy(
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )
@@ -312,8 +316,8 @@ class LanguageModel(nnx.Module):
     Sequences influence each other as in `step`, and no token is dropped.
 
     Returns:
-      Float32 logits_BV of the last of these positions, and the state from which `step` goes on, with
-      room for `max_length` positions.
+      Float32 logits_BV of the last of these positions, and the state from which `step` goes on,
+      with room for `max_length` positions.
     """
     x_BLD = self._embed(inputs_BL, tokens)
     state = self.init_state(inputs_BL.shape[0], max_length)

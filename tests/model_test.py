@@ -117,9 +117,7 @@ def test_only_attention_remembers_every_position(model, grows):
 
   def size(length):
     params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
-    state = jax.eval_shape(
-      lambda p: model_lib.bind(config, p).init_state(tiny.B, length), params
-    )
+    state = jax.eval_shape(lambda p: model_lib.bind(config, p).init_state(tiny.B, length), params)
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
   assert (size(64) > size(8)) == grows
