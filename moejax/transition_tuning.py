@@ -99,7 +99,7 @@ def _by_name(tree):
 
 
 def _sparse_name(name):
-  return re.sub(r'(/\d+)_mot/layer/', r'\1_moe/layer/', name).replace('/controller', '/router')
+  return re.sub(r'(/\d+)_mot/', r'\1_moe/', name).replace('/controller', '/router')
 
 
 class Source:
@@ -169,8 +169,9 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     config = source.config.copy_and_resolve_references()
     if router != 'mot':
       make_sparse(config, router)
-    config.train.steps = source.step + (steps or max(1, source.step // 10))
-    config.optimizer.schedule_start = source.step if schedule == 'restart' else 0
+    last = source.step + (steps or max(1, source.step // 10))
+    begin = source.step if schedule == 'restart' else 0
+    config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
     code = train.train(config, workdir, functools.partial(source.start, moments=moments))
   if code == cli.OK:

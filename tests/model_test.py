@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import model as model_lib
+from moejax import evaluate, model as model_lib
 from tests import tiny
 
 
@@ -66,17 +66,17 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
   np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('positions', ['learned', 'none'])
+@pytest.mark.parametrize('positions, split', [('learned', 5), ('none', 1)])
 @MODELS
-def test_decoding_step_by_step_equals_the_forward_pass(model, positions):
+def test_decoding_equals_the_forward_pass(model, positions, split):
   config = tiny.model_config(**tiny.MODELS[model], positions=positions, final_norm=True)
   config = config.dropless() or config  # decoding drops nobody
   params = _random_params(config)
   batch = tiny.batch()
 
   forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
-  step_by_step = _decode(config, 1, params, batch)
-  np.testing.assert_allclose(step_by_step, forward, rtol=2e-5, atol=2e-5)
+  decoded = _decode(config, split, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -97,15 +97,21 @@ def _decode(config, split, params, batch):
   return jnp.concatenate([first_BV[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
 
 
-@pytest.mark.parametrize('changes', [{}, {'moe_router': 'expert_choice', 'positions': 'rope'}])
-def test_prefill_and_steps_equal_the_forward_pass_at_every_split(changes):
-  length = 6
-  every_kind = ((('mamba', 'moe', 'mot', 'attention', 'mlp'), 1),)
-  config = tiny.model_config(blocks=every_kind, d_model=6, num_heads=3, **changes)
-  params = _random_params(config)
-  batch = tiny.batch(length=length)
-  exact = config.dropless() or config
-  forward = _logits(exact, params, batch['inputs'], tiny.tokens(batch))
+@pytest.mark.parametrize('mode', ['unmixed', 'discrete'])
+def test_decoding_equals_the_forward_pass_in_every_mode(mode):
+  config = evaluate.decoding(tiny.model_config(), mode)
+  params, batch = _random_params(config), tiny.batch()
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  decoded = _decode(config, 5, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, 4:], rtol=2e-5, atol=2e-5)
+
+
+def test_the_forward_pass_can_give_way_to_steps_at_every_position():
+  length = 4
+  mixing = ((('moe', 'mot', 'attention'), 1),)
+  config = tiny.model_config(blocks=mixing, moe_router='expert_choice', d_model=6, positions='rope')
+  params, batch = _random_params(config), tiny.batch(length=length)
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
   for split in range(1, length + 1):
     decoded = _decode(config, split, params, batch)
     np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
