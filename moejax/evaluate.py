@@ -48,8 +48,8 @@ def decoding(model_config, mode, group_size=0):
     if mode == 'mixed' and not group_size:
       return model_config
     raise ValueError(
-      f'mode {mode}, group size {group_size}: no layer of this model mixes sequences (mot, or moe '
-      'with expert_choice), so there is one way to use it. Leave out the mode and the group size.'
+      f'mode {mode}: no layer of this model mixes sequences (mot, or moe with expert_choice), so '
+      'there is one way to use it. Leave out the mode and the group size.'
     )
   if mode in ('unmixed', 'discrete') and expert_choice:
     raise ValueError(
@@ -156,8 +156,8 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
   """Evaluates every mode at every group size; 0 is that of training, and unmixed has only one.
 
   Returns:
-    One dict per combination: what it is, 'leaks' (whether one request influences another), and what
-    `evaluate` measures.
+    One dict per combination: what it is, 'leaks' (whether one request influences another when text
+    is generated so), and what `evaluate` measures.
   """
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
   models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import mot as mot_config
-from moejax import config as config_lib, evaluate, model as model_lib, sharding
+from moejax import cli, config as config_lib, evaluate, model as model_lib, sharding
 from tests import tiny
 
 
@@ -100,6 +100,13 @@ def test_the_loss_among_the_corpus_is_of_the_own_sequences():
     picked = np.take_along_axis(np.asarray(logits), batch['targets'][..., None], axis=-1)[..., 0]
     nats -= picked[batch['counted']].sum()
   np.testing.assert_allclose(result['loss'], nats / result['tokens'], rtol=1e-5)
+
+
+def test_fields_of_a_run_are_flags():
+  overrides = {}
+  argv = ['evaluate', '--config.model.mot.group_size=4', '--workdir=a', '--config.data.files=b=c']
+  assert cli._without_overrides(argv, overrides) == ['evaluate', '--workdir=a']
+  assert overrides == {'model.mot.group_size': '4', 'data.files': 'b=c'}
 
 
 def test_fields_of_a_run_can_be_set_anew():

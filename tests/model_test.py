@@ -107,7 +107,7 @@ def test_decoding_equals_the_forward_pass_in_every_mode(mode):
 
 
 def test_the_forward_pass_can_give_way_to_steps_at_every_position():
-  length = 4
+  length = 3
   mixing = ((('moe', 'mot', 'attention'), 1),)
   config = tiny.model_config(blocks=mixing, moe_router='expert_choice', d_model=6, positions='rope')
   params, batch = _random_params(config), tiny.batch(length=length)
