@@ -158,9 +158,19 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
   Returns:
     One dict per combination: what it is, 'leaks' (whether one request influences another when text
     is generated so), and what `evaluate` measures.
+
+  Raises:
+    ValueError: the model has no such mode, or a batch cannot be cut into such groups.
   """
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
   models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]
+  batch_size = stages.data.batch_size
+  for _, model in models:
+    if batch_size % model.mixed_sequences:
+      raise ValueError(
+        f'--group_size={model.mixed_sequences} must divide the {batch_size} sequences that are '
+        'evaluated together; change it, or set --config.data.batch_size.'
+      )
   rows = []
   for mode, model in models:
     alone = mode == 'mixed_with_corpus'

@@ -65,6 +65,14 @@ def test_modes_that_a_model_cannot_have_are_refused(changes, mode, group_size, m
     evaluate.decoding(tiny.model_config(**changes), mode, group_size)
 
 
+def test_groups_that_a_batch_cannot_be_cut_into_are_refused():
+  stages = types.SimpleNamespace(
+    model=tiny.model_config(), data=types.SimpleNamespace(batch_size=8)
+  )
+  with pytest.raises(ValueError, match='--group_size=16 must divide the 8 sequences'):
+    evaluate.compare_modes(stages, None, None, ['mixed_with_corpus'], [16], 1)
+
+
 def test_expert_choice_chooses_in_other_groups():
   config = evaluate.decoding(tiny.model_config(**tiny.MODELS['expert choice']), 'mixed', 8)
   assert config.mixed_sequences == config.moe.group_size == 8
