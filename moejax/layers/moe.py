@@ -77,15 +77,15 @@ class MoEConfig:
       return None
     return routing.expert_capacity(num_tokens, self.top_k, self.num_experts, self.capacity_factor)
 
-  def decoding(self, batch_size):
-    """The same layer in decoding `batch_size` sequences.
+  def decoding(self):
+    """The same layer in decoding.
 
-    Token choice drops nobody. Expert choice routes every position by itself, in groups of as many
+    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by itself, in groups of as many
     sequences as in training.
     """
     if self.router == 'expert_choice':
       return dataclasses.replace(self, group_by='position')
-    return dataclasses.replace(self, capacity_factor=0.0, group_size=batch_size)
+    return dataclasses.replace(self, capacity_factor=0.0, group_size=1)
 
   def problems(self, d_ff, length):
     """Yields one sentence per impossible value; `length` is that of the sequences."""
@@ -221,7 +221,7 @@ class MixtureOfExperts(common.Stateless):
 
   def prefill(self, x_BLD, tokens):
     """The forward pass as in decoding: no token is dropped, no position waits for a later one."""
-    return self._forward(x_BLD, tokens, self.config.decoding(len(x_BLD)))[0], {}
+    return self._forward(x_BLD, tokens, self.config.decoding())[0], {}
 
   def _forward(self, x_BLD, tokens, config):
     B, L, D = x_BLD.shape
