@@ -1,5 +1,6 @@
 """From a config file's sections to checked dataclasses, one per stage."""
 
+import ast
 import dataclasses
 import json
 import pathlib
@@ -7,6 +8,8 @@ import pathlib
 import ml_collections
 
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
+from moejax.data.config import did_you_mean
+from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
 from moejax.sharding import MeshConfig, batch_shards
@@ -138,10 +141,41 @@ def read(workdir):
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
-  fields = json.loads(path.read_text())
+  return parse(path.read_text())
+
+
+def parse(text):
+  """The ConfigDict that was written as JSON."""
+  fields = json.loads(text)
   fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   return ml_collections.ConfigDict(fields)
+
+
+def override(config, texts):
+  """Sets fields of a run's config to what the command line says: {'model.mot.group_size': '4'}.
+
+  The experts of a Mixture-of-Tokens model keep their width, whatever its groups.
+
+  Raises:
+    ValueError: there is no such field, or the text is not of its type.
+  """
+  mot = MoTConfig(**config.model.mot)
+  config.model.mot.expert_width = mot.width(config.model.d_ff)
+  known = _flatten(config.to_dict())
+  for name, text in texts.items():
+    if name not in known:
+      raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}.')
+    kind = type(known[name])
+    try:
+      value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
+    except (SyntaxError, ValueError):
+      value = None
+    if kind is float and isinstance(value, int):
+      value = float(value)
+    if type(value) is not kind:
+      raise ValueError(f'--config.{name}: expected a value of type {kind.__name__}, got {text!r}.')
+    config.update_from_flattened_dict({name: value})
 
 
 def checkpoint_dir(workdir):

@@ -33,7 +33,11 @@ from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
 def init_state(model_config, optimizer, key):
   """A fresh train state: a pure dict of arrays."""
-  params = model_lib.init_params(model_config, key)
+  return start(model_lib.init_params(model_config, key), optimizer)
+
+
+def start(params, optimizer):
+  """The train state of step 0 with these parameters."""
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
@@ -166,8 +170,15 @@ def flat_metrics(measured):
   return flat | metrics_lib.flatten_aux(measured['aux'])
 
 
-def train(config, workdir):
+def train(config, workdir, start=None):
   """Runs a config in a folder, from its last checkpoint if there is one.
+
+  Args:
+    config: a ConfigDict.
+    workdir: the folder.
+    start: what a run without a checkpoint begins with: `start(run, abstract_state)` returns a state
+      with the shardings of `abstract_state`, at any step; it is evaluated and saved before the
+      first step. None: `init_state`.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
@@ -190,7 +201,7 @@ def train(config, workdir):
       'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
     )
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
-    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
+    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints, start)
     with contextlib.closing(run.writer):
       finished = run.loop(interrupt)
     if finished:
@@ -203,7 +214,7 @@ def train(config, workdir):
 class Run:
   """A run in progress: its compiled step, its state, and where its numbers go."""
 
-  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints):
+  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints, start):
     self.stages, self.mesh, self.workdir = stages, mesh, workdir
     self.loader, self.eval_loader, self.checkpoints = loader, eval_loader, checkpoints
     self.metadata = {
@@ -212,11 +223,15 @@ class Run:
       'tokenizer': stages.tokenizer.fingerprint,
     }
     self.window = Window()
-    self.state = self._restore_or_init()
+    latest = checkpoints.latest_step()
+    self.state = self._restore_or_init(latest, start)
     self.step = int(self.state['step'])
     config_lib.write(config, workdir, loader.fingerprint)
     self.writer = metrics_lib.MetricsWriter(workdir, self.step)
     self.eval_result = {}
+    if start and latest is None:
+      self._evaluate()
+      self._save()
     self.train_loss = math.nan
     self.started, self.first_step = time.monotonic(), self.step
     self.tokens_per_step = stages.data.batch_size * stages.data.sequence_length
@@ -226,7 +241,7 @@ class Run:
       1 if jax.default_backend() == 'cpu' else jax.device_count()
     )
 
-  def _restore_or_init(self):
+  def _restore_or_init(self, step, start):
     optimizer = make_optimizer(self.stages.optimizer, self.stages.train.steps)
     key = jax.random.key(self.stages.train.seed)
     init = functools.partial(init_state, self.stages.model, optimizer, key)
@@ -234,7 +249,6 @@ class Run:
     self.checkpoints.make_writable(
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     )
-    step = self.checkpoints.latest_step()
     metadata = {}
     if step is not None:
       metadata = self.checkpoints.metadata(step)
@@ -242,15 +256,18 @@ class Run:
     started = time.monotonic()
     self.train_step = compile_train_step(self.stages, abstract, self.mesh)
     print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
+    if step is None and start:
+      return start(self, abstract)
     if step is None:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     print(f'resuming from step {step}')
     self.window = Window(**metadata.get('window', {}))
-    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
+    loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
+    return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
 
   def _check_same_text(self, metadata):
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
-    if metadata['corpus'] != self.loader.fingerprint:
+    if metadata['corpus'] not in (None, self.loader.fingerprint):
       raise ValueError(
         f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
         f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '

@@ -20,7 +20,12 @@ token_choice = _jit(
   static_argnames=('k', 'capacity', 'scores', 'softmax_after_top_k', 'renormalize', 'packed'),
 )
 expert_choice = _jit(routing.expert_choice, static_argnames=('capacity', 'softmax_over'))
-health_of = _jit(routing.router_health)
+
+
+@_jit
+def health_of(plan, logits_GTE, valid_GT):
+  number_GT = plan.number.reshape(valid_GT.shape)
+  return routing.router_health(plan.counts_GE, number_GT, logits_GTE, valid_GT)
 
 
 def _logits(seed=0, shape=(G, T, E)):
@@ -314,4 +319,4 @@ def test_names_are_true():
       lambda logits: routing.expert_choice(logits, 3, valid_GT=_valid()),
     ):
       plan = jax.eval_shape(route, _logits())
-      jax.eval_shape(lambda p: routing.router_health(p, _logits(), _valid()), plan)
+      jax.eval_shape(health_of, plan, _logits(), _valid())
