@@ -3,14 +3,13 @@
   pip install -e .[tpu-aot]
   python benchmarks/selective_scan_tpu.py --topology=v5e:2x2 --dtype=bfloat16
 
-Prints two counts per 65,536 states (16 states of 4,096 channels and positions), forward and
-backward pass together. They come from the compiler. Neither is a time: nothing runs, and waiting
-for memory is in neither.
+Prints two counts per 65,536 states, which are 8 positions of 512 channels of 16. They come from the
+compiler. Neither is a time: nothing runs, and waiting for memory is in neither.
 
   kernel  bundles (very long instruction words, one per cycle at best) in the loops of
           `impl='tpu_kernel'`, and what a grid step does around them
-  XLA     XLA's estimate of the cycles of every operation of `impl='tpu'`, times the trips of the
-          loops that it is in
+  XLA     XLA's estimate of the cycles of every operation of `impl='tpu'`, both passes, times the
+          trips of the loops that it is in
 """
 
 import os
@@ -27,7 +26,9 @@ from moejax.ops import selective_scan, selective_scan_tpu
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'Chips; one of them is compiled for.')
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of activations.')
-_SHAPE = flags.DEFINE_list('shape', ['8', '2048', '1536', '16'], 'Sequences, ..., states.')
+_SHAPE = flags.DEFINE_list(
+  'shape', ['8', '2048', '1536', '16'], 'Sequences, positions, channels, states per channel.'
+)
 _UNIT = 65536
 
 
@@ -85,16 +86,14 @@ def main(argv):
     device = topologies.get_topology_desc(_TOPOLOGY.value, 'tpu').devices[0]
     print(f'{device.device_kind}, jax {jax.__version__}, {_DTYPE.value}, B={B} L={L} I={I} N={N}')
     compiled('tpu_kernel', device)
-    found = {
-      path: bundles(path) for path in pathlib.Path(folder).glob('*kernel*-final_bundles.txt')
-    }
+    counts = {}
+    for which in ('forward', 'backward'):
+      (path,) = pathlib.Path(folder).glob(f'*{which}_kernel*-final_bundles.txt')
+      counts[which] = bundles(path)
   tile = next(size for size in selective_scan_tpu._TILES if I % size == 0)
-  for name, (around, *loops) in found.items():
-    if not loops:  # an analysis of the schedule, not the schedule
-      continue
+  for which, (around, *loops) in counts.items():
     per_group = _UNIT / (selective_scan_tpu._ROWS * tile * N)
     per_chunk = _UNIT / (selective_scan_tpu.chunk_size(L) * tile * N)
-    which = re.search('forward|backward', name)[0]
     parts = ' + '.join(f'{n * per_group:.0f}' for n in loops)
     print(f'kernel, {which}: {parts} bundles in loops, {around * per_chunk:.0f} around them')
   cycles = estimated_cycles(compiled('tpu', device).as_text())
