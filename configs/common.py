@@ -58,8 +58,10 @@ def baseline():
   c.model.tie_embeddings = False  # True: the output projection is the embedding
   c.model.init = 'truncated_normal'  # truncated_normal, truncated_normal_fixed, kaiming_uniform
   c.model.init_scale = 1.0
-  c.model.dtype = 'float32'  # of activations; routing, norm statistics and loss stay float32
-  c.model.param_dtype = 'float32'  # of parameters and optimizer moments
+  # Of activations. Routing and norms are as wide as their parameters, the loss is float32.
+  c.model.dtype = 'float32'
+  # Of parameters and optimizer moments. Both bfloat16: no float32 copy of anything.
+  c.model.param_dtype = 'float32'
   c.model.remat = (
     'none'  # none, dots (keep matmul results), full: what the backward pass recomputes
   )
@@ -71,7 +73,14 @@ def baseline():
     0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
   )
   c.model.mot.routing = 'softmax'  # softmax, discrete (one token per expert), uniform (all alike)
-  c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
+  # Weights of outputs on their way back: same (as merged), softmax_over_experts, raw (1), top_1.
+  c.model.mot.emit = 'same'
+  c.model.mot.separate_controllers = False  # True: emit has scores of its own
+  c.model.mot.temperature = 1.0  # of the softmax; where it changes, the initial one
+  c.model.mot.temperature_mode = 'fixed'  # fixed, annealed, learned (per layer), learned_per_expert
+  c.model.mot.separate_temperatures = False  # True: emit learns a temperature of its own
+  c.model.mot.expert_norm = False  # layer norm before and after the experts
+  c.model.mot.grouping = 'batch'  # consecutive sequences; random: shuffled in every layer and step
 
   c.model.moe = ConfigDict()  # the sparse mixture-of-experts sublayer
   c.model.moe.router = 'token_choice'  # token_choice, expert_choice
@@ -122,6 +131,7 @@ def baseline():
   c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
   c.optimizer.balance_bias_rate = 1e-3  # step of the biases that balance routers
+  c.optimizer.anneal_from = 0  # step from which annealed temperatures fall, to 0 at train.steps
   c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
 
   c.mesh = ConfigDict()  # devices along each axis; -1: the rest

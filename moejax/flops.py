@@ -5,6 +5,8 @@ Conventions:
   look-up do not.
 - Model FLOPs of training are three times those of the forward pass: the backward pass multiplies
   every product by both of its factors. What `model.remat` computes again does not count.
+- The same holds for routing, but where weights of MoT are not learnt (uniform, discrete and raw
+  ones) the products have one factor to derive by, or none.
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
   under token choice, whether it is dropped or not; all slots under expert choice. Routing
   (controller, merge and emit; router) is counted apart, so that MFU does not reward it.
@@ -37,6 +39,8 @@ class Cost:
   active: float  # parameters that one token uses
   model_flops: dict[str, float]
   routing_flops: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Products in the backward pass for one of the forward pass, by kind of routing; not named: two.
+  routing_gradients: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def _attention(config, length):
@@ -64,15 +68,30 @@ def _mlp(config, length):
 
 def _mot(config, length):
   del length
-  E, M = config.mot.num_experts, config.mot.group_size
-  expert = _feed_forward(config.d_model, config.mot.width(config.d_ff), config.activation)
+  mot, D = config.mot, config.d_model
+  E, M = mot.num_experts, mot.group_size
+  expert = _feed_forward(D, mot.width(config.d_ff), config.activation)
   experts = E * expert
-  controller = config.d_model * E
+  controllers = D * E * (1 + mot.separate_controllers)
+  temperatures = {'fixed': 0, 'learned_per_expert': E}.get(mot.temperature_mode, 1)
+  scores = controllers + temperatures * (1 + mot.separate_temperatures)
+  norm = 4 * D * mot.expert_norm
+  # Weights that nothing is learnt from have no gradient.
+  gradients = {'softmax': {}, 'discrete': {'controller': 0, 'merge': 1, 'emit': 1}}.get(
+    mot.routing, {'merge': 1, 'emit': 1}
+  )
+  if mot.emit in ('raw', 'top_1'):
+    gradients = gradients | {'emit': 1}
   return Cost(
-    params={'experts': experts, 'controller': controller},
-    active=experts / M + controller,
+    params={'experts': experts, 'controller': scores, 'norm': norm},
+    active=experts / M + scores + norm,
     model_flops={'experts': 2 * experts / M},
-    routing_flops={name: 2 * controller for name in ('controller', 'merge', 'emit')},
+    routing_flops={
+      'controller': 0 if mot.routing == 'uniform' else 2 * controllers,
+      'merge': 2 * D * E,
+      'emit': 2 * D * E,
+    },
+    routing_gradients=gradients,
   )
 
 
@@ -177,7 +196,11 @@ def forward_flops_per_token(config, length):
 def training_flops_per_token(config, length):
   """Forward and backward FLOPs per token: a dict of `model`, `routing`, and their sum `total`."""
   model = 3.0 * sum(_model_flops(config, length).values())
-  routing = 3.0 * sum(_routing_flops(config, length).values())
+  routing = sum(
+    (1.0 + cost.routing_gradients.get(kind, 2)) * forward
+    for cost in _costs(config, length)
+    for kind, forward in cost.routing_flops.items()
+  )
   return {'model': model, 'routing': routing, 'total': model + routing}
 
 

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from moejax.ops import groups
+
 AXES = ('data', 'fsdp', 'expert', 'tensor')
-BATCH = P(('data', 'fsdp', 'expert'))
+BATCH = P(groups.BATCH_AXES)
 
 # First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
 # the leading axis of stacked blocks stays whole.

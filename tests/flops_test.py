@@ -96,6 +96,9 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},
+    {'mot_separate_controllers': True, 'mot_expert_norm': True},
+    {'mot_temperature_mode': 'annealed'},
+    {'mot_temperature_mode': 'learned_per_expert', 'mot_separate_temperatures': True},
     {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
@@ -166,6 +169,36 @@ def test_training_flops_agree_with_xla(blocks, activation, length):
   counted = _xla_flops(config, rows, length) / (rows * length)
   # XLA also counts norms, softmax and activations.
   assert 0.97 * counted < flops.training_flops_per_token(config, length)['total'] < counted
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'mot_routing': 'uniform'},
+    {'mot_routing': 'discrete'},
+    {'mot_emit': 'top_1'},
+    {'mot_emit': 'softmax_over_experts', 'mot_separate_controllers': True},
+  ],
+  ids=str,
+)
+def test_variants_of_mixing_agree_with_xla(changes):
+  """The layer alone, by its input and its parameters."""
+  config = tiny.model_config(
+    blocks=((('mot',), 1),), d_model=96, mot_num_experts=64, mot_expert_width=20, **changes
+  )
+
+  def total(params, x_BLD):
+    block = model_lib.bind(config, params).stack_0
+    layer = getattr(jax.tree.map(lambda leaf: leaf[0], block), '0_mot').layer
+    return layer(x_BLD, tiny.tokens(tiny.batch()))[0].sum()
+
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  x_BLD = jax.ShapeDtypeStruct((tiny.B, tiny.L, 96), 'float32')
+  compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x_BLD).compile()
+  counted = compiled.cost_analysis()['flops'] / (tiny.B * tiny.L)
+  forward = flops.forward_flops_per_token(config, tiny.L)
+  expected = flops.training_flops_per_token(config, tiny.L)['total'] - 3 * forward['head']
+  assert 0.96 * counted < expected < counted
 
 
 def test_training_is_three_times_the_forward_pass():

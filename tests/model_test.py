@@ -208,6 +208,18 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
   np.testing.assert_allclose(loss, exact, rtol=2e-2)
 
 
+def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
+  config = tiny.model_config(dtype='bfloat16', param_dtype='bfloat16')
+  params = jax.tree.map(lambda p: p.astype('bfloat16'), _random_params(tiny.model_config()))
+  (loss, _), gradients = _loss_and_gradients(config, params, tiny.batch())
+  (exact, _), _ = _loss_and_gradients(
+    tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
+  )
+  assert loss.dtype == jnp.float32
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype('bfloat16')}
+  np.testing.assert_allclose(loss, exact, rtol=3e-2)
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
@@ -220,6 +232,9 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
     ({'mot_routing': 'hard'}, 'model.mot.routing must be one of softmax, discrete, uniform'),
+    ({'mot_emit': 'all'}, 'model.mot.emit must be one of same, softmax_over_experts, raw, top_1'),
+    ({'mot_separate_temperatures': True}, 'needs temperature_mode = learned'),
+    ({'mot_emit': 'raw', 'mot_separate_controllers': True}, 'nothing to act on with emit = raw'),
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
     ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),

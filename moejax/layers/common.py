@@ -79,22 +79,22 @@ class Initializer(NamedTuple):
 
 
 def layer_norm(x, scale_D, bias_D, eps=1e-5):
-  """Layer norm of x [..., D] over its last axis; statistics in float32 at least, result as x."""
-  wide = _wide(x)
+  """Layer norm of x [..., D] over its last axis: as wide as x or its parameters, result as x."""
+  wide = _wide(x, scale_D)
   centred = wide - wide.mean(-1, keepdims=True)
   normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
   return (normal * _row(scale_D, wide) + _row(bias_D, wide)).astype(x.dtype)
 
 
 def rms_norm(x, scale_D, eps=1e-5):
-  """Root-mean-square norm of x [..., D]; statistics in float32 at least, result as x."""
-  wide = _wide(x)
+  """Root-mean-square norm of x [..., D]: as wide as x or its parameters, result as x."""
+  wide = _wide(x, scale_D)
   normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   return (normal * _row(scale_D, wide)).astype(x.dtype)
 
 
-def _wide(x):
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _wide(x, scale_D):
+  return x.astype(jnp.promote_types(x.dtype, scale_D.dtype))
 
 
 def _row(v_D, like):
