@@ -80,8 +80,8 @@ class MoEConfig:
   def decoding(self):
     """The same layer in decoding.
 
-    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by itself, in groups of as many
-    sequences as in training.
+    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by
+    itself, in groups of as many sequences as in training.
     """
     if self.router == 'expert_choice':
       return dataclasses.replace(self, group_by='position')

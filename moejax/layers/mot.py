@@ -3,7 +3,9 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moejax.layers import common, experts
 from moejax.ops import groups, mixing, routing
