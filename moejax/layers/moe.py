@@ -12,7 +12,7 @@ from flax import nnx
 
 from moejax.layers import common, mlp
 from moejax.layers.experts import Experts
-from moejax.ops import routing
+from moejax.ops import groups, routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,20 +224,17 @@ class MixtureOfExperts(common.Stateless):
     return self._forward(x_BLD, tokens, self.config.decoding())[0], {}
 
   def _forward(self, x_BLD, tokens, config):
-    B, L, D = x_BLD.shape
+    B, L, _ = x_BLD.shape
     M = config.group_size
     if B % M:
       raise ValueError(
         f'model.moe.group_size = {M} must divide the number of sequences routed together, got {B}. '
         'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
       )
-    T = M if config.by_position else M * L
-    # Positions before sequences: earlier positions come first in every group.
-    grouped = lambda a: jnp.swapaxes(a.reshape(B // M, M, *a.shape[1:]), 1, 2)
-    x_GTD = grouped(x_BLD).reshape(-1, T, D)
-    valid_GT = (grouped(tokens.segments) > 0).reshape(-1, T)
-    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(T))
-    y_BLD = jnp.swapaxes(y_GTD.reshape(B // M, L, M, D), 1, 2).reshape(B, L, D)
+    grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
+    x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
+    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(x_GTD.shape[1]))
+    y_BLD = grouped.join(y_GTD)
     if self.config.shared_width:
       y_BLD += self.shared(x_BLD, tokens)[0]
     return (self.output_norm(y_BLD) if self.config.output_norm else y_BLD), aux

@@ -55,7 +55,8 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     A Routed.
   """
   rows = mesh.batch_axes(x_GTD.shape[0])
-  ways = mesh.size(EXPERT_AXIS, logits_GTE.shape[-1])
+  ways = mesh.size(EXPERT_AXIS)
+  ways = ways if logits_GTE.shape[-1] % ways == 0 else 1
 
   def on_a_device(x_GTD, logits_GTE, valid_GT, weights):
     plan = make_plan(logits_GTE, valid_GT, packed=packed and ways == 1)
