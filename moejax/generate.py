@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, model as model_lib
+from moejax import cli, model as model_lib, sharding
 from moejax.evaluate import load_run
 from moejax.layers.common import Tokens
 
@@ -55,7 +55,7 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   out_BS = _decode(
     model_config, steps, params, prompts_BS, prompt_lengths_B, valid_B, np.float32(temperature), key
   )
-  out_BS = np.asarray(out_BS)
+  out_BS = sharding.fetch(out_BS)
   # out_BS[:, t] is the token after position t.
   return [out_BS[row, n - 1 : n - 1 + length] for row, n in enumerate(lengths)]
 
@@ -117,6 +117,7 @@ def main():
   args = flags.FLAGS
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
+  cli.join_processes()
   stages, _, params, mesh = load_run(args.workdir)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
   with jax.set_mesh(mesh):
@@ -135,6 +136,7 @@ def main():
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to generate from.')
   flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')

@@ -59,6 +59,19 @@ class MetricsWriter:
     self._events.close()
 
 
+class NoWriter:
+  """What the other processes of a run have in place of a `MetricsWriter`."""
+
+  def __init__(self, workdir, start_step: int):
+    pass
+
+  def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def read_metrics(workdir) -> list[dict]:
   """All lines of metrics.jsonl, but for a last one cut off in writing; [] if there is no file."""
   path = pathlib.Path(workdir) / _FILE

@@ -23,7 +23,7 @@ RANKS = (
   ('', 'ops'),  # '' is moejax/__init__.py
   ('layers',),
   ('model',),
-  ('cli', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops'),
+  ('cli', 'distributed', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops'),
   ('scaling_laws',),
   ('config',),
   ('evaluate',),
