@@ -22,10 +22,15 @@ def main(config):
   if _PRINT_CONFIG.value:
     print(config)
     return cli.OK
+  workdir = _WORKDIR.value or f'runs/{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
+  if '://' in workdir:
+    raise ValueError(
+      f'--workdir={workdir}: expected a folder. Mount the bucket, as launch/tpu_run.sh does '
+      '(docs/launch.md says how).'
+    )
   cli.join_processes()
   from moejax import train  # after the flags are known to be good: importing JAX takes seconds
 
-  workdir = _WORKDIR.value or f'runs/{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
   return train.train(config, pathlib.Path(workdir).absolute())
 
 

@@ -62,6 +62,8 @@ def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
     (['--config.model.d_model=abc'], 'd_model'),
     (['train'], "unexpected argument 'train'"),
+    (['--config=configs/mot.py:debug', '--workdir=gs://bucket/run'], 'expected a folder'),
+    (['--config=configs/mot.py:debug', '--process_id=1'], '--coordinator_address and --num_proc'),
     (['--config=configs/mot.py:debug', '--config.mesh.data=3'], 'does not fit'),
     (['--config=configs/mot.py:debug', '--workdir=/proc/none'], 'workdir'),
   ],

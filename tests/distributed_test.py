@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mot
-from moejax import cli, evaluate, metrics, train
+from moejax import cli, distributed, evaluate, metrics
+from moejax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHANGES = {
@@ -33,15 +33,8 @@ CHANGES = {
 PROGRAM = 'from moejax import distributed, main; distributed._SILENCE = 5; main.run()'
 
 
-def _config():
-  config = mot.get_config('debug')
-  with config.unlocked():
-    config.update_from_flattened_dict(CHANGES)
-  return config
-
-
 class Processes:
-  """Processes of this machine, with 8 devices together, that train `_config()`."""
+  """Processes of this machine, with 8 devices together, that train with `CHANGES`."""
 
   def __init__(self, folder, number, *args):
     folder.mkdir()
@@ -79,7 +72,7 @@ class Processes:
       time.sleep(0.01)
 
   def codes(self):
-    return [process.wait(120) for process in self.processes]
+    return [process.wait(300) for process in self.processes]
 
 
 def _params_of(workdir):
@@ -97,17 +90,18 @@ def _assert_same_runs(workdir, other):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """A run of one process."""
-  workdir = tmp_path_factory.mktemp('runs') / 'alone'
-  assert train.train(_config(), workdir) == cli.OK
-  return workdir
+  """A run of one process, which joins nobody: with the same collectives, then, as several."""
+  folder = tmp_path_factory.mktemp('alone')
+  with Processes(folder / 'logs', 1, f'--workdir={folder}/run') as run:
+    assert run.codes() == [cli.OK], run.output()
+  return folder / 'run'
 
 
 def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp_path):
   workdir = f'--workdir={tmp_path}/run'
   with Processes(tmp_path / 'interrupted', 2, workdir) as run:
     run.wait_for(r'step +3/60')
-    run.processes[1].send_signal(signal.SIGTERM)
+    run.processes[1].send_signal(signal.SIGINT)  # handed on as SIGTERM
     assert run.codes() == [cli.INTERRUPTED] * 2, run.output()
     assert 'the same command goes on from there' in run.output()
     assert 'step' not in run.output(1)
@@ -119,7 +113,9 @@ def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp
     assert 'resuming from step' in run.output()
     assert 'error: the run has lost a process' in run.output().splitlines()[-1]
 
-  assert train.train(_config(), tmp_path / 'run') == cli.OK  # and with another number of processes
+  with Processes(tmp_path / 'resumed', 1, workdir) as run:  # another number of processes
+    assert run.codes() == [cli.OK], run.output()
+    assert re.search('resuming from step [12]0', run.output())
   _assert_same_runs(alone, tmp_path / 'run')
 
 
@@ -130,3 +126,41 @@ def test_four_processes_give_the_numbers_of_one(alone, tmp_path):
   _assert_same_runs(alone, tmp_path / 'run')
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert summary['sample'] == json.loads((alone / 'summary.json').read_text())['sample']
+
+
+@pytest.mark.parametrize(
+  'given, message',
+  [
+    (('host:1', None, None), '--num_processes and --process_id missing'),
+    ((None, 2, 0), '--coordinator_address missing'),
+    (('host', 2, 0), "--coordinator_address: expected HOST:PORT, got 'host'"),
+    (('host:1', 2, 2), r'--process_id: expected 0 to --num_processes - 1 = 1, got 2'),
+  ],
+)
+def test_incomplete_or_impossible_flags_are_refused(given, message):
+  with pytest.raises(ValueError, match=message):
+    distributed.initialize(*given)
+
+
+def test_where_jax_finds_no_others_a_process_is_alone(monkeypatch):
+  asked = []
+
+  def nothing_found(**timeouts):
+    asked.append(timeouts)
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', nothing_found)
+  distributed.initialize()
+  assert len(asked) == 1 and asked[0]['heartbeat_timeout_seconds'] < 60
+  monkeypatch.setenv('SLURM_NTASKS', '1')  # jax would take one GPU of several
+  distributed.initialize()
+  assert len(asked) == 1
+
+
+def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  gather = lambda seen: np.array([seen, 0])  # the other process does not see it
+  monkeypatch.setattr('moejax.checkpoint.multihost_utils.process_allgather', gather)
+  with pytest.raises(ValueError, match='workdir: not all processes see the same folder'):
+    checkpoints.make_writable()
+  checkpoints.close()

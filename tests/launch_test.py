@@ -66,12 +66,7 @@ def tpu_run(tmp_path):
     fake = {'PATH': path, 'FAKE': str(tmp_path), 'PAUSE': '0'}
     done = subprocess.run(
       [LAUNCH / 'tpu_run.sh', *flags],
-      env={
-        **os.environ,
-        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-        'FAKE': str(tmp_path),
-        'PAUSE': '0',
-      },
+      env={**os.environ, **fake},
       capture_output=True,
       text=True,
       timeout=60,
@@ -171,10 +166,6 @@ def test_dry_run_prints_every_command_and_calls_nothing(tpu_run):
   done, calls = tpu_run(*RUN, '--spot', odd, '--dry_run')
   assert done.returncode == 0 and not calls, done.stderr
   printed = [shlex.split(line) for line in done.stdout.splitlines()]
-  verbs = [
-    words[words.index('--worker=all') - 2] if '--worker=all' in words else words[3]
-    for words in printed
-  ]
   assert [words[:3] for words in printed] == [['gcloud', 'compute', 'tpus']] * len(printed)
   assert [words[4] for words in printed] == ['create', 'scp', 'ssh', 'ssh', 'ssh', 'delete']
   (start,) = (w for words in printed for w in words if 'worker.sh start' in w)
