@@ -70,6 +70,7 @@ def baseline():
   c.model.mot.expert_width = (
     0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
   )
+  c.model.mot.routing = 'softmax'  # softmax, discrete (one token per expert), uniform (all alike)
   c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
 
   c.model.moe = ConfigDict()  # the sparse mixture-of-experts sublayer
@@ -113,6 +114,7 @@ def baseline():
   c.optimizer.final_lr_fraction = (
     0.1  # the cosine ends at this fraction of the peak, at train.steps
   )
+  c.optimizer.schedule_start = 0  # step at which warm-up begins; later in a run that goes on anew
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
@@ -182,6 +184,8 @@ def sized(name):
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   if name != 'laptop':
     c4(c)
+  if name == 'mini':
+    c.train.steps = 250_000  # the proof of concept in the first version of the MoT paper
   if name in SCALING_SIZES:
     scaling_law_run(c)
   return c

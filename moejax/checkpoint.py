@@ -58,11 +58,15 @@ class Checkpoints:
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save under way
 
-  def make_writable(self) -> None:
+  def make_writable(self, num_bytes: int) -> None:
     """Creates the folder, to find out before training that it can be.
 
+    Args:
+      num_bytes: size of the arrays of one checkpoint.
+
     Raises:
-      ValueError: the folder cannot be created, or not be written, or is another one elsewhere.
+      ValueError: the folder cannot be created, or not be written, or its disk has no room for a
+        checkpoint, or other processes do not see it.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,12 @@ class Checkpoints:
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
         'a folder that can be written, on a disk with free space.'
       ) from error
+    free = shutil.disk_usage(self._directory).free
+    if free < num_bytes:
+      raise ValueError(
+        f'workdir: a checkpoint of this model takes {num_bytes / 1e6:.1f} MB, but the disk of '
+        f'{self._directory} has only {free / 1e6:.1f} MB left. Make room, or choose another folder.'
+      )
     if not self._is_shared():
       raise ValueError(
         f'workdir: not all processes see the same folder {self._directory}. Give --workdir a '
@@ -130,7 +140,7 @@ class Checkpoints:
   def metadata(self, step: int) -> dict:
     """What `save` was given as metadata."""
     path = self._folder(step) / 'metadata.json'
-    with _explain(f'cannot read {path}'):
+    with explain(f'cannot read {path}'):
       return json.loads(path.read_text())
 
   def restore(self, step: int, abstract_state, loader=None, config: dict | None = None):
@@ -238,7 +248,7 @@ class Checkpoints:
         future.result()
 
   def _explain_failed_save(self, step):
-    return _explain(
+    return explain(
       f'workdir: cannot write checkpoint {self._folder(step)}; make sure that the disk has space'
     )
 
@@ -250,21 +260,21 @@ class Checkpoints:
     if problem:
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
     wanted = _by_name(abstract)
-    with _explain(f'cannot read checkpoint {folder}'):
+    with explain(f'cannot read checkpoint {folder}'):
       described: Any = self._checkpointer.handler.metadata(epath.Path(folder / 'state'))
       stored = _by_name(described.tree)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
-    differences = list(_differences(stored, wanted))
-    if differences:
+    lines = differences(stored, wanted)
+    if lines:
       fields = _config_differences(self.metadata(step).get('config', {}), config)
-      raise ValueError(_misfit(folder, differences, fields))
+      raise ValueError(_misfit(folder, lines, fields))
     tree = traverse_util.unflatten_dict(wanted, sep='/')
     args = ocp.args.PyTreeRestore(
       item=tree,
       restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
       partial_restore=True,
     )
-    with _explain(f'cannot read checkpoint {folder}'):
+    with explain(f'cannot read checkpoint {folder}'):
       loaded = _by_name(self._checkpointer.restore(folder / 'state', args=args))
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
@@ -275,7 +285,7 @@ def _is_worth_showing(record):
 
 
 @contextlib.contextmanager
-def _explain(what):
+def explain(what):
   """Turns any error into one line: orbax raises many kinds, some of them a thousand lines long."""
   try:
     yield
@@ -289,6 +299,13 @@ def _by_name(tree):
   """The leaves of a pytree by path: 'params/blocks/0/w'. Named tuples and dicts look the same."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def differences(stored, wanted):
+  """The lines of `_differences`, at most _SHOWN of them and how many there are more."""
+  lines = list(_differences(stored, wanted))
+  more = len(lines) - _SHOWN
+  return lines[:_SHOWN] + ([f'... and {more} more'] if more > 0 else [])
 
 
 def _differences(stored, wanted):
@@ -320,14 +337,12 @@ def _config_differences(saved, current):
   ]
 
 
-def _misfit(folder, differences, fields):
-  more = len(differences) - _SHOWN
+def _misfit(folder, lines, fields):
   return '\n'.join(
     [
       f'checkpoint {folder} does not fit the model of this config. Use the config that it was '
       'trained with, or another --workdir. Arrays that differ:',
-      *differences[:_SHOWN],
-      *([f'... and {more} more'] if more > 0 else []),
+      *lines,
       *(['Config fields that differ:', *fields] if fields else []),
     ]
   )

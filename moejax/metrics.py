@@ -60,16 +60,18 @@ class MetricsWriter:
 
 
 class NoWriter:
-  """What the other processes of a run have in place of a `MetricsWriter`."""
-
-  def __init__(self, workdir, start_step: int):
-    pass
+  """Has the methods of a `MetricsWriter` and writes nothing."""
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
     pass
 
   def close(self) -> None:
     pass
+
+
+def make_writer(workdir, start_step: int) -> MetricsWriter | NoWriter:
+  """A MetricsWriter in process 0 of a run; the others write nothing."""
+  return MetricsWriter(workdir, start_step) if jax.process_index() == 0 else NoWriter()
 
 
 def read_metrics(workdir) -> list[dict]:

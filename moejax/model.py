@@ -19,7 +19,9 @@ from moejax.ops import cross_entropy, routing
 
 # The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
 # the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
-# `init_state(batch_size, max_length, dtype)` and `step(x_BD, state, tokens) -> (y_BD, state)`.
+# `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and
+# `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once, and the state after
+# them, with caches as long as the prompt; `common.Stateless` has the three of layers without state.
 # `aux` is a flat dict of small arrays: measurements by name; 'auxiliary_loss' is added to the
 # objective, averaged over the sublayers that have one (as in the papers' runs).
 SUBLAYERS = {
@@ -35,14 +37,7 @@ SUBLAYERS = {
     d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
   'mot': lambda c, init, rngs: mot.MixtureOfTokens(
-    d_model=c.d_model,
-    num_experts=c.mot.num_experts,
-    expert_width=c.mot.width(c.d_ff),
-    group_size=c.mot.group_size,
-    temperature=c.mot.temperature,
-    activation=c.activation,
-    init=init,
-    rngs=rngs,
+    c.mot, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
   'moe': lambda c, init, rngs: moe.MixtureOfExperts(
     c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
@@ -66,39 +61,7 @@ REMAT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class MoTConfig:
-  """Section `model.mot`. In the paper's names, MoT-Size/kE/m has k = group_size and k*m experts."""
-
-  num_experts: int
-  group_size: int
-  expert_width: int  # 0: as many FLOPs per token as a dense layer of width d_ff
-  temperature: float
-
-  def width(self, d_ff):
-    """Hidden width of one expert; E * width / group_size = d_ff matches a dense layer's FLOPs."""
-    if self.expert_width:
-      return self.expert_width
-    return d_ff * self.group_size // self.num_experts
-
-  def problems(self, d_ff):
-    """Yields one sentence per impossible value."""
-    for name in ('num_experts', 'group_size'):
-      if getattr(self, name) < 1:
-        yield f'model.mot.{name} must be at least 1, got {getattr(self, name)}.'
-        return
-    if self.temperature <= 0:
-      yield f'model.mot.temperature must be positive, got {self.temperature}.'
-    if self.expert_width < 0:
-      yield f'model.mot.expert_width must be positive, or 0 to match d_ff, got {self.expert_width}.'
-    elif not self.expert_width and d_ff * self.group_size % self.num_experts:
-      yield (
-        f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = '
-        f'{d_ff * self.group_size} for experts of equal FLOPs; change it or set expert_width.'
-      )
-
-
-_SECTIONS = {'mot': MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
+_SECTIONS = {'mot': mot.MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +86,7 @@ class ModelConfig:
   param_dtype: str
   remat: str
   loss_chunk: int
-  mot: Any  # MoTConfig, or the mapping that becomes one
+  mot: Any  # mot.MoTConfig, or the mapping that becomes one
   moe: Any  # moe.MoEConfig, or the mapping that becomes one
   mamba: Any  # mamba.MambaConfig, likewise
 
@@ -167,6 +130,15 @@ class ModelConfig:
       return None
     return dataclasses.replace(self, moe=dataclasses.replace(self.moe, capacity_factor=0.0))
 
+  def with_mot(self, group_size=None, routing=None):
+    """The same parameters mixed in groups of another size, or with another routing."""
+    changes = {'expert_width': self.mot.width(self.d_ff)}  # 0 would follow the group
+    if group_size is not None:
+      changes['group_size'] = group_size
+    if routing is not None:
+      changes['routing'] = routing
+    return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
+
   def _problems(self):
     choices = {
       'activation': (*common.ACTIVATIONS, 'swiglu'),
@@ -193,7 +165,10 @@ class ModelConfig:
         'model.positions = rope needs an even head width, got d_model / num_heads = '
         f'{self.d_model // self.num_heads}.'
       )
-    yield from self._block_problems()
+    block_problems = list(self._block_problems())
+    yield from block_problems
+    if block_problems:
+      return
     if self.uses('mot'):
       yield from self.mot.problems(self.d_ff)
     if self.uses('moe'):
@@ -202,14 +177,25 @@ class ModelConfig:
       yield from self.mamba.problems(self.d_model)
 
   def _block_problems(self):
-    if not self.blocks:
-      yield 'model.blocks must hold at least one (pattern, repeats) pair.'
+    if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
+      yield (
+        'model.blocks must hold at least one (pattern, repeats) pair and nothing else, as in '
+        f"((('attention', 'mlp'), 4),); got {self.blocks!r}."
+      )
+      return
     for pattern, repeats in self.blocks:
       if repeats < 1:
         yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
       for name in pattern:
         if name not in SUBLAYERS:
           yield f'model.blocks: no sublayer {name!r}; there are {", ".join(SUBLAYERS)}.'
+
+
+def _is_repeated_pattern(entry):
+  match entry:
+    case ((*names,), int()):
+      return bool(names) and all(isinstance(name, str) for name in names)
+  return False
 
 
 class Residual(nnx.Module):
@@ -222,6 +208,10 @@ class Residual(nnx.Module):
   def __call__(self, x_BLD, tokens):
     y_BLD, aux = self.layer(self.norm(x_BLD), tokens)
     return x_BLD + y_BLD, aux
+
+  def prefill(self, x_BLD, tokens):
+    y_BLD, state = self.layer.prefill(self.norm(x_BLD), tokens)
+    return x_BLD + y_BLD, state
 
   def step(self, x_BD, state, tokens):
     y_BD, state = self.layer.step(self.norm(x_BD), state, tokens)
@@ -248,6 +238,12 @@ class Block(nnx.Module):
   def init_state(self, batch_size, max_length, dtype):
     layers = {name: getattr(self, name).layer for name in self.names}
     return {name: f.init_state(batch_size, max_length, dtype) for name, f in layers.items()}
+
+  def prefill(self, x_BLD, tokens):
+    state = {}
+    for name in self.names:
+      x_BLD, state[name] = getattr(self, name).prefill(x_BLD, tokens)
+    return x_BLD, state
 
   def step(self, x_BD, state, tokens):
     new_state = {}
@@ -303,11 +299,15 @@ class LanguageModel(nnx.Module):
   def loss(self, batch, key=None):
     """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
 
-    `key` is of the noise that some layers add in training; None: none.
+    `key` is of the noise that some layers add in training; None: none. `batch['counted']`, bool
+    [B, L], is optional: the targets that count; other sequences are only there to be mixed with.
     """
     tokens = common.Tokens(batch['segments'], batch['positions'], key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
-    weights_BL = (batch['segments'] > 0).astype(jnp.float32)
+    counted_BL = batch['segments'] > 0
+    if 'counted' in batch:
+      counted_BL &= batch['counted']
+    weights_BL = counted_BL.astype(jnp.float32)
     nats = cross_entropy.chunked_cross_entropy(
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )
@@ -323,6 +323,23 @@ class LanguageModel(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
     return {name: empty(getattr(self, name)) for name in self.stacks}
+
+  def prefill(self, inputs_BL, tokens, max_length):
+    """Takes in the first L positions of every sequence in one parallel pass.
+
+    Sequences influence each other as in `step`, and no token is dropped.
+
+    Returns:
+      Float32 logits_BV of the last of these positions, and the state from which `step` goes on,
+      with room for `max_length` positions.
+    """
+    x_BLD = self._embed(inputs_BL, tokens)
+    state = self.init_state(inputs_BL.shape[0], max_length)
+    for name in self.stacks:
+      body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
+      x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
+      state[name] = jax.tree.map(_place, state[name], filled)
+    return self._project(self._normalize(x_BLD[:, -1])), state
 
   def step(self, inputs_B, state, tokens):
     """Decodes one position of every sequence: float32 logits_BV and the next state."""
@@ -352,6 +369,11 @@ class LanguageModel(nnx.Module):
   def _project(self, x):
     head_DV = self._head().astype(x.dtype)
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=jnp.float32)
+
+
+def _place(empty, filled):
+  """A cache of few positions at the start of one of more; states of constant size as they are."""
+  return jax.lax.dynamic_update_slice(empty, filled.astype(empty.dtype), (0,) * empty.ndim)
 
 
 def _make_block(pattern, config, init, key):

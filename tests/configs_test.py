@@ -1,5 +1,6 @@
 """Every config file through the real entry point, and what it says about mistakes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from moejax import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common')
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
 )
 
 
@@ -24,31 +25,49 @@ def _moejax(*args, program='main', cwd=ROOT, **kwargs):
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
   command = [sys.executable, '-m', f'moejax.{program}', *args]
   return subprocess.run(
-    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **kwargs
   )
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """`trained(name)`: a finished run of a config's debug form, its folder and what it printed."""
+
+  @functools.cache
+  def train(name):
+    folder = tmp_path_factory.mktemp(name)
+    workdir = folder / 'run'
+    result = _moejax(f'--config=configs/{name}.py:debug', f'--workdir={workdir}', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+  return train
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
-  run = [f'--config=configs/{name}.py:debug', f'--workdir={tmp_path}/run']
-  first = _moejax(*run, cwd=tmp_path)
-  assert first.returncode == 0, first.stderr
-  assert 'sample: def ' in first.stdout and 'bits per byte' in first.stdout
-  losses = metrics.loss_curve(tmp_path / 'run')
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')  # as if it had been killed before
-  again = _moejax(*run, cwd=tmp_path)
+def test_every_config_trains(name, trained):
+  workdir, result = trained(name)
+  assert 'sample: def ' in result.stdout and 'bits per byte' in result.stdout
+  assert not result.stderr
+  assert json.loads((workdir / 'summary.json').read_text())['steps'] == 6
+
+
+@pytest.mark.parametrize('name', ['mot', 'moe'])
+def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained, tmp_path):
+  run = shutil.copytree(trained(name)[0], tmp_path / 'run')
+  losses = metrics.loss_curve(run)
+  shutil.rmtree(run / 'checkpoints' / '6')  # as if it had been killed before
+  again = _moejax(f'--config=configs/{name}.py:debug', f'--workdir={run}')
   assert again.returncode == 0, again.stderr
   assert 'resuming from step 3' in again.stdout
-  assert metrics.loss_curve(tmp_path / 'run') == losses  # bitwise, in a fresh process
-  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert metrics.loss_curve(run) == losses  # bitwise
+  summary = json.loads((run / 'summary.json').read_text())
   assert summary['steps'] == 6 and summary['resumed_from'] == 3
-  evaluated = _moejax(f'--workdir={tmp_path}/run', program='evaluate')
+  evaluated = _moejax(f'--workdir={run}', program='evaluate')
   assert evaluated.returncode == 0, evaluated.stderr
   loss = json.loads(evaluated.stdout)['loss']
   assert loss == pytest.approx(summary['validation']['loss'], rel=1e-6)
-  generated = _moejax(
-    f'--workdir={tmp_path}/run', '--prompt=def ', '--length=5', program='generate'
-  )
+  generated = _moejax(f'--workdir={run}', '--prompt=def ', '--length=5', program='generate')
   assert generated.returncode == 0, generated.stderr
   assert generated.stdout.startswith('def ')
 
@@ -60,6 +79,7 @@ def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
     (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
     (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
+    (['--config.model.mot.group=1'], "no field 'group'; --print_config shows"),
     (['--config.model.d_model=abc'], 'd_model'),
     (['train'], "unexpected argument 'train'"),
     (['--config=configs/mot.py:debug', '--workdir=gs://bucket/run'], 'expected a folder'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import model as model_lib
+from moejax import evaluate, model as model_lib
 from tests import tiny
 
 
@@ -66,28 +66,67 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
   np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('positions', ['learned', 'none'])
+@pytest.mark.parametrize('positions, split', [('learned', 5), ('none', 1)])
 @MODELS
-def test_decoding_step_by_step_equals_the_forward_pass(model, positions):
+def test_decoding_equals_the_forward_pass(model, positions, split):
   config = tiny.model_config(**tiny.MODELS[model], positions=positions, final_norm=True)
   config = config.dropless() or config  # decoding drops nobody
   params = _random_params(config)
   batch = tiny.batch()
 
-  @jax.jit
-  def decode(params):
-    model = model_lib.bind(config, params)
-
-    def advance(state, position):
-      at = tiny.tokens(jax.tree.map(lambda a: jnp.asarray(a)[:, position], batch))
-      logits_BV, state = model.step(jnp.asarray(batch['inputs'])[:, position], state, at)
-      return state, logits_BV
-
-    state = model.init_state(tiny.B, tiny.L)
-    return jnp.moveaxis(jax.lax.scan(advance, state, jnp.arange(tiny.L))[1], 0, 1)
-
   forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
-  np.testing.assert_allclose(decode(params), forward, rtol=2e-5, atol=2e-5)
+  decoded = _decode(config, split, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, split, params, batch):
+  """Logits of positions split - 1 and later: a prefill of `split` positions, then single steps."""
+  model = model_lib.bind(config, params)
+  inputs_BL, tokens = jnp.asarray(batch['inputs']), tiny.tokens(batch)
+
+  def advance(state, position):
+    at = jax.tree.map(lambda a_BL: a_BL[:, position], tokens)
+    logits_BV, state = model.step(inputs_BL[:, position], state, at)
+    return state, logits_BV
+
+  prefix = jax.tree.map(lambda a_BL: a_BL[:, :split], tokens)
+  length = inputs_BL.shape[1]
+  first_BV, state = model.prefill(inputs_BL[:, :split], prefix, length)
+  rest = jax.lax.scan(advance, state, jnp.arange(split, length))[1]
+  return jnp.concatenate([first_BV[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+
+
+@pytest.mark.parametrize('mode', ['unmixed', 'discrete'])
+def test_decoding_equals_the_forward_pass_in_every_mode(mode):
+  config = evaluate.decoding(tiny.model_config(), mode)
+  params, batch = _random_params(config), tiny.batch()
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  decoded = _decode(config, 5, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, 4:], rtol=2e-5, atol=2e-5)
+
+
+def test_the_forward_pass_can_give_way_to_steps_at_every_position():
+  length = 3
+  mixing = ((('moe', 'mot', 'attention'), 1),)
+  config = tiny.model_config(blocks=mixing, moe_router='expert_choice', d_model=6, positions='rope')
+  params, batch = _random_params(config), tiny.batch(length=length)
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  for split in range(1, length + 1):
+    decoded = _decode(config, split, params, batch)
+    np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('model, grows', [('dense', True), ('mamba', False)])
+def test_only_attention_remembers_every_position(model, grows):
+  config = tiny.model_config(**tiny.MODELS[model])
+
+  def size(length):
+    params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+    state = jax.eval_shape(lambda p: model_lib.bind(config, p).init_state(tiny.B, length), params)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+  assert (size(64) > size(8)) == grows
 
 
 def test_padding_has_no_influence_on_other_examples():
@@ -132,11 +171,23 @@ def test_how_it_is_computed_does_not_change_the_loss(changes):
   jax.tree.map(close, other_gradients, gradients)
 
 
-def test_recomputation_keeps_the_chosen_experts():
-  config = tiny.model_config(**tiny.MODELS['token choice'], remat='full')
+@pytest.mark.parametrize('router', ['token choice', 'expert choice'])
+def test_recomputation_keeps_the_chosen_experts(router):
+  config = tiny.model_config(**tiny.MODELS[router], remat='full')
   loss = lambda params: model_lib.bind(config, params).loss(tiny.batch())[0]
   program = str(jax.make_jaxpr(jax.grad(loss))(_random_params(config)))
   assert program.count('top_k[') == 1  # of one scanned block: none in its backward pass
+
+
+def test_groups_and_routing_change_without_the_parameters():
+  config = tiny.model_config(mot_expert_width=0)
+  other = config.with_mot(group_size=1, routing='discrete')
+  assert other.mot.width(other.d_ff) == config.mot.width(config.d_ff) == 16
+  assert (other.mot.group_size, other.mot.routing) == (1, 'discrete')
+  assert config.with_mot().mot.group_size == tiny.M
+  params, batch = _random_params(config), tiny.batch()
+  changed = _logits(other, params, batch['inputs'], tiny.tokens(batch))
+  assert np.abs(changed - _logits(config, params, batch['inputs'], tiny.tokens(batch))).max() > 0.1
 
 
 def test_aux_has_one_number_per_mixing_block():
@@ -164,8 +215,11 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
+    ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
+    ({'blocks': 'attention'}, "and nothing else, as in .* got 'attention'"),
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
+    ({'mot_routing': 'hard'}, 'model.mot.routing must be one of softmax, discrete, uniform'),
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
     ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),

@@ -16,6 +16,10 @@ MESHES = {
   'data 2, expert 2, tensor 2': (2, 1, 2, 2),
   'fsdp 2, tensor 3': (1, 2, 1, 3),
 }
+SPARSE_MESHES = {
+  'data 2, expert 4': (2, 1, 4, 1),
+  'fsdp 2, expert 2, tensor 2': (1, 2, 2, 2),
+}
 
 
 def _losses(config, sizes, steps=3):
@@ -55,10 +59,13 @@ def test_losses_do_not_depend_on_the_mesh(sizes):
   np.testing.assert_allclose(losses, _losses_on_one_device(config), rtol=1e-5)
 
 
-@pytest.mark.parametrize('impl', ['loop', 'rows'])
-def test_who_is_dropped_does_not_depend_on_the_mesh(impl):
-  config = tiny.model_config(**tiny.MODELS['token choice'], moe_impl=impl)
-  losses, _ = _losses(config, MESHES['data 2, expert 2, tensor 2'])
+@pytest.mark.parametrize('router', ['token choice', 'expert choice'])
+@pytest.mark.parametrize('mesh', SPARSE_MESHES)
+def test_routes_and_drops_do_not_depend_on_the_mesh(mesh, router):
+  changes = {'moe_impl': 'rows', 'moe_expansion_rate': 4}
+  changes['moe_group_size'] = 2 if router == 'token choice' else 4
+  config = tiny.model_config(**tiny.MODELS[router] | changes)
+  losses, _ = _losses(config, SPARSE_MESHES[mesh])
   np.testing.assert_allclose(losses, _losses_on_one_device(config), rtol=1e-5)
 
 

@@ -106,13 +106,20 @@ def _map_slotted_backward(expert, saved, dy_TD):
 _map_slotted.defvjp(_map_slotted_forward, _map_slotted_backward)
 
 
+_CACHE_BYTES = 2**21  # of a core, more or less
+
+
 def _few_at_a_time(tree):
   """Splits the leading axis in two: steps of the loop, and the experts of one step.
 
-  Small experts go several at a time, so that a step does enough to be worth its overhead.
+  Small experts go several at a time, so that a step does enough to be worth its overhead; not so
+  many that the weights of a step leave the cache.
   """
-  E, C = jax.tree.leaves(tree)[0].shape
-  together = next(n for n in (16, 8, 4, 2, 1) if E % n == 0 and (n * C <= 1024 or n == 1))
+  E, C = tree[0].shape
+  expert_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree[-1])) // E
+  most = max(4, _CACHE_BYTES // max(1, expert_bytes))
+  fits = lambda n: E % n == 0 and n * C <= 1024 and n <= most
+  together = next((n for n in (16, 8, 4, 2) if fits(n)), 1)
   return jax.tree.map(lambda a: a.reshape(E // together, together, *a.shape[1:]), tree)
 
 

@@ -28,6 +28,12 @@ def merge_weights(logits_GMLE, valid_GML, temperature=1.0):
   return jax.nn.softmax(masked_GMLE, axis=1) * valid_GML1
 
 
+def one_hot(weights_GMLE, valid_GML, axis):
+  """1 where a weight is the largest along the axis, everywhere it is in a tie; 0 elsewhere."""
+  largest = weights_GMLE == weights_GMLE.max(axis=axis, keepdims=True)
+  return (largest & valid_GML[..., None]).astype(weights_GMLE.dtype)
+
+
 def merge(x_GMLD, weights_GMLE):
   """One mixture per expert, group and position: mixtures_EGLD = sum over M of weight * token."""
   return jnp.einsum('GMLE,GMLD->EGLD', weights_GMLE.astype(x_GMLD.dtype), x_GMLD)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import common as configs_common
 from moejax.layers import common, mot
 from moejax.ops import mixing
 
@@ -17,13 +18,13 @@ B, L, D, E, F, M = 6, 5, 8, 4, 7, 3
 REFERENCE = pathlib.Path(__file__).parent.parent / 'reference' / 'llm_random_mot_basic.npz'
 
 
-def _layer(d_model=D, num_experts=E, expert_width=F, group_size=M, temperature=1.0):
+def _layer(d_model=D, **changes):
+  fields = configs_common.baseline().model.mot.to_dict()
+  fields |= {'num_experts': E, 'expert_width': F, 'group_size': M}
   return mot.MixtureOfTokens(
+    mot.MoTConfig(**fields | changes),
     d_model=d_model,
-    num_experts=num_experts,
-    expert_width=expert_width,
-    group_size=group_size,
-    temperature=temperature,
+    d_ff=0,
     activation='relu',
     init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
     rngs=nnx.Rngs(0),
@@ -185,3 +186,25 @@ def test_bfloat16_activations_stay_bfloat16():
 def test_batches_that_do_not_divide_into_groups_are_refused():
   with pytest.raises(ValueError, match='model.mot.group_size = 3 must divide .* got 4'):
     _layer()(_x()[:4], _tokens(4, L))
+
+
+def test_discrete_routing_hands_an_expert_one_token():
+  y_BLD, aux = _forward(_x(), _tokens(B, L), routing='discrete')
+  x_BLD, params = np.asarray(_x(), 'float64'), _params(_layer())
+  expected_BLD = np.zeros((B, L, D))
+  for first, l, e in itertools.product(range(0, B, M), range(L), range(E)):
+    b = first + np.argmax(x_BLD[first : first + M, l] @ params['controller'][:, e])
+    hidden_F = np.maximum(x_BLD[b, l] @ params['experts']['w_in'][e], 0)
+    expected_BLD[b, l] += hidden_F @ params['experts']['w_out'][e]
+  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-5)
+  assert aux['mot/entropy'] == 0
+
+
+def test_uniform_routing_gives_all_tokens_of_a_group_their_mean():
+  y_BLD, aux = _forward(_x(), _tokens(B, L), routing='uniform')
+  mean_GLD = np.asarray(_x()).reshape(B // M, M, L, D).mean(axis=1)
+  params = _params(_layer().experts)
+  hidden = np.maximum(np.einsum('GLD,EDF->GLEF', mean_GLD, params['w_in']), 0)
+  out_GLD = np.einsum('GLEF,EFD->GLD', hidden, params['w_out']) / M
+  np.testing.assert_allclose(y_BLD, np.repeat(out_GLD, M, axis=0), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(aux['mot/entropy'], 1, rtol=1e-6)

@@ -266,7 +266,7 @@ def test_states_of_all_positions_never_exist(dtype):
 
 
 def test_unknown_implementations_are_refused():
-  with pytest.raises(ValueError, match='auto, reference, cpu, gpu, tpu; got .cuda'):
+  with pytest.raises(ValueError, match='auto, reference, cpu, gpu, tpu, tpu_kernel; got .cuda'):
     selective_scan(**_inputs(2, 'float32'), impl='cuda')
 
 
