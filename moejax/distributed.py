@@ -5,10 +5,13 @@ part in every collective; process 0 alone prints and writes what is not a checkp
 """
 
 import ctypes
+import functools
+import inspect
 import os
 import signal
 import sys
 import threading
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -32,16 +35,19 @@ def initialize(coordinator_address=None, num_processes=None, process_id=None):
   Raises:
     ValueError: some of the three are missing, or impossible.
   """
-  timeouts = {'heartbeat_timeout_seconds': _SILENCE, 'shutdown_timeout_seconds': _PARTING}
+  timeouts = {'heartbeat_timeout_seconds': _SILENCE}
+  if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
+    timeouts['shutdown_timeout_seconds'] = _PARTING  # jax 0.7 always waits 5 minutes
+  join: Any = functools.partial(jax.distributed.initialize, **timeouts)
   given = (coordinator_address, num_processes, process_id)
   if any(value is not None for value in given):
     _check(*given)
-    jax.distributed.initialize(*given, **timeouts)
+    join(*given)
   elif os.environ.get('SLURM_NTASKS') == '1':
     return  # alone; jax would take one GPU for a task, and leave the others
   else:
     try:
-      jax.distributed.initialize(**timeouts)
+      join()
     except ValueError:  # jax knows none of the ways in which processes are started together
       return
   ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)

@@ -22,7 +22,7 @@ CHANGES = {
   'model.blocks': ((('mot',), 1),),
   'model.loss_chunk': 0,
   'optimizer.accumulation': 1,
-  'mesh.data': 4,
+  'mesh.data': 2,
   'mesh.fsdp': 2,
   'train.steps': 60,
   'train.eval_interval': 60,
@@ -34,14 +34,14 @@ PROGRAM = 'from moejax import distributed, main; distributed._SILENCE = 5; main.
 
 
 class Processes:
-  """Processes of this machine, with 8 devices together, that train with `CHANGES`."""
+  """Processes of this machine, with 4 devices together, that train with `CHANGES`."""
 
   def __init__(self, folder, number, *args):
     folder.mkdir()
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(8 // number)}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(4 // number)}
     args += (f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={number}')
     args += tuple(f'--config.{field}={value}' for field, value in CHANGES.items())
     command = [sys.executable, '-u', '-c', PROGRAM, '--config=configs/mot.py:debug', *args]
