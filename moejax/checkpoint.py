@@ -35,6 +35,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 _SHOWN = 10  # differing parameters that an error lists
+_NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 
 
 class Checkpoints:
@@ -65,11 +66,11 @@ class Checkpoints:
 
     Raises:
       ValueError: the folder cannot be created, or not be written, or its disk has no room for a
-        checkpoint.
+        checkpoint, or other processes do not see it.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self._directory) as probe:
+      with tempfile.NamedTemporaryFile(dir=self._directory) as probe:
         probe.write(bytes(1 << 16))  # more than a nearly full disk still takes
     except OSError as error:
       raise ValueError(
@@ -81,6 +82,11 @@ class Checkpoints:
       raise ValueError(
         f'workdir: a checkpoint of this model takes {num_bytes / 1e6:.1f} MB, but the disk of '
         f'{self._directory} has only {free / 1e6:.1f} MB left. Make room, or choose another folder.'
+      )
+    if not self._is_shared():
+      raise ValueError(
+        f'workdir: not all processes see the same folder {self._directory}. Give --workdir a '
+        'folder on a disk that all hosts share.'
       )
 
   def save(self, step: int, state, loader, metadata: dict) -> None:
@@ -124,19 +130,15 @@ class Checkpoints:
       ValueError: all steps are damaged, and starting again would overwrite the run.
     """
     self._wait()
-    damaged = []
-    for step in reversed(self._steps()):
-      problem = self._problem(step)
-      if not problem:
-        self._warn(step, damaged)
-        return step
-      damaged.append(f'{step} ({problem})')
-    if damaged:
+    # Process 0 looks, so that all processes decide alike.
+    step, damaged = self._newest() if jax.process_index() == 0 else (-1, [])
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step == _ALL_DAMAGED:
       raise ValueError(
         f'workdir: no checkpoint in {self._directory} is intact: {", ".join(damaged)}. Bring back '
         'a copy, or delete this folder to start again from step 0.'
       )
-    return None
+    return None if step == _NONE else step
 
   def metadata(self, step: int) -> dict:
     """What `save` was given as metadata."""
@@ -188,6 +190,28 @@ class Checkpoints:
       and ((folder / 'state').exists() or (folder / 'manifest.json').exists())
     )
 
+  def _is_shared(self):
+    """Whether every process sees a file that process 0 writes."""
+    mark = self._directory / 'shared'
+    if jax.process_index() == 0:
+      mark.touch()
+    multihost_utils.sync_global_devices('checkpoints: mark written')
+    seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    if jax.process_index() == 0:
+      mark.unlink()
+    return seen.all()
+
+  def _newest(self):
+    """The newest intact step, or why there is none; and a description of every damaged one."""
+    damaged = []
+    for step in reversed(self._steps()):
+      problem = _problem(self._folder(step))
+      if not problem:
+        self._warn(step, damaged)
+        return step, damaged
+      damaged.append(f'{step} ({problem})')
+    return (_ALL_DAMAGED if damaged else _NONE), damaged
+
   def _problem(self, step):
     """What is wrong with a step, or ''. Process 0 looks, so that all processes decide alike."""
     problem = _problem(self._folder(step)) if jax.process_index() == 0 else ''
@@ -195,8 +219,6 @@ class Checkpoints:
     return problem or ('process 0 found it damaged' if found else '')
 
   def _warn(self, step, damaged):
-    if jax.process_index() != 0:
-      return
     if damaged:
       logging.warning(
         '%s: skipped damaged checkpoints: %s. Going back to step %d.',

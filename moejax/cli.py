@@ -74,6 +74,21 @@ def run_command(commands):
   run(main, needs_config, takes_arguments)
 
 
+def define_process_flags():
+  """Flags of a program that may run as several processes, for where jax cannot find them itself."""
+  flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, of several.')
+  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+  flags.DEFINE_integer('process_id', None, 'Which one this is: 0, 1, ...')
+
+
+def join_processes():
+  """Makes this process one of those that run the same command, as flags or environment say."""
+  from moejax import distributed  # importing JAX takes seconds
+
+  args = flags.FLAGS
+  distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+
+
 def _is_ours(error):
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   return pathlib.Path(raised_in).is_relative_to(_BUNDLED / 'moejax')

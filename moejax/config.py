@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import ml_collections
 
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
@@ -12,7 +13,7 @@ from moejax.data.config import did_you_mean
 from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
-from moejax.sharding import MeshConfig, batch_shards
+from moejax.sharding import MeshConfig, batch_shards, process_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,13 @@ def check_mesh(stages, mesh):
       f'data.batch_size / optimizer.accumulation = {rows} sequences cannot be split over the '
       f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
       'multiple, or give mesh.tensor more devices.'
+    )
+  num_parts = process_part(mesh, stages.data.batch_size)['num_parts']
+  if stages.data.source == 'seqio' and num_parts < jax.process_count():
+    raise ValueError(
+      f'data.source = seqio: every process reads rows of its own, but mesh.tensor leaves '
+      f'{num_parts} parts of the batch for {jax.process_count()} processes. Lower mesh.tensor to '
+      'the devices of one process, or write the task to files (python -m moejax.tokenize).'
     )
 
 

@@ -93,7 +93,7 @@ def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
   for batch in batches:
     batch = sharding.place_batch(batch, mesh)
     nats, tokens, aux = eval_step(model_config, params, batch)
-    all_aux.append(jax.device_get(aux))
+    all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
     total['tokens'] += float(tokens)
     if dropless:
@@ -171,10 +171,13 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
         f'--group_size={model.mixed_sequences} must divide the {batch_size} sequences that are '
         'evaluated together; change it, or set --config.data.batch_size.'
       )
+  if 'mixed_with_corpus' in modes and jax.process_count() > 1:
+    raise ValueError('--modes: mixed_with_corpus fills groups on one host; evaluate it on one.')
   rows = []
+  part = sharding.process_part(mesh, batch_size)
   for mode, model in models:
     alone = mode == 'mixed_with_corpus'
-    validation = data.make_loader(stages.data, 'validation')
+    validation = data.make_loader(stages.data, 'validation', **part)
     corpus = data.make_loader(stages.data, 'train') if alone else None
     result, aux = evaluate(model, params, validation, num_batches, mesh, corpus)
     group = model.mixed_sequences
@@ -187,6 +190,7 @@ def main(overrides):
   args = flags.FLAGS
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
+  cli.join_processes()
   stages, step, params, mesh = load_run(args.workdir, overrides)
   config_lib.check_mesh(stages, mesh)
   num_batches = args.batches or stages.train.eval_batches
@@ -198,6 +202,7 @@ def main(overrides):
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to evaluate.')
   flags.DEFINE_integer('batches', 0, 'Validation batches; 0: train.eval_batches.')
   flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed: {", ".join(MODES)}.')

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, model as model_lib
+from moejax import cli, model as model_lib, sharding
 from moejax.evaluate import decoding, load_run
 from moejax.layers.common import Tokens
 
@@ -66,7 +66,7 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
     np.float32(temperature),
     key,
   )
-  out_BS = np.asarray(out_BS)
+  out_BS = sharding.fetch(out_BS)
   # out_BS[:, i] is the token after position common - 1 + i.
   return [out_BS[row, n - common : n - common + length] for row, n in enumerate(lengths)]
 
@@ -137,6 +137,7 @@ def main(overrides):
   args = flags.FLAGS
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
+  cli.join_processes()
   stages, _, params, mesh = load_run(args.workdir, overrides)
   model = decoding(stages.model, args.mode, args.group_size)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
@@ -156,6 +157,7 @@ def main(overrides):
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to generate from.')
   flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')

@@ -8,8 +8,6 @@ import contextlib
 import functools
 import math
 import pathlib
-import signal
-import threading
 import time
 
 import jax
@@ -26,6 +24,7 @@ from moejax import (
   sharding,
 )
 from moejax.checkpoint import Checkpoints
+from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
 from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
@@ -97,32 +96,9 @@ def compile_train_step(stages, abstract_state, mesh):
     key=jax.random.key(stages.train.seed),
   )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  everywhere = sharding.replicated(mesh)  # every process reads the metrics
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
   return jitted.lower(abstract_state, sharding.abstract_batch(stages.data, mesh)).compile()
-
-
-class Interrupt:
-  """A context in which SIGINT and SIGTERM set a flag that the loop looks at between steps."""
-
-  def __init__(self):
-    self._event = threading.Event()
-
-  def __enter__(self):
-    signals = (signal.SIGINT, signal.SIGTERM)
-    self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
-    return self
-
-  def __exit__(self, *error):
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-
-  def _on_signal(self, number, frame):
-    del frame
-    self._event.set()
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-  def __bool__(self):
-    return self._event.is_set()
 
 
 class Window:
@@ -191,9 +167,9 @@ def train(config, workdir, start=None):
   mesh = sharding.make_mesh(stages.mesh)
   config_lib.check_mesh(stages, mesh)
   config_lib.check_same_run(config, workdir)
-  shard = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-  loader = data.make_loader(stages.data, 'train', **shard)
-  eval_loader = data.make_loader(stages.data, 'validation', **shard)
+  part = sharding.process_part(mesh, stages.data.batch_size)
+  loader = data.make_loader(stages.data, 'train', **part)
+  eval_loader = data.make_loader(stages.data, 'validation', **part)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
   if stages.model.leaks():
     print(
@@ -226,8 +202,9 @@ class Run:
     latest = checkpoints.latest_step()
     self.state = self._restore_or_init(latest, start)
     self.step = int(self.state['step'])
-    config_lib.write(config, workdir, loader.fingerprint)
-    self.writer = metrics_lib.MetricsWriter(workdir, self.step)
+    if leads():
+      config_lib.write(config, workdir, loader.fingerprint)
+    self.writer = metrics_lib.make_writer(workdir, self.step)
     self.eval_result = {}
     if start and latest is None:
       self._evaluate()
@@ -277,7 +254,7 @@ class Run:
   def loop(self, interrupt):
     """Trains to the last step, or saves and returns False if interrupted."""
     train = self.stages.train
-    while self.step < train.steps and not interrupt:
+    while self.step < train.steps and not interrupt.reached(self.step):
       batch = sharding.place_batch(self.loader.batch(self.step), self.mesh)
       self.state, measured = self.train_step(self.state, batch)
       self.step += 1
@@ -340,13 +317,15 @@ class Run:
     )
     measured = self.eval_result | metrics_lib.flatten_aux(aux)
     self.writer.write(self.step, measured, prefix='validation')
-    if 'moe/load' in aux:
+    if leads() and 'moe/load' in aux:
       metrics_lib.plot_router(aux['moe/load'], self.workdir / 'router.png')
     print(f'step {self.step}: validation {_describe(self.eval_result)}', flush=True)
 
   def finish(self):
     """Writes the summary and the plot, and prints a sample and where everything is."""
     sample = self._sample()
+    if not leads():
+      return
     curves = {
       'train': metrics_lib.loss_curve(self.workdir),
       'validation': metrics_lib.loss_curve(self.workdir, 'validation/loss'),

@@ -20,6 +20,7 @@ from absl import flags
 
 from moejax import cli, config as config_lib, metrics, sharding, train
 from moejax.checkpoint import Checkpoints
+from moejax.distributed import leads
 from moejax.evaluate import evaluate
 from moejax.optimizer import fresh_moments, make_optimizer
 
@@ -124,7 +125,7 @@ class Source:
     state = self.checkpoints.restore(self.step, abstract, run.loader, self.config.to_dict())
     num_batches = new.train.eval_batches
     before, _ = evaluate(old.model, state['params'], run.eval_loader, num_batches, run.mesh)
-    with contextlib.closing(metrics.MetricsWriter(run.workdir, 0)) as writer:
+    with contextlib.closing(metrics.make_writer(run.workdir, 0)) as writer:
       writer.write(self.step, before, prefix='before')
     print(f'step {self.step}: before the switch {before["loss"]:.4f} nats per token', flush=True)
     if moments == 'restart':
@@ -174,7 +175,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
     code = train.train(config, workdir, functools.partial(source.start, moments=moments))
-  if code == cli.OK:
+  if code == cli.OK and leads():
     path = workdir / 'summary.json'
     summary = json.loads(path.read_text())
     summary['transition'] = {'from': str(folder), **report(workdir)}
@@ -187,6 +188,7 @@ def main(overrides):
   folder = args['from'].value
   if not folder or not args.workdir:
     raise ValueError('--from and --workdir are required: the folders of the old and the new run.')
+  cli.join_processes()
   options = {'steps': args.steps, 'moments': args.optimizer, 'schedule': args.schedule}
   code = tune(folder, args.workdir, args.router, fields=overrides, **options)
   if code == cli.OK:
@@ -195,6 +197,7 @@ def main(overrides):
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('from', None, 'Folder of the Mixture-of-Tokens run to start from.')
   flags.DEFINE_string('workdir', None, 'Folder of the new run.')
   flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'What the controller becomes.')

@@ -23,7 +23,8 @@ RANKS = (
   ('', 'ops'),  # '' is moejax/__init__.py
   ('layers',),
   ('model',),
-  ('cli', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops', 'hf_mamba'),
+  ('cli', 'distributed', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops')
+  + ('hf_mamba',),
   ('scaling_laws',),
   ('config',),
   ('evaluate',),

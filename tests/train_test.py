@@ -45,7 +45,7 @@ class _StopAfter(train.Interrupt):
     super().__init__()
     self.left = steps + 1
 
-  def __bool__(self):
+  def reached(self, step):
     self.left -= 1
     return self.left <= 0
 

@@ -40,7 +40,7 @@ class _StopAfterOneStep(train.Interrupt):
     super().__init__()
     self.left = 2
 
-  def __bool__(self):
+  def reached(self, step):
     self.left -= 1
     return self.left <= 0
 
