@@ -172,10 +172,10 @@ ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
 class MixtureOfExperts(nnx.Module):
   """Sparse mixture of experts.
 
-  Input and output x_BLD, any float dtype; scores, weights and losses in float32 at least. The
-  batch is cut into routing groups: `group_size` consecutive whole sequences, in which tokens are
-  ordered by position, or, with `group_by = 'position'`, the tokens of those sequences at one
-  position. Padding (segment 0) is never routed.
+  Input and output x_BLD, any float dtype, or output of another width `d_out`; scores, weights and
+  losses in float32 at least. The batch is cut into routing groups: `group_size` consecutive whole
+  sequences, in which tokens are ordered by position, or, with `group_by = 'position'`, the tokens
+  of those sequences at one position. Padding (segment 0) is never routed.
 
   Leaks: token choice is causal: who finds no slot is decided by earlier tokens, and those at the
   same position, of its group. Expert choice by position is causal, but the examples of a group see
@@ -186,7 +186,7 @@ class MixtureOfExperts(nnx.Module):
   its share of all choices times E, so that 1 is uniform.
   """
 
-  def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
+  def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = Experts(
@@ -194,6 +194,7 @@ class MixtureOfExperts(nnx.Module):
       d_model=d_model,
       expert_width=config.expert_width(d_ff),
       activation=activation,
+      d_out=d_out,
       fan_in_out=config.fan_in_out(d_ff),
       init=init,
       rngs=rngs,
@@ -205,7 +206,7 @@ class MixtureOfExperts(nnx.Module):
         d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
       )
     if config.output_norm:
-      self.output_norm = LayerNorm(d_model, init.dtype)
+      self.output_norm = LayerNorm(d_out or d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens):
     B, L, D = x_BLD.shape
@@ -220,11 +221,11 @@ class MixtureOfExperts(nnx.Module):
     grouped = lambda a: jnp.swapaxes(a.reshape(B // M, M, *a.shape[1:]), 1, 2)
     x_GTD = grouped(x_BLD).reshape(-1, T, D)
     valid_GT = (grouped(tokens.segments) > 0).reshape(-1, T)
-    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, self.config.capacity(T))
-    y_BLD = jnp.swapaxes(y_GTD.reshape(B // M, L, M, D), 1, 2).reshape(B, L, D)
+    y, aux = self._route(x_GTD, valid_GT, tokens.key, self.config.capacity(T))
+    y = jnp.swapaxes(y.reshape(B // M, L, M, -1), 1, 2).reshape(B, L, -1)
     if self.config.shared_width:
-      y_BLD += self.shared(x_BLD, tokens)[0]
-    return (self.output_norm(y_BLD) if self.config.output_norm else y_BLD), aux
+      y += self.shared(x_BLD, tokens)[0]
+    return (self.output_norm(y) if self.config.output_norm else y), aux
 
   def _route(self, x_GTD, valid_GT, key, capacity):
     config = self.config
@@ -239,8 +240,8 @@ class MixtureOfExperts(nnx.Module):
       packed=capacity is None or loops(config.impl),
     )
     D = x_GTD.shape[-1]
-    y_TD = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)
-    return y_TD.reshape(x_GTD.shape), self._aux(plan, logits_GTE, valid_GT, bias_E)
+    y = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)
+    return y.reshape(*valid_GT.shape, -1), self._aux(plan, logits_GTE, valid_GT, bias_E)
 
   def _aux(self, plan, logits_GTE, valid_GT, bias_E):
     config = self.config
@@ -274,11 +275,10 @@ class MixtureOfExperts(nnx.Module):
     x_GTD = x_BD.reshape(-1, M, x_BD.shape[-1])
     valid_GT = (tokens.segments > 0).reshape(-1, M)
     capacity = self.config.capacity(M) if mixes else None
-    y_GTD, _ = self._route(x_GTD, valid_GT, None, capacity)
-    y_BD = y_GTD.reshape(x_BD.shape)
+    y = self._route(x_GTD, valid_GT, None, capacity)[0].reshape(x_BD.shape[0], -1)
     if self.config.shared_width:
-      y_BD += self.shared.step(x_BD, {}, tokens)[0]
-    return (self.output_norm(y_BD) if self.config.output_norm else y_BD), state
+      y += self.shared.step(x_BD, {}, tokens)[0]
+    return (self.output_norm(y) if self.config.output_norm else y), state
 
 
 def _jitter(x, amount, key):
