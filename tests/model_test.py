@@ -160,6 +160,25 @@ def test_gradients_reach_every_expert_and_the_controller():
   assert (np.abs(layer['controller']).max(axis=-2) > 0).all()
 
 
+@pytest.mark.parametrize('model', ['moe mamba', 'moe in mamba'])
+def test_gradients_reach_every_parameter_of_mamba_with_experts(model):
+  config = tiny.model_config(**tiny.MODELS[model])
+  (_, aux), gradients = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  assert (aux['moe/load'] > 0).all()
+  for path, gradient in jax.tree.leaves_with_path(gradients):
+    per_expert = np.abs(gradient.reshape(*gradient.shape[:2], -1)).max(axis=-1)
+    per_layer = per_expert if 'experts' in jax.tree_util.keystr(path) else per_expert.max()
+    assert (per_layer > 0).all(), path
+
+
+def test_every_part_with_experts_counts_once():
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  (_, aux), _ = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  switches = 1 + 2  # one beside Mamba, two inside
+  assert aux['auxiliary_loss'].shape == (switches,)
+  assert aux['moe/load'].shape == (switches, tiny.E)
+
+
 @pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'loss_chunk': 4}])
 def test_how_it_is_computed_does_not_change_the_loss(changes):
   plain, other = tiny.model_config(), tiny.model_config(**changes)
@@ -220,12 +239,31 @@ def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
   np.testing.assert_allclose(loss, exact, rtol=3e-2)
 
 
+def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
+  params = _random_params(tiny.model_config())
+  inputs, tokens = tiny.batch()['inputs'], tiny.tokens(tiny.batch())
+  logits = lambda **changes: _logits(tiny.model_config(**changes), params, inputs, tokens)
+  error = lambda **changes: np.abs(logits(dtype='bfloat16', **changes) - logits()).mean()
+  assert 0 < error(residual_float32=True) < 0.9 * error()
+
+  @jax.jit
+  def activations(params):
+    config = tiny.model_config(dtype='bfloat16', residual_float32=True)
+    return model_lib.bind(config, params).activations(inputs, tokens)[0]
+
+  assert activations(params).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
     ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
+    ({'blocks': ((('mamba+mo',), 1),)}, "model.blocks: no sublayer 'mo'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'in+out'}, 'moe_in must be some of conv, gate'),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out+out'}, "got 'out.out'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'moe_shared_width': 3}, 'moe.shared_width = 3'),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
     ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
     ({'blocks': 'attention'}, "and nothing else, as in .* got 'attention'"),

@@ -250,6 +250,23 @@ def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
   np.testing.assert_allclose(np.array(scales).T, 2 * [[1, 1, 0.75, 0.5, 0.25, 0]])
 
 
+def test_decay_of_matrices_spares_the_recurrence_of_mamba():
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0, 'decay': 'matrices'}
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  shapes = jax.eval_shape(lambda: train.model_lib.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  names = {True: set(), False: set()}
+  for path, update in jax.tree.leaves_with_path(updates):
+    names[bool((update < 0).all())].add(path[-1].key)
+  assert names[False] == {'a_log', 'skip', 'delta_bias', 'conv_bias', 'scale', 'bias'}
+  assert names[True] >= {'w_in', 'w_gate', 'w_out', 'w_select', 'w_delta', 'conv_kernel', 'router'}
+
+
 def test_the_balance_bias_moves_against_the_load():
   from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
 

@@ -18,6 +18,19 @@ class Tokens(NamedTuple):
   positions: jax.Array  # position of the token in its document or row
   key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
 
+  def for_part(self, index):
+    """The same for one of several parts, which have noise of their own."""
+    return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
+
+
+def join_aux(auxes):
+  """The `aux` of several sublayers as one: name -> list of what they measured, in their order."""
+  joined = {}
+  for aux in auxes:
+    for name, value in aux.items():
+      joined.setdefault(name, []).extend(jax.tree.leaves(value))
+  return joined
+
 
 class Stateless(nnx.Module):
   """A sublayer that keeps nothing of earlier positions: it decodes by its forward pass."""
