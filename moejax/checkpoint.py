@@ -35,6 +35,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 _SHOWN = 10  # differing parameters that an error lists
+_NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 
 
 class Checkpoints:
@@ -57,21 +58,36 @@ class Checkpoints:
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save under way
 
-  def make_writable(self) -> None:
+  def make_writable(self, num_bytes: int) -> None:
     """Creates the folder, to find out before training that it can be.
 
+    Args:
+      num_bytes: size of the arrays of one checkpoint.
+
     Raises:
-      ValueError: the folder cannot be created, or not be written.
+      ValueError: the folder cannot be created, or not be written, or its disk has no room for a
+        checkpoint, or other processes do not see it.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self._directory) as probe:
+      with tempfile.NamedTemporaryFile(dir=self._directory) as probe:
         probe.write(bytes(1 << 16))  # more than a nearly full disk still takes
     except OSError as error:
       raise ValueError(
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
         'a folder that can be written, on a disk with free space.'
       ) from error
+    free = shutil.disk_usage(self._directory).free
+    if free < num_bytes:
+      raise ValueError(
+        f'workdir: a checkpoint of this model takes {num_bytes / 1e6:.1f} MB, but the disk of '
+        f'{self._directory} has only {free / 1e6:.1f} MB left. Make room, or choose another folder.'
+      )
+    if not self._is_shared():
+      raise ValueError(
+        f'workdir: not all processes see the same folder {self._directory}. Give --workdir a '
+        'folder on a disk that all hosts share.'
+      )
 
   def save(self, step: int, state, loader, metadata: dict) -> None:
     """Starts to save a step; `state` may be donated as soon as this returns.
@@ -101,7 +117,10 @@ class Checkpoints:
       if jax.process_index() == 0:
         _write_json(folder / 'metadata.json', metadata)
       tree = traverse_util.unflatten_dict(_by_name(state), sep='/')
-      self._checkpointer.save(folder / 'state', args=ocp.args.PyTreeSave(tree))
+      # In a thread of its own, which has no mesh set: under one, jax 0.7 refuses what orbax does to
+      # the shards of single devices.
+      args = ocp.args.PyTreeSave(tree)
+      self._background.submit(self._checkpointer.save, folder / 'state', args=args).result()
     self._pending = step, self._background.submit(self._finish, step)
 
   def latest_step(self) -> int | None:
@@ -111,24 +130,20 @@ class Checkpoints:
       ValueError: all steps are damaged, and starting again would overwrite the run.
     """
     self._wait()
-    damaged = []
-    for step in reversed(self._steps()):
-      problem = self._problem(step)
-      if not problem:
-        self._warn(step, damaged)
-        return step
-      damaged.append(f'{step} ({problem})')
-    if damaged:
+    # Process 0 looks, so that all processes decide alike.
+    step, damaged = self._newest() if jax.process_index() == 0 else (-1, [])
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step == _ALL_DAMAGED:
       raise ValueError(
         f'workdir: no checkpoint in {self._directory} is intact: {", ".join(damaged)}. Bring back '
         'a copy, or delete this folder to start again from step 0.'
       )
-    return None
+    return None if step == _NONE else step
 
   def metadata(self, step: int) -> dict:
     """What `save` was given as metadata."""
     path = self._folder(step) / 'metadata.json'
-    with _explain(f'cannot read {path}'):
+    with explain(f'cannot read {path}'):
       return json.loads(path.read_text())
 
   def restore(self, step: int, abstract_state, loader=None, config: dict | None = None):
@@ -175,6 +190,28 @@ class Checkpoints:
       and ((folder / 'state').exists() or (folder / 'manifest.json').exists())
     )
 
+  def _is_shared(self):
+    """Whether every process sees a file that process 0 writes."""
+    mark = self._directory / 'shared'
+    if jax.process_index() == 0:
+      mark.touch()
+    multihost_utils.sync_global_devices('checkpoints: mark written')
+    seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    if jax.process_index() == 0:
+      mark.unlink()
+    return seen.all()
+
+  def _newest(self):
+    """The newest intact step, or why there is none; and a description of every damaged one."""
+    damaged = []
+    for step in reversed(self._steps()):
+      problem = _problem(self._folder(step))
+      if not problem:
+        self._warn(step, damaged)
+        return step, damaged
+      damaged.append(f'{step} ({problem})')
+    return (_ALL_DAMAGED if damaged else _NONE), damaged
+
   def _problem(self, step):
     """What is wrong with a step, or ''. Process 0 looks, so that all processes decide alike."""
     problem = _problem(self._folder(step)) if jax.process_index() == 0 else ''
@@ -182,8 +219,6 @@ class Checkpoints:
     return problem or ('process 0 found it damaged' if found else '')
 
   def _warn(self, step, damaged):
-    if jax.process_index() != 0:
-      return
     if damaged:
       logging.warning(
         '%s: skipped damaged checkpoints: %s. Going back to step %d.',
@@ -216,7 +251,7 @@ class Checkpoints:
         future.result()
 
   def _explain_failed_save(self, step):
-    return _explain(
+    return explain(
       f'workdir: cannot write checkpoint {self._folder(step)}; make sure that the disk has space'
     )
 
@@ -228,21 +263,21 @@ class Checkpoints:
     if problem:
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
     wanted = _by_name(abstract)
-    with _explain(f'cannot read checkpoint {folder}'):
+    with explain(f'cannot read checkpoint {folder}'):
       described: Any = self._checkpointer.handler.metadata(epath.Path(folder / 'state'))
       stored = _by_name(described.tree)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
-    differences = list(_differences(stored, wanted))
-    if differences:
+    lines = differences(stored, wanted)
+    if lines:
       fields = _config_differences(self.metadata(step).get('config', {}), config)
-      raise ValueError(_misfit(folder, differences, fields))
+      raise ValueError(_misfit(folder, lines, fields))
     tree = traverse_util.unflatten_dict(wanted, sep='/')
     args = ocp.args.PyTreeRestore(
       item=tree,
       restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
       partial_restore=True,
     )
-    with _explain(f'cannot read checkpoint {folder}'):
+    with explain(f'cannot read checkpoint {folder}'):
       loaded = _by_name(self._checkpointer.restore(folder / 'state', args=args))
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
@@ -253,7 +288,7 @@ def _is_worth_showing(record):
 
 
 @contextlib.contextmanager
-def _explain(what):
+def explain(what):
   """Turns any error into one line: orbax raises many kinds, some of them a thousand lines long."""
   try:
     yield
@@ -267,6 +302,13 @@ def _by_name(tree):
   """The leaves of a pytree by path: 'params/blocks/0/w'. Named tuples and dicts look the same."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def differences(stored, wanted):
+  """The lines of `_differences`, at most _SHOWN of them and how many there are more."""
+  lines = list(_differences(stored, wanted))
+  more = len(lines) - _SHOWN
+  return lines[:_SHOWN] + ([f'... and {more} more'] if more > 0 else [])
 
 
 def _differences(stored, wanted):
@@ -298,14 +340,12 @@ def _config_differences(saved, current):
   ]
 
 
-def _misfit(folder, differences, fields):
-  more = len(differences) - _SHOWN
+def _misfit(folder, lines, fields):
   return '\n'.join(
     [
       f'checkpoint {folder} does not fit the model of this config. Use the config that it was '
       'trained with, or another --workdir. Arrays that differ:',
-      *differences[:_SHOWN],
-      *([f'... and {more} more'] if more > 0 else []),
+      *lines,
       *(['Config fields that differ:', *fields] if fields else []),
     ]
   )

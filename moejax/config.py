@@ -1,15 +1,19 @@
 """From a config file's sections to checked dataclasses, one per stage."""
 
+import ast
 import dataclasses
 import json
 import pathlib
 
+import jax
 import ml_collections
 
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
+from moejax.data.config import did_you_mean
+from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
-from moejax.sharding import MeshConfig, batch_shards
+from moejax.sharding import MeshConfig, batch_shards, process_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,10 @@ class TrainConfig:
         raise ValueError(f'train.{name} must be at least 1, got {getattr(self, name)}.')
     if self.keep_checkpoints < 1:
       raise ValueError(f'train.keep_checkpoints must be at least 1, got {self.keep_checkpoints}.')
+    if self.sample_length > 0 and not self.sample_prompt:
+      raise ValueError(
+        'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +83,8 @@ def resolve(config):
 
 
 def _model_config(config, tokenizer):
-  fields = {**config.model, 'max_length': config.data.sequence_length}
+  # Of a length below 1, the data section's own error is reported.
+  fields = {**config.model, 'max_length': max(1, config.data.sequence_length)}
   if tokenizer:
     if 0 < fields['vocab_size'] < tokenizer.vocab_size:
       raise ValueError(
@@ -111,13 +120,23 @@ def check_mesh(stages, mesh):
       f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
       'multiple, or give mesh.tensor more devices.'
     )
+  num_parts = process_part(mesh, stages.data.batch_size)['num_parts']
+  if stages.data.source == 'seqio' and num_parts < jax.process_count():
+    raise ValueError(
+      f'data.source = seqio: every process reads rows of its own, but mesh.tensor leaves '
+      f'{num_parts} parts of the batch for {jax.process_count()} processes. Lower mesh.tensor to '
+      'the devices of one process, or write the task to files (python -m moejax.tokenize).'
+    )
 
 
-def write(config, workdir):
-  """Writes `config.json`, from which `read` makes the same ConfigDict."""
+def write(config, workdir, corpus=None):
+  """Writes `config.json`, from which `read` makes the same ConfigDict.
+
+  `corpus`, the fingerprint of the text, stands beside its sections for those who read the file.
+  """
   path = pathlib.Path(workdir) / 'config.json'
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(config.to_dict(), indent=2))
+  temporary.write_text(json.dumps({'corpus': corpus, **config.to_dict()}, indent=2))
   temporary.replace(path)
 
 
@@ -130,9 +149,41 @@ def read(workdir):
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
-  fields = json.loads(path.read_text())
+  return parse(path.read_text())
+
+
+def parse(text):
+  """The ConfigDict that was written as JSON."""
+  fields = json.loads(text)
+  fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   return ml_collections.ConfigDict(fields)
+
+
+def override(config, texts):
+  """Sets fields of a run's config to what the command line says: {'model.mot.group_size': '4'}.
+
+  The experts of a Mixture-of-Tokens model keep their width, whatever its groups.
+
+  Raises:
+    ValueError: there is no such field, or the text is not of its type.
+  """
+  mot = MoTConfig(**config.model.mot)
+  config.model.mot.expert_width = mot.width(config.model.d_ff)
+  known = _flatten(config.to_dict())
+  for name, text in texts.items():
+    if name not in known:
+      raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}.')
+    kind = type(known[name])
+    try:
+      value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
+    except (SyntaxError, ValueError):
+      value = None
+    if kind is float and isinstance(value, int):
+      value = float(value)
+    if type(value) is not kind:
+      raise ValueError(f'--config.{name}: expected a value of type {kind.__name__}, got {text!r}.')
+    config.update_from_flattened_dict({name: value})
 
 
 def checkpoint_dir(workdir):

@@ -1,9 +1,22 @@
 """Validation loss, as a function and as a program.
 
-python -m moejax.evaluate --workdir=DIR
+  python -m moejax.evaluate --workdir=DIR
+  python -m moejax.evaluate --workdir=DIR --modes=mixed,unmixed,discrete,mixed_with_corpus
+
+A mode says what sequences that are evaluated, or requests that are decoded, together see of each
+other in a model that mixes them:
+
+  mixed              groups as in training: one request influences another
+  unmixed            groups of one: every expert sees every token, and the outputs add up
+  discrete           an expert of Mixture of Tokens takes one token of a group as it is; which one,
+                     depends on the others
+  mixed_with_corpus  every sequence by itself in a group filled with training text: how the paper
+                     scores single prompts (evaluation only; costs as much as a whole group)
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 import math
 
@@ -14,6 +27,46 @@ from absl import flags
 from moejax import cli, config as config_lib, data, metrics, model as model_lib, sharding
 from moejax.checkpoint import Checkpoints
 
+MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
+
+
+def decoding(model_config, mode, group_size=0):
+  """The model whose forward pass and decoding treat sequences as a mode says; same parameters.
+
+  Args:
+    model_config: the model as it was trained.
+    mode: one of MODES; 'mixed_with_corpus' needs `evaluate` to fill the groups.
+    group_size: sequences mixed with each other; 0: as in training.
+
+  Raises:
+    ValueError: the model cannot be used so.
+  """
+  expert_choice = model_config.uses('moe') and model_config.moe.router == 'expert_choice'
+  if mode not in MODES:
+    raise ValueError(f'mode: expected one of {", ".join(MODES)}, got {mode!r}.')
+  if not (expert_choice or model_config.uses('mot')):
+    if mode == 'mixed' and not group_size:
+      return model_config
+    raise ValueError(
+      f'mode {mode}: no layer of this model mixes sequences (mot, or moe with expert_choice), so '
+      'there is one way to use it. Leave out the mode and the group size.'
+    )
+  if mode in ('unmixed', 'discrete') and expert_choice:
+    raise ValueError(
+      f'mode {mode} is of Mixture of Tokens; experts that choose their tokens (model.moe.router = '
+      'expert_choice) need a group to choose from. Use mixed, or mixed_with_corpus to evaluate.'
+    )
+  if mode == 'unmixed':
+    if group_size > 1:
+      raise ValueError(f'mode unmixed has groups of 1; leave out the group size {group_size}.')
+    return model_config.with_mot(group_size=1)
+  if group_size:
+    model_config = model_config.with_mot(group_size=group_size)
+  if group_size and expert_choice:
+    moe = dataclasses.replace(model_config.moe, group_size=group_size)
+    model_config = dataclasses.replace(model_config, moe=moe)
+  return model_config.with_mot(routing='discrete') if mode == 'discrete' else model_config
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def eval_step(model_config, params, batch):
@@ -21,8 +74,10 @@ def eval_step(model_config, params, batch):
   return model_lib.bind(model_config, params).loss(batch)
 
 
-def evaluate(model_config, params, loader, num_batches, mesh):
+def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
   """Mean loss over the first `num_batches` batches of a loader.
+
+  `corpus`, another loader: every sequence is mixed with sequences of that one alone.
 
   Returns:
     A dict of numbers: 'loss' in nats per token, 'bits_per_byte' where the loader knows the bytes,
@@ -32,10 +87,13 @@ def evaluate(model_config, params, loader, num_batches, mesh):
   dropless = model_config.dropless()
   total = {'nats': 0.0, 'tokens': 0.0, 'nats_dropless': 0.0}
   all_aux = []
-  for step in range(num_batches):
-    batch = sharding.place_batch(loader.batch(step), mesh)
+  batches = map(loader.batch, range(num_batches))
+  if corpus:
+    batches = _among_others(batches, corpus, model_config.mixed_sequences)
+  for batch in batches:
+    batch = sharding.place_batch(batch, mesh)
     nats, tokens, aux = eval_step(model_config, params, batch)
-    all_aux.append(jax.device_get(aux))
+    all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
     total['tokens'] += float(tokens)
     if dropless:
@@ -48,8 +106,30 @@ def evaluate(model_config, params, loader, num_batches, mesh):
   return result, jax.tree.map(lambda *values: np.mean(values, axis=0), *all_aux)
 
 
-def load_run(workdir):
+def _among_others(batches, corpus, group_size):
+  """The sequences of `batches`, one at a random place of every group of others from `corpus`."""
+  rng = np.random.default_rng(0)
+  others = map(corpus.batch, itertools.count())
+  for batch in batches:
+    rows = len(batch['inputs'])
+    for first in range(0, rows, rows // group_size):
+      mine = {name: values[first : first + rows // group_size] for name, values in batch.items()}
+      places = np.arange(0, rows, group_size)
+      places += rng.integers(group_size, size=len(places))
+      mixed = {name: values.copy() for name, values in next(others).items()}
+      for name, values in mine.items():
+        mixed[name][places] = values
+      counted = np.zeros(mixed['segments'].shape, bool)
+      counted[places] = True
+      yield mixed | {'counted': counted}
+
+
+def load_run(workdir, overrides=None):
   """What evaluation and generation need of a finished or interrupted run.
+
+  Args:
+    workdir: its folder.
+    overrides: of its config, as `config.override` takes them.
 
   Returns:
     (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
@@ -58,6 +138,7 @@ def load_run(workdir):
     ValueError: no run, no checkpoint, or a tokenizer that is not the one of the run.
   """
   config = config_lib.read(workdir)
+  config_lib.override(config, overrides or {})
   stages = config_lib.resolve(config)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
   step = checkpoints.latest_step()
@@ -71,20 +152,61 @@ def load_run(workdir):
   return stages, step, params, mesh
 
 
-def main():
-  if not flags.FLAGS.workdir:
+def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
+  """Evaluates every mode at every group size; 0 is that of training, and unmixed has only one.
+
+  Returns:
+    One dict per combination: what it is, 'leaks' (whether one request influences another when text
+    is generated so), and what `evaluate` measures.
+
+  Raises:
+    ValueError: the model has no such mode, or a batch cannot be cut into such groups.
+  """
+  sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
+  models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]
+  batch_size = stages.data.batch_size
+  for _, model in models:
+    if batch_size % model.mixed_sequences:
+      raise ValueError(
+        f'--group_size={model.mixed_sequences} must divide the {batch_size} sequences that are '
+        'evaluated together; change it, or set --config.data.batch_size.'
+      )
+  if 'mixed_with_corpus' in modes and jax.process_count() > 1:
+    raise ValueError('--modes: mixed_with_corpus fills groups on one host; evaluate it on one.')
+  rows = []
+  part = sharding.process_part(mesh, batch_size)
+  for mode, model in models:
+    alone = mode == 'mixed_with_corpus'
+    validation = data.make_loader(stages.data, 'validation', **part)
+    corpus = data.make_loader(stages.data, 'train') if alone else None
+    result, aux = evaluate(model, params, validation, num_batches, mesh, corpus)
+    group = model.mixed_sequences
+    what = {'mode': mode, 'group_size': group, 'leaks': group > 1 and not alone}
+    rows.append({**what, **result, **metrics.flatten_aux(aux)})
+  return rows
+
+
+def main(overrides):
+  args = flags.FLAGS
+  if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
-  stages, step, params, mesh = load_run(flags.FLAGS.workdir)
+  cli.join_processes()
+  stages, step, params, mesh = load_run(args.workdir, overrides)
   config_lib.check_mesh(stages, mesh)
-  loader = data.make_loader(stages.data, 'validation')
-  num_batches = flags.FLAGS.batches or stages.train.eval_batches
+  num_batches = args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
-    result, aux = evaluate(stages.model, params, loader, num_batches, mesh)
-  print(json.dumps({'step': step, **result, **metrics.flatten_aux(aux)}))
+    rows = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)
+  for row in rows:
+    print(json.dumps({'step': step, **row}))
   return cli.OK
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to evaluate.')
   flags.DEFINE_integer('batches', 0, 'Validation batches; 0: train.eval_batches.')
-  cli.run(main, needs_config=False)
+  flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed: {", ".join(MODES)}.')
+  flags.DEFINE_multi_integer(
+    'group_size', [0], 'Sequences mixed with each other; may be repeated. 0: as in training.'
+  )
+  cli.run(main, needs_config=False, takes_overrides=True)

@@ -54,10 +54,10 @@ def _attention(config, length):
   )
 
 
-def _feed_forward(d_model, width, activation):
+def _feed_forward(d_in, width, activation, d_out=None):
   """Parameters of one feed-forward network, dense or expert."""
-  gated = activation == 'swiglu'
-  return 3 * d_model * mlp.gated_width(width) if gated else 2 * d_model * width
+  ends = d_in + (d_out or d_in)
+  return (d_in + ends) * mlp.gated_width(width) if activation == 'swiglu' else ends * width
 
 
 def _mlp(config, length):
@@ -95,16 +95,16 @@ def _mot(config, length):
   )
 
 
-def _moe(config, length):
-  moe, D = config.moe, config.d_model
+def _moe(config, length, d_in=None, d_out=None):
+  moe, D = config.moe, d_in or config.d_model
   E, K = moe.num_experts, moe.top_k
   if moe.router == 'expert_choice':  # every slot is taken
     group = moe.group_size * (1 if moe.by_position else max(length, 1))
     K = E * moe.capacity(group) / group
-  expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation)
+  expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation, d_out)
   shared = _feed_forward(D, moe.shared_width, config.activation) if moe.shared_width else 0
   router = D * E
-  bias, norm = E * moe.balance_bias, 2 * D * moe.output_norm
+  bias, norm = E * moe.balance_bias, 2 * (d_out or D) * moe.output_norm
   return Cost(
     params={'experts': E * expert, 'mlp': shared, 'router': router + bias, 'norm': norm},
     active=K * expert + shared + router + bias + norm,
@@ -113,11 +113,13 @@ def _moe(config, length):
   )
 
 
-def _mamba(config, length):
+def _mamba(config, length, sparse=()):
   del length
   D, N, W = config.d_model, config.mamba.state_size, config.mamba.conv_width
   I, R = config.mamba.inner_width(D), mamba.delta_rank(D)
-  projections = 3 * D * I + I * (R + 2 * N) + R * I  # in, gate and out; select; delta
+  widths = config.mamba.projections(D).items()
+  projections = sum(d_in * d_out for name, (d_in, d_out) in widths if name not in sparse)
+  projections += I * (R + 2 * N) + R * I  # select, delta
   channels = W * I + N * I + 3 * I  # kernel, a; biases of convolution and delta, skip
   return Cost(
     params={'mamba': projections + channels},
@@ -130,17 +132,37 @@ def _mamba(config, length):
   )
 
 
+def _moe_in_mamba(config, length):
+  sparse = config.mamba.sparse_projections
+  widths = config.mamba.projections(config.d_model)
+  rest = _mamba(config, length, sparse)
+  costs = [rest, *(_moe(config, length, *widths[name]) for name in sparse)]
+  return Cost(
+    params=_sums(cost.params for cost in costs),
+    active=sum(cost.active for cost in costs),
+    model_flops=_sums(cost.model_flops for cost in costs),
+    routing_flops=_sums(cost.routing_flops for cost in costs),
+  )
+
+
 # Name of a sublayer in `model.blocks` -> function of ModelConfig and sequence length.
-COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'moe': _moe, 'mamba': _mamba}
+COSTS = {
+  'attention': _attention,
+  'mlp': _mlp,
+  'mot': _mot,
+  'moe': _moe,
+  'mamba': _mamba,
+  'moe_in_mamba': _moe_in_mamba,
+}
 
 _NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
 
 
 def _costs(config, length):
-  return [COSTS[name](config, length) for names in config.sublayers for name in names]
+  return [COSTS[kind](config, length) for kind in config.kinds]
 
 
-def _sums(dicts):
+def _sums(dicts) -> dict:
   total = collections.Counter()
   for numbers in dicts:
     total.update(numbers)
@@ -162,7 +184,7 @@ def param_counts(config):
     'position_embedding': config.max_length * D if config.positions == 'learned' else 0,
     'head': 0 if config.tie_embeddings else config.vocab_size * D,
   }
-  norms = _NORM_ROWS[config.norm] * D * (len(costs) + config.final_norm)
+  norms = _NORM_ROWS[config.norm] * D * (sum(map(len, config.sublayers)) + config.final_norm)
   inner = _sums([*(cost.params for cost in costs), {'norm': norms}])
   embedding, non_embedding = sum(embeddings.values()), sum(inner.values())
   return {

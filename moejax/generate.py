@@ -1,10 +1,11 @@
 """Text from a trained model: incremental decoding with a cache, as a function and as a program.
 
   python -m moejax.generate --workdir=DIR --prompt="def "
+  python -m moejax.generate --workdir=DIR --prompt="def " --mode=unmixed
 
 All sequences of a batch walk through the positions together, because Mixture-of-Tokens layers mix
 the sequences of a group at equal positions, in decoding as in training. Requests of one group
-therefore influence each other.
+therefore influence each other, unless `--mode=unmixed` keeps each by itself.
 """
 
 import functools
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, model as model_lib
-from moejax.evaluate import load_run
+from moejax import cli, model as model_lib, sharding
+from moejax.evaluate import decoding, load_run
 from moejax.layers.common import Tokens
 
 
@@ -37,6 +38,8 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   lengths = np.array([len(p) for p in prompts])
   if not len(prompts) or lengths.min() < 1:
     raise ValueError('generate: every prompt must have at least one token.')
+  if length < 1:
+    raise ValueError(f'generate: length must be at least one token, got {length}.')
   if lengths.max() + length > model_config.max_length:
     raise ValueError(
       f'A prompt of {lengths.max()} tokens and {length} new ones exceed the context of '
@@ -51,13 +54,21 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   prompt_lengths_B[: len(prompts)] = lengths
   valid_B = np.arange(rows) < len(prompts)
   key = jax.random.key(0) if key is None else key
-  steps = int(lengths.max()) + length - 1
+  common, steps = int(lengths.min()), int(lengths.max()) + length - 1
   out_BS = _decode(
-    model_config, steps, params, prompts_BS, prompt_lengths_B, valid_B, np.float32(temperature), key
+    model_config,
+    common,
+    steps,
+    params,
+    prompts_BS,
+    prompt_lengths_B,
+    valid_B,
+    np.float32(temperature),
+    key,
   )
-  out_BS = np.asarray(out_BS)
-  # out_BS[:, t] is the token after position t.
-  return [out_BS[row, n - 1 : n - 1 + length] for row, n in enumerate(lengths)]
+  out_BS = sharding.fetch(out_BS)
+  # out_BS[:, i] is the token after position common - 1 + i.
+  return [out_BS[row, n - common : n - common + length] for row, n in enumerate(lengths)]
 
 
 def _full_groups(model_config, rows):
@@ -65,25 +76,34 @@ def _full_groups(model_config, rows):
   return -(-rows // M) * M
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(config, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
-  """The token that follows each position, [B, steps]: a prompt's own token, or a sampled one."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
+  """The tokens after positions common - 1 ... steps - 1: a prompt's own as long as it has one.
+
+  The first `common` positions, which all prompts have, go through the model in parallel; then
+  follows one after the other.
+  """
   model = model_lib.bind(config, params)
   B, S = prompts_BS.shape
   segments_B = valid_B.astype(jnp.int32)
 
-  def advance(carry, position):
-    token_B, state = carry
-    tokens = Tokens(segments_B, jnp.full(B, position))
-    logits_BV, state = model.step(token_B, state, tokens)
+  def choose(logits_BV, position):
     sampled_B = _sample(logits_BV, temperature, jax.random.fold_in(key, position))
     forced_B = prompts_BS[:, jnp.minimum(position + 1, S - 1)]
-    next_B = jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
+    return jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
+
+  def advance(carry, position):
+    token_B, state = carry
+    logits_BV, state = model.step(token_B, state, Tokens(segments_B, jnp.full(B, position)))
+    next_B = choose(logits_BV, position)
     return (next_B, state), next_B
 
-  start = (prompts_BS[:, 0], model.init_state(B, steps))
-  _, out_SB = jax.lax.scan(advance, start, jnp.arange(steps))
-  return out_SB.T
+  ones = jnp.ones((B, common), jnp.int32)
+  prefix = Tokens(segments_B[:, None] * ones, jnp.arange(common)[None] * ones)
+  logits_BV, state = model.prefill(prompts_BS[:, :common], prefix, steps)
+  first_B = choose(logits_BV, common - 1)
+  _, rest = jax.lax.scan(advance, (first_B, state), jnp.arange(common, steps))
+  return jnp.concatenate([first_B[:, None], rest.T], axis=1)
 
 
 def _sample(logits_BV, temperature, key):
@@ -113,15 +133,17 @@ def _until_end(ids, tokenizer):
   return ids[: ends[0]] if len(ends) else ids
 
 
-def main():
+def main(overrides):
   args = flags.FLAGS
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
-  stages, _, params, mesh = load_run(args.workdir)
+  cli.join_processes()
+  stages, _, params, mesh = load_run(args.workdir, overrides)
+  model = decoding(stages.model, args.mode, args.group_size)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
   with jax.set_mesh(mesh):
     texts = continuations(
-      stages.model,
+      model,
       params,
       stages.tokenizer,
       prompts,
@@ -135,10 +157,18 @@ def main():
 
 
 if __name__ == '__main__':
+  cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to generate from.')
   flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')
   flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)
   flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 takes the likeliest token.', lower_bound=0)
   flags.DEFINE_integer('seed', 0, 'Of sampling.')
-  cli.run(main, needs_config=False)
+  flags.DEFINE_enum(
+    'mode',
+    'mixed',
+    ['mixed', 'unmixed', 'discrete'],
+    'What requests that are mixed see of each other; moejax.evaluate compares the losses.',
+  )
+  flags.DEFINE_integer('group_size', 0, 'Requests mixed with each other; 0: as in training.')
+  cli.run(main, needs_config=False, takes_overrides=True)

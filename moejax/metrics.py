@@ -59,6 +59,21 @@ class MetricsWriter:
     self._events.close()
 
 
+class NoWriter:
+  """Has the methods of a `MetricsWriter` and writes nothing."""
+
+  def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+def make_writer(workdir, start_step: int) -> MetricsWriter | NoWriter:
+  """A MetricsWriter in process 0 of a run; the others write nothing."""
+  return MetricsWriter(workdir, start_step) if jax.process_index() == 0 else NoWriter()
+
+
 def read_metrics(workdir) -> list[dict]:
   """All lines of metrics.jsonl, but for a last one cut off in writing; [] if there is no file."""
   path = pathlib.Path(workdir) / _FILE

@@ -14,14 +14,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mamba, mlp, moe, mot
+from moejax.layers import attention, common, mamba, mlp, moe, mot, parallel
 from moejax.ops import cross_entropy, routing
 
-# The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
-# the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
-# `init_state(batch_size, max_length, dtype)` and `step(x_BD, state, tokens) -> (y_BD, state)`.
-# `aux` is a flat dict of small arrays: measurements by name; 'auxiliary_loss' is added to the
-# objective, averaged over the sublayers that have one (as in the papers' runs).
+
+def _moe(c, init, rngs, d_in=None, d_out=None):
+  return moe.MixtureOfExperts(
+    c.moe,
+    d_model=d_in or c.d_model,
+    d_out=d_out,
+    d_ff=c.d_ff,
+    activation=c.activation,
+    init=init,
+    rngs=rngs,
+  )
+
+
+# The catalogue of sublayers: name in `model.blocks` -> module. Names joined by + run in parallel.
+# The residual and the norm belong to the stack. A sublayer has
+# `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
+# `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and
+# `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once, and the state after
+# them, with caches as long as the prompt; `common.Stateless` has the three of layers without state.
+# `aux` is a flat dict of small arrays, or of lists of them where several parts measure the same:
+# measurements by name; 'auxiliary_loss' is added to the objective, averaged over the sublayers and
+# parts that have one (as in the papers' runs).
 SUBLAYERS = {
   'attention': lambda c, init, rngs: attention.Attention(
     d_model=c.d_model,
@@ -37,11 +54,18 @@ SUBLAYERS = {
   'mot': lambda c, init, rngs: mot.MixtureOfTokens(
     c.mot, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
-  'moe': lambda c, init, rngs: moe.MixtureOfExperts(
-    c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
-  ),
+  'moe': _moe,
   'mamba': lambda c, init, rngs: mamba.Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs),
+  'moe_in_mamba': lambda c, init, rngs: mamba.Mamba(
+    c.mamba,
+    d_model=c.d_model,
+    init=init,
+    rngs=rngs,
+    experts=functools.partial(_moe, c, init, rngs),
+  ),
 }
+# Sublayers that are configured as several others.
+_MADE_OF = {'moe_in_mamba': ('mamba', 'moe')}
 
 # Chosen experts are kept in every case: a route computed again could be another one.
 _CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
@@ -81,6 +105,7 @@ class ModelConfig:
   init: str
   init_scale: float
   dtype: str
+  residual_float32: bool
   param_dtype: str
   remat: str
   loss_chunk: int
@@ -101,9 +126,14 @@ class ModelConfig:
     """Names of all sublayers in order, one tuple per block."""
     return [tuple(pattern) for pattern, repeats in self.blocks for _ in range(repeats)]
 
+  @property
+  def kinds(self):
+    """Kinds of all sublayers in order, those that run in parallel one after the other."""
+    return [kind for names in self.sublayers for name in names for kind in name.split('+')]
+
   def uses(self, kind):
-    """Whether any block has a sublayer of this kind."""
-    return any(kind in pattern for pattern in self.sublayers)
+    """Whether any sublayer is of this kind, or made of it."""
+    return any(kind in (used, *_MADE_OF.get(used, ())) for used in self.kinds)
 
   @property
   def groups(self):
@@ -163,61 +193,95 @@ class ModelConfig:
         'model.positions = rope needs an even head width, got d_model / num_heads = '
         f'{self.d_model // self.num_heads}.'
       )
-    yield from self._block_problems()
+    block_problems = list(self._block_problems())
+    yield from block_problems
+    if block_problems:
+      return
     if self.uses('mot'):
       yield from self.mot.problems(self.d_ff)
     if self.uses('moe'):
       yield from self.moe.problems(self.d_ff, self.max_length)
     if self.uses('mamba'):
       yield from self.mamba.problems(self.d_model)
+    if self.uses('moe_in_mamba') and self.moe.shared_width:
+      yield (
+        f'model.moe.shared_width = {self.moe.shared_width}: the experts of moe_in_mamba have none '
+        'that every token passes; set it to 0.'
+      )
 
   def _block_problems(self):
-    if not self.blocks:
-      yield 'model.blocks must hold at least one (pattern, repeats) pair.'
+    if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
+      yield (
+        'model.blocks must hold at least one (pattern, repeats) pair and nothing else, as in '
+        f"((('attention', 'mlp'), 4),); got {self.blocks!r}."
+      )
+      return
     for pattern, repeats in self.blocks:
       if repeats < 1:
         yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
-      for name in pattern:
-        if name not in SUBLAYERS:
-          yield f'model.blocks: no sublayer {name!r}; there are {", ".join(SUBLAYERS)}.'
+      for kind in '+'.join(pattern).split('+'):
+        if kind not in SUBLAYERS:
+          yield f'model.blocks: no sublayer {kind!r}; there are {", ".join(SUBLAYERS)}.'
+
+
+def _is_repeated_pattern(entry):
+  match entry:
+    case ((*names,), int()):
+      return bool(names) and all(isinstance(name, str) for name in names)
+  return False
 
 
 class Residual(nnx.Module):
-  """x + sublayer(norm(x)); the stream x keeps its dtype."""
+  """x + sublayer(norm(x)); the stream x keeps its dtype, the sublayer computes in the model's."""
 
-  def __init__(self, kind, config, init, rngs):
+  def __init__(self, name, config, init, rngs):
+    self.dtype = config.dtype
     self.norm = common.NORMS[config.norm](config.d_model, init.dtype)
-    self.layer = SUBLAYERS[kind](config, init, rngs)
+    kinds = name.split('+')
+    layers = {f'{i}_{kind}': SUBLAYERS[kind](config, init, rngs) for i, kind in enumerate(kinds)}
+    self.layer = parallel.Parallel(layers) if len(layers) > 1 else layers[f'0_{name}']
 
   def __call__(self, x_BLD, tokens):
-    y_BLD, aux = self.layer(self.norm(x_BLD), tokens)
+    y_BLD, aux = self.layer(self._normalize(x_BLD), tokens)
     return x_BLD + y_BLD, aux
 
+  def prefill(self, x_BLD, tokens):
+    y_BLD, state = self.layer.prefill(self._normalize(x_BLD), tokens)
+    return x_BLD + y_BLD, state
+
   def step(self, x_BD, state, tokens):
-    y_BD, state = self.layer.step(self.norm(x_BD), state, tokens)
+    y_BD, state = self.layer.step(self._normalize(x_BD), state, tokens)
     return x_BD + y_BD, state
+
+  def _normalize(self, x):
+    return self.norm(x).astype(self.dtype)
 
 
 class Block(nnx.Module):
   """One repeat of a pattern of sublayers."""
 
   def __init__(self, pattern, config, init, rngs):
-    self.names = tuple(f'{i}_{kind}' for i, kind in enumerate(pattern))
-    for name, kind in zip(self.names, pattern, strict=True):
-      setattr(self, name, Residual(kind, config, init, rngs))
+    self.names = tuple(f'{i}_{sublayer}' for i, sublayer in enumerate(pattern))
+    for name, sublayer in zip(self.names, pattern, strict=True):
+      setattr(self, name, Residual(sublayer, config, init, rngs))
 
   def __call__(self, x_BLD, tokens):
-    aux = {}
+    auxes = []
     for i, name in enumerate(self.names):
-      key = None if tokens.key is None else jax.random.fold_in(tokens.key, i)
-      x_BLD, layer_aux = getattr(self, name)(x_BLD, tokens._replace(key=key))
-      for measured, value in layer_aux.items():
-        aux.setdefault(measured, []).append(value)
-    return x_BLD, {measured: jnp.stack(values) for measured, values in aux.items()}
+      x_BLD, aux = getattr(self, name)(x_BLD, tokens.for_part(i))
+      auxes.append(aux)
+    joined = common.join_aux(auxes)
+    return x_BLD, {measured: jnp.stack(values) for measured, values in joined.items()}
 
   def init_state(self, batch_size, max_length, dtype):
     layers = {name: getattr(self, name).layer for name in self.names}
     return {name: f.init_state(batch_size, max_length, dtype) for name, f in layers.items()}
+
+  def prefill(self, x_BLD, tokens):
+    state = {}
+    for name in self.names:
+      x_BLD, state[name] = getattr(self, name).prefill(x_BLD, tokens)
+    return x_BLD, state
 
   def step(self, x_BD, state, tokens):
     new_state = {}
@@ -273,11 +337,15 @@ class LanguageModel(nnx.Module):
   def loss(self, batch, key=None):
     """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
 
-    `key` is of the noise that some layers add in training; None: none.
+    `key` is of the noise that some layers add in training; None: none. `batch['counted']`, bool
+    [B, L], is optional: the targets that count; other sequences are only there to be mixed with.
     """
     tokens = common.Tokens(batch['segments'], batch['positions'], key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
-    weights_BL = (batch['segments'] > 0).astype(jnp.float32)
+    counted_BL = batch['segments'] > 0
+    if 'counted' in batch:
+      counted_BL &= batch['counted']
+    weights_BL = counted_BL.astype(jnp.float32)
     nats = cross_entropy.chunked_cross_entropy(
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )
@@ -293,6 +361,23 @@ class LanguageModel(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
     return {name: empty(getattr(self, name)) for name in self.stacks}
+
+  def prefill(self, inputs_BL, tokens, max_length):
+    """Takes in the first L positions of every sequence in one parallel pass.
+
+    Sequences influence each other as in `step`, and no token is dropped.
+
+    Returns:
+      Float32 logits_BV of the last of these positions, and the state from which `step` goes on,
+      with room for `max_length` positions.
+    """
+    x_BLD = self._embed(inputs_BL, tokens)
+    state = self.init_state(inputs_BL.shape[0], max_length)
+    for name in self.stacks:
+      body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
+      x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
+      state[name] = jax.tree.map(_place, state[name], filled)
+    return self._project(self._normalize(x_BLD[:, -1])), state
 
   def step(self, inputs_B, state, tokens):
     """Decodes one position of every sequence: float32 logits_BV and the next state."""
@@ -311,10 +396,11 @@ class LanguageModel(nnx.Module):
     x = self.embedding[...][inputs]
     if self.config.positions == 'learned':
       x = x + self.position_embedding[...][tokens.positions]
-    return x.astype(self.config.dtype)
+    dtype = jnp.dtype(self.config.dtype)
+    return x.astype(jnp.promote_types(dtype, 'float32') if self.config.residual_float32 else dtype)
 
   def _normalize(self, x):
-    return self.final_norm(x) if self.config.final_norm else x
+    return (self.final_norm(x) if self.config.final_norm else x).astype(self.config.dtype)
 
   def _head(self):
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
@@ -322,6 +408,11 @@ class LanguageModel(nnx.Module):
   def _project(self, x):
     head_DV = self._head().astype(x.dtype)
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=jnp.float32)
+
+
+def _place(empty, filled):
+  """A cache of few positions at the start of one of more; states of constant size as they are."""
+  return jax.lax.dynamic_update_slice(empty, filled.astype(empty.dtype), (0,) * empty.ndim)
 
 
 def _make_block(pattern, config, init, key):

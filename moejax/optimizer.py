@@ -14,6 +14,7 @@ class OptimizerConfig:
   peak_lr: float
   warmup_steps: int
   final_lr_fraction: float
+  schedule_start: int
   b1: float
   b2: float
   eps: float
@@ -36,8 +37,9 @@ class OptimizerConfig:
       raise ValueError(f'optimizer.anneal_from must be a step, 0 or later, got {self.anneal_from}.')
     if self.accumulation < 1:
       raise ValueError(f'optimizer.accumulation must be at least 1, got {self.accumulation}.')
-    if self.warmup_steps < 0:
-      raise ValueError(f'optimizer.warmup_steps must not be negative, got {self.warmup_steps}.')
+    for name in ('warmup_steps', 'schedule_start'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'optimizer.{name} must not be negative, got {getattr(self, name)}.')
     if not 0 <= self.final_lr_fraction <= 1:
       raise ValueError(
         f'optimizer.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}.'
@@ -47,14 +49,19 @@ class OptimizerConfig:
 
 
 def make_schedule(config, steps):
-  """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it."""
-  return optax.warmup_cosine_decay_schedule(
+  """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it.
+
+  Both begin at `schedule_start`, and the cosine ends at `steps`.
+  """
+  steps -= config.schedule_start
+  schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0 if config.warmup_steps else config.peak_lr,
     peak_value=config.peak_lr,
     warmup_steps=config.warmup_steps,
     decay_steps=max(steps, config.warmup_steps + 1),
     end_value=config.peak_lr * config.final_lr_fraction,
   )
+  return lambda step: schedule(step - config.schedule_start)
 
 
 def make_optimizer(config, steps):
@@ -93,6 +100,16 @@ def _follow(schedule):
     return jax.tree.map(lambda _, p: schedule(step).astype(p.dtype) - p, updates, params), step
 
   return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def fresh_moments(optimizer, params, step):
+  """The state of `make_optimizer` after `step` steps that left no trace but in the schedule."""
+  return optax.tree.set(optimizer.init(params), _of_the_schedule, count=step)
+
+
+def _of_the_schedule(path, value):
+  del value
+  return getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
 
 
 def gradient_norm(gradients):

@@ -10,12 +10,13 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.ops import groups
+from moejax.ops.mesh import BATCH_AXES
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
-BATCH = P(groups.BATCH_AXES)
+BATCH = P(BATCH_AXES)
 
 # First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
 # the leading axis of stacked blocks stays whole.
@@ -25,7 +26,7 @@ RULES = (
   (r'head', P('fsdp', 'tensor')),
   (r'qkv', P('fsdp', None, 'tensor', None)),
   (r'out', P('tensor', None, 'fsdp')),
-  (r'experts/w_in', P('expert', 'fsdp', 'tensor')),
+  (r'experts/(w_in|w_gate)', P('expert', 'fsdp', 'tensor')),
   (r'experts/w_out', P('expert', 'tensor', 'fsdp')),
   (r'(w_in|w_gate)', P('fsdp', 'tensor')),
   (r'w_out', P('tensor', 'fsdp')),
@@ -78,6 +79,11 @@ def batch_shards(mesh):
   return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
+def replicated(mesh):
+  """The sharding of an array that is whole on every device."""
+  return NamedSharding(mesh, P())
+
+
 def state_shardings(abstract_state, mesh):
   """A NamedSharding for every array of the train state; optimizer moments lie as their parameters.
 
@@ -126,3 +132,31 @@ def place_batch(batch, mesh):
   sharding = NamedSharding(mesh, BATCH)
   place = jax.make_array_from_process_local_data
   return jax.tree.map(lambda rows: place(sharding, rows), batch)
+
+
+def process_part(mesh, num_rows):
+  """Which rows of a batch of `num_rows` the devices of this process hold: its part of the data.
+
+  Returns:
+    Arguments of `data.make_loader`: the rows, in order; which of how many equal parts they are.
+
+  Raises:
+    ValueError: processes hold parts that differ and overlap.
+  """
+  rows = {}
+  indices = NamedSharding(mesh, BATCH).devices_indices_map((num_rows,))
+  for device, (block,) in indices.items():
+    rows.setdefault(device.process_index, set()).update(range(*block.indices(num_rows)))
+  parts = sorted({tuple(sorted(held)) for held in rows.values()})
+  if sum(map(len, parts)) != num_rows:
+    raise ValueError(
+      f'mesh {dict(mesh.shape)}: the sequences of a batch do not lie in equal parts on the '
+      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
+    )
+  mine = tuple(sorted(rows[jax.process_index()]))
+  return {'rows': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
+
+
+def fetch(tree):
+  """A pytree of arrays as numpy arrays, whole on every process; all processes call it together."""
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -5,12 +5,9 @@ its config: data by step from its seed, and nothing random within a step.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
-import signal
-import threading
 import time
 
 import jax
@@ -27,6 +24,7 @@ from moejax import (
   sharding,
 )
 from moejax.checkpoint import Checkpoints
+from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
 from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
@@ -34,7 +32,11 @@ from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
 def init_state(model_config, optimizer, key):
   """A fresh train state: a pure dict of arrays."""
-  params = model_lib.init_params(model_config, key)
+  return start(model_lib.init_params(model_config, key), optimizer)
+
+
+def start(params, optimizer):
+  """The train state of step 0 with these parameters."""
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
@@ -94,53 +96,47 @@ def compile_train_step(stages, abstract_state, mesh):
     key=jax.random.key(stages.train.seed),
   )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  everywhere = sharding.replicated(mesh)  # every process reads the metrics
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
   return jitted.lower(abstract_state, sharding.abstract_batch(stages.data, mesh)).compile()
 
 
-class Interrupt:
-  """A context in which SIGINT and SIGTERM set a flag that the loop looks at between steps."""
-
-  def __init__(self):
-    self._event = threading.Event()
-
-  def __enter__(self):
-    signals = (signal.SIGINT, signal.SIGTERM)
-    self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
-    return self
-
-  def __exit__(self, *error):
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-
-  def _on_signal(self, number, frame):
-    del frame
-    self._event.set()
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-  def __bool__(self):
-    return self._event.is_set()
-
-
-@dataclasses.dataclass
 class Window:
-  """Metrics since the last log line, and the time they took without evaluation and saving."""
+  """Metrics since the last log line, and the time they took without evaluation and saving.
 
-  sums: dict = dataclasses.field(default_factory=dict)
-  count: int = 0
-  started: float = dataclasses.field(default_factory=time.monotonic)
+  A run that goes on takes up the totals of the one before it: its log lines are the same.
+  """
+
+  def __init__(self, sums=None, count=0):
+    self._sums, self._count, self._taken_up = dict(sums or {}), count, count
+    self._unread = None
+    self._started = time.monotonic()
 
   def add(self, measured):
-    for name, value in measured.items():
-      self.sums[name] = self.sums.get(name, 0.0) + value
-    self.count += 1
+    """Takes in a step just dispatched; reads the one before while the device works on this."""
+    self._read()
+    self._unread = measured
 
   def skip(self, seconds):
-    self.started += seconds
+    self._started += seconds
+
+  def totals(self):
+    """The arguments that make the same window again, as JSON can hold them."""
+    self._read()
+    return {'sums': self._sums, 'count': self._count}
 
   def means(self):
-    means = {name: total / self.count for name, total in self.sums.items()}
-    return means | {'seconds_per_step': (time.monotonic() - self.started) / self.count}
+    self._read()
+    seconds = time.monotonic() - self._started
+    means = {name: total / self._count for name, total in self._sums.items()}
+    return means | {'seconds_per_step': seconds / (self._count - self._taken_up)}
+
+  def _read(self):
+    if self._unread is not None:
+      for name, value in flat_metrics(self._unread).items():
+        self._sums[name] = self._sums.get(name, 0.0) + value
+      self._count += 1
+      self._unread = None
 
 
 def flat_metrics(measured):
@@ -150,8 +146,15 @@ def flat_metrics(measured):
   return flat | metrics_lib.flatten_aux(measured['aux'])
 
 
-def train(config, workdir):
+def train(config, workdir, start=None):
   """Runs a config in a folder, from its last checkpoint if there is one.
+
+  Args:
+    config: a ConfigDict.
+    workdir: the folder.
+    start: what a run without a checkpoint begins with: `start(run, abstract_state)` returns a state
+      with the shardings of `abstract_state`, at any step; it is evaluated and saved before the
+      first step. None: `init_state`.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
@@ -164,18 +167,17 @@ def train(config, workdir):
   mesh = sharding.make_mesh(stages.mesh)
   config_lib.check_mesh(stages, mesh)
   config_lib.check_same_run(config, workdir)
-  shard = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-  loader = data.make_loader(stages.data, 'train', **shard)
-  eval_loader = data.make_loader(stages.data, 'validation', **shard)
+  part = sharding.process_part(mesh, stages.data.batch_size)
+  loader = data.make_loader(stages.data, 'train', **part)
+  eval_loader = data.make_loader(stages.data, 'validation', **part)
   checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
-  checkpoints.make_writable()
   if stages.model.leaks():
     print(
       'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
       'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
     )
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
-    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints)
+    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints, start)
     with contextlib.closing(run.writer):
       finished = run.loop(interrupt)
     if finished:
@@ -188,7 +190,7 @@ def train(config, workdir):
 class Run:
   """A run in progress: its compiled step, its state, and where its numbers go."""
 
-  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints):
+  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints, start):
     self.stages, self.mesh, self.workdir = stages, mesh, workdir
     self.loader, self.eval_loader, self.checkpoints = loader, eval_loader, checkpoints
     self.metadata = {
@@ -196,11 +198,17 @@ class Run:
       'corpus': loader.fingerprint,
       'tokenizer': stages.tokenizer.fingerprint,
     }
-    self.state = self._restore_or_init()
+    self.window = Window()
+    latest = checkpoints.latest_step()
+    self.state = self._restore_or_init(latest, start)
     self.step = int(self.state['step'])
-    config_lib.write(config, workdir)
-    self.writer = metrics_lib.MetricsWriter(workdir, self.step)
+    if leads():
+      config_lib.write(config, workdir, loader.fingerprint)
+    self.writer = metrics_lib.make_writer(workdir, self.step)
     self.eval_result = {}
+    if start and latest is None:
+      self._evaluate()
+      self._save()
     self.train_loss = math.nan
     self.started, self.first_step = time.monotonic(), self.step
     self.tokens_per_step = stages.data.batch_size * stages.data.sequence_length
@@ -210,51 +218,56 @@ class Run:
       1 if jax.default_backend() == 'cpu' else jax.device_count()
     )
 
-  def _restore_or_init(self):
+  def _restore_or_init(self, step, start):
     optimizer = make_optimizer(self.stages.optimizer, self.stages.train.steps)
     key = jax.random.key(self.stages.train.seed)
     init = functools.partial(init_state, self.stages.model, optimizer, key)
     abstract = sharding.abstract(init, self.mesh)
+    self.checkpoints.make_writable(
+      sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    )
+    metadata = {}
+    if step is not None:
+      metadata = self.checkpoints.metadata(step)
+      self._check_same_text(metadata)
     started = time.monotonic()
     self.train_step = compile_train_step(self.stages, abstract, self.mesh)
     print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
-    step = self.checkpoints.latest_step()
+    if step is None and start:
+      return start(self, abstract)
     if step is None:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
-    metadata = self.checkpoints.metadata(step)
+    print(f'resuming from step {step}')
+    self.window = Window(**metadata.get('window', {}))
+    loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
+    return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
+
+  def _check_same_text(self, metadata):
     config_lib.check_tokenizer(metadata, self.stages.tokenizer)
-    if metadata['corpus'] != self.loader.fingerprint:
+    if metadata['corpus'] not in (None, self.loader.fingerprint):
       raise ValueError(
         f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
         f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
         'Python version, or changed files). Restore the corpus, or choose another folder.'
       )
-    print(f'resuming from step {step}')
-    return self.checkpoints.restore(step, abstract, self.loader, self.metadata['config'])
 
   def loop(self, interrupt):
     """Trains to the last step, or saves and returns False if interrupted."""
     train = self.stages.train
-    window = Window()
-    pending = None
-    while self.step < train.steps and not interrupt:
+    while self.step < train.steps and not interrupt.reached(self.step):
       batch = sharding.place_batch(self.loader.batch(self.step), self.mesh)
       self.state, measured = self.train_step(self.state, batch)
       self.step += 1
-      if pending is not None:  # read while the device works on the step just dispatched
-        window.add(flat_metrics(pending))
-      pending = measured
+      self.window.add(measured)
       if self.step % train.log_interval == 0 or self.step == train.steps:
-        window.add(flat_metrics(pending))
-        pending = None
-        self._log(window.means())
-        window = Window()
+        self._log(self.window.means())
+        self.window = Window()
       pause = time.monotonic()
       if self.step % train.eval_interval == 0 or self.step == train.steps:
         self._evaluate()
       if self.step % train.checkpoint_interval == 0 or self.step == train.steps:
         self._save()
-      window.skip(time.monotonic() - pause)
+      self.window.skip(time.monotonic() - pause)
     finished = self.step >= train.steps
     if not finished:
       self._save()
@@ -263,7 +276,8 @@ class Run:
     return finished
 
   def _save(self):
-    self.checkpoints.save(self.step, self.state, self.loader, self.metadata)
+    metadata = self.metadata | {'window': self.window.totals()}
+    self.checkpoints.save(self.step, self.state, self.loader, metadata)
 
   def _log(self, means):
     self.train_loss = means['loss']
@@ -303,13 +317,15 @@ class Run:
     )
     measured = self.eval_result | metrics_lib.flatten_aux(aux)
     self.writer.write(self.step, measured, prefix='validation')
-    if 'moe/load' in aux:
+    if leads() and 'moe/load' in aux:
       metrics_lib.plot_router(aux['moe/load'], self.workdir / 'router.png')
     print(f'step {self.step}: validation {_describe(self.eval_result)}', flush=True)
 
   def finish(self):
     """Writes the summary and the plot, and prints a sample and where everything is."""
     sample = self._sample()
+    if not leads():
+      return
     curves = {
       'train': metrics_lib.loss_curve(self.workdir),
       'validation': metrics_lib.loss_curve(self.workdir, 'validation/loss'),

@@ -340,7 +340,13 @@ def test_missing_step(tmp_path, opened):
 def test_unwritable_folder_is_named_at_once(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='workdir: cannot write checkpoints to .*file/checkpoints'):
-    Checkpoints(tmp_path / 'file' / 'checkpoints').make_writable()
+    Checkpoints(tmp_path / 'file' / 'checkpoints').make_writable(0)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tmp_path):
+  Checkpoints(tmp_path).make_writable(1)
+  with pytest.raises(ValueError, match='takes 1000000000000.0 MB, but the disk of .* has only'):
+    Checkpoints(tmp_path).make_writable(10**18)
 
 
 def test_failed_save_is_reported_by_the_next_call(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Every config file through the real entry point, and what it says about mistakes."""
 
+import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +13,12 @@ import time
 
 import pytest
 
-from configs import common, mot
-from moejax import metrics
+from configs import common, moe as moe_config, moe_mamba, mot
+from moejax import metrics, model
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common')
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
 )
 
 
@@ -24,31 +26,49 @@ def _moejax(*args, program='main', cwd=ROOT, **kwargs):
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
   command = [sys.executable, '-m', f'moejax.{program}', *args]
   return subprocess.run(
-    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **kwargs
   )
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """`trained(name)`: a finished run of a config's debug form, its folder and what it printed."""
+
+  @functools.cache
+  def train(name):
+    folder = tmp_path_factory.mktemp(name)
+    workdir = folder / 'run'
+    result = _moejax(f'--config=configs/{name}.py:debug', f'--workdir={workdir}', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+  return train
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
-  run = [f'--config=configs/{name}.py:debug', f'--workdir={tmp_path}/run']
-  first = _moejax(*run, cwd=tmp_path)
-  assert first.returncode == 0, first.stderr
-  assert 'sample: def ' in first.stdout and 'bits per byte' in first.stdout
-  losses = metrics.loss_curve(tmp_path / 'run')
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')  # as if it had been killed before
-  again = _moejax(*run, cwd=tmp_path)
+def test_every_config_trains(name, trained):
+  workdir, result = trained(name)
+  assert 'sample: def ' in result.stdout and 'bits per byte' in result.stdout
+  assert not result.stderr
+  assert json.loads((workdir / 'summary.json').read_text())['steps'] == 6
+
+
+@pytest.mark.parametrize('name', ['mot', 'moe'])
+def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained, tmp_path):
+  run = shutil.copytree(trained(name)[0], tmp_path / 'run')
+  losses = metrics.loss_curve(run)
+  shutil.rmtree(run / 'checkpoints' / '6')  # as if it had been killed before
+  again = _moejax(f'--config=configs/{name}.py:debug', f'--workdir={run}')
   assert again.returncode == 0, again.stderr
   assert 'resuming from step 3' in again.stdout
-  assert metrics.loss_curve(tmp_path / 'run') == losses  # bitwise, in a fresh process
-  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert metrics.loss_curve(run) == losses  # bitwise
+  summary = json.loads((run / 'summary.json').read_text())
   assert summary['steps'] == 6 and summary['resumed_from'] == 3
-  evaluated = _moejax(f'--workdir={tmp_path}/run', program='evaluate')
+  evaluated = _moejax(f'--workdir={run}', program='evaluate')
   assert evaluated.returncode == 0, evaluated.stderr
   loss = json.loads(evaluated.stdout)['loss']
   assert loss == pytest.approx(summary['validation']['loss'], rel=1e-6)
-  generated = _moejax(
-    f'--workdir={tmp_path}/run', '--prompt=def ', '--length=5', program='generate'
-  )
+  generated = _moejax(f'--workdir={run}', '--prompt=def ', '--length=5', program='generate')
   assert generated.returncode == 0, generated.stderr
   assert generated.stdout.startswith('def ')
 
@@ -60,8 +80,11 @@ def test_every_config_trains_resumes_evaluates_and_generates(name, tmp_path):
     (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
     (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
+    (['--config.model.mot.group=1'], "no field 'group'; --print_config shows"),
     (['--config.model.d_model=abc'], 'd_model'),
     (['train'], "unexpected argument 'train'"),
+    (['--config=configs/mot.py:debug', '--workdir=gs://bucket/run'], 'expected a folder'),
+    (['--config=configs/mot.py:debug', '--process_id=1'], '--coordinator_address and --num_proc'),
     (['--config=configs/mot.py:debug', '--config.mesh.data=3'], 'does not fit'),
     (['--config=configs/mot.py:debug', '--workdir=/proc/none'], 'workdir'),
   ],
@@ -111,6 +134,58 @@ def test_the_papers_names_become_sizes():
   assert (c.model.mot.num_experts, c.model.mot.group_size) == (512, 32)
   assert c.model.blocks == ((('attention', 'mlp'), 4), (('attention', 'mot'), 4))
   assert c.optimizer.peak_lr == 7e-4 and c.data.batch_size == 256
+
+
+INNER = ('conv', 'gate', 'out', 'conv+gate', 'conv+out', 'gate+out', 'conv+gate+out')
+MOE_MAMBA = [
+  'parallel',
+  *(f'ratio={n}x{6 - n}' for n in range(1, 6)),
+  *(f'inner={inner}' for inner in INNER),
+  *(f'inner={inner},every_other' for inner in INNER),
+]
+
+
+@pytest.mark.parametrize('size', ['debug', '3M', '25M', '100M'])
+@pytest.mark.parametrize('words', MOE_MAMBA)
+def test_variants_of_moe_mamba(words, size):
+  c = moe_mamba.get_config(f'{size},{words}')
+  model.ModelConfig(**c.model.to_dict() | {'vocab_size': 259, 'max_length': c.data.sequence_length})
+  assert c.model.positions == 'none' and c.model.moe.balance_loss == 0.01
+  if size != 'debug':
+    assert c.model.moe.capacity_factor == 1
+
+
+def test_the_names_of_moe_mamba_become_sizes():
+  c = moe_mamba.get_config('25M')
+  assert c.model.blocks == ((('mamba', 'moe'), 8),)
+  assert (c.model.d_ff, c.model.moe.expansion_rate, c.optimizer.peak_lr) == (1536, 42, 5e-4)
+  c = moe_mamba.get_config('25M,ratio=4x2')
+  assert c.model.mamba.expand == pytest.approx(2 + 2 / 3)
+  assert (c.model.d_ff, c.model.moe.expansion_rate) == (1024, 48)
+  c = moe_mamba.get_config('25M,inner=conv+out,every_other')
+  assert c.model.blocks == ((('mamba', 'moe_in_mamba'), 8),)
+  assert (c.model.d_ff, c.model.moe.expansion_rate) == (352, 24)
+  c = moe_mamba.get_config('100M,parallel,experts=16')
+  assert c.model.blocks == ((('mamba+moe',), 16),) and c.model.moe.expansion_rate == 16
+  c = moe_config.get_config('25M,dense')
+  assert c.model.blocks == ((('attention', 'mlp'), 8),) and c.data.sequence_length == 1024
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    ('ratio=4x3', 'expected MAMBAxEXPERT'),
+    ('ratio=6x0', 'expected MAMBAxEXPERT'),
+    ('ratio=2', 'expected MAMBAxEXPERT'),
+    ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
+    ('inner=conv,parallel', 'inner= has no Switch layers'),
+    ('paralel', "Did you mean 'parallel'?"),
+    ('parallel=1', "Did you mean 'parallel'?"),
+  ],
+)
+def test_mistakes_in_the_words_of_moe_mamba(words, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    moe_mamba.get_config(words)
 
 
 def test_unknown_words_are_refused():

@@ -23,7 +23,8 @@ RANKS = (
   ('', 'ops'),  # '' is moejax/__init__.py
   ('layers',),
   ('model',),
-  ('cli', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops'),
+  ('cli', 'distributed', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops')
+  + ('hf_mamba',),
   ('scaling_laws',),
   ('config',),
   ('evaluate',),
@@ -270,8 +271,9 @@ def test_names_are_true_in_the_model(changes):
 
   def decode(params):
     model = model_lib.bind(config, params)
-    tokens = jax.tree.map(lambda a_BL: a_BL[:, 0], tiny.tokens(batch))
-    return model.step(batch['inputs'][:, 0], model.init_state(tiny.B, tiny.L), tokens)
+    at = lambda where: jax.tree.map(lambda a_BL: a_BL[:, where], tiny.tokens(batch))
+    _, state = model.prefill(batch['inputs'][:, :1], at(slice(1)), tiny.L)
+    return model.step(batch['inputs'][:, 1], state, at(1))
 
   with shapes.checked():
     params = jax.eval_shape(functools.partial(model_lib.init_params, config), jax.random.key(0))

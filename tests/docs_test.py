@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import model as model_lib
+from configs import mot
+from moejax import config as config_lib, convert, model as model_lib
 from moejax.layers import moe
 from tests import tiny
 
@@ -50,3 +51,25 @@ def test_the_router_of_the_page_routes_and_learns(routers):
   np.testing.assert_allclose(aux['moe/load'], 1, atol=1 / experts)
   assert (aux['moe/dropped'] == 0).all()
   assert np.abs(gradients['stack_0']['1_moe']['layer']['router']).max() > 0
+
+
+def test_the_names_on_the_page_are_those_in_the_file(tmp_path, monkeypatch):
+  config = mot.get_config('debug')
+  stages = config_lib.resolve(config)
+  abstract = convert.abstract_params(stages.model)
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+  convert.write_run(config, stages, params, tmp_path / 'run')
+  convert.to_safetensors(tmp_path / 'run', tmp_path / 'mot.safetensors')
+  page = (DOCS / 'convert.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  monkeypatch.chdir(tmp_path)
+  found = {}
+  exec(compile(code, 'convert.md', 'exec'), found)
+  assert found['config']['model']['d_model'] == 16
+  kinds = {re.sub(r'stack_\d\.\d\.\d', 'stack_S.B.I', name) for name in found['shapes']}
+  (table,) = re.findall(r'\| name \| shape \|\n(.*?)\n\n', page, re.DOTALL)
+  table = table.replace('KIND', 'mot')
+  for name in kinds - {'position_embedding'}:
+    parent, _, last = name.rpartition('.')
+    in_full, beside = f'`{name}`', rf'`{re.escape(parent)}\.\w+`, `\.{last}`'
+    assert in_full in table or re.search(beside, table) or name.endswith(('.scale', '.bias')), name

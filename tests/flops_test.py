@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dense, fine_grained, mamba, moe, mot
+from configs import dense, fine_grained, mamba, moe, moe_mamba, mot
 from moejax import flops, model as model_lib
 from tests import tiny
 
@@ -102,6 +102,9 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
+    {'blocks': ((('mamba', 'mot+moe+mlp'), 2), (('mamba+moe',), 3)), 'moe_output_norm': True},
+    {'blocks': tiny.MOE_IN_MAMBA, 'moe_output_norm': True, 'moe_balance_bias': True},
+    {'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out', 'activation': 'swiglu'},
     {'blocks': tiny.MOE, 'activation': 'swiglu', 'd_ff': 20, 'moe_shared_width': 5},
   ],
 )
@@ -127,6 +130,54 @@ def test_mamba_of_the_paper(size, width, layers, layer, millions):
   assert counts['by_kind']['mamba'] == layers * layer
   assert counts['active'] == counts['non_embedding'] == layers * (layer + 2 * width)
   assert round(counts['active'] / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+  ('words', 'total', 'active'),
+  [
+    # arXiv:2401.04081, tables 1 and 4.
+    ('25M', 542, 26),
+    ('100M', 2439, 117),
+    ('25M,experts=1', 26, 26),
+    ('25M,experts=4', 64, 26),
+    ('25M,experts=8', 114, 26),
+    ('25M,experts=16', 215, 26),
+    ('25M,experts=32', 416, 26),
+    # Table 2. Its caption says 542M for all, but 3x3 has as many parameters as 32 experts above.
+    # Active ones differ a little, because a Mamba layer has more than 6 d^2.
+    ('25M,ratio=1x5', 403, 26),
+    ('25M,ratio=2x4', 412, 26),
+    ('25M,ratio=3x3', 416, 26),
+    ('25M,ratio=4x2', 421, 27),
+    ('25M,ratio=5x1', 426, 27),
+  ],
+)
+@pytest.mark.parametrize('parallel', ['', ',parallel'])
+def test_moe_mamba_of_the_paper(words, parallel, total, active):
+  counts = flops.param_counts(_paper_config(moe_mamba, words + parallel))
+  norms = counts['by_kind']['norm']  # without them the 117.52M of 100M round to the paper's 117M
+  assert round((counts['non_embedding'] - norms) / 1e6) == total
+  assert round((counts['active'] - norms) / 1e6) == active
+
+
+@pytest.mark.parametrize('every_other', ['', ',every_other'])
+@pytest.mark.parametrize(
+  'inner', ['conv', 'gate', 'out', 'conv+gate', 'conv+out', 'gate+out', 'conv+gate+out']
+)
+def test_experts_inside_mamba_keep_its_active_parameters(inner, every_other):
+  """arXiv:2401.04081, table 3: 24 experts per layer, 512 to 352 to 1024 or back."""
+  config = _paper_config(moe_mamba, f'25M,inner={inner}{every_other}')
+  counts, plain = flops.param_counts(config), flops.param_counts(_paper_config(mamba, '25M'))
+  assert counts['by_kind']['experts'] == 16 * 24 * (512 + 1024) * 352
+  assert plain['active'] < counts['active'] < 1.04 * plain['active']
+  kinds = flops.forward_flops_per_token(config, 256)
+  layers = 8 if every_other else 16
+  switches = layers * len(inner.split('+'))
+  assert kinds['experts'] == 2 * switches * (512 + 1024) * 352
+  dense = flops.forward_flops_per_token(_paper_config(mamba, '25M'), 256)
+  removed = dense['mamba_projections'] - kinds['mamba_projections']
+  assert removed == 2 * switches * 512 * 1024
+  assert kinds['mamba_scan'] == dense['mamba_scan']
 
 
 def test_every_sublayer_has_a_cost():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import model as model_lib
+from moejax import evaluate, model as model_lib
 from tests import tiny
 
 
@@ -66,28 +66,67 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
   np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('positions', ['learned', 'none'])
+@pytest.mark.parametrize('positions, split', [('learned', 5), ('none', 1)])
 @MODELS
-def test_decoding_step_by_step_equals_the_forward_pass(model, positions):
+def test_decoding_equals_the_forward_pass(model, positions, split):
   config = tiny.model_config(**tiny.MODELS[model], positions=positions, final_norm=True)
   config = config.dropless() or config  # decoding drops nobody
   params = _random_params(config)
   batch = tiny.batch()
 
-  @jax.jit
-  def decode(params):
-    model = model_lib.bind(config, params)
-
-    def advance(state, position):
-      at = tiny.tokens(jax.tree.map(lambda a: jnp.asarray(a)[:, position], batch))
-      logits_BV, state = model.step(jnp.asarray(batch['inputs'])[:, position], state, at)
-      return state, logits_BV
-
-    state = model.init_state(tiny.B, tiny.L)
-    return jnp.moveaxis(jax.lax.scan(advance, state, jnp.arange(tiny.L))[1], 0, 1)
-
   forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
-  np.testing.assert_allclose(decode(params), forward, rtol=2e-5, atol=2e-5)
+  decoded = _decode(config, split, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, split, params, batch):
+  """Logits of positions split - 1 and later: a prefill of `split` positions, then single steps."""
+  model = model_lib.bind(config, params)
+  inputs_BL, tokens = jnp.asarray(batch['inputs']), tiny.tokens(batch)
+
+  def advance(state, position):
+    at = jax.tree.map(lambda a_BL: a_BL[:, position], tokens)
+    logits_BV, state = model.step(inputs_BL[:, position], state, at)
+    return state, logits_BV
+
+  prefix = jax.tree.map(lambda a_BL: a_BL[:, :split], tokens)
+  length = inputs_BL.shape[1]
+  first_BV, state = model.prefill(inputs_BL[:, :split], prefix, length)
+  rest = jax.lax.scan(advance, state, jnp.arange(split, length))[1]
+  return jnp.concatenate([first_BV[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+
+
+@pytest.mark.parametrize('mode', ['unmixed', 'discrete'])
+def test_decoding_equals_the_forward_pass_in_every_mode(mode):
+  config = evaluate.decoding(tiny.model_config(), mode)
+  params, batch = _random_params(config), tiny.batch()
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  decoded = _decode(config, 5, params, batch)
+  np.testing.assert_allclose(decoded, forward[:, 4:], rtol=2e-5, atol=2e-5)
+
+
+def test_the_forward_pass_can_give_way_to_steps_at_every_position():
+  length = 3
+  mixing = ((('moe', 'mot', 'attention'), 1),)
+  config = tiny.model_config(blocks=mixing, moe_router='expert_choice', d_model=6, positions='rope')
+  params, batch = _random_params(config), tiny.batch(length=length)
+  forward = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  for split in range(1, length + 1):
+    decoded = _decode(config, split, params, batch)
+    np.testing.assert_allclose(decoded, forward[:, split - 1 :], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('model, grows', [('dense', True), ('mamba', False)])
+def test_only_attention_remembers_every_position(model, grows):
+  config = tiny.model_config(**tiny.MODELS[model])
+
+  def size(length):
+    params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+    state = jax.eval_shape(lambda p: model_lib.bind(config, p).init_state(tiny.B, length), params)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+  assert (size(64) > size(8)) == grows
 
 
 def test_padding_has_no_influence_on_other_examples():
@@ -121,6 +160,25 @@ def test_gradients_reach_every_expert_and_the_controller():
   assert (np.abs(layer['controller']).max(axis=-2) > 0).all()
 
 
+@pytest.mark.parametrize('model', ['moe mamba', 'moe in mamba'])
+def test_gradients_reach_every_parameter_of_mamba_with_experts(model):
+  config = tiny.model_config(**tiny.MODELS[model])
+  (_, aux), gradients = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  assert (aux['moe/load'] > 0).all()
+  for path, gradient in jax.tree.leaves_with_path(gradients):
+    per_expert = np.abs(gradient.reshape(*gradient.shape[:2], -1)).max(axis=-1)
+    per_layer = per_expert if 'experts' in jax.tree_util.keystr(path) else per_expert.max()
+    assert (per_layer > 0).all(), path
+
+
+def test_every_part_with_experts_counts_once():
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  (_, aux), _ = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  switches = 1 + 2  # one beside Mamba, two inside
+  assert aux['auxiliary_loss'].shape == (switches,)
+  assert aux['moe/load'].shape == (switches, tiny.E)
+
+
 @pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'loss_chunk': 4}])
 def test_how_it_is_computed_does_not_change_the_loss(changes):
   plain, other = tiny.model_config(), tiny.model_config(**changes)
@@ -132,8 +190,9 @@ def test_how_it_is_computed_does_not_change_the_loss(changes):
   jax.tree.map(close, other_gradients, gradients)
 
 
-def test_recomputation_keeps_the_chosen_experts():
-  config = tiny.model_config(**tiny.MODELS['token choice'], remat='full')
+@pytest.mark.parametrize('router', ['token choice', 'expert choice'])
+def test_recomputation_keeps_the_chosen_experts(router):
+  config = tiny.model_config(**tiny.MODELS[router], remat='full')
   loss = lambda params: model_lib.bind(config, params).loss(tiny.batch())[0]
   program = str(jax.make_jaxpr(jax.grad(loss))(_random_params(config)))
   assert program.count('top_k[') == 1  # of one scanned block: none in its backward pass
@@ -183,13 +242,34 @@ def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
   assert np.abs(got - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
+def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
+  params = _random_params(tiny.model_config())
+  inputs, tokens = tiny.batch()['inputs'], tiny.tokens(tiny.batch())
+  logits = lambda **changes: _logits(tiny.model_config(**changes), params, inputs, tokens)
+  error = lambda **changes: np.abs(logits(dtype='bfloat16', **changes) - logits()).mean()
+  assert 0 < error(residual_float32=True) < 0.9 * error()
+
+  @jax.jit
+  def activations(params):
+    config = tiny.model_config(dtype='bfloat16', residual_float32=True)
+    return model_lib.bind(config, params).activations(inputs, tokens)[0]
+
+  assert activations(params).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
     ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
+    ({'blocks': ((('mamba+mo',), 1),)}, "model.blocks: no sublayer 'mo'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'in+out'}, 'moe_in must be some of conv, gate'),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out+out'}, "got 'out.out'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'moe_shared_width': 3}, 'moe.shared_width = 3'),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
+    ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
+    ({'blocks': 'attention'}, "and nothing else, as in .* got 'attention'"),
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
     ({'mot_routing': 'hard'}, 'model.mot.routing must be one of softmax, discrete, uniform'),

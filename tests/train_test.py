@@ -19,6 +19,7 @@ def _debug_config(module=mot, **changes):
   config = module.get_config('debug')
   config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
   config.optimizer.accumulation = 1
+  config.train.log_interval = 3
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   return config
@@ -44,7 +45,7 @@ class _StopAfter(train.Interrupt):
     super().__init__()
     self.left = steps + 1
 
-  def __bool__(self):
+  def reached(self, step):
     self.left -= 1
     return self.left <= 0
 
@@ -55,7 +56,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   with monkeypatch.context() as patch:
     patch.setattr(train, 'Interrupt', lambda: _StopAfter(4))
     assert train.train(_debug_config(), tmp_path) == cli.INTERRUPTED
-  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4
+  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4  # between log lines
   assert train.train(_debug_config(), tmp_path) == cli.OK
   (step, params), (other_step, other_params) = _params_of(finished), _params_of(tmp_path)
   assert step == other_step == 6
@@ -68,6 +69,8 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   assert {'config.json', 'metrics.jsonl', 'summary.json', 'loss.png', 'checkpoints'} <= names
   summary = json.loads((finished / 'summary.json').read_text())
   assert summary['tokens_seen'] == 6 * 16 * 32
+  assert json.loads((finished / 'config.json').read_text())['corpus'] == summary['corpus']
+  assert config_lib.read(finished).to_dict() == _debug_config().to_dict()
   assert summary['parameters']['total'] > summary['parameters']['active'] > 0
   assert 0 < summary['validation']['loss'] < 7
   nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
@@ -117,6 +120,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import loader
 
   monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
+  monkeypatch.setattr(train, 'compile_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 
@@ -147,6 +151,7 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_pat
     ({'optimizer.peak_lr': -1.0}, 'optimizer.peak_lr must be positive'),
     ({'optimizer.decay': 'some'}, 'optimizer.decay must be all or matrices'),
     ({'train.steps': 0}, 'train.steps must be at least 1'),
+    ({'train.sample_prompt': ''}, 'train.sample_prompt must not be empty'),
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),
     ({'mesh.tensor': 1, 'mesh.data': 8, 'data.batch_size': 12}, 'cannot be split over the 8'),
   ],
@@ -245,6 +250,23 @@ def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
   np.testing.assert_allclose(np.array(scales).T, 2 * [[1, 1, 0.75, 0.5, 0.25, 0]])
 
 
+def test_decay_of_matrices_spares_the_recurrence_of_mamba():
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0, 'decay': 'matrices'}
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  shapes = jax.eval_shape(lambda: train.model_lib.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  names = {True: set(), False: set()}
+  for path, update in jax.tree.leaves_with_path(updates):
+    names[bool((update < 0).all())].add(path[-1].key)
+  assert names[False] == {'a_log', 'skip', 'delta_bias', 'conv_bias', 'scale', 'bias'}
+  assert names[True] >= {'w_in', 'w_gate', 'w_out', 'w_select', 'w_delta', 'conv_kernel', 'router'}
+
+
 def test_the_balance_bias_moves_against_the_load():
   from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
 
@@ -280,6 +302,8 @@ def test_equal_active_flops_at_every_size(other):
     pair = [_model_of(module, size) for module in (dense, other)]
     a, b = (flops.training_flops_per_token(model, 256)['model'] for model in pair)
     assert a == pytest.approx(b, rel=1e-9), size
+    a, b = (module.get_config(size) for module in (dense, other))
+    assert (a.train.steps, a.data) == (b.train.steps, b.data), size
 
 
 def _model_of(module, size):

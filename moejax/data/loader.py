@@ -2,12 +2,12 @@
 
 A batch is a dict of int32 arrays [B, L]: `inputs`, `targets`, `segments` (1, 2, ... for the
 documents packed into a row, 0 for padding) and `positions` (inside the segment). The loss counts
-where `segments > 0`. With several processes, each gets its rows of the global batch: the block
-number `process_index` of `process_count` equal blocks.
+where `segments > 0`. With several processes, each gets its part of the rows of the global batch.
 """
 
 import hashlib
 import pathlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,24 +38,35 @@ class Loader(Protocol):
 
 
 def make_loader(
-  config: config_lib.DataConfig, split: str, *, process_index: int = 0, process_count: int = 1
+  config: config_lib.DataConfig,
+  split: str,
+  *,
+  part: int = 0,
+  num_parts: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> Loader:
   """Returns the loader of a split, 'train' or 'validation'.
+
+  Args:
+    config: what to read.
+    split: of `corpus.SPLITS`.
+    part, num_parts: which of how many equal parts of every batch this process reads.
+    rows: the rows of the global batch that are this part; default: the block number `part`.
 
   Raises ValueError, naming the config field, if the source cannot be read or is too small.
   """
   if split not in corpus.SPLITS:
     raise ValueError(f'expected a split of {corpus.SPLITS}, got {split!r}')
-  if config.batch_size % process_count:
+  if config.batch_size % num_parts:
     raise ValueError(
-      f'data.batch_size: expected a multiple of the {process_count} processes, '
-      f'got {config.batch_size}.'
+      f'data.batch_size: expected a multiple of the {num_parts} processes, got {config.batch_size}.'
     )
   if config.source == 'seqio':
     from moejax.data import seqio_loader
 
-    return seqio_loader.SeqioLoader(config, split, process_index, process_count)
-  return TokenLoader(config, split, process_index, process_count)
+    return seqio_loader.SeqioLoader(config, split, part, num_parts)
+  size = config.batch_size // num_parts
+  return TokenLoader(config, split, range(part * size, (part + 1) * size) if rows is None else rows)
 
 
 class TokenLoader:
@@ -73,7 +84,7 @@ class TokenLoader:
   processes.
   """
 
-  def __init__(self, config, split, process_index, process_count):
+  def __init__(self, config, split, rows):
     if config.source == 'tokens':
       index = token_files.read_index(config)
       self._tokens = token_files.read(config, index, split)
@@ -96,8 +107,7 @@ class TokenLoader:
     self.num_batches = self.num_rows // size
     self._length, self._size, self._seed = length, size, config.seed
     self._shuffle = split == 'train'
-    rows = size // process_count
-    self._block = np.arange(process_index * rows, (process_index + 1) * rows)
+    self._in_batch = np.array(rows)
 
   def batch(self, step: int) -> Batch:
     """Returns this process's rows of the global batch of any step."""
@@ -122,8 +132,8 @@ class TokenLoader:
   def _rows(self, step: int) -> np.ndarray:
     """Returns which rows of the corpus this process reads at a step."""
     if not self._shuffle:
-      return step % self.num_batches * self._size + self._block
-    place = step * self._size + self._block
+      return step % self.num_batches * self._size + self._in_batch
+    place = step * self._size + self._in_batch
     passes = place // self.num_rows
     rows = np.empty_like(place)
     for number in np.unique(passes):  # a batch may end one pass and begin the next

@@ -44,15 +44,13 @@ class SeqioLoader:
   bytes_per_token: float | None = None
   num_batches: int | None = None
 
-  def __init__(self, config, split, process_index, process_count):
+  def __init__(self, config, split, part, num_parts):
     self._tf = _modules().tf
     self._sequence_length = config.sequence_length
-    self._process_index, self._process_count = process_index, process_count
+    self._part, self._num_parts = part, num_parts
     tokenizer = tokenizer_lib.make_tokenizer(config)
     task, name = _find_task(config, tokenizer)
-    self._make_dataset = functools.partial(
-      _packed, config, task, split, process_index, process_count
-    )
+    self._make_dataset = functools.partial(_packed, config, task, split, part, num_parts)
     self.fingerprint = loader.fingerprint('seqio', name, tokenizer.fingerprint)
     self._restart()
 
@@ -92,8 +90,8 @@ class SeqioLoader:
     if not path.with_suffix('.json').is_file():
       saved = sorted(file.name for file in pathlib.Path(directory).glob('seqio-*.json'))
       raise ValueError(
-        f'the checkpoint holds no data position for process {self._process_index} of '
-        f'{self._process_count} in {directory}, only {saved}; a seqio task resumes with the number '
+        f'the checkpoint holds no data position for process {self._part} of '
+        f'{self._num_parts} in {directory}, only {saved}; a seqio task resumes with the number '
         'of processes it was saved with.'
       )
     state = json.loads(path.with_suffix('.json').read_text())
@@ -116,7 +114,7 @@ class SeqioLoader:
     return {'fingerprint': self.fingerprint, 'sequence_length': self._sequence_length}
 
   def _state_path(self, directory: pathlib.Path) -> pathlib.Path:
-    return directory / f'seqio-{self._process_index:05d}-of-{self._process_count:05d}'
+    return directory / f'seqio-{self._part:05d}-of-{self._num_parts:05d}'
 
 
 def encode(
@@ -279,7 +277,7 @@ def _check_vocabulary(config, task, tokenizer) -> None:
     )
 
 
-def _packed(config, task, split, process_index, process_count):
+def _packed(config, task, split, part, num_parts):
   """Returns the endless dataset of one process's packed batches."""
   seqio, tf = _modules().seqio, _modules().tf
   length, shuffle = config.sequence_length, split == 'train'
@@ -291,7 +289,7 @@ def _packed(config, task, split, process_index, process_count):
       split=split,
       shuffle=shuffle,
       seed=config.seed,
-      shard_info=seqio.ShardInfo(process_index, process_count),
+      shard_info=seqio.ShardInfo(part, num_parts),
       num_epochs=None,
       try_in_mem_cache=False,
     )
@@ -300,7 +298,7 @@ def _packed(config, task, split, process_index, process_count):
     dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
   dataset = dataset.map(lambda ids: {'targets': ids})
   dataset = seqio.LMFeatureConverter(pack=True)(dataset, {'targets': length})
-  dataset = dataset.batch(config.batch_size // process_count, drop_remainder=True).prefetch(2)
+  dataset = dataset.batch(config.batch_size // num_parts, drop_remainder=True).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True
   return dataset.with_options(options)

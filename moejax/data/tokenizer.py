@@ -248,7 +248,8 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise ValueError(f'--vocab_size: {vocab_size} does not fit these texts: {error}') from error
+    reason = str(error).rpartition('] ')[2]  # after the place in its source and the condition
+    raise ValueError(f'--vocab_size: {vocab_size} does not fit these texts: {reason}') from error
   return model.getvalue()
 
 

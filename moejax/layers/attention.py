@@ -29,6 +29,10 @@ class Attention(nnx.Module):
     return q_BLHP, k_BLHP, v_BLHP
 
   def __call__(self, x_BLD, tokens):
+    return self.prefill(x_BLD, tokens)[0], {}
+
+  def prefill(self, x_BLD, tokens):
+    """The forward pass: y_BLD, and the cache of its positions."""
     q_BLHP, k_BLHP, v_BLHP = self._project(x_BLD, tokens.positions)
     mask = None
     if self.document_mask:
@@ -41,7 +45,8 @@ class Attention(nnx.Module):
       is_causal=True,
       implementation=_implementation(x_BLD.dtype),
     )
-    return jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(x_BLD.dtype)), {}
+    y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(x_BLD.dtype))
+    return y_BLD, {'k': k_BLHP, 'v': v_BLHP}
 
   def init_state(self, batch_size, max_length, dtype):
     """An empty cache: keys and values of every position."""

@@ -18,6 +18,35 @@ class Tokens(NamedTuple):
   positions: jax.Array  # position of the token in its document or row
   key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
 
+  def for_part(self, index):
+    """The same for one of several parts, which have noise of their own."""
+    return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
+
+
+def join_aux(auxes):
+  """The `aux` of several sublayers as one: name -> list of what they measured, in their order."""
+  joined = {}
+  for aux in auxes:
+    for name, value in aux.items():
+      joined.setdefault(name, []).extend(jax.tree.leaves(value))
+  return joined
+
+
+class Stateless(nnx.Module):
+  """A sublayer that keeps nothing of earlier positions: it decodes by its forward pass."""
+
+  def init_state(self, batch_size, max_length, dtype):
+    del batch_size, max_length, dtype
+    return {}
+
+  def prefill(self, x_BLD, tokens):
+    return self(x_BLD, tokens)[0], {}
+
+  def step(self, x_BD, state, tokens):
+    """The forward pass over one position of every sequence."""
+    one_position = jax.tree.map(lambda a: a[:, None], tokens)
+    return self.prefill(x_BD[:, None], one_position)[0][:, 0], state
+
 
 def truncated_normal(key, shape, fan_in, scale, dtype=jnp.float32):
   """N(0, scale / fan_in) cut at +-2 * scale, an absolute bound.

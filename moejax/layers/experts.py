@@ -8,46 +8,59 @@ from flax import nnx
 
 from moejax.layers import common
 from moejax.layers.mlp import gated_width
-from moejax.ops import dispatch, expert_loop, grouped_matmul
+from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul
 
 
 class Experts(nnx.Module):
   """E independent bias-free networks y = act(x W_in) W_out of width F, as `layers.mlp.MLP`.
 
-  `fan_in_out`: the fan-in that W_out is initialised with; the width if None.
+  `d_out`: width of y, that of x if None. `fan_in_out`: the fan-in that W_out is initialised with;
+  the hidden width if None.
   """
 
   def __init__(
-    self, *, num_experts, d_model, expert_width, activation, init, rngs, fan_in_out=None
+    self,
+    *,
+    num_experts,
+    d_model,
+    expert_width,
+    activation,
+    init,
+    rngs,
+    d_out=None,
+    fan_in_out=None,
   ):
     self.activation = activation
     gated = activation == 'swiglu'
     width = gated_width(expert_width) if gated else expert_width
     self.w_in = init(rngs, num_experts, d_model, width, fan_in=d_model)
-    self.w_out = init(rngs, num_experts, width, d_model, fan_in=fan_in_out or width)
+    self.w_out = init(rngs, num_experts, width, d_out or d_model, fan_in=fan_in_out or width)
     if gated:
       self.w_gate = init(rngs, num_experts, d_model, width, fan_in=d_model)
 
   def __call__(self, x_ECD):
     """C rows for each expert: y_ECD in the dtype of x."""
-    weights = self._weights(x_ECD.dtype)
-    return _outer(self.activation, _inner(x_ECD, weights), None, weights)
+    return _rows(self.activation, x_ECD, None, self._weights(x_ECD.dtype))
 
-  def route(self, x_TD, plan, impl='auto') -> jax.Array:
-    """Every token through its experts: y_TD, their outputs summed with the weights of the plan.
+  def route(self, make_plan, x_GTD, logits_GTE, valid_GT, impl='auto') -> expert_parallel.Routed:
+    """Every token through its experts: [.., d_out], summed with the weights of the plan.
 
-    `impl`: 'loop' goes expert by expert and is the fastest on a CPU; 'rows' moves all rows at once,
-    for accelerators; 'auto' chooses by the default device.
+    `make_plan(logits_GTE, valid_GT, packed=...)` is the router. `impl`: 'loop' goes expert by
+    expert and is the fastest on a CPU; 'rows' moves all rows at once, for accelerators; 'auto'
+    chooses by the default device.
     """
-    weights = self._weights(x_TD.dtype)
-    if loops(impl):
-      return expert_loop.map_experts(_EXPERT[self.activation], x_TD, plan, weights)
-    rows = dispatch.dispatch(x_TD, plan)
-    product = jnp.matmul
-    if plan.packed:
-      product = functools.partial(_grouped, group_sizes_E=plan.sizes_E)
-    h = _inner(rows, weights, product)
-    return dispatch.combine(_outer(self.activation, h, plan.weight, weights, product), plan)
+    return expert_parallel.route_groups(
+      make_plan,
+      expert_parallel.Experts(
+        route=functools.partial(_route, self.activation, impl),
+        rows=functools.partial(_rows, self.activation),
+      ),
+      x_GTD,
+      logits_GTE,
+      valid_GT,
+      self._weights(x_GTD.dtype),
+      packed=loops(impl),
+    )
 
   def _weights(self, dtype):
     names = ('w_in', 'w_out', 'w_gate') if self.activation == 'swiglu' else ('w_in', 'w_out')
@@ -55,8 +68,23 @@ class Experts(nnx.Module):
 
 
 def loops(impl):
-  """Whether `Experts.route` goes expert by expert; packed plans are the faster ones then."""
+  """Whether experts are run one by one; packed plans are the faster ones then."""
   return impl == 'loop' or (impl == 'auto' and jax.default_backend() == 'cpu')
+
+
+def _route(activation, impl, x_TD, plan, weights):
+  """What the experts of a plan make of all tokens: y_TD."""
+  if loops(impl):
+    return expert_loop.map_experts(_EXPERT[activation], x_TD, plan, weights)
+  product = jnp.matmul
+  if plan.packed:
+    product = functools.partial(_grouped, group_sizes_E=plan.sizes_E)
+  rows = _rows(activation, dispatch.dispatch(x_TD, plan), plan.weight, weights, product)
+  return dispatch.combine(rows, plan)
+
+
+def _rows(activation, rows, weight, weights, product=jnp.matmul):
+  return _outer(activation, _inner(rows, weights, product), weight, weights, product)
 
 
 def _grouped(x_TD, w_EDF, group_sizes_E):

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moejax.layers import common
 
 
-class MLP(nnx.Module):
+class MLP(common.Stateless):
   """y = act(x W_in) W_out without biases; the width F is d_ff.
 
   Input and output x_BLD, any float dtype. Looks at one token at a time. `aux` is empty.
@@ -25,24 +24,13 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BLD, tokens):
     del tokens
-    return self._forward(x_BLD), {}
-
-  def init_state(self, batch_size, max_length, dtype):
-    del batch_size, max_length, dtype
-    return {}
-
-  def step(self, x_BD, state, tokens):
-    del tokens
-    return self._forward(x_BD), state
-
-  def _forward(self, x):
-    h = jnp.einsum('...D,DF->...F', x, self.w_in[...].astype(x.dtype))
+    h_BLF = jnp.einsum('BLD,DF->BLF', x_BLD, self.w_in[...].astype(x_BLD.dtype))
     if self.activation == 'swiglu':
-      gate = jnp.einsum('...D,DF->...F', x, self.w_gate[...].astype(x.dtype))
-      h = jax.nn.silu(gate) * h
+      gate_BLF = jnp.einsum('BLD,DF->BLF', x_BLD, self.w_gate[...].astype(x_BLD.dtype))
+      h_BLF = jax.nn.silu(gate_BLF) * h_BLF
     else:
-      h = common.ACTIVATIONS[self.activation](h)
-    return jnp.einsum('...F,FD->...D', h, self.w_out[...].astype(x.dtype))
+      h_BLF = common.ACTIVATIONS[self.activation](h_BLF)
+    return jnp.einsum('BLF,FD->BLD', h_BLF, self.w_out[...].astype(x_BLD.dtype)), {}
 
 
 def gated_width(d_ff):

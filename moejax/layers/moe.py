@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import mlp
-from moejax.layers.common import LayerNorm
-from moejax.layers.experts import Experts, loops
-from moejax.ops import routing
+from moejax.layers import common, mlp
+from moejax.layers.experts import Experts
+from moejax.ops import groups, routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +76,16 @@ class MoEConfig:
     if not self.capacity_factor:
       return None
     return routing.expert_capacity(num_tokens, self.top_k, self.num_experts, self.capacity_factor)
+
+  def decoding(self):
+    """The same layer in decoding.
+
+    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by
+    itself, in groups of as many sequences as in training.
+    """
+    if self.router == 'expert_choice':
+      return dataclasses.replace(self, group_by='position')
+    return dataclasses.replace(self, capacity_factor=0.0, group_size=1)
 
   def problems(self, d_ff, length):
     """Yields one sentence per impossible value; `length` is that of the sequences."""
@@ -169,13 +178,13 @@ def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
 ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
 
 
-class MixtureOfExperts(nnx.Module):
+class MixtureOfExperts(common.Stateless):
   """Sparse mixture of experts.
 
-  Input and output x_BLD, any float dtype; scores, weights and losses in float32 at least. The
-  batch is cut into routing groups: `group_size` consecutive whole sequences, in which tokens are
-  ordered by position, or, with `group_by = 'position'`, the tokens of those sequences at one
-  position. Padding (segment 0) is never routed.
+  Input and output x_BLD, any float dtype, or output of another width `d_out`; scores, weights and
+  losses in float32 at least. The batch is cut into routing groups: `group_size` consecutive whole
+  sequences, in which tokens are ordered by position, or, with `group_by = 'position'`, the tokens
+  of those sequences at one position. Padding (segment 0) is never routed.
 
   Leaks: token choice is causal: who finds no slot is decided by earlier tokens, and those at the
   same position, of its group. Expert choice by position is causal, but the examples of a group see
@@ -186,7 +195,7 @@ class MixtureOfExperts(nnx.Module):
   its share of all choices times E, so that 1 is uniform.
   """
 
-  def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
+  def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = Experts(
@@ -194,6 +203,7 @@ class MixtureOfExperts(nnx.Module):
       d_model=d_model,
       expert_width=config.expert_width(d_ff),
       activation=activation,
+      d_out=d_out,
       fan_in_out=config.fan_in_out(d_ff),
       init=init,
       rngs=rngs,
@@ -205,80 +215,66 @@ class MixtureOfExperts(nnx.Module):
         d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
       )
     if config.output_norm:
-      self.output_norm = LayerNorm(d_model, init.dtype)
+      self.output_norm = common.LayerNorm(d_out or d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens):
-    B, L, D = x_BLD.shape
-    M = self.config.group_size
+    return self._forward(x_BLD, tokens, self.config)
+
+  def prefill(self, x_BLD, tokens):
+    """The forward pass as in decoding: no token is dropped, no position waits for a later one."""
+    return self._forward(x_BLD, tokens, self.config.decoding())[0], {}
+
+  def _forward(self, x_BLD, tokens, config):
+    B, L, _ = x_BLD.shape
+    M = config.group_size
     if B % M:
       raise ValueError(
         f'model.moe.group_size = {M} must divide the number of sequences routed together, got {B}. '
         'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
       )
-    T = M if self.config.by_position else M * L
-    # Positions before sequences: earlier positions come first in every group.
-    grouped = lambda a: jnp.swapaxes(a.reshape(B // M, M, *a.shape[1:]), 1, 2)
-    x_GTD = grouped(x_BLD).reshape(-1, T, D)
-    valid_GT = (grouped(tokens.segments) > 0).reshape(-1, T)
-    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, self.config.capacity(T))
-    y_BLD = jnp.swapaxes(y_GTD.reshape(B // M, L, M, D), 1, 2).reshape(B, L, D)
+    grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
+    x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
+    y, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(x_GTD.shape[1]))
+    y = grouped.join(y)
     if self.config.shared_width:
-      y_BLD += self.shared(x_BLD, tokens)[0]
-    return (self.output_norm(y_BLD) if self.config.output_norm else y_BLD), aux
+      y += self.shared(x_BLD, tokens)[0]
+    return (self.output_norm(y) if self.config.output_norm else y), aux
 
   def _route(self, x_GTD, valid_GT, key, capacity):
     config = self.config
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
-    plan = ROUTERS[config.router](
+    make_plan = lambda logits_GTE, valid_GT, packed: ROUTERS[config.router](
       logits_GTE,
       config=config,
       capacity=capacity,
       valid_GT=valid_GT,
       bias_E=bias_E,
-      packed=capacity is None or loops(config.impl),
+      packed=packed or capacity is None,
     )
-    D = x_GTD.shape[-1]
-    y_TD = self.experts.route(x_GTD.reshape(-1, D), plan, config.impl)
-    return y_TD.reshape(x_GTD.shape), self._aux(plan, logits_GTE, valid_GT, bias_E)
+    routed = self.experts.route(make_plan, x_GTD, logits_GTE, valid_GT, config.impl)
+    return routed.y, self._aux(routed, logits_GTE, valid_GT, bias_E)
 
-  def _aux(self, plan, logits_GTE, valid_GT, bias_E):
+  def _aux(self, routed, logits_GTE, valid_GT, bias_E):
     config = self.config
     balance = routing.load_balancing_loss(
-      logits_GTE, plan.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
+      logits_GTE, routed.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
     )
     z = routing.z_loss(logits_GTE, valid_GT)
     loss = config.balance_loss * balance + config.z_loss * z
-    load_E = plan.counts_GE.sum(axis=0).astype(jnp.float32)
+    load_E = routed.counts_GE.sum(axis=0).astype(jnp.float32)
     load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
     if bias_E is not None:
       # Of value 0; its gradient is how much more than its share an expert got, and the optimizer
       # takes the sign of the whole batch's.
       pull = jnp.sum(bias_E * (load_E - 1))
       loss += pull - jax.lax.stop_gradient(pull)
-    health = routing.router_health(plan, logits_GTE, valid_GT) | {'balance': balance, 'z': z}
+    health = routing.router_health(routed.counts_GE, routed.number_GT, logits_GTE, valid_GT)
+    health |= {'balance': balance, 'z': z}
     return {f'moe/{name}': value for name, value in health.items()} | {
       'moe/load': load_E,
       'auxiliary_loss': loss,
     }
-
-  def init_state(self, batch_size, max_length, dtype):
-    del batch_size, max_length, dtype
-    return {}
-
-  def step(self, x_BD, state, tokens):
-    """Routes one position of every sequence: token choice drops nobody, expert choice groups the
-    sequences as training does at one position."""
-    mixes = self.config.router == 'expert_choice'
-    M = self.config.group_size if mixes else x_BD.shape[0]
-    x_GTD = x_BD.reshape(-1, M, x_BD.shape[-1])
-    valid_GT = (tokens.segments > 0).reshape(-1, M)
-    capacity = self.config.capacity(M) if mixes else None
-    y_GTD, _ = self._route(x_GTD, valid_GT, None, capacity)
-    y_BD = y_GTD.reshape(x_BD.shape)
-    if self.config.shared_width:
-      y_BD += self.shared.step(x_BD, {}, tokens)[0]
-    return (self.output_norm(y_BD) if self.config.output_norm else y_BD), state
 
 
 def _jitter(x, amount, key):

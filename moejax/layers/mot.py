@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import experts
-from moejax.layers.common import LayerNorm
+from moejax.layers import common, experts
 from moejax.ops import groups, mixing, routing
+
+_COLDEST = 1e-6  # temperature at the end of annealing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class MoTConfig:
       )
 
 
-class MixtureOfTokens(nnx.Module):
+class MixtureOfTokens(common.Stateless):
   """Continuous mixture of experts over examples (arXiv:2310.15961).
 
   Input and output x_BLD, any float dtype; scores and weights in float32, or in bfloat16 if x and
@@ -124,8 +125,8 @@ class MixtureOfTokens(nnx.Module):
       if config.separate_temperatures:
         self.emit_temperature = nnx.Param(start)
     if config.expert_norm:
-      self.norm_in = LayerNorm(d_model, init.dtype)
-      self.norm_out = LayerNorm(d_model, init.dtype)
+      self.norm_in = common.LayerNorm(d_model, init.dtype)
+      self.norm_out = common.LayerNorm(d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens):
     B, L, _ = x_BLD.shape
@@ -201,16 +202,3 @@ class MixtureOfTokens(nnx.Module):
     if self.config.separate_temperatures:
       aux['mot/emit_temperature'] = self._temperature('emit_temperature').mean().astype(jnp.float32)
     return aux
-
-  def init_state(self, batch_size, max_length, dtype):
-    del batch_size, max_length, dtype
-    return {}
-
-  def step(self, x_BD, state, tokens):
-    """Mixes the sequences of a group at this step, as training does at one position."""
-    by_group = lambda a: a.reshape(-1, self.config.group_size, *a.shape[1:])
-    y_CMD, _ = self._mix(by_group(x_BD), by_group(tokens.segments > 0))
-    return y_CMD.reshape(x_BD.shape), state
-
-
-_COLDEST = 1e-6

@@ -29,12 +29,13 @@ def combine(rows, plan):
   """
   D = rows.shape[-1]
   rows_RD = rows.reshape(-1, D)
+  R = rows_RD.shape[0]
   last = plan.by_token.shape[0] - 1
 
   def add_row(i, y_TD):
     row_T = plan.by_token[jnp.minimum(plan.first + i, last)]
-    next_TD = rows_RD.at[row_T].get(mode='promise_in_bounds')
-    return y_TD + jnp.where((i < plan.number)[:, None], next_TD, 0)
+    next_TD = rows_RD.at[jnp.minimum(row_T, R - 1)].get(mode='promise_in_bounds')
+    return y_TD + jnp.where(((i < plan.number) & (row_T < R))[:, None], next_TD, 0)
 
   y_TD = jnp.zeros((plan.number.shape[0], D), jnp.promote_types(rows.dtype, jnp.float32))
   if plan.max_per_token <= 8:  # one fused pass

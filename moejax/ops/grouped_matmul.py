@@ -5,8 +5,13 @@ Backends of `grouped_matmul`, all equal by value and gradient:
   reference   masked product of every row with every matrix: E times the FLOPs; says what it means.
   blocked     a loop over blocks of rows of one group, in plain XLA: runs anywhere.
   ragged_dot  `jax.lax.ragged_dot`: grouped on TPU from jax 0.11 (before, its weight gradient is
-              not); elsewhere XLA expands it to E times the FLOPs and memory.
+              not); elsewhere XLA expands it to E times the FLOPs and memory, unless a GPU has a
+              flag set that is off by default (jax 0.7 to 0.12).
   megablox    the Pallas kernel for TPU that comes with jax.
+
+On a GPU that leaves the loop: one block after the other, but no product in vain. It has not been
+timed on one. Layers come here only without a capacity (`model.moe.capacity_factor = 0`); with one
+their experts are a batched product there.
 """
 
 import typing
@@ -23,7 +28,8 @@ def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
     w_EDF: one matrix per group, of the same dtype.
     group_sizes_E: int32, rows of each group; a group can be empty. Their sum is at most T.
     impl: 'auto' or a backend. 'auto' goes by the default device: on TPU 'ragged_dot', or 'megablox'
-      where jax is older than 0.11; else 'blocked'. Name it when compiling for another device.
+      where jax is older than 0.11; on CPU and GPU 'blocked'. Name it when compiling for another
+      device.
 
   Returns:
     y_TF in the dtype of x. Rows beyond the groups are zero, whatever x holds there, even NaN, and

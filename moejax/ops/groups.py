@@ -7,15 +7,14 @@ mixed by one device, in one order, on every mesh.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-# Mesh axes that split the batch, the outermost first.
-BATCH_AXES = ('data', 'fsdp', 'expert')
+from moejax.ops import mesh
+from moejax.ops.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Groups:
     return by_position.reshape(-1, self.size, *a.shape[2:])
 
   def _join(self, a, order_B):
-    positions = self._padded_length // self._split_over(self._swapped)
+    positions = self._padded_length // mesh.size(*self._swapped)
     by_position = a.reshape(-1, positions, *a.shape[1:])
     a = jnp.swapaxes(by_position, 1, 2).reshape(-1, positions, *a.shape[2:])
     if order_B is not None:
@@ -70,7 +69,7 @@ class Groups:
 
   @property
   def _is_spread(self):
-    shards = self._split_over(BATCH_AXES)
+    shards = mesh.size(*BATCH_AXES)
     return shards > 1 and self.batch % shards == 0
 
   @property
@@ -83,17 +82,31 @@ class Groups:
       return ()
     if self.order_B is not None:
       return BATCH_AXES
-    rows = self.batch // self._split_over(BATCH_AXES)
+    rows = self.batch // mesh.size(*BATCH_AXES)
     candidates = (BATCH_AXES[i:] for i in range(len(BATCH_AXES), -1, -1))
-    return next(axes for axes in candidates if rows * self._split_over(axes) % self.size == 0)
+    return next(axes for axes in candidates if rows * mesh.size(*axes) % self.size == 0)
 
   @property
   def _padded_length(self):
-    return -(-self.length // self._split_over(self._swapped)) * self._split_over(self._swapped)
+    return -(-self.length // mesh.size(*self._swapped)) * mesh.size(*self._swapped)
 
-  def _split_over(self, axes):
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+
+@dataclasses.dataclass(frozen=True)
+class WholeSequences:
+  """Groups of all tokens of `size` sequences, earlier positions first; they lie where they lay."""
+
+  size: int
+
+  def split(self, a):
+    """[B, L, ...] to [B / size, L * size, ...]."""
+    by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
+    return by_position.reshape(len(by_position), -1, *a.shape[2:])
+
+  def join(self, a):
+    """[B / size, L * size, ...] back to [B, L, ...]."""
+    by_position = a.reshape(len(a), -1, self.size, *a.shape[2:])
+    length = by_position.shape[1]
+    return jnp.swapaxes(by_position, 1, 2).reshape(-1, length, *a.shape[2:])
 
 
 def to_experts(a_ECD):
@@ -107,11 +120,9 @@ def from_experts(a_ECD):
 
 
 def _swap_experts(a_ECD, before, after, axes):
-  mesh = jax.sharding.get_abstract_mesh()
   E, C, _ = a_ECD.shape
-  if mesh.empty or mesh.shape['expert'] == 1:
-    return a_ECD
-  if E % mesh.shape['expert'] or C % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+  ways = mesh.size('expert')
+  if ways == 1 or E % ways or C % mesh.size(*BATCH_AXES):
     return a_ECD
   swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
   return jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)

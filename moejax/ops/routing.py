@@ -57,7 +57,8 @@ class Plan:
   weight: jax.Array  # like token: what the expert's output is multiplied by; 0 in an empty row
   used: jax.Array  # bool, like token: False in an empty row
   sizes_E: jax.Array  # int32: rows in use by each expert
-  by_token: jax.Array  # int32: rows (of the flattened layout) listed token by token
+  by_token: jax.Array  # int32: rows (of the flattened layout) listed token by token; a number
+  #   beyond the layout stands for a row that is not here (`own_experts`)
   first: jax.Array  # int32 [G*T]: where in `by_token` the rows of a token start
   number: jax.Array  # int32 [G*T]: how many rows a token has; 0 for padding and dropped tokens
   counts_GE: jax.Array  # int32: tokens that chose an expert, or were chosen by it, before drops
@@ -209,6 +210,36 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
   )
 
 
+def own_experts(plan, first, number):
+  """The part of a plan that `number` experts from `first` on, an int32 scalar, have in it.
+
+  A plan for the same tokens, with rows and sizes of these experts alone; combining adds up what
+  they contribute. In a packed plan their rows come first, and any number of them has room.
+  """
+  own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, number)
+  sizes_E = own(plan.sizes_E)
+  if plan.packed:
+    length = plan.token.shape[0]
+    offset = jnp.where(jnp.arange(plan.sizes_E.shape[0]) < first, plan.sizes_E, 0).sum()
+    end = sizes_E.sum()
+    used = jnp.arange(length) < end
+    own = lambda a: jax.lax.dynamic_slice_in_dim(jnp.pad(a, (0, length)), offset, length)
+    weight = jnp.where(used, own(plan.weight), 0)
+  else:
+    offset, end = first * plan.token.shape[1], number * plan.token.shape[1]
+    used, weight = own(plan.used), own(plan.weight)
+  token = own(plan.token)
+  row = plan.by_token - offset
+  return dataclasses.replace(
+    plan,
+    token=token,
+    weight=weight,
+    used=used,
+    sizes_E=sizes_E,
+    by_token=jnp.where((0 <= row) & (row < end), row, token.size),
+  )
+
+
 def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
   """Every expert takes the `capacity` best tokens of each group (arXiv:2202.09368).
 
@@ -346,8 +377,14 @@ def _valid_sum(a, valid):
   return jnp.where(valid, a, 0).sum(axis=(0, 1))
 
 
-def router_health(plan, logits_GTE, valid_GT):
+def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
   """Scalars that say whether a router works, over the valid tokens of all groups, no gradient.
+
+  Args:
+    counts_GE: choices per expert, before drops.
+    number_GT: experts that a token reached.
+    logits_GTE: router scores.
+    valid_GT: bool; False is padding.
 
   Returns:
     A dict of float32: `load_max` (load of the busiest expert over the mean load), `load_cv`
@@ -358,26 +395,16 @@ def router_health(plan, logits_GTE, valid_GT):
   """
   logits_GTE = jax.lax.stop_gradient(_wide(logits_GTE))
   E = logits_GTE.shape[-1]
-  load_E = plan.counts_GE.sum(axis=0).astype(jnp.float32)
+  load_E = counts_GE.sum(axis=0).astype(jnp.float32)
   mean = jnp.maximum(load_E.mean(), 1 / E)  # nothing routed at all: all loads 0
   num_valid = jnp.maximum(valid_GT.sum(), 1).astype(jnp.float32)
   entropy_GT = jax.scipy.special.entr(jax.nn.softmax(logits_GTE)).sum(axis=-1)
-  valid = valid_GT.reshape(-1)
   health = {
     'load_max': load_E.max() / mean,
     'load_cv': load_E.std() / mean,
     'dead': (load_E == 0).mean(),
-    'dropped': 1 - plan.sizes_E.sum() / jnp.maximum(load_E.sum(), 1),
-    'unrouted': jnp.sum(valid & (plan.number == 0)) / num_valid,
+    'dropped': 1 - number_GT.sum() / jnp.maximum(load_E.sum(), 1),
+    'unrouted': jnp.sum(valid_GT & (number_GT == 0)) / num_valid,
     'entropy': _valid_sum(entropy_GT, valid_GT) / num_valid / (math.log(E) or 1.0),
   }
   return {name: value.astype(jnp.float32) for name, value in health.items()}
-
-
-def bias_update(bias_E, counts_E, rate):
-  """The bias one step closer to balance: up by `rate` for experts below the mean load, down above.
-
-  arXiv:2408.15664, algorithm 1. `counts_E` are the choices before drops of the whole batch.
-  """
-  load_E = counts_E.astype(bias_E.dtype)
-  return bias_E + rate * jnp.sign(load_E.mean() - load_E)

@@ -15,18 +15,18 @@ Implementations of `selective_scan`, all equal by value and gradient:
 
   reference      a loop of `step` over the positions, differentiated by JAX.
   cpu, gpu, tpu  the chunked form in plain XLA, its loops cut for that platform.
+  tpu_kernel     the chunked form as a Pallas kernel, where a device has a multiple of 128 channels.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Names of the mesh axes along which sequences and channels may lie.
-BATCH_AXES = ('data', 'fsdp', 'expert')
-CHANNEL_AXIS = 'tensor'
+from moejax.ops import mesh
+
+CHANNEL_AXIS = 'tensor'  # of the mesh, along which channels may lie
 
 
 def selective_scan(
@@ -52,18 +52,18 @@ def selective_scan(
     skip_I, bias_I: weights of x in y, and of the step size.
     state_BNI: the state before the first position; None is zero.
     reset_BL: bool, true where a document starts: the state before that position is forgotten.
-    impl: 'auto' (the default device's platform) or an implementation by name.
+    impl: an implementation, or 'auto': that of the default device's platform, on TPU the kernel
+      where it can be. Name it when compiling for another platform.
 
   Returns:
     y_BLI in the dtype of x, and the state_BNI after the last position in float32 (float64 where x
     is). The state and all sums have that dtype throughout. Both have gradients.
 
-  Under a mesh, every device scans its own sequences (BATCH_AXES) and channels (CHANNEL_AXIS); only
-  gradients of what they share (a, skip, bias; b, c) are summed, once, after the scan.
+  Under a mesh, every device scans its own sequences (along `mesh.BATCH_AXES`) and channels (along
+  CHANNEL_AXIS); only gradients of what they share (a, skip, bias; b, c) are summed, once, after the
+  scan.
   """
-  if impl == 'auto':
-    impl = jax.default_backend()
-  if impl not in _IMPLEMENTATIONS:
+  if impl not in ('auto', *_IMPLEMENTATIONS):
     raise ValueError(f'impl must be auto, {", ".join(_IMPLEMENTATIONS)}; got {impl!r}.')
   B, L, I = x_BLI.shape
   dtype = jnp.promote_types(x_BLI.dtype, jnp.float32)
@@ -74,7 +74,7 @@ def selective_scan(
     state_BNI = jnp.zeros((B, a_IN.shape[1], I), dtype)
   keep_BL = jnp.ones((B, L), dtype) if reset_BL is None else 1 - reset_BL.astype(dtype)
   return _per_device(
-    _IMPLEMENTATIONS[impl],
+    functools.partial(_run, impl),
     _Sequences(x_BLI, delta_BLI, b_BLN, c_BLN, gate_BLI, keep_BL),
     channels,
     state_BNI.astype(dtype),
@@ -115,7 +115,8 @@ def _per_device(scan, sequences, channels, state_BNI):
 
   Left to itself, XLA puts two all-reduces into every step of the backward pass.
   """
-  rows, columns = _partition(state_BNI.shape[0], state_BNI.shape[2])
+  rows, tensor = mesh.batch_axes(state_BNI.shape[0]), mesh.size(CHANNEL_AXIS)
+  columns = CHANNEL_AXIS if tensor > 1 and state_BNI.shape[2] % tensor == 0 else None
   if not rows and not columns:
     return scan(sequences, channels, state_BNI)
   P = jax.sharding.PartitionSpec
@@ -130,17 +131,12 @@ def _per_device(scan, sequences, channels, state_BNI):
   )(sequences, channels, state_BNI)
 
 
-def _partition(num_sequences, num_channels):
-  """Axes of the current mesh to split sequences and channels over; None where there is none."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free = {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
-  rows = ()
-  for name in BATCH_AXES:
-    split = math.prod(free[axis] for axis in rows) * free.get(name, 1)
-    if free.get(name, 1) > 1 and num_sequences % split == 0:
-      rows += (name,)
-  tensor = free.get(CHANNEL_AXIS, 1)
-  return rows or None, CHANNEL_AXIS if tensor > 1 and num_channels % tensor == 0 else None
+def _run(impl, sequences, channels, state_BNI):
+  if impl == 'auto':
+    impl = jax.default_backend()
+    if impl == 'tpu' and state_BNI.shape[2] % _LANES == 0:
+      impl = 'tpu_kernel'
+  return _IMPLEMENTATIONS[impl](sequences, channels, state_BNI)
 
 
 def _reference(sequences, channels, state_BNI):
@@ -184,14 +180,19 @@ _TUNINGS = {
 
 
 def _chunked(tuning, sequences, channels, state_BNI):
+  chunk = min(tuning.chunk, sequences.x.shape[1])
+  scan = functools.partial(_scan, tuning._replace(chunk=chunk))
+  return _in_chunks(chunk, scan, sequences, channels, state_BNI)
+
+
+def _in_chunks(chunk, scan, sequences, channels, state_BNI):
+  """`scan` of sequences that are filled up to whole chunks."""
   L = sequences.x.shape[1]
-  chunk = min(tuning.chunk, L)
   # Behind the end dt is softplus(-inf) = 0: the state stays as it is.
   fill = _Sequences(x=0, delta=-jnp.inf, b=0, c=0, gate=0, keep=1)
   padded = jax.tree.map(functools.partial(_pad, -L % chunk), sequences, fill)
-  result: Any = _scan(tuning._replace(chunk=chunk), padded, channels, state_BNI)
-  y_BLI, state_BNI = result
-  return y_BLI[:, :L], state_BNI
+  y, state_BNI = scan(padded, channels, state_BNI)
+  return y[:, :L], state_BNI
 
 
 def _pad(positions, v, value):
@@ -328,7 +329,22 @@ def _sum_channels(tuning, v_BNI, weights_BI):
   return jnp.einsum('BNI,BI->BN', v_BNI, weights_BI, precision=jax.lax.Precision.HIGHEST)
 
 
+_LANES = 128  # of a TPU: the kernel takes channels in multiples of it
+
+
+def _tpu_kernel(sequences, channels, state_BNI, interpret=False):
+  from moejax.ops import selective_scan_tpu  # here, because few need Pallas and it loads slowly
+
+  I = state_BNI.shape[2]
+  if I % _LANES:
+    raise ValueError(f'tpu_kernel takes channels in multiples of {_LANES}, got {I} per device.')
+  chunk = selective_scan_tpu.chunk_size(sequences.x.shape[1])
+  scan = functools.partial(selective_scan_tpu.scan, interpret)
+  return _in_chunks(chunk, scan, sequences, channels, state_BNI)
+
+
 _IMPLEMENTATIONS = {
   'reference': _reference,
   **{name: functools.partial(_chunked, tuning) for name, tuning in _TUNINGS.items()},
+  'tpu_kernel': _tpu_kernel,
 }

@@ -11,7 +11,6 @@ Each has --help.
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -175,29 +174,14 @@ def plot():
   return cli.OK
 
 
-# Name -> flags, program, whether it takes arguments. Programs import what they need: --help is
-# quick.
+# Programs import what they need: --help is quick.
 COMMANDS = {
-  'plan': (_define_plan, plan, False),
-  'grid': (_define_grid, grid, False),
-  'run': (_define_run, run, False),
-  'fit': (_define_fit, fit, True),
-  'plot': (_define_plot, plot, False),
+  'plan': cli.Command(_define_plan, plan),
+  'grid': cli.Command(_define_grid, grid),
+  'run': cli.Command(_define_run, run),
+  'fit': cli.Command(_define_fit, fit, takes_arguments=True),
+  'plot': cli.Command(_define_plot, plot),
 }
 
-
-def main():
-  """Runs the command that the first argument names."""
-  name = sys.argv[1] if len(sys.argv) > 1 else ''
-  if name not in COMMANDS:
-    print(f'error: expected one of {", ".join(COMMANDS)}, got {name!r}.', file=sys.stderr)
-    sys.exit(cli.USAGE)
-  define, program, takes_arguments = COMMANDS[name]
-  define()
-  del sys.argv[1]
-  _FLAGS.set_gnu_getopt()  # flags may stand before, between and after arguments
-  cli.run(program, needs_config=False, takes_arguments=takes_arguments)
-
-
 if __name__ == '__main__':
-  main()
+  cli.run_command(COMMANDS)

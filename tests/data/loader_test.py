@@ -67,12 +67,18 @@ def test_seeking_anywhere_equals_iterating(config):
 @pytest.mark.parametrize('count', [2, 4])
 def test_processes_share_one_global_batch(config, split, count):
   whole = data.make_loader(config, split)
-  parts = [
-    data.make_loader(config, split, process_index=i, process_count=count) for i in range(count)
-  ]
+  parts = [data.make_loader(config, split, part=i, num_parts=count) for i in range(count)]
   for step in (0, 5, 1000):
     joined = [part.batch(step) for part in parts]
     _equal({k: np.concatenate([b[k] for b in joined]) for k in joined[0]}, whole.batch(step))
+
+
+def test_a_process_may_read_scattered_rows(config):
+  whole, some = (
+    data.make_loader(config, 'train'),
+    data.make_loader(config, 'train', part=1, num_parts=2, rows=(0, 3)),
+  )
+  _equal(some.batch(7), {k: v[[0, 3]] for k, v in whole.batch(7).items()})
 
 
 def test_a_pass_visits_every_row_once(config):
@@ -144,7 +150,7 @@ def test_a_batch_that_is_just_large_enough(make_config, tmp_path):
 
 def test_wrong_process_count_or_split(config):
   with pytest.raises(ValueError, match=r'data\.batch_size: expected a multiple of the 3 processes'):
-    data.make_loader(config, 'train', process_count=3)
+    data.make_loader(config, 'train', num_parts=3)
   with pytest.raises(ValueError, match='valid'):
     data.make_loader(config, 'valid')
 

@@ -139,7 +139,7 @@ def test_another_run_cannot_take_over_the_position(config, make_config, tmp_path
   train = data.make_loader(config, 'train')
   train.batch(0)
   train.save(tmp_path)
-  two = data.make_loader(config, 'train', process_index=1, process_count=2)
+  two = data.make_loader(config, 'train', part=1, num_parts=2)
   with pytest.raises(
     ValueError, match=r'no data position for process 1 of 2.*seqio-00000-of-00001'
   ):
@@ -152,7 +152,7 @@ def test_another_run_cannot_take_over_the_position(config, make_config, tmp_path
 
 def test_processes_read_different_documents(config):
   def texts(index):
-    part = data.make_loader(config, 'train', process_index=index, process_count=2)
+    part = data.make_loader(config, 'train', part=index, num_parts=2)
     batches = [part.batch(step) for step in range(60)]
     assert batches[0]['inputs'].shape == (2, 32)
     starts = [s for b in batches for s in _segments(b) if s[0] == ord('t') + 3]

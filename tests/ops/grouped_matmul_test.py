@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from moejax.ops import grouped_matmul
 from tests import shapes
@@ -89,7 +90,7 @@ def test_megablox_interpreted(monkeypatch):
 def test_lowers_for_tpu(impl):
   x_TD, w_EDF, sizes_E, dy_TF = _inputs('rows beyond', 'bfloat16', D=128, F=256)
   f = jax.jit(functools.partial(_with_gradients.__wrapped__, impl))
-  text = jax.export.export(f, platforms=['tpu'])(x_TD, w_EDF, sizes_E, dy_TF).mlir_module()
+  text = export.export(f, platforms=['tpu'])(x_TD, w_EDF, sizes_E, dy_TF).mlir_module()
   assert ('tpu_custom_call' if impl == 'megablox' else 'ragged_dot') in text
 
 

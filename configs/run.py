@@ -1,0 +1,12 @@
+"""The config of a run that is there: to train it on, or with changes.
+
+python -m moejax.main --config=configs/run.py:DIR --workdir=DIR --config.train.steps=6000
+"""
+
+from moejax import config
+
+
+def get_config(arg=None):
+  if not arg:
+    raise ValueError('--config=configs/run.py: expected a folder, --config=configs/run.py:DIR.')
+  return config.read(arg).lock()

@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: creates it, installs this checkout on its hosts, runs one command on
+# all of them, follows the log, goes on after preemptions, and deletes the slice at the end.
+#
+#   launch/tpu_run.sh --name=mot --zone=us-west4-a --type=v5litepod-16 --spot \
+#     --config=configs/mot.py:base --workdir=gs://BUCKET/mot
+#   launch/tpu_run.sh logs --name=mot --zone=us-west4-a     # follow a run that is going on
+#   launch/tpu_run.sh delete --name=mot --zone=us-west4-a   # end it, and the costs
+#
+# Every other flag goes to python -m moejax.main. Buckets (gs://) are mounted on the hosts.
+#   --project=P       of the slice; default: gcloud's own
+#   --spot            cheaper, and may be taken away at any time
+#   --keep            do not delete the slice at the end
+#   --max_failures=N  give up after as many in a row (default 3); being preempted is none
+#   --dry_run         print the commands
+#
+# Exit codes: 0 done, 1 given up, 2 usage or config error.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly PAUSE=${PAUSE:-30} # seconds between looks at the slice
+readonly LONG=3600          # seconds after which an attempt was no failure to start
+
+say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+usage() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+parse() {
+  action=run name='' zone='' type='' project='' spot=0 keep=0 dry_run=0 max_failures=3 args=()
+  case ${1-} in
+    run | logs | delete) action=$1 && shift ;;
+    [!-]*) usage "expected run, logs or delete, got '$1'." ;;
+  esac
+  local flag
+  for flag in "$@"; do
+    case $flag in
+      --name=* | --zone=* | --type=* | --project=* | --max_failures=*)
+        printf -v "$(cut -d= -f1 <<<"${flag#--}")" %s "${flag#*=}" ;;
+      --spot) spot=1 ;;
+      --keep) keep=1 ;;
+      --dry_run) dry_run=1 ;;
+      --*) args+=("$flag") ;;
+      *) usage "unexpected argument '$flag'; flags are written --name=value." ;;
+    esac
+  done
+  [[ $name ]] || usage '--name is missing: what to call the slice.'
+  [[ $zone ]] || usage '--zone is missing, for example us-west4-a.'
+  [[ $max_failures =~ ^[0-9]+$ ]] || usage "--max_failures: expected a number, got '$max_failures'."
+  where=(--zone="$zone")
+  if [[ $project ]]; then where+=(--project="$project"); fi
+  if [[ $action == run ]]; then
+    case $type in
+      v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
+      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+      v5p-*) version=v2-alpha-tpuv5 ;;
+      v6e-*) version=v2-alpha-tpuv6e ;;
+      '') usage '--type is missing, for example v5litepod-16.' ;;
+      *) usage "--type: expected v2-, v3-, v4-, v5litepod-, v5p- or v6e-N, got '$type'." \
+        'Newer generations are on GKE only: docs/launch.md.' ;;
+    esac
+    [[ " ${args[*]}" == *' --workdir='* ]] ||
+      usage '--workdir is missing: a folder that all hosts share, for example gs://BUCKET/run.'
+  fi
+}
+
+# Runs a command, or only prints it.
+run() {
+  if ((dry_run)); then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+tpus() { run gcloud compute tpus "$@" "${where[@]}" --quiet; }
+
+# worker HOSTS COMMAND [ARGUMENT...]: launch/worker.sh on one host ('0') or on 'all'.
+worker() {
+  local words
+  printf -v words ' %q' "${@:2}"
+  tpus tpu-vm ssh "$name" --worker="$1" --command="bash worker.sh$words"
+}
+
+create() {
+  local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
+  if ((spot)); then flags+=(--spot); fi
+  tpus queued-resources create "$name" "${flags[@]}"
+}
+
+delete() { tpus queued-resources delete "$name" --force; }
+
+# What the slice is: NONE, ACTIVE, SUSPENDED (preempted), FAILED, or on its way.
+state() {
+  local found error
+  error=$(mktemp)
+  if found=$(tpus queued-resources describe "$name" --format='value(state.state)' 2>"$error"); then
+    echo "$found"
+  elif grep -qi 'not.found' "$error"; then
+    echo NONE
+  else
+    cat "$error" >&2
+    echo UNKNOWN # the network, say: look again later
+  fi
+  rm -f "$error"
+}
+
+# One more failure; ends the program if they are too many.
+failed() {
+  say "$1"
+  if ((++failures >= max_failures)); then
+    say "gave up after $failures failures in a row"
+    finish 1
+  fi
+  sleep "$PAUSE"
+}
+
+# Returns when there is a slice, new or still there.
+acquire() {
+  if ((dry_run)); then
+    create
+    return
+  fi
+  local now before=''
+  while :; do
+    now=$(state)
+    if [[ $now != "$before" ]]; then say "slice $name: $now"; fi
+    before=$now
+    case $now in
+      ACTIVE) return ;;
+      NONE) create || failed 'the slice could not be created' ;;
+      SUSPENDED | FAILED)
+        delete || failed 'the slice could not be deleted'
+        installed=0
+        ;;
+      *) sleep "$PAUSE" ;;
+    esac
+  done
+}
+
+# Copies this checkout, uncommitted changes included, and installs it. Harmless during a run.
+install() {
+  local archive=moejax.tgz folder
+  folder=$(mktemp -d)
+  git ls-files -z --cached --others --exclude-standard |
+    tar --create --gzip --null --files-from=- --ignore-failed-read --file="$folder/$archive"
+  tpus tpu-vm scp "$folder/$archive" launch/worker.sh "$name:" --worker=all &&
+    worker all install || return
+  rm -r "$folder"
+}
+
+finish() {
+  if ((keep)); then
+    say "slice $name is left as it is; launch/tpu_run.sh delete ends its costs"
+  else
+    delete || say "slice $name could not be deleted: do it by hand, it costs money"
+  fi
+  exit "$1"
+}
+
+train() {
+  local code started
+  failures=0 installed=0
+  trap 'say "left running: launch/tpu_run.sh logs, or delete, --name=$name"; exit 130' INT
+  while :; do
+    acquire
+    if ! ((installed)); then
+      install || { failed 'could not install' && continue; }
+      installed=1
+    fi
+    worker all start "${args[@]}" || { failed 'could not start' && continue; }
+    started=$SECONDS code=0
+    worker 0 follow || code=$?
+    if ((code == 0)); then finish 0; fi
+    if ! ((code == 2)) && [[ $(state) != ACTIVE ]]; then
+      say 'the slice was preempted'
+      continue
+    fi
+    if ((SECONDS - started > LONG)); then failures=0; fi
+    case $code in
+      2) say 'usage or config error, see above' && finish 2 ;;
+      75) say 'interrupted; going on' ;;
+      255) failed 'the connection broke' && continue ;; # the run may well go on
+      *)
+        say "the run ended with code $code; the last lines of every host:"
+        worker all tail || true
+        failed 'starting again from the last checkpoint'
+        ;;
+    esac
+    worker all stop || true
+  done
+}
+
+parse "$@"
+case $action in
+  run) train ;;
+  logs) worker 0 follow ;;
+  delete) delete ;;
+esac

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# What launch/tpu_run.sh does on each host of a slice. Every command may be given twice: gcloud
+# repeats what was cut off.
+#
+#   worker.sh install         unpacks ~/moejax.tgz and installs it, unless a run is going on
+#   worker.sh start FLAGS...  starts python -m moejax.main, unless it runs already
+#   worker.sh follow          prints its log until it ends; exits with its code
+#   worker.sh tail            prints the end of the log
+#   worker.sh stop            kills what is left of a run
+set -euo pipefail
+
+readonly CODE=~/moejax RUN=~/moejax-run BUCKETS=~/gs
+export PATH=~/.local/bin:$PATH
+
+is_alive() { [[ -f $RUN/pid ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null; }
+
+install() {
+  if is_alive; then return; fi
+  mkdir -p "$CODE" "$RUN"
+  tar --extract --gzip --file ~/moejax.tgz --directory "$CODE"
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  # Images of older generations have a Python that is too old.
+  [[ -x $RUN/venv/bin/python ]] || uv venv --quiet --python 3.12 "$RUN/venv"
+  uv pip install --quiet --python "$RUN/venv/bin/python" --editable "${CODE}[tpu]"
+}
+
+# Makes a bucket a folder. Nothing is cached: the hosts must see each other's files at once.
+mount_bucket() {
+  local folder=$BUCKETS/$1
+  if mountpoint -q "$folder"; then return; fi
+  command -v gcsfuse >/dev/null || install_gcsfuse
+  mkdir -p "$folder"
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 "$1" "$folder"
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
+  curl -fsSL "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq update
+  sudo apt-get -qq install gcsfuse
+}
+
+start() {
+  if is_alive; then return; fi
+  local flag flags=()
+  for flag in "$@"; do
+    # tensorflow-datasets reads buckets itself.
+    if [[ $flag == *=gs://* && $flag != --config.data.tfds_data_dir=* ]]; then
+      mount_bucket "$(cut -d/ -f3 <<<"$flag")"
+      flag=${flag/=gs:\/\//=$BUCKETS/}
+    fi
+    flags+=("$flag")
+  done
+  mkdir -p "$RUN"
+  rm -f "$RUN/code"
+  cd "$CODE"
+  # In a session of its own, so that it outlives the connection, and so that `stop` finds all of it.
+  # shellcheck disable=SC2016  # the inner shell expands these
+  setsid nohup bash -c 'code=0; "${@:2}" || code=$?; echo "$code" >"$1/code"' - "$RUN" \
+    "$RUN/venv/bin/python" -u -m moejax.main "${flags[@]}" </dev/null >"$RUN/log" 2>&1 &
+  echo $! >"$RUN/pid"
+}
+
+follow() {
+  tail --lines=+1 --follow --pid="$(<"$RUN/pid")" "$RUN/log"
+  if [[ -f $RUN/code ]]; then exit "$(<"$RUN/code")"; fi
+  exit 1 # killed
+}
+
+stop() {
+  if is_alive; then kill -KILL -- "-$(<"$RUN/pid")"; fi
+}
+
+case ${1-} in
+  install | start | follow | stop) "$@" ;;
+  tail) tail --lines=10 "$RUN/log" ;;
+  *)
+    echo "error: expected install, start, follow, tail or stop, got '${1-}'" >&2
+    exit 2
+    ;;
+esac

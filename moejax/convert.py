@@ -1,0 +1,258 @@
+r"""Models in other formats: a safetensors file for every model, transformers' folders for Mamba.
+
+  python -m moejax.convert to_safetensors --workdir=RUN --output=model.safetensors
+  python -m moejax.convert from_safetensors --input=model.safetensors --workdir=NEW
+  python -m moejax.convert to_hf --workdir=RUN --output=FOLDER
+  python -m moejax.convert from_hf --model=FOLDER --workdir=NEW --config=configs/mamba.py
+
+In the file, a tensor's name is the path of the parameter, joined by dots. A stack of blocks, here
+one array with a leading axis, is one tensor per block, numbered behind the stack's name:
+`stack_1.0.1_mot.layer.controller` is the controller in the first block of stack_1, which is the
+block's sublayer 1. This is what other tools expect of a model: layers that can be listed, compared
+and read one by one. Shapes are otherwise ours, dtypes are kept. The file's metadata hold the config
+as JSON, the step, and the fingerprint of the tokenizer.
+
+What becomes a run is at step 0: a fresh optimizer, no position in a corpus. docs/convert.md shows
+how to train it on.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from flax import traverse_util
+
+from moejax import (
+  checkpoint,
+  cli,
+  config as config_lib,
+  evaluate,
+  hf_mamba,
+  model as model_lib,
+  train,
+)
+from moejax.optimizer import make_optimizer
+
+
+def to_safetensors(workdir, output):
+  """Writes the newest checkpoint of a run to one file; returns a sentence about it."""
+  output = _free(output)
+  stages, step, params, _ = evaluate.load_run(workdir)
+  tensors = to_tensors(jax.device_get(params))
+  metadata = {
+    'format': 'moejax',
+    'config': json.dumps(config_lib.read(workdir).to_dict()),
+    'step': str(step),
+    'tokenizer': stages.tokenizer.fingerprint,
+  }
+  with _whole(output) as path:
+    _write(tensors, metadata, path)
+  return f'written to {output}: {len(tensors)} tensors of step {step}'
+
+
+def from_safetensors(path, workdir, tokenizer=None):
+  """Makes a run from a file that `to_safetensors` wrote; returns a sentence about it.
+
+  `tokenizer` is where its tokenizer lies now, as in data.tokenizer; None: where the config says.
+  """
+  workdir = _free(workdir)
+  tensors, metadata = _read(path)
+  if metadata.get('format') != 'moejax':
+    raise ValueError(
+      f'{path} has no config in its metadata. Expected a file that to_safetensors wrote; from_hf '
+      'reads models of transformers.'
+    )
+  config = config_lib.parse(metadata['config'])
+  if tokenizer:
+    config.update_from_flattened_dict({'data.tokenizer': tokenizer})
+  try:
+    stages = config_lib.resolve(config)
+  except (AttributeError, TypeError) as error:
+    raise ValueError(f'{path} is of another version of moejax: {error}.') from error
+  config_lib.check_tokenizer(metadata, stages.tokenizer)
+  abstract = abstract_params(stages.model)
+  _check(tensors, jax.eval_shape(to_tensors, abstract), path)
+  return write_run(config, stages, from_tensors(tensors, abstract), workdir)
+
+
+def to_hf(workdir, output):
+  """Writes a folder that transformers' MambaForCausalLM loads; returns a sentence about it."""
+  output = _free(output)
+  stages, step, params, _ = evaluate.load_run(workdir)
+  options = hf_mamba.export_options(stages.model, stages.tokenizer)
+  tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
+  with _whole(output) as path:
+    path.mkdir()
+    _write(tensors, {'format': 'pt'}, path / 'model.safetensors')
+    (path / 'config.json').write_text(json.dumps(options, indent=2))
+  return f'written to {output}: config.json, model.safetensors of step {step}'
+
+
+def from_hf(config, model, workdir):
+  """Makes a run from a Mamba of transformers; returns a sentence about it.
+
+  Args:
+    config: what is not of the model, such as data and tokenizer, and the dtypes.
+    model: a folder with config.json and model.safetensors, or a name on Hugging Face's hub.
+    workdir: the run to make. Its token ids are those of the model.
+  """
+  workdir = _free(workdir)
+  folder = hf_mamba.folder(model)
+  options = hf_mamba.read_options(folder / 'config.json')
+  hf_mamba.import_options(options, config.model)
+  stages = config_lib.resolve(config)
+  abstract = abstract_params(stages.model)
+  export = lambda params: hf_mamba.export_tensors(to_tensors(params), stages.model)
+  expected = jax.eval_shape(export, abstract)
+  tensors = {}
+  for file in hf_mamba.files(folder):
+    tensors |= _read(file, stages.model.param_dtype)[0]
+  tensors = hf_mamba.complete(tensors, options, expected)
+  _check(tensors, expected, folder)
+  params = from_tensors(hf_mamba.import_tensors(tensors, stages.model), abstract)
+  return write_run(config, stages, params, workdir)
+
+
+def to_tensors(params):
+  """Parameters as tensors by name, one per block; those of numpy arrays are views."""
+  tensors = {}
+  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep='.')
+  for path, array in flat.items():
+    parts = array if _is_stacked(path) else [array]
+    tensors |= zip(_names(path, array), parts, strict=True)
+  return tensors
+
+
+def from_tensors(tensors, abstract):
+  """The inverse of `to_tensors`; `abstract` has the structure and the shapes of the parameters."""
+  params = {}
+  for path, leaf in traverse_util.flatten_dict(abstract, sep='.').items():
+    parts = [tensors[name] for name in _names(path, leaf)]
+    params[path] = np.stack(parts) if _is_stacked(path) else parts[0]
+  return traverse_util.unflatten_dict(params, sep='.')
+
+
+def _is_stacked(path):
+  return path.startswith('stack_')
+
+
+def _names(path, leaf):
+  stack, _, rest = path.partition('.')
+  return [f'{stack}.{i}.{rest}' for i in range(leaf.shape[0])] if _is_stacked(path) else [path]
+
+
+def abstract_params(model):
+  """Shapes and dtypes of the parameters of a ModelConfig."""
+  return jax.eval_shape(functools.partial(model_lib.init_params, model), jax.random.key(0))
+
+
+def _check(tensors, expected, source):
+  """Raises ValueError if names, shapes or dtypes are not those expected."""
+  lines = checkpoint.differences(tensors, expected)
+  if lines:
+    raise ValueError('\n'.join([f'{source} does not hold the model of its config:', *lines]))
+
+
+def _read(path, dtype=None):
+  """Tensors, in their own dtype or that one, and metadata of a safetensors file."""
+  with checkpoint.explain(f'cannot read {path} as safetensors'):
+    with safetensors.safe_open(path, 'np') as file:
+      tensors = {name: file.get_tensor(name) for name in file.keys()}
+      metadata = file.metadata() or {}
+  return {n: t.astype(dtype or t.dtype, copy=False) for n, t in tensors.items()}, metadata
+
+
+def _write(tensors, metadata, path):
+  # In C order: what safetensors stores of an array is its buffer, whatever the strides.
+  tensors = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
+  safetensors.numpy.save_file(tensors, path, metadata)
+
+
+def write_run(config, stages, params, workdir):
+  """Writes a run at step 0, as training does; returns a sentence about it.
+
+  Args:
+    config: the run's ConfigDict.
+    stages: what it resolves to.
+    params: nested dict of arrays.
+    workdir: the folder, which must not exist.
+  """
+  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
+  state = train.start(jax.tree.map(jnp.asarray, params), optimizer)
+  metadata = {
+    'config': config.to_dict(),
+    'corpus': None,  # nothing was read
+    'tokenizer': stages.tokenizer.fingerprint,
+  }
+  with _whole(workdir) as path:
+    path.mkdir()
+    config_lib.write(config, path)
+    checkpoints = checkpoint.Checkpoints(config_lib.checkpoint_dir(path))
+    checkpoints.save(0, state, None, metadata)
+    checkpoints.close()
+  return (
+    f'written to {workdir}: a run at step 0. To train it: python -m moejax.main '
+    f'--config=configs/run.py:{workdir} --workdir={workdir}'
+  )
+
+
+def _free(path):
+  """The absolute path of what is to be written; ValueError if something is there."""
+  path = pathlib.Path(path).absolute()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise ValueError(f'{path} exists and is not overwritten. Choose another name.')
+  return path
+
+
+@contextlib.contextmanager
+def _whole(target):
+  """Gives a path to write to, which becomes `target` at the end; after an error nothing is left."""
+  with checkpoint.explain(f'cannot write {target}'):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.convert-', dir=target.parent) as folder:
+      yield pathlib.Path(folder) / target.name
+      (pathlib.Path(folder) / target.name).replace(target)
+
+
+def _command(convert, needs_config=False, optional=(), **texts):
+  """A command whose flags are the arguments of `convert`, in their order."""
+
+  def define():
+    for name, text in texts.items():
+      flags.DEFINE_string(name, None, text, required=name not in optional)
+
+  def main(*config):
+    print(convert(*config, *(flags.FLAGS[name].value for name in texts)))
+    return cli.OK
+
+  return cli.Command(define, main, needs_config)
+
+
+_RUN = 'Folder of the run.'
+_NEW = 'Folder of the run to make; must not exist.'
+_FILE = 'The file to write; must not exist.'
+_MODEL = "A folder with config.json and model.safetensors, or a name on Hugging Face's hub."
+COMMANDS = {
+  'to_safetensors': _command(to_safetensors, workdir=_RUN, output=_FILE),
+  'from_safetensors': _command(
+    from_safetensors,
+    input='A file that to_safetensors wrote.',
+    workdir=_NEW,
+    tokenizer='Where its tokenizer lies now, if not where the config says.',
+    optional=['tokenizer'],
+  ),
+  'to_hf': _command(to_hf, workdir=_RUN, output='The folder to write; must not exist.'),
+  'from_hf': _command(from_hf, needs_config=True, model=_MODEL, workdir=_NEW),
+}
+
+
+if __name__ == '__main__':
+  cli.run_command(COMMANDS)

@@ -1,0 +1,130 @@
+"""Several processes, one run: they start together, stop together, and one of them speaks.
+
+Every process runs the same program on its own devices, reads its own rows of each batch, and takes
+part in every collective; process 0 alone prints and writes what is not a checkpoint.
+"""
+
+import ctypes
+import functools
+import inspect
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+_SILENCE = 30  # seconds without a sign of life after which jax ends the other processes
+_PARTING = 30  # seconds that a process waits for the others before it exits
+
+
+def initialize(coordinator_address=None, num_processes=None, process_id=None):
+  """Joins this process to those of its run; before any other use of jax.
+
+  A process that dies ends all others within a minute, with a message and an exit code that is not
+  0, so that whoever started them can start them again.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0, or None: jax looks for a TPU slice, a SLURM step of
+      several tasks, or Open MPI; where there is none of them, this process is alone.
+    num_processes: how many there are; None with `coordinator_address`.
+    process_id: which one this is, from 0; likewise.
+
+  Raises:
+    ValueError: some of the three are missing, or impossible.
+  """
+  timeouts = {'heartbeat_timeout_seconds': _SILENCE}
+  if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
+    timeouts['shutdown_timeout_seconds'] = _PARTING  # jax 0.7 always waits 5 minutes
+  join: Any = functools.partial(jax.distributed.initialize, **timeouts)
+  given = (coordinator_address, num_processes, process_id)
+  if any(value is not None for value in given):
+    _check(*given)
+    join(*given)
+  elif os.environ.get('SLURM_NTASKS') == '1':
+    return  # alone; jax would take one GPU for a task, and leave the others
+  else:
+    try:
+      join()
+    except ValueError:  # jax knows none of the ways in which processes are started together
+      return
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+  if not leads():
+    sys.stdout = open(os.devnull, 'w')
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number):
+  """What follows when jax has found a process dead and aborts: C++ leaves Python no other place."""
+  del number
+  os.write(
+    2,
+    b'error: the run has lost a process (jax says above which, its own log says why), so this one '
+    b'ends too. The same command on all hosts goes on from the last checkpoint.\n',
+  )
+  os._exit(1)
+
+
+def _check(address, num_processes, process_id):
+  missing = [
+    f'--{name}'
+    for name, value in (
+      ('coordinator_address', address),
+      ('num_processes', num_processes),
+      ('process_id', process_id),
+    )
+    if value is None
+  ]
+  if missing:
+    raise ValueError(
+      f'{" and ".join(missing)} missing: processes that are not started by SLURM or on a TPU slice '
+      'need --coordinator_address=HOST:PORT (of process 0), --num_processes and --process_id.'
+    )
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ValueError(f'--coordinator_address: expected HOST:PORT, got {address!r}.')
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id: expected 0 to --num_processes - 1 = {num_processes - 1}, got {process_id}.'
+    )
+
+
+def leads():
+  """Whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+class Interrupt:
+  """A context in which SIGINT or SIGTERM to any process stops all of them after the same step.
+
+  Alone, a process looks at a flag. Several leave it to jax's preemption service, which has listened
+  to SIGTERM since they were joined, and agrees on a step that none of them has begun.
+  """
+
+  def __init__(self):
+    self._event = threading.Event()
+    self._several = jax.process_count() > 1
+
+  def __enter__(self):
+    signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+    self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+
+  def _on_signal(self, number, frame):
+    del frame
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
+    self._event.set()
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+  def reached(self, step):
+    """Whether to stop before this step; to be asked once before every step."""
+    if self._several:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._event.is_set()

@@ -1,0 +1,103 @@
+"""Sparse experts on a mesh: every device routes its own groups, and transports move the rows.
+
+Left to the partitioner, the sorts and gathers of a plan make it collect the whole batch on every
+device. Here each device plans for the routing groups it holds, which is what the plan of the whole
+batch says about them, so results and drops do not depend on the mesh. Where experts are spread over
+EXPERT_AXIS, one of two transports brings tokens and experts together:
+
+  all_to_all  the slots of every expert go to its device and come back. Shapes are static; what
+              moves is a row for every slot. For plans with few slots per token.
+  ring        the tokens of all devices along the axis are gathered, every device runs its own
+              experts on them, and the outputs are summed where the tokens came from. What moves is
+              every token to every device, whatever the plan: for packed plans, whose experts may
+              get any number of tokens, and where a token has more slots than there are devices.
+
+The reference of both is the plan of the whole batch on one device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from moejax.ops import dispatch, mesh, routing
+
+EXPERT_AXIS = 'expert'
+
+
+class Experts(NamedTuple):
+  """What to do with tokens and rows; `weights` is a pytree of arrays [E, ...]."""
+
+  route: Callable[..., jax.Array]  # (x_TD, plan, weights) -> y, [T, ...]
+  rows: Callable[..., jax.Array]  # (rows_ECD, weight_EC, weights) -> rows
+
+
+class Routed(NamedTuple):
+  """What became of the tokens of all groups."""
+
+  y: jax.Array  # [G, T, width of the experts' output]
+  counts_GE: jax.Array  # int32: choices per expert, before drops
+  number_GT: jax.Array  # int32: experts that a token reached
+
+
+def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, packed):
+  """Routes groups of tokens and runs their experts.
+
+  Args:
+    make_plan: function of logits_GTE, valid_GT and `packed` that returns a Plan.
+    experts: an `Experts`.
+    x_GTD, logits_GTE, valid_GT: tokens, router scores, and which tokens are not padding.
+    weights: of all experts, [E, ...] each.
+    packed: whether the experts of one device prefer packed plans.
+
+  Returns:
+    A Routed.
+  """
+  rows = mesh.batch_axes(x_GTD.shape[0])
+  ways = mesh.size(EXPERT_AXIS)
+  ways = ways if logits_GTE.shape[-1] % ways == 0 else 1
+
+  def on_a_device(x_GTD, logits_GTE, valid_GT, weights):
+    plan = make_plan(logits_GTE, valid_GT, packed=packed and ways == 1)
+    x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
+    if ways == 1:
+      y = experts.route(x_TD, plan, weights)
+    elif plan.packed or plan.token.size > ways * x_TD.shape[0]:
+      make_whole_plan = functools.partial(make_plan, packed=packed)
+      y = _ring(make_whole_plan, experts, x_GTD, logits_GTE, valid_GT, weights)
+    else:
+      y = _all_to_all(experts, x_TD, plan, weights)
+    y, number_GT = y.reshape(*valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
+    return Routed(y, plan.counts_GE, number_GT)
+
+  axes = {*rows, *([EXPERT_AXIS] if ways > 1 else [])}
+  if not axes:
+    return on_a_device(x_GTD, logits_GTE, valid_GT, weights)
+  groups = jax.sharding.PartitionSpec(rows)
+  bank = jax.sharding.PartitionSpec(EXPERT_AXIS if ways > 1 else None)
+  return jax.shard_map(
+    on_a_device,
+    in_specs=(groups, groups, groups, bank),
+    out_specs=groups,
+    axis_names=axes,  # heads and hidden widths stay with the partitioner
+    check_vma=False,  # loops start from zeros that every device makes for itself
+  )(x_GTD, logits_GTE, valid_GT, weights)
+
+
+def _all_to_all(experts, x_TD, plan, weights):
+  exchange = functools.partial(jax.lax.all_to_all, axis_name=EXPERT_AXIS, tiled=True)
+  to_experts = functools.partial(exchange, split_axis=0, concat_axis=1)
+  rows_ECD, weight_EC = to_experts(dispatch.dispatch(x_TD, plan)), to_experts(plan.weight)
+  rows = experts.rows(rows_ECD, weight_EC, weights)
+  return dispatch.combine(exchange(rows, split_axis=1, concat_axis=0), plan)
+
+
+def _ring(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights):
+  gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT_AXIS, tiled=True)
+  x_TD = gather(x_GTD).reshape(-1, x_GTD.shape[-1])
+  plan = make_plan(gather(logits_GTE), gather(valid_GT))
+  number = jax.tree.leaves(weights)[0].shape[0]
+  plan = routing.own_experts(plan, jax.lax.axis_index(EXPERT_AXIS) * number, number)
+  y = experts.route(x_TD, plan, weights)
+  return jax.lax.psum_scatter(y, EXPERT_AXIS, scatter_dimension=0, tiled=True)

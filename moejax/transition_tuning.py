@@ -1,0 +1,217 @@
+"""Transition tuning: a trained Mixture-of-Tokens model goes on as a sparse one (arXiv:2310.15961).
+
+  python -m moejax.transition_tuning --from=runs/mot --workdir=runs/tuned --router=token_choice
+
+The same experts, with the controller as their router, are trained for a tenth more steps: batches,
+steps and, if one likes, moments and learning rate go on where the Mixture-of-Tokens run stopped.
+Nothing is initialised anew. What comes out is a run like any other, whose model decodes one request
+alone at the cost of a sparse model. `--router=mot` goes on with mixing, in groups of another size:
+--config.model.mot.group_size=16.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import re
+
+import jax
+from absl import flags
+
+from moejax import cli, config as config_lib, metrics, sharding, train
+from moejax.checkpoint import Checkpoints
+from moejax.distributed import leads
+from moejax.evaluate import evaluate
+from moejax.optimizer import fresh_moments, make_optimizer
+
+ROUTERS = ('token_choice', 'expert_choice', 'mot')
+
+
+def make_sparse(config, router):
+  """Turns the ConfigDict of a Mixture-of-Tokens model into that of a sparse one, same experts.
+
+  Of k * m experts of width d_ff / m a token gets m, on average with expert choice: the FLOPs of a
+  dense layer, as before.
+
+  Raises:
+    ValueError: no sparse layer has such experts.
+  """
+  model, mot = config.model, config_lib.resolve(config).model.mot
+  kinds = {kind for pattern, _ in model.blocks for kind in pattern}
+  if 'mot' not in kinds or 'moe' in kinds:
+    raise ValueError(
+      '--from: transition tuning goes from a model with mot layers, and without moe layers, to a '
+      f'sparse one; model.blocks of this run has {", ".join(sorted(kinds))}.'
+    )
+  width = mot.width(model.d_ff)
+  if model.d_ff % width or mot.num_experts * width % model.d_ff:
+    raise ValueError(
+      f'--from: {mot.num_experts} experts of width {width} are not granularity * expansion_rate '
+      f'experts of width d_ff / granularity (model.d_ff = {model.d_ff}).'
+    )
+  model.blocks = tuple(
+    (tuple('moe' if kind == 'mot' else kind for kind in pattern), repeats)
+    for pattern, repeats in model.blocks
+  )
+  by_token = router == 'token_choice'
+  model.moe.update(
+    router=router,
+    granularity=model.d_ff // width,
+    expansion_rate=mot.num_experts * width // model.d_ff,
+    experts_per_token=0,  # granularity
+    capacity_factor=1.25 if by_token else 1.0,
+    balance_loss=0.01 if by_token else 0.0,
+    group_size=mot.group_size,
+  )
+
+
+def convert(source, fresh, temperature=1.0):
+  """The train state of a Mixture-of-Tokens model as that of a sparse one.
+
+  Args:
+    source: the state, or a part of it, as a pytree of arrays.
+    fresh: a pytree that has the names of the sparse model: every array that `source` has is taken
+      from there, those it has not (an output norm, say) stay.
+    temperature: of the softmax of `source`; it goes into the router and its moments.
+
+  Raises:
+    ValueError: an array of `source` has no place, or one of another shape, in `fresh`.
+  """
+  wanted = _by_name(fresh)
+  scale = {'params': 1 / temperature, 'mu': temperature, 'nu': temperature**2}
+  taken = {}
+  for name, leaf in _by_name(source).items():
+    if name not in wanted:
+      name = _sparse_name(name)
+      if name.endswith('/router'):
+        (kind,) = scale.keys() & set(name.split('/'))
+        leaf = leaf * scale[kind]
+    if name not in wanted or wanted[name].shape != leaf.shape:
+      place = f'is {wanted[name].shape}' if name in wanted else 'does not exist'
+      raise ValueError(f'--from: {name} is {leaf.shape} there and {place} in the new model.')
+    taken[name] = leaf
+  leaves = [taken.get(name, leaf) for name, leaf in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+def _by_name(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def _sparse_name(name):
+  return re.sub(r'(/\d+)_mot/', r'\1_moe/', name).replace('/controller', '/router')
+
+
+class Source:
+  """The run to start from, at its last checkpoint."""
+
+  def __init__(self, folder):
+    self.config = config_lib.read(folder)
+    self.stages = config_lib.resolve(self.config)
+    self.checkpoints = Checkpoints(config_lib.checkpoint_dir(folder))
+    step = self.checkpoints.latest_step()
+    if step is None:
+      raise ValueError(f'--from={folder}: the run has not written a checkpoint yet.')
+    config_lib.check_tokenizer(self.checkpoints.metadata(step), self.stages.tokenizer)
+    self.step: int = step
+
+  def start(self, run, abstract_state, *, moments):
+    """The first state of another run, into whose metrics goes the loss before the switch."""
+    old, new = self.stages, run.stages
+    optimizer = make_optimizer(old.optimizer, old.train.steps)
+    init = functools.partial(train.init_state, old.model, optimizer, jax.random.key(0))
+    abstract = sharding.abstract(init, run.mesh)
+    state = self.checkpoints.restore(self.step, abstract, run.loader, self.config.to_dict())
+    num_batches = new.train.eval_batches
+    before, _ = evaluate(old.model, state['params'], run.eval_loader, num_batches, run.mesh)
+    with contextlib.closing(metrics.make_writer(run.workdir, 0)) as writer:
+      writer.write(self.step, before, prefix='before')
+    print(f'step {self.step}: before the switch {before["loss"]:.4f} nats per token', flush=True)
+    if moments == 'restart':
+      del state['optimizer']
+
+    def switch(state):
+      optimizer = make_optimizer(new.optimizer, new.train.steps)
+      fresh = train.init_state(new.model, optimizer, jax.random.key(new.train.seed))
+      fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
+      return convert(state, fresh, old.model.mot.temperature)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(switch, out_shardings=shardings)(state)
+
+
+def report(workdir):
+  """Losses (nats per token, validation) before, at and after the switch."""
+  losses = {'before': metrics.loss_curve(workdir, 'before/loss')[0]}
+  validation = metrics.loss_curve(workdir, 'validation/loss')
+  losses |= {'at_the_switch': validation[0], 'after': validation[-1]}
+  return {name: {'step': step, 'loss': loss} for name, (step, loss) in losses.items()}
+
+
+def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='continue', fields=None):
+  """Trains on in `workdir` what the run in `folder` has learnt.
+
+  Args:
+    folder: of the run to start from.
+    workdir: of the new run; goes on from its last checkpoint if there is one.
+    router: one of ROUTERS.
+    steps: further steps; 0: a tenth of those done.
+    moments: 'continue' with those of the optimizer, or 'restart' without.
+    schedule: 'continue' as in a run of all steps together, or 'restart' with a warm-up.
+    fields: of the new config, as `config.override` takes them.
+
+  Returns:
+    An exit code, as `train.train`.
+  """
+  folder, workdir = pathlib.Path(folder).absolute(), pathlib.Path(workdir).absolute()
+  source = Source(folder)
+  with contextlib.closing(source.checkpoints):
+    config = source.config.copy_and_resolve_references()
+    if router != 'mot':
+      make_sparse(config, router)
+    last = source.step + (steps or max(1, source.step // 10))
+    begin = source.step if schedule == 'restart' else 0
+    config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
+    config_lib.override(config, fields or {})
+    code = train.train(config, workdir, functools.partial(source.start, moments=moments))
+  if code == cli.OK and leads():
+    path = workdir / 'summary.json'
+    summary = json.loads(path.read_text())
+    summary['transition'] = {'from': str(folder), **report(workdir)}
+    metrics.write_summary(workdir, summary)
+  return code
+
+
+def main(overrides):
+  args = flags.FLAGS
+  folder = args['from'].value
+  if not folder or not args.workdir:
+    raise ValueError('--from and --workdir are required: the folders of the old and the new run.')
+  cli.join_processes()
+  options = {'steps': args.steps, 'moments': args.optimizer, 'schedule': args.schedule}
+  code = tune(folder, args.workdir, args.router, fields=overrides, **options)
+  if code == cli.OK:
+    print(json.dumps(report(args.workdir)))
+  return code
+
+
+if __name__ == '__main__':
+  cli.define_process_flags()
+  flags.DEFINE_string('from', None, 'Folder of the Mixture-of-Tokens run to start from.')
+  flags.DEFINE_string('workdir', None, 'Folder of the new run.')
+  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'What the controller becomes.')
+  flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
+  flags.DEFINE_enum(
+    'optimizer',
+    'continue',
+    ['continue', 'restart'],
+    "Keep the optimizer's moments, or forget them.",
+  )
+  flags.DEFINE_enum(
+    'schedule',
+    'continue',
+    ['continue', 'restart'],
+    'The learning rate of a run of all steps together, or warm-up and decay over the further ones.',
+  )
+  cli.run(main, needs_config=False, takes_overrides=True)

@@ -1,0 +1,166 @@
+"""Several processes on one machine: the numbers of one, one stop for all, and no survivor hangs."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import cli, distributed, evaluate, metrics
+from moejax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+CHANGES = {
+  'model.blocks': ((('mot',), 1),),
+  'model.loss_chunk': 0,
+  'optimizer.accumulation': 1,
+  'mesh.data': 2,
+  'mesh.fsdp': 2,
+  'train.steps': 60,
+  'train.eval_interval': 60,
+  'train.checkpoint_interval': 10,
+  'train.sample_length': 4,
+}
+# As main, but a dead process is missed sooner.
+PROGRAM = 'from moejax import distributed, main; distributed._SILENCE = 5; main.run()'
+
+
+class Processes:
+  """Processes of this machine, with 4 devices together, that train with `CHANGES`."""
+
+  def __init__(self, folder, number, *args):
+    folder.mkdir()
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(4 // number)}
+    args += (f'--coordinator_address=127.0.0.1:{port}', f'--num_processes={number}')
+    args += tuple(f'--config.{field}={value}' for field, value in CHANGES.items())
+    command = [sys.executable, '-u', '-c', PROGRAM, '--config=configs/mot.py:debug', *args]
+    self.logs = [folder / f'{i}.log' for i in range(number)]
+    self.processes = []
+    for i, path in enumerate(self.logs):
+      with path.open('w') as log:
+        process = subprocess.Popen(
+          [*command, f'--process_id={i}'], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+      self.processes.append(process)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def output(self, process=0):
+    return self.logs[process].read_text(errors='replace')
+
+  def wait_for(self, pattern):
+    """Waits until process 0 has printed something."""
+    while not re.search(pattern, self.output()):
+      assert all(process.poll() is None for process in self.processes), self.output()
+      time.sleep(0.01)
+
+  def codes(self):
+    return [process.wait(300) for process in self.processes]
+
+
+def _params_of(workdir):
+  _, step, params, _ = evaluate.load_run(workdir)
+  return step, jax.device_get(params)
+
+
+def _assert_same_runs(workdir, other):
+  (step, params), (other_step, other_params) = _params_of(workdir), _params_of(other)
+  assert step == other_step == CHANGES['train.steps']
+  jax.tree.map(np.testing.assert_array_equal, params, other_params)
+  for name in ('loss', 'grad_norm', 'validation/loss', 'mot/entropy/00'):
+    assert metrics.loss_curve(workdir, name) == metrics.loss_curve(other, name) != []
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """A run of one process, which joins nobody: with the same collectives, then, as several."""
+  folder = tmp_path_factory.mktemp('alone')
+  with Processes(folder / 'logs', 1, f'--workdir={folder}/run') as run:
+    assert run.codes() == [cli.OK], run.output()
+  return folder / 'run'
+
+
+def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp_path):
+  workdir = f'--workdir={tmp_path}/run'
+  with Processes(tmp_path / 'interrupted', 2, workdir) as run:
+    run.wait_for(r'step +3/60')
+    run.processes[1].send_signal(signal.SIGINT)  # handed on as SIGTERM
+    assert run.codes() == [cli.INTERRUPTED] * 2, run.output()
+    assert 'the same command goes on from there' in run.output()
+    assert 'step' not in run.output(1)
+
+  with Processes(tmp_path / 'killed', 2, workdir) as run:
+    run.wait_for(r'step +24/60')
+    run.processes[1].kill()
+    assert run.codes() == [cli.FAILED, -signal.SIGKILL], run.output()
+    assert 'resuming from step' in run.output()
+    assert 'error: the run has lost a process' in run.output().splitlines()[-1]
+
+  with Processes(tmp_path / 'resumed', 1, workdir) as run:  # another number of processes
+    assert run.codes() == [cli.OK], run.output()
+    assert re.search('resuming from step [12]0', run.output())
+  _assert_same_runs(alone, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_numbers_of_one(alone, tmp_path):
+  with Processes(tmp_path / 'logs', 4, f'--workdir={tmp_path}/run') as run:
+    assert run.codes() == [cli.OK] * 4, run.output()
+  _assert_same_runs(alone, tmp_path / 'run')
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['sample'] == json.loads((alone / 'summary.json').read_text())['sample']
+
+
+@pytest.mark.parametrize(
+  'given, message',
+  [
+    (('host:1', None, None), '--num_processes and --process_id missing'),
+    ((None, 2, 0), '--coordinator_address missing'),
+    (('host', 2, 0), "--coordinator_address: expected HOST:PORT, got 'host'"),
+    (('host:1', 2, 2), r'--process_id: expected 0 to --num_processes - 1 = 1, got 2'),
+  ],
+)
+def test_incomplete_or_impossible_flags_are_refused(given, message):
+  with pytest.raises(ValueError, match=message):
+    distributed.initialize(*given)
+
+
+def test_where_jax_finds_no_others_a_process_is_alone(monkeypatch):
+  asked = []
+
+  def nothing_found(**timeouts):
+    asked.append(timeouts)
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', nothing_found)
+  distributed.initialize()
+  assert len(asked) == 1 and asked[0]['heartbeat_timeout_seconds'] < 60
+  monkeypatch.setenv('SLURM_NTASKS', '1')  # jax would take one GPU of several
+  distributed.initialize()
+  assert len(asked) == 1
+
+
+def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  gather = lambda seen: np.array([seen, 0])  # the other process does not see it
+  monkeypatch.setattr('moejax.checkpoint.multihost_utils.process_allgather', gather)
+  with pytest.raises(ValueError, match='workdir: not all processes see the same folder'):
+    checkpoints.make_writable()
+  checkpoints.close()

@@ -1,0 +1,140 @@
+"""What sequences that are evaluated together see of each other."""
+
+import functools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import mot as mot_config
+from moejax import cli, config as config_lib, evaluate, model as model_lib, sharding
+from tests import tiny
+
+
+@functools.cache
+def _params():
+  config = tiny.model_config(init_scale=1.0)
+  return jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_of(config, params, inputs_BL):
+  return model_lib.bind(config, params).logits(inputs_BL, tiny.tokens(tiny.batch()))
+
+
+def _logits(config, inputs_BL):
+  return _logits_of(config, _params(), inputs_BL)
+
+
+@pytest.mark.parametrize(
+  'mode, group_size, touched',
+  [('mixed', 0, tiny.M), ('mixed', 2, 2), ('discrete', 0, tiny.M), ('unmixed', 0, 1)],
+)
+def test_a_request_influences_its_group_alone(mode, group_size, touched):
+  config = evaluate.decoding(tiny.model_config(), mode, group_size)
+  assert config.mixed_sequences == touched
+  inputs = tiny.batch()['inputs']
+  changed = inputs.copy()
+  changed[0] = changed[0] % (tiny.V - 1) + 1
+  difference = np.abs(_logits(config, inputs) - _logits(config, changed)).max(axis=(1, 2))
+  assert (difference[touched:] == 0).all() and (difference > 0).sum() > (touched > 1)
+
+
+def test_discrete_is_the_limit_of_low_temperature():
+  inputs = tiny.batch()['inputs']
+  cold = tiny.model_config(mot_temperature=1e-6)
+  discrete = evaluate.decoding(tiny.model_config(), 'discrete')
+  np.testing.assert_allclose(_logits(cold, inputs), _logits(discrete, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'changes, mode, group_size, message',
+  [
+    ({'blocks': tiny.DENSE}, 'unmixed', 0, 'no layer of this model mixes'),
+    ({'blocks': tiny.DENSE}, 'mixed', 4, 'no layer of this model mixes'),
+    ({'blocks': tiny.MOE}, 'mixed_with_corpus', 0, 'no layer of this model mixes'),
+    (tiny.MODELS['expert choice'], 'discrete', 0, 'mode discrete is of Mixture of Tokens'),
+    (tiny.MODELS['expert choice'], 'mixed', 1, 'fewer than 1. Raise group_size'),
+    ({}, 'unmixed', 4, 'mode unmixed has groups of 1'),
+    ({}, 'blended', 0, "expected one of mixed, unmixed, .*, got 'blended'"),
+  ],
+)
+def test_modes_that_a_model_cannot_have_are_refused(changes, mode, group_size, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate.decoding(tiny.model_config(**changes), mode, group_size)
+
+
+def test_groups_that_a_batch_cannot_be_cut_into_are_refused():
+  stages = types.SimpleNamespace(
+    model=tiny.model_config(), data=types.SimpleNamespace(batch_size=8)
+  )
+  with pytest.raises(ValueError, match='--group_size=16 must divide the 8 sequences'):
+    evaluate.compare_modes(stages, None, None, ['mixed_with_corpus'], [16], 1)
+
+
+def test_expert_choice_chooses_in_other_groups():
+  config = evaluate.decoding(tiny.model_config(**tiny.MODELS['expert choice']), 'mixed', 8)
+  assert config.mixed_sequences == config.moe.group_size == 8
+
+
+def _loader(seed):
+  batches = [tiny.batch(seed=seed + i) for i in range(2 * tiny.M)]
+  return types.SimpleNamespace(batch=batches.__getitem__, bytes_per_token=None)
+
+
+def test_every_sequence_stands_once_among_sequences_of_the_corpus():
+  validation, corpus = _loader(0), _loader(100)
+  mine = np.concatenate([validation.batch(i)['inputs'] for i in range(2)])
+  batches = list(evaluate._among_others(map(validation.batch, range(2)), corpus, tiny.M))
+  counted = [batch['counted'][:, 0] for batch in batches]
+  found = np.concatenate([b['inputs'][c] for b, c in zip(batches, counted, strict=True)])
+  np.testing.assert_array_equal(found, mine)
+  for step, batch in enumerate(batches):
+    assert (batch['counted'].reshape(-1, tiny.M, tiny.L).sum(1) == 1).all()
+    np.testing.assert_array_equal(
+      batch['inputs'][~counted[step]], corpus.batch(step)['inputs'][~counted[step]]
+    )
+
+
+def test_the_loss_among_the_corpus_is_of_the_own_sequences():
+  config, mesh = tiny.model_config(), sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
+  with jax.set_mesh(mesh):
+    result, _ = evaluate.evaluate(config, _params(), _loader(0), 1, mesh, _loader(100))
+  assert result['tokens'] == tiny.B * tiny.L
+  nats = 0.0
+  for batch in evaluate._among_others(iter([_loader(0).batch(0)]), _loader(100), tiny.M):
+    logits = jax.nn.log_softmax(_logits(config, batch['inputs']))
+    picked = np.take_along_axis(np.asarray(logits), batch['targets'][..., None], axis=-1)[..., 0]
+    nats -= picked[batch['counted']].sum()
+  np.testing.assert_allclose(result['loss'], nats / result['tokens'], rtol=1e-5)
+
+
+def test_fields_of_a_run_are_flags():
+  overrides = {}
+  argv = ['evaluate', '--config.model.mot.group_size=4', '--workdir=a', '--config.data.files=b=c']
+  assert cli._without_overrides(argv, overrides) == ['evaluate', '--workdir=a']
+  assert overrides == {'model.mot.group_size': '4', 'data.files': 'b=c'}
+
+
+def test_fields_of_a_run_can_be_set_anew():
+  config = mot_config.get_config()
+  width = config_lib.resolve(config).model.mot.width(config.model.d_ff)
+  texts = {'model.mot.group_size': '4', 'optimizer.peak_lr': '1', 'model.final_norm': 'true'}
+  config_lib.override(config, texts)
+  model = config_lib.resolve(config).model
+  assert model.mot.group_size == 4 and model.mot.width(model.d_ff) == width
+  assert config.optimizer.peak_lr == 1.0 and config.model.final_norm is True
+
+
+@pytest.mark.parametrize(
+  'name, text, message',
+  [
+    ('model.mot.group_sise', '4', "no such field; did you mean 'model.mot.group_size'"),
+    ('model.mot.group_size', '4.5', "expected a value of type int, got '4.5'"),
+    ('model.mot.group_size', 'x', "expected a value of type int, got 'x'"),
+  ],
+)
+def test_fields_that_cannot_be_set_are_named(name, text, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.override(mot_config.get_config(), {name: text})

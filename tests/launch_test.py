@@ -1,0 +1,297 @@
+"""The launchers against a cloud and a cluster that record their orders, and fail on demand."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / 'launch'
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
+
+
+def test_shellcheck_has_nothing_to_say():
+  assert len(SCRIPTS) == 3
+  command = ['shellcheck', *map(str, SCRIPTS)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+  assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
+
+
+def _script(path, text):
+  path.write_text(textwrap.dedent(text))
+  path.chmod(0o755)
+
+
+# A slice with the states and exit codes of a plan; each list is used up, then its last entry stays.
+GCLOUD = f"""\
+  #!{sys.executable}
+  import json, os, pathlib, sys
+  folder, args = pathlib.Path(os.environ['FAKE']), sys.argv[1:]
+  verb = args[3]
+  if verb == 'ssh':
+    words = next(a for a in args if a.startswith('--command=')).split()
+    verb = words[2]
+  with (folder / 'calls').open('a') as calls:
+    calls.write(json.dumps([verb, *args]) + '\\n')
+  plan = json.loads((folder / 'plan').read_text())
+  left = plan.get(verb) or [0]
+  answer = left[0]
+  plan[verb] = left[1:] or left
+  (folder / 'plan').write_text(json.dumps(plan))
+  if verb != 'describe':
+    sys.exit(answer)
+  if answer in ('NONE', 'BROKEN'):
+    sys.exit('ERROR: NOT_FOUND: no such resource' if answer == 'NONE' else 'ERROR: no network')
+  print(answer)
+"""
+
+
+@pytest.fixture
+def tpu_run(tmp_path):
+  """`tpu_run(*flags, verb=answers, ...)` gives the finished launcher, and its calls of gcloud."""
+  _script(tmp_path / 'gcloud', GCLOUD)
+
+  def go(*flags, **plan):
+    (tmp_path / 'plan').write_text(json.dumps(plan))
+    (tmp_path / 'calls').write_text('')
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    fake = {'PATH': path, 'FAKE': str(tmp_path), 'PAUSE': '0'}
+    done = subprocess.run(
+      [LAUNCH / 'tpu_run.sh', *flags],
+      env={**os.environ, **fake},
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    return done, [json.loads(line) for line in (tmp_path / 'calls').read_text().splitlines()]
+
+  return go
+
+
+SLICE = ('--name=t', '--zone=z')
+RUN = (*SLICE, '--type=v5litepod-16', '--config=configs/mot.py:base', '--workdir=gs://bucket/mot')
+
+
+def _verbs(calls):
+  return [verb for verb, *_ in calls if verb != 'describe']
+
+
+def test_a_slice_is_made_used_and_deleted(tpu_run):
+  states = ['NONE', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
+  done, calls = tpu_run(*RUN, '--spot', '--project=p', describe=states)
+  assert done.returncode == 0, done.stderr
+  assert _verbs(calls) == ['create', 'scp', 'install', 'start', 'follow', 'delete']
+  create, scp, install, start, follow, delete = (c[1:] for c in calls if c[0] != 'describe')
+  assert create[:5] == ['compute', 'tpus', 'queued-resources', 'create', 't']
+  flags = {'--spot', '--node-id=t', '--accelerator-type=v5litepod-16'}
+  assert {*flags, '--runtime-version=v2-alpha-tpuv5-lite'} <= set(create)
+  assert '--worker=all' in scp and '--worker=all' in install and '--worker=all' in start
+  assert '--worker=0' in follow
+  assert '--force' in delete and '--quiet' in delete
+  assert all({'--zone=z', '--project=p'} <= set(call) for call in calls)
+  command = next(a for a in start if a.startswith('--command='))
+  assert command.endswith('--config=configs/mot.py:base --workdir=gs://bucket/mot')
+
+
+def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tpu_run):
+  states = ['ACTIVE', 'SUSPENDED', 'SUSPENDED', 'NONE', 'ACTIVE']
+  done, calls = tpu_run(*RUN, describe=states, follow=[255, 0])
+  assert done.returncode == 0, done.stderr
+  attempt = ['scp', 'install', 'start', 'follow']
+  assert _verbs(calls) == [*attempt, 'delete', 'create', *attempt, 'delete']
+
+
+def test_an_interrupted_run_goes_on_where_it_is_without_end(tpu_run):
+  done, calls = tpu_run(*RUN, describe=['ACTIVE'], follow=[75] * 5 + [0])
+  assert done.returncode == 0, done.stderr
+  assert _verbs(calls)[:6] == ['scp', 'install', 'start', 'follow', 'stop', 'start']
+  assert _verbs(calls).count('start') == 6
+
+
+def test_a_broken_connection_does_not_end_the_run(tpu_run):
+  done, calls = tpu_run(*RUN, describe=['ACTIVE'], follow=[255, 0])
+  assert done.returncode == 0, done.stderr
+  assert _verbs(calls) == ['scp', 'install', 'start', 'follow', 'start', 'follow', 'delete']
+
+
+def test_what_fails_once_is_done_again(tpu_run):
+  fails = {verb: [1, 0] for verb in ('create', 'scp', 'start')}
+  states = ['BROKEN', 'NONE', 'NONE', 'ACTIVE']
+  done, calls = tpu_run(*RUN, '--max_failures=4', describe=states, **fails)
+  assert done.returncode == 0, done.stderr
+  verbs = ['create', 'create', 'scp', 'scp', 'install', 'start', 'start', 'follow', 'delete']
+  assert _verbs(calls) == verbs
+
+
+@pytest.mark.parametrize('failing', ['create', 'install', 'start', 'follow'])
+def test_what_fails_again_and_again_is_given_up(tpu_run, failing):
+  state = 'NONE' if failing == 'create' else 'ACTIVE'
+  done, calls = tpu_run(*RUN, '--max_failures=2', describe=[state], **{failing: [1]})
+  assert done.returncode == 1
+  assert _verbs(calls).count(failing) == 2 and 'gave up after 2 failures' in done.stderr
+  assert _verbs(calls)[-1] == 'delete'
+  assert ('tail' in _verbs(calls)) == (failing == 'follow')  # the logs of all hosts
+
+
+def test_a_config_error_stops_at_once(tpu_run):
+  done, calls = tpu_run(*RUN, describe=['ACTIVE'], follow=[2])
+  assert done.returncode == 2
+  assert _verbs(calls) == ['scp', 'install', 'start', 'follow', 'delete']
+
+
+def test_keep_and_a_failing_delete_are_said(tpu_run):
+  done, calls = tpu_run(*RUN, '--keep', describe=['ACTIVE'])
+  assert done.returncode == 0 and 'delete' not in _verbs(calls) and 'costs' in done.stderr
+  done, _ = tpu_run(*RUN, describe=['ACTIVE'], delete=[1])
+  assert done.returncode == 0 and 'do it by hand' in done.stderr
+
+
+def test_following_and_deleting_by_hand(tpu_run):
+  done, calls = tpu_run('logs', *SLICE, follow=[75])
+  assert done.returncode == 75 and _verbs(calls) == ['follow']
+  done, calls = tpu_run('delete', *SLICE)
+  assert done.returncode == 0 and _verbs(calls) == ['delete']
+
+
+def test_dry_run_prints_every_command_and_calls_nothing(tpu_run):
+  odd = "--config.train.sample_prompt=a b; $(echo 'c')"
+  done, calls = tpu_run(*RUN, '--spot', odd, '--dry_run')
+  assert done.returncode == 0 and not calls, done.stderr
+  printed = [shlex.split(line) for line in done.stdout.splitlines()]
+  assert [words[:3] for words in printed] == [['gcloud', 'compute', 'tpus']] * len(printed)
+  assert [words[4] for words in printed] == ['create', 'scp', 'ssh', 'ssh', 'ssh', 'delete']
+  (start,) = (w for words in printed for w in words if 'worker.sh start' in w)
+  assert shlex.split(start.removeprefix('--command='))[3:] == [*RUN[3:], odd]
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (RUN[1:], '--name is missing'),
+    (('--name=t', *RUN[2:]), '--zone is missing'),
+    ((*SLICE, '--workdir=w'), '--type is missing'),
+    ((*SLICE, '--workdir=w', '--type=tpu7x-8'), 'on GKE only'),
+    (RUN[:-1], '--workdir is missing'),
+    ((*RUN, '--max_failures=x'), '--max_failures: expected a number'),
+    ((*RUN, 'more'), "unexpected argument 'more'"),
+    (('stop', *RUN), "expected run, logs or delete, got 'stop'"),
+  ],
+)
+def test_mistakes_get_one_line(tpu_run, flags, message):
+  done, calls = tpu_run(*flags)
+  assert done.returncode == 2 and not calls
+  assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def host(tmp_path):
+  """A slice's host: `host(command, ...)` runs worker.sh there; moejax is a fake Python."""
+  home = tmp_path / 'home'
+  (home / 'moejax-run' / 'venv' / 'bin').mkdir(parents=True)
+  (home / 'moejax').mkdir()
+  _script(
+    home / 'moejax-run' / 'venv' / 'bin' / 'python',
+    """\
+    #!/usr/bin/env bash
+    printf '%s\\n' "$@"
+    until [[ -f ~/go ]]; do sleep 0.05; done
+    exit "$(<~/go)"
+    """,
+  )
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  _script(tools / 'gcsfuse', '#!/usr/bin/env bash\nprintf "%s\\n" "$*" >>~/mounts')
+  _script(tools / 'mountpoint', '#!/usr/bin/env bash\nexit 1')
+
+  def go(*args):
+    return subprocess.run(
+      [LAUNCH / 'worker.sh', *args],
+      env={**os.environ, 'HOME': str(home), 'PATH': f'{tools}:{os.environ["PATH"]}'},
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+
+  go.home = home
+  yield go
+  go('stop')
+
+
+@pytest.mark.parametrize('code', [0, 2, 75])
+def test_a_host_runs_once_and_hands_on_the_code(host, code):
+  flags = ['--workdir=gs://bucket/a b', '--config.data.tfds_data_dir=gs://other/tfds']
+  for _ in range(2):  # gcloud may repeat a command
+    assert host('start', *flags).returncode == 0
+  (host.home / 'go').write_text(str(code))
+  followed = host('follow')
+  assert followed.returncode == code, followed.stderr
+  workdir = f'--workdir={host.home}/gs/bucket/a b'
+  assert followed.stdout.splitlines() == ['-u', '-m', 'moejax.main', workdir, flags[1]]
+  (mount,) = (host.home / 'mounts').read_text().splitlines()
+  assert mount.endswith(f' bucket {host.home}/gs/bucket')
+
+
+def test_a_host_kills_what_is_left(host):
+  host('start')
+  pid = int((host.home / 'moejax-run' / 'pid').read_text())
+  assert host('stop').returncode == 0
+  assert host('follow').returncode == 1
+  with pytest.raises(ProcessLookupError):
+    for _ in range(100):
+      os.kill(pid, 0)
+  assert host('stop').returncode == 0  # nothing is left
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+  """`sbatch(code)` runs the batch script as SLURM would, with a task that ends with `code`."""
+  _script(
+    tmp_path / 'srun', f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{tmp_path}/srun.args\nexit $CODE'
+  )
+  _script(tmp_path / 'scontrol', f'#!/usr/bin/env bash\necho "$*" >>{tmp_path}/scontrol.args')
+
+  def go(code, *args):
+    (tmp_path / 'scontrol.args').unlink(missing_ok=True)
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    slurm = {'SLURM_JOB_ID': '7', 'SLURM_SUBMIT_DIR': str(tmp_path), 'CODE': str(code)}
+    done = subprocess.run(
+      ['bash', LAUNCH / 'slurm.sbatch', *args],
+      env={**os.environ, 'PATH': path, **slurm},
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    requeued = (tmp_path / 'scontrol.args').exists()
+    assert not requeued or (tmp_path / 'scontrol.args').read_text() == 'requeue 7\n'
+    return done.returncode, requeued
+
+  go.folder = tmp_path
+  return go
+
+
+def test_slurm_requeues_what_can_go_on_and_nothing_else(sbatch):
+  flags = ['--config=configs/mot.py:base', '--workdir=/shared/a b']
+  assert sbatch(0, *flags) == (0, False)
+  words = (sbatch.folder / 'srun.args').read_text().splitlines()
+  assert words[-5:] == ['python', '-m', 'moejax.main', *flags]
+  assert sbatch(2) == (2, False)
+  for _ in range(5):
+    assert sbatch(75) == (0, True)
+  assert [sbatch(code) for code in (1, 134, 75, 137, 1, 1)] == [(0, True)] * 5 + [(1, False)]
+  assert not list(sbatch.folder.glob('*.failures'))
+
+
+def test_slurm_gives_one_gpu_to_a_task_and_time_to_save():
+  options = dict(
+    re.findall(r'^#SBATCH --([a-z-]+)=(\S+)', (LAUNCH / 'slurm.sbatch').read_text(), re.M)
+  )
+  assert options['ntasks-per-node'] == options['gpus-per-node']
+  assert options['signal'].startswith('TERM@')

@@ -1,0 +1,175 @@
+"""From a Mixture-of-Tokens run to a sparse one: what is kept, what is refused, and going on."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common, dense, mot
+from moejax import (
+  cli,
+  config as config_lib,
+  evaluate,
+  generate,
+  metrics,
+  model as model_lib,
+  train,
+  transition_tuning,
+)
+from moejax.checkpoint import Checkpoints
+from moejax.optimizer import OptimizerConfig, fresh_moments, make_optimizer, make_schedule
+from tests import tiny
+
+SPARSE = {'token_choice': {'moe_capacity_factor': 1.25}, 'expert_choice': {}}
+
+
+def _debug_config():
+  config = mot.get_config('debug')
+  config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
+  config.optimizer.accumulation = 1
+  return config
+
+
+class _StopAfterOneStep(train.Interrupt):
+  """An interrupt that comes by itself."""
+
+  def __init__(self):
+    super().__init__()
+    self.left = 2
+
+  def reached(self, step):
+    self.left -= 1
+    return self.left <= 0
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """A Mixture-of-Tokens run of 6 steps, and one that goes on from it for 2, stopped in between."""
+  folder = tmp_path_factory.mktemp('runs')
+  old, new = folder / 'old', folder / 'new'
+  assert train.train(_debug_config(), old) == cli.OK
+  tune = functools.partial(transition_tuning.tune, old, new, 'token_choice', steps=2)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'Interrupt', _StopAfterOneStep)
+    assert tune() == cli.INTERRUPTED
+  assert tune() == cli.OK
+  return old, new
+
+
+def _restore(folder, step):
+  """The train state of a checkpoint, as numpy arrays."""
+  stages = config_lib.resolve(config_lib.read(folder))
+  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
+  init = functools.partial(train.init_state, stages.model, optimizer, jax.random.key(0))
+  on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one_device), jax.eval_shape(init)
+  )
+  checkpoints = Checkpoints(config_lib.checkpoint_dir(folder))
+  state = jax.device_get(checkpoints.restore(step, abstract))
+  checkpoints.close()
+  return state
+
+
+def test_nothing_is_initialised_anew(runs):
+  old, new = (_restore(folder, 6) for folder in runs)
+  layer, sparse = (
+    state['params']['stack_1'][name]['layer'] for state, name in ((old, '1_mot'), (new, '1_moe'))
+  )
+  np.testing.assert_array_equal(layer['controller'], sparse['router'])
+  jax.tree.map(np.testing.assert_array_equal, layer['experts'], sparse['experts'])
+  everything = lambda state: sorted(leaf.tobytes() for leaf in jax.tree.leaves(state))
+  assert everything(old) == everything(new)  # moments and step, too
+
+
+def test_the_run_goes_on_and_reports_the_switch(runs):
+  old, new = runs
+  assert Checkpoints(config_lib.checkpoint_dir(new)).latest_step() == 8
+  transition = json.loads((new / 'summary.json').read_text())['transition']
+  assert [transition[k]['step'] for k in ('before', 'at_the_switch', 'after')] == [6, 6, 8]
+  before = json.loads((old / 'summary.json').read_text())['validation']['loss']
+  assert transition['before']['loss'] == pytest.approx(before, rel=1e-5)
+  assert all(0 < transition[k]['loss'] < 7 for k in ('at_the_switch', 'after'))
+  assert [step for step, _ in metrics.loss_curve(new)] == [7, 8]
+  assert len(metrics.loss_curve(new, 'before/loss')) == 1
+
+
+def test_the_new_run_decodes_one_request_alone(runs):
+  stages, step, params, _ = evaluate.load_run(runs[1])
+  assert step == 8 and stages.model.mixed_sequences == 1
+  (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['def '], 3)
+  assert isinstance(text, str)
+
+
+def _params(config):
+  return jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize('router', SPARSE)
+def test_the_sparse_model_has_a_finite_loss_at_the_switch(router):
+  source = tiny.model_config(init_scale=1.0, mot_expert_width=tiny.F // 2)
+  blocks = ((('attention', 'mlp'), 1), (('attention', 'moe'), 2))
+  sparse = tiny.model_config(blocks=blocks, moe_router=router)
+  abstract = jax.eval_shape(lambda: model_lib.init_params(sparse, jax.random.key(0)))
+  params = transition_tuning.convert({'params': _params(source)}, {'params': abstract})['params']
+  nats, targets, _ = jax.jit(lambda p: model_lib.bind(sparse, p).loss(tiny.batch()))(params)
+  assert 0 < nats / targets < 2 * np.log(tiny.V)
+
+
+def test_a_temperature_goes_into_the_router_and_its_moments():
+  source = {kind: {'controller': np.ones(3)} for kind in ('params', 'mu', 'nu')}
+  fresh = {kind: {'router': np.zeros(3)} for kind in source}
+  new = transition_tuning.convert(source, fresh, temperature=0.5)
+  # Where the router is twice as large, its gradient is half as large.
+  scales = {kind: float(arrays['router'][0]) for kind, arrays in new.items()}
+  assert scales == {'params': 2, 'mu': 0.5, 'nu': 0.25}
+
+
+def test_arrays_without_a_place_are_refused_by_name():
+  with pytest.raises(ValueError, match=r'head is \(2,\) there and does not exist'):
+    transition_tuning.convert({'head': np.ones(2)}, {'embedding': np.ones(2)})
+  with pytest.raises(ValueError, match=r'head is \(2,\) there and is \(3,\)'):
+    transition_tuning.convert({'head': np.ones(2)}, {'head': np.ones(3)})
+
+
+def test_models_that_cannot_become_sparse_are_refused():
+  with pytest.raises(ValueError, match='model.blocks of this run has attention, mlp'):
+    transition_tuning.make_sparse(dense.get_config(), 'token_choice')
+  config = mot.get_config()
+  config.model.mot.expert_width = 24
+  with pytest.raises(ValueError, match='64 experts of width 24 are not'):
+    transition_tuning.make_sparse(config, 'token_choice')
+
+
+@pytest.mark.parametrize('router', SPARSE)
+def test_a_token_gets_the_flops_that_it_had(router):
+  from moejax import flops
+
+  config = mot.get_config()
+  mixing = config_lib.resolve(config).model
+  transition_tuning.make_sparse(config, router)
+  sparse = config_lib.resolve(config).model
+  assert sparse.moe.num_experts == mixing.mot.num_experts and sparse.moe.top_k == 8
+  a, b = (flops.training_flops_per_token(model, 64)['model'] for model in (mixing, sparse))
+  assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_forgotten_moments_keep_their_place_in_the_schedule():
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 10, 'weight_decay': 0.0}
+  config = OptimizerConfig(**fields)
+  optimizer, schedule = make_optimizer(config, 100), make_schedule(config, 100)
+  params = {'w': jnp.ones(3)}
+  updates, _ = optimizer.update(params, fresh_moments(optimizer, params, 60), params)
+  # Adam's first step is of the length of the learning rate, whatever the gradient.
+  np.testing.assert_allclose(updates['w'], -schedule(60), rtol=1e-4)
+
+
+def test_a_schedule_can_begin_later():
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 10}
+  whole = make_schedule(OptimizerConfig(**fields), 100)
+  later = make_schedule(OptimizerConfig(**fields | {'schedule_start': 1000}), 1100)
+  for step in (0, 5, 10, 50, 100):
+    np.testing.assert_allclose(later(step + 1000), whole(step), rtol=1e-5)
