@@ -25,6 +25,14 @@ from moejax.evaluate import evaluate
 from moejax.optimizer import fresh_moments, make_optimizer
 
 ROUTERS = ('token_choice', 'expert_choice', 'mot')
+# What a Mixture-of-Tokens layer may not have that becomes sparse: more parameters, or a temperature
+# that changes.
+_PLAIN = {
+  'emit': 'same',
+  'separate_controllers': False,
+  'temperature_mode': 'fixed',
+  'expert_norm': False,
+}
 
 
 def make_sparse(config, router):
@@ -43,6 +51,12 @@ def make_sparse(config, router):
       '--from: transition tuning goes from a model with mot layers, and without moe layers, to a '
       f'sparse one; model.blocks of this run has {", ".join(sorted(kinds))}.'
     )
+  for name, plain in _PLAIN.items():
+    if getattr(mot, name) != plain:
+      raise ValueError(
+        f'--from: a sparse layer has nothing like model.mot.{name} = {getattr(mot, name)}; '
+        f'only models with {plain} can become sparse.'
+      )
   width = mot.width(model.d_ff)
   if model.d_ff % width or mot.num_experts * width % model.d_ff:
     raise ValueError(

@@ -139,6 +139,10 @@ def test_models_that_cannot_become_sparse_are_refused():
   with pytest.raises(ValueError, match='model.blocks of this run has attention, mlp'):
     transition_tuning.make_sparse(dense.get_config(), 'token_choice')
   config = mot.get_config()
+  config.model.mot.temperature_mode = 'learned'
+  with pytest.raises(ValueError, match='nothing like model.mot.temperature_mode = learned'):
+    transition_tuning.make_sparse(config, 'token_choice')
+  config = mot.get_config()
   config.model.mot.expert_width = 24
   with pytest.raises(ValueError, match='64 experts of width 24 are not'):
     transition_tuning.make_sparse(config, 'token_choice')
