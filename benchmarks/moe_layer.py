@@ -180,6 +180,11 @@ def measure(programs, rounds):
   return times
 
 
+def median_ratio(times, others):
+  """Of the ratios within each round."""
+  return statistics.median(t / o for t, o in zip(times, others, strict=True))
+
+
 def floor(case, dense_seconds, bytes_per_second):
   """The least time over that of the dense layer, as the header says."""
   T, D, E, F, k = case.tokens, case.d_model, case.num_experts, case.width, case.k
@@ -217,10 +222,7 @@ def report(case, rounds):
   dense_seconds = statistics.median(times['dense'])
   # A negation and its gradient: each reads one such array and writes one.
   bytes_per_second = 4 * copied_bytes / statistics.median(times['copy'])
-  ratio = {
-    name: statistics.median(t / d for t, d in zip(times[name], times['dense'], strict=True))
-    for name in programs
-  }
+  ratio = {name: median_ratio(times[name], times['dense']) for name in programs}
   least = floor(case, dense_seconds, bytes_per_second)
   temporary = {name: programs[name].temporary for name in ('sparse', 'dense')}
   print(

@@ -32,8 +32,10 @@ SCALING_SIZES = {
   '85M': (768, 12, 12, 2e-4),
 }
 # Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
-# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps.
+# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps. The
+# smallest is ours: a miniature on the billion tokens of the paper's ablations.
 MOE_MAMBA_SIZES = {
+  '3M': (256, 4, 4, 5e-4, 64, 15_000),
   '25M': (512, 8, 8, 5e-4, 64, 150_000),
   '100M': (768, 16, 12, 2.5e-4, 1024, 30_000),
 }
@@ -44,7 +46,8 @@ def baseline():
   c = ConfigDict()
 
   c.model = ConfigDict()
-  # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...).
+  # Patterns of sublayers and how often each repeats: (((sublayer, ...), repeats), ...). Names
+  # joined by + ('mamba+moe') are one sublayer: their sum, on the same input.
   c.model.blocks = ((('attention', 'mlp'), 4),)
   c.model.vocab_size = 0  # 0: the tokenizer's; more pads the embedding
   c.model.d_model = 64
@@ -58,8 +61,11 @@ def baseline():
   c.model.tie_embeddings = False  # True: the output projection is the embedding
   c.model.init = 'truncated_normal'  # truncated_normal, truncated_normal_fixed, kaiming_uniform
   c.model.init_scale = 1.0
-  c.model.dtype = 'float32'  # of activations; routing, norm statistics and loss stay float32
-  c.model.param_dtype = 'float32'  # of parameters and optimizer moments
+  # Of activations. Routing and norms are as wide as their parameters, the loss is float32.
+  c.model.dtype = 'float32'
+  c.model.residual_float32 = False  # True: the stream between sublayers is float32 in any dtype
+  # Of parameters and optimizer moments. Both bfloat16: no float32 copy of anything.
+  c.model.param_dtype = 'float32'
   c.model.remat = (
     'none'  # none, dots (keep matmul results), full: what the backward pass recomputes
   )
@@ -71,7 +77,14 @@ def baseline():
     0  # 0: FLOPs per token of a dense layer, d_ff * group_size / num_experts
   )
   c.model.mot.routing = 'softmax'  # softmax, discrete (one token per expert), uniform (all alike)
-  c.model.mot.temperature = 1.0  # of the softmax over the tokens of a group
+  # Weights of outputs on their way back: same (as merged), softmax_over_experts, raw (1), top_1.
+  c.model.mot.emit = 'same'
+  c.model.mot.separate_controllers = False  # True: emit has scores of its own
+  c.model.mot.temperature = 1.0  # of the softmax; where it changes, the initial one
+  c.model.mot.temperature_mode = 'fixed'  # fixed, annealed, learned (per layer), learned_per_expert
+  c.model.mot.separate_temperatures = False  # True: emit learns a temperature of its own
+  c.model.mot.expert_norm = False  # layer norm before and after the experts
+  c.model.mot.grouping = 'batch'  # consecutive sequences; random: shuffled in every layer and step
 
   c.model.moe = ConfigDict()  # the sparse mixture-of-experts sublayer
   c.model.moe.router = 'token_choice'  # token_choice, expert_choice
@@ -96,6 +109,7 @@ def baseline():
   c.model.mamba.expand = 2.0  # channels per unit of d_model
   c.model.mamba.state_size = 16  # states per channel
   c.model.mamba.conv_width = 4  # positions that its convolution sees
+  c.model.mamba.moe_in = 'conv+gate+out'  # projections with experts, in the sublayer moe_in_mamba
 
   c.data = ConfigDict()
   c.data.source = 'stdlib'  # stdlib, text, jsonl, tokens, seqio
@@ -122,6 +136,7 @@ def baseline():
   c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together
   c.optimizer.balance_bias_rate = 1e-3  # step of the biases that balance routers
+  c.optimizer.anneal_from = 0  # step from which annealed temperatures fall, to 0 at train.steps
   c.optimizer.accumulation = 1  # passes a batch is split into; MoT groups lie within one pass
 
   c.mesh = ConfigDict()  # devices along each axis; -1: the rest
@@ -149,26 +164,28 @@ def parse_arg(arg, sizes=SIZES, **options):
   Args:
     arg: the part of --config after the colon, or None.
     sizes: names that are a size.
-    **options: name=default of further `name=value` words, of the default's type.
+    **options: name=default of further `name=value` words, of the default's type; a word of default
+      False, as `debug`, is true by its name alone.
 
   Raises:
     ValueError: a word is neither a size nor an option.
   """
-  values = {'size': 'laptop', 'debug': False, **options}
+  options = {'debug': False, **options}
+  values = {'size': 'laptop', **options}
   for word in filter(None, (arg or '').split(',')):
     name, equals, text = word.partition('=')
     if name in sizes and not equals:
       values['size'] = name
-    elif name == 'debug' and not equals:
-      values['debug'] = True
-    elif name in options and equals:
+    elif options.get(name) is False and not equals:
+      values[name] = True
+    elif name in options and options[name] is not False and equals:
       try:
         values[name] = type(options[name])(text)
       except ValueError as error:
         kind = type(options[name]).__name__
         raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
     else:
-      known = [*sizes, 'debug', *(f'{option}=' for option in options)]
+      known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
       close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
       hint = f' Did you mean {close[0]!r}?' if close else ''
       raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}.{hint}')
@@ -221,6 +238,8 @@ def scaling_law_run(c):
 
 def moe_mamba_run(size):
   """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  if size == 'laptop':
+    return baseline()
   d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
   c = baseline()
   c4(c)

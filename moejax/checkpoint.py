@@ -117,7 +117,10 @@ class Checkpoints:
       if jax.process_index() == 0:
         _write_json(folder / 'metadata.json', metadata)
       tree = traverse_util.unflatten_dict(_by_name(state), sep='/')
-      self._checkpointer.save(folder / 'state', args=ocp.args.PyTreeSave(tree))
+      # In a thread of its own, which has no mesh set: under one, jax 0.7 refuses what orbax does to
+      # the shards of single devices.
+      args = ocp.args.PyTreeSave(tree)
+      self._background.submit(self._checkpointer.save, folder / 'state', args=args).result()
     self._pending = step, self._background.submit(self._finish, step)
 
   def latest_step(self) -> int | None:

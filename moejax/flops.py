@@ -5,6 +5,8 @@ Conventions:
   look-up do not.
 - Model FLOPs of training are three times those of the forward pass: the backward pass multiplies
   every product by both of its factors. What `model.remat` computes again does not count.
+- The same holds for routing, but where weights of MoT are not learnt (uniform, discrete and raw
+  ones) the products have one factor to derive by, or none.
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
   under token choice, whether it is dropped or not; all slots under expert choice. Routing
   (controller, merge and emit; router) is counted apart, so that MFU does not reward it.
@@ -37,6 +39,8 @@ class Cost:
   active: float  # parameters that one token uses
   model_flops: dict[str, float]
   routing_flops: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Products in the backward pass for one of the forward pass, by kind of routing; not named: two.
+  routing_gradients: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def _attention(config, length):
@@ -50,10 +54,10 @@ def _attention(config, length):
   )
 
 
-def _feed_forward(d_model, width, activation):
+def _feed_forward(d_in, width, activation, d_out=None):
   """Parameters of one feed-forward network, dense or expert."""
-  gated = activation == 'swiglu'
-  return 3 * d_model * mlp.gated_width(width) if gated else 2 * d_model * width
+  ends = d_in + (d_out or d_in)
+  return (d_in + ends) * mlp.gated_width(width) if activation == 'swiglu' else ends * width
 
 
 def _mlp(config, length):
@@ -64,28 +68,43 @@ def _mlp(config, length):
 
 def _mot(config, length):
   del length
-  E, M = config.mot.num_experts, config.mot.group_size
-  expert = _feed_forward(config.d_model, config.mot.width(config.d_ff), config.activation)
+  mot, D = config.mot, config.d_model
+  E, M = mot.num_experts, mot.group_size
+  expert = _feed_forward(D, mot.width(config.d_ff), config.activation)
   experts = E * expert
-  controller = config.d_model * E
+  controllers = D * E * (1 + mot.separate_controllers)
+  temperatures = {'fixed': 0, 'learned_per_expert': E}.get(mot.temperature_mode, 1)
+  scores = controllers + temperatures * (1 + mot.separate_temperatures)
+  norm = 4 * D * mot.expert_norm
+  # Weights that nothing is learnt from have no gradient.
+  gradients = {'softmax': {}, 'discrete': {'controller': 0, 'merge': 1, 'emit': 1}}.get(
+    mot.routing, {'merge': 1, 'emit': 1}
+  )
+  if mot.emit in ('raw', 'top_1'):
+    gradients = gradients | {'emit': 1}
   return Cost(
-    params={'experts': experts, 'controller': controller},
-    active=experts / M + controller,
+    params={'experts': experts, 'controller': scores, 'norm': norm},
+    active=experts / M + scores + norm,
     model_flops={'experts': 2 * experts / M},
-    routing_flops={name: 2 * controller for name in ('controller', 'merge', 'emit')},
+    routing_flops={
+      'controller': 0 if mot.routing == 'uniform' else 2 * controllers,
+      'merge': 2 * D * E,
+      'emit': 2 * D * E,
+    },
+    routing_gradients=gradients,
   )
 
 
-def _moe(config, length):
-  moe, D = config.moe, config.d_model
+def _moe(config, length, d_in=None, d_out=None):
+  moe, D = config.moe, d_in or config.d_model
   E, K = moe.num_experts, moe.top_k
   if moe.router == 'expert_choice':  # every slot is taken
     group = moe.group_size * (1 if moe.by_position else max(length, 1))
     K = E * moe.capacity(group) / group
-  expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation)
+  expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation, d_out)
   shared = _feed_forward(D, moe.shared_width, config.activation) if moe.shared_width else 0
   router = D * E
-  bias, norm = E * moe.balance_bias, 2 * D * moe.output_norm
+  bias, norm = E * moe.balance_bias, 2 * (d_out or D) * moe.output_norm
   return Cost(
     params={'experts': E * expert, 'mlp': shared, 'router': router + bias, 'norm': norm},
     active=K * expert + shared + router + bias + norm,
@@ -94,11 +113,13 @@ def _moe(config, length):
   )
 
 
-def _mamba(config, length):
+def _mamba(config, length, sparse=()):
   del length
   D, N, W = config.d_model, config.mamba.state_size, config.mamba.conv_width
   I, R = config.mamba.inner_width(D), mamba.delta_rank(D)
-  projections = 3 * D * I + I * (R + 2 * N) + R * I  # in, gate and out; select; delta
+  widths = config.mamba.projections(D).items()
+  projections = sum(d_in * d_out for name, (d_in, d_out) in widths if name not in sparse)
+  projections += I * (R + 2 * N) + R * I  # select, delta
   channels = W * I + N * I + 3 * I  # kernel, a; biases of convolution and delta, skip
   return Cost(
     params={'mamba': projections + channels},
@@ -111,17 +132,37 @@ def _mamba(config, length):
   )
 
 
+def _moe_in_mamba(config, length):
+  sparse = config.mamba.sparse_projections
+  widths = config.mamba.projections(config.d_model)
+  rest = _mamba(config, length, sparse)
+  costs = [rest, *(_moe(config, length, *widths[name]) for name in sparse)]
+  return Cost(
+    params=_sums(cost.params for cost in costs),
+    active=sum(cost.active for cost in costs),
+    model_flops=_sums(cost.model_flops for cost in costs),
+    routing_flops=_sums(cost.routing_flops for cost in costs),
+  )
+
+
 # Name of a sublayer in `model.blocks` -> function of ModelConfig and sequence length.
-COSTS = {'attention': _attention, 'mlp': _mlp, 'mot': _mot, 'moe': _moe, 'mamba': _mamba}
+COSTS = {
+  'attention': _attention,
+  'mlp': _mlp,
+  'mot': _mot,
+  'moe': _moe,
+  'mamba': _mamba,
+  'moe_in_mamba': _moe_in_mamba,
+}
 
 _NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
 
 
 def _costs(config, length):
-  return [COSTS[name](config, length) for names in config.sublayers for name in names]
+  return [COSTS[kind](config, length) for kind in config.kinds]
 
 
-def _sums(dicts):
+def _sums(dicts) -> dict:
   total = collections.Counter()
   for numbers in dicts:
     total.update(numbers)
@@ -143,7 +184,7 @@ def param_counts(config):
     'position_embedding': config.max_length * D if config.positions == 'learned' else 0,
     'head': 0 if config.tie_embeddings else config.vocab_size * D,
   }
-  norms = _NORM_ROWS[config.norm] * D * (len(costs) + config.final_norm)
+  norms = _NORM_ROWS[config.norm] * D * (sum(map(len, config.sublayers)) + config.final_norm)
   inner = _sums([*(cost.params for cost in costs), {'norm': norms}])
   embedding, non_embedding = sum(embeddings.values()), sum(inner.values())
   return {
@@ -177,7 +218,11 @@ def forward_flops_per_token(config, length):
 def training_flops_per_token(config, length):
   """Forward and backward FLOPs per token: a dict of `model`, `routing`, and their sum `total`."""
   model = 3.0 * sum(_model_flops(config, length).values())
-  routing = 3.0 * sum(_routing_flops(config, length).values())
+  routing = sum(
+    (1.0 + cost.routing_gradients.get(kind, 2)) * forward
+    for cost in _costs(config, length)
+    for kind, forward in cost.routing_flops.items()
+  )
   return {'model': model, 'routing': routing, 'total': model + routing}
 
 

@@ -40,6 +40,7 @@ _DEFAULTS = {
   'time_step_rank': 'auto',
   'use_conv_bias': True,
   'tie_word_embeddings': True,
+  'residual_in_fp32': True,
 }
 
 
@@ -107,6 +108,7 @@ def export_options(model, tokenizer):
     'time_step_rank': mamba.delta_rank(model.d_model),
     'use_conv_bias': True,
     'tie_word_embeddings': model.tie_embeddings,
+    'residual_in_fp32': model.residual_float32 or model.dtype == 'float32',
     'pad_token_id': tokenizer.pad_id,
     'eos_token_id': tokenizer.eos_id,
     'bos_token_id': None,
@@ -151,6 +153,7 @@ def import_options(options, section):
     norm='rms_norm',
     final_norm=True,
     tie_embeddings=options['tie_word_embeddings'],
+    residual_float32=options['residual_in_fp32'],
   )
   section.mamba.update(
     expand=float(options['expand']),

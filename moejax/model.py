@@ -14,16 +14,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mamba, mlp, moe, mot
+from moejax.layers import attention, common, mamba, mlp, moe, mot, parallel
 from moejax.ops import cross_entropy, routing
 
-# The catalogue of sublayers: name in `model.blocks` -> module. The residual and the norm belong to
-# the stack. A sublayer has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
+
+def _moe(c, init, rngs, d_in=None, d_out=None):
+  return moe.MixtureOfExperts(
+    c.moe,
+    d_model=d_in or c.d_model,
+    d_out=d_out,
+    d_ff=c.d_ff,
+    activation=c.activation,
+    init=init,
+    rngs=rngs,
+  )
+
+
+# The catalogue of sublayers: name in `model.blocks` -> module. Names joined by + run in parallel.
+# The residual and the norm belong to the stack. A sublayer has
+# `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
 # `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and
 # `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once, and the state after
 # them, with caches as long as the prompt; `common.Stateless` has the three of layers without state.
-# `aux` is a flat dict of small arrays: measurements by name; 'auxiliary_loss' is added to the
-# objective, averaged over the sublayers that have one (as in the papers' runs).
+# `aux` is a flat dict of small arrays, or of lists of them where several parts measure the same:
+# measurements by name; 'auxiliary_loss' is added to the objective, averaged over the sublayers and
+# parts that have one (as in the papers' runs).
 SUBLAYERS = {
   'attention': lambda c, init, rngs: attention.Attention(
     d_model=c.d_model,
@@ -39,11 +54,18 @@ SUBLAYERS = {
   'mot': lambda c, init, rngs: mot.MixtureOfTokens(
     c.mot, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
   ),
-  'moe': lambda c, init, rngs: moe.MixtureOfExperts(
-    c.moe, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
-  ),
+  'moe': _moe,
   'mamba': lambda c, init, rngs: mamba.Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs),
+  'moe_in_mamba': lambda c, init, rngs: mamba.Mamba(
+    c.mamba,
+    d_model=c.d_model,
+    init=init,
+    rngs=rngs,
+    experts=functools.partial(_moe, c, init, rngs),
+  ),
 }
+# Sublayers that are configured as several others.
+_MADE_OF = {'moe_in_mamba': ('mamba', 'moe')}
 
 # Chosen experts are kept in every case: a route computed again could be another one.
 _CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
@@ -83,6 +105,7 @@ class ModelConfig:
   init: str
   init_scale: float
   dtype: str
+  residual_float32: bool
   param_dtype: str
   remat: str
   loss_chunk: int
@@ -103,9 +126,14 @@ class ModelConfig:
     """Names of all sublayers in order, one tuple per block."""
     return [tuple(pattern) for pattern, repeats in self.blocks for _ in range(repeats)]
 
+  @property
+  def kinds(self):
+    """Kinds of all sublayers in order, those that run in parallel one after the other."""
+    return [kind for names in self.sublayers for name in names for kind in name.split('+')]
+
   def uses(self, kind):
-    """Whether any block has a sublayer of this kind."""
-    return any(kind in pattern for pattern in self.sublayers)
+    """Whether any sublayer is of this kind, or made of it."""
+    return any(kind in (used, *_MADE_OF.get(used, ())) for used in self.kinds)
 
   @property
   def groups(self):
@@ -175,6 +203,11 @@ class ModelConfig:
       yield from self.moe.problems(self.d_ff, self.max_length)
     if self.uses('mamba'):
       yield from self.mamba.problems(self.d_model)
+    if self.uses('moe_in_mamba') and self.moe.shared_width:
+      yield (
+        f'model.moe.shared_width = {self.moe.shared_width}: the experts of moe_in_mamba have none '
+        'that every token passes; set it to 0.'
+      )
 
   def _block_problems(self):
     if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
@@ -186,9 +219,9 @@ class ModelConfig:
     for pattern, repeats in self.blocks:
       if repeats < 1:
         yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
-      for name in pattern:
-        if name not in SUBLAYERS:
-          yield f'model.blocks: no sublayer {name!r}; there are {", ".join(SUBLAYERS)}.'
+      for kind in '+'.join(pattern).split('+'):
+        if kind not in SUBLAYERS:
+          yield f'model.blocks: no sublayer {kind!r}; there are {", ".join(SUBLAYERS)}.'
 
 
 def _is_repeated_pattern(entry):
@@ -199,41 +232,46 @@ def _is_repeated_pattern(entry):
 
 
 class Residual(nnx.Module):
-  """x + sublayer(norm(x)); the stream x keeps its dtype."""
+  """x + sublayer(norm(x)); the stream x keeps its dtype, the sublayer computes in the model's."""
 
-  def __init__(self, kind, config, init, rngs):
+  def __init__(self, name, config, init, rngs):
+    self.dtype = config.dtype
     self.norm = common.NORMS[config.norm](config.d_model, init.dtype)
-    self.layer = SUBLAYERS[kind](config, init, rngs)
+    kinds = name.split('+')
+    layers = {f'{i}_{kind}': SUBLAYERS[kind](config, init, rngs) for i, kind in enumerate(kinds)}
+    self.layer = parallel.Parallel(layers) if len(layers) > 1 else layers[f'0_{name}']
 
   def __call__(self, x_BLD, tokens):
-    y_BLD, aux = self.layer(self.norm(x_BLD), tokens)
+    y_BLD, aux = self.layer(self._normalize(x_BLD), tokens)
     return x_BLD + y_BLD, aux
 
   def prefill(self, x_BLD, tokens):
-    y_BLD, state = self.layer.prefill(self.norm(x_BLD), tokens)
+    y_BLD, state = self.layer.prefill(self._normalize(x_BLD), tokens)
     return x_BLD + y_BLD, state
 
   def step(self, x_BD, state, tokens):
-    y_BD, state = self.layer.step(self.norm(x_BD), state, tokens)
+    y_BD, state = self.layer.step(self._normalize(x_BD), state, tokens)
     return x_BD + y_BD, state
+
+  def _normalize(self, x):
+    return self.norm(x).astype(self.dtype)
 
 
 class Block(nnx.Module):
   """One repeat of a pattern of sublayers."""
 
   def __init__(self, pattern, config, init, rngs):
-    self.names = tuple(f'{i}_{kind}' for i, kind in enumerate(pattern))
-    for name, kind in zip(self.names, pattern, strict=True):
-      setattr(self, name, Residual(kind, config, init, rngs))
+    self.names = tuple(f'{i}_{sublayer}' for i, sublayer in enumerate(pattern))
+    for name, sublayer in zip(self.names, pattern, strict=True):
+      setattr(self, name, Residual(sublayer, config, init, rngs))
 
   def __call__(self, x_BLD, tokens):
-    aux = {}
+    auxes = []
     for i, name in enumerate(self.names):
-      key = None if tokens.key is None else jax.random.fold_in(tokens.key, i)
-      x_BLD, layer_aux = getattr(self, name)(x_BLD, tokens._replace(key=key))
-      for measured, value in layer_aux.items():
-        aux.setdefault(measured, []).append(value)
-    return x_BLD, {measured: jnp.stack(values) for measured, values in aux.items()}
+      x_BLD, aux = getattr(self, name)(x_BLD, tokens.for_part(i))
+      auxes.append(aux)
+    joined = common.join_aux(auxes)
+    return x_BLD, {measured: jnp.stack(values) for measured, values in joined.items()}
 
   def init_state(self, batch_size, max_length, dtype):
     layers = {name: getattr(self, name).layer for name in self.names}
@@ -358,10 +396,11 @@ class LanguageModel(nnx.Module):
     x = self.embedding[...][inputs]
     if self.config.positions == 'learned':
       x = x + self.position_embedding[...][tokens.positions]
-    return x.astype(self.config.dtype)
+    dtype = jnp.dtype(self.config.dtype)
+    return x.astype(jnp.promote_types(dtype, 'float32') if self.config.residual_float32 else dtype)
 
   def _normalize(self, x):
-    return self.final_norm(x) if self.config.final_norm else x
+    return (self.final_norm(x) if self.config.final_norm else x).astype(self.config.dtype)
 
   def _head(self):
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -21,6 +22,7 @@ class OptimizerConfig:
   decay: str
   clip_norm: float
   balance_bias_rate: float
+  anneal_from: int
   accumulation: int
 
   def __post_init__(self):
@@ -31,6 +33,8 @@ class OptimizerConfig:
       raise ValueError(
         f'optimizer.balance_bias_rate must not be negative, got {self.balance_bias_rate}.'
       )
+    if self.anneal_from < 0:
+      raise ValueError(f'optimizer.anneal_from must be a step, 0 or later, got {self.anneal_from}.')
     if self.accumulation < 1:
       raise ValueError(f'optimizer.accumulation must be at least 1, got {self.accumulation}.')
     for name in ('warmup_steps', 'schedule_start'):
@@ -63,8 +67,10 @@ def make_schedule(config, steps):
 def make_optimizer(config, steps):
   """The optax transformation for a run of `steps` steps.
 
-  AdamW, but for the biases that balance routers: their gradient is the load of an expert above the
-  mean, and they move against its sign by a fixed rate (arXiv:2408.15664, algorithm 1).
+  AdamW, but for two kinds of parameters. The gradient of biases that balance routers is the load of
+  an expert above the mean, and they move against its sign by a fixed rate (arXiv:2408.15664,
+  algorithm 1). The scales of annealed temperatures follow a schedule, whatever their gradient: as
+  parameters they are saved, and a model is evaluated at the temperature it was trained to.
   """
   adamw = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
@@ -78,7 +84,22 @@ def make_optimizer(config, steps):
     ),
   )
   balance = optax.sign_sgd(config.balance_bias_rate)
-  return optax.partition({'adamw': adamw, 'balance': balance}, _labels)
+  anneal = _follow(lambda step: 1 - _fraction(step, config.anneal_from, steps))
+  return optax.partition({'adamw': adamw, 'balance': balance, 'anneal': anneal}, _labels)
+
+
+def _fraction(step, start, end):
+  return jnp.clip((step - start) / max(end - start, 1), 0, 1)
+
+
+def _follow(schedule):
+  """Sets parameters to what the schedule says for the next step."""
+
+  def update(updates, state, params=None):
+    step = state + 1
+    return jax.tree.map(lambda _, p: schedule(step).astype(p.dtype) - p, updates, params), step
+
+  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
 def fresh_moments(optimizer, params, step):
@@ -99,13 +120,15 @@ def gradient_norm(gradients):
 
 
 def _labels(params):
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: 'balance' if path[-1].key == 'balance_bias' else 'adamw', params
-  )
+  kinds = {'balance_bias': 'balance', 'anneal': 'anneal'}
+  return jax.tree_util.tree_map_with_path(lambda path, _: kinds.get(path[-1].key, 'adamw'), params)
+
+
+_NO_MATRIX = ('scale', 'bias', 'temperature', 'a_log', 'skip')
 
 
 def _is_matrix(params):
-  """True for all parameters but those of norms and of Mamba's recurrence, and biases."""
+  """True for all parameters but norms, biases, temperatures, and those of Mamba's recurrence."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not path[-1].key.endswith(('scale', 'bias', 'a_log', 'skip')), params
+    lambda path, _: not path[-1].key.endswith(_NO_MATRIX), params
   )

@@ -13,8 +13,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from moejax.ops.mesh import BATCH_AXES
+
 AXES = ('data', 'fsdp', 'expert', 'tensor')
-BATCH = P(('data', 'fsdp', 'expert'))
+BATCH = P(BATCH_AXES)
 
 # First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
 # the leading axis of stacked blocks stays whole.
@@ -24,7 +26,7 @@ RULES = (
   (r'head', P('fsdp', 'tensor')),
   (r'qkv', P('fsdp', None, 'tensor', None)),
   (r'out', P('tensor', None, 'fsdp')),
-  (r'experts/w_in', P('expert', 'fsdp', 'tensor')),
+  (r'experts/(w_in|w_gate)', P('expert', 'fsdp', 'tensor')),
   (r'experts/w_out', P('expert', 'tensor', 'fsdp')),
   (r'(w_in|w_gate)', P('fsdp', 'tensor')),
   (r'w_out', P('tensor', 'fsdp')),

@@ -34,6 +34,25 @@ def test_runs_are_plotted_and_tabulated(tmp_path):
   assert (tmp_path / 'both.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_the_table_says_how_much_sooner_the_first_runs_loss_is_reached(tmp_path):
+  for name, losses in {'slow': (3.0, 2.5), 'fast': (2.75, 2.25), 'never': (4.0, 3.5)}.items():
+    _run(tmp_path / name)
+    writer = metrics.MetricsWriter(tmp_path / name, 0)
+    for step, loss in zip((10, 20), losses, strict=True):
+      writer.write(step, {'loss': loss}, prefix='validation')
+    writer.close()
+  table = compare.compare([tmp_path / n for n in ('slow', 'fast', 'never')], tmp_path / 'a.png')
+  speed_ups = [line.split()[-2] for line in table.splitlines()]
+  assert speed_ups == ['speed-up', '1.00x', '1.33x', 'never']  # half way between 10 and 20
+
+
+@pytest.mark.parametrize(
+  ('loss', 'steps'), [(5.0, 10), (4.0, 10), (3.0, 15), (2.0, 20), (1.5, 35), (1.0, 40), (0.9, None)]
+)
+def test_steps_to_reach_a_loss(loss, steps):
+  assert compare.steps_to_reach(loss, [(10, 4.0), (20, 2.0), (30, 2.0), (40, 1.0)]) == steps
+
+
 def test_runs_on_different_data_are_refused(tmp_path):
   _run(tmp_path / 'a')
   _run(tmp_path / 'b', corpus='another')

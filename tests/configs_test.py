@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import time
 
 import pytest
 
-from configs import common, mot
-from moejax import metrics
+from configs import common, moe as moe_config, moe_mamba, mot
+from moejax import metrics, model
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -133,6 +134,58 @@ def test_the_papers_names_become_sizes():
   assert (c.model.mot.num_experts, c.model.mot.group_size) == (512, 32)
   assert c.model.blocks == ((('attention', 'mlp'), 4), (('attention', 'mot'), 4))
   assert c.optimizer.peak_lr == 7e-4 and c.data.batch_size == 256
+
+
+INNER = ('conv', 'gate', 'out', 'conv+gate', 'conv+out', 'gate+out', 'conv+gate+out')
+MOE_MAMBA = [
+  'parallel',
+  *(f'ratio={n}x{6 - n}' for n in range(1, 6)),
+  *(f'inner={inner}' for inner in INNER),
+  *(f'inner={inner},every_other' for inner in INNER),
+]
+
+
+@pytest.mark.parametrize('size', ['debug', '3M', '25M', '100M'])
+@pytest.mark.parametrize('words', MOE_MAMBA)
+def test_variants_of_moe_mamba(words, size):
+  c = moe_mamba.get_config(f'{size},{words}')
+  model.ModelConfig(**c.model.to_dict() | {'vocab_size': 259, 'max_length': c.data.sequence_length})
+  assert c.model.positions == 'none' and c.model.moe.balance_loss == 0.01
+  if size != 'debug':
+    assert c.model.moe.capacity_factor == 1
+
+
+def test_the_names_of_moe_mamba_become_sizes():
+  c = moe_mamba.get_config('25M')
+  assert c.model.blocks == ((('mamba', 'moe'), 8),)
+  assert (c.model.d_ff, c.model.moe.expansion_rate, c.optimizer.peak_lr) == (1536, 42, 5e-4)
+  c = moe_mamba.get_config('25M,ratio=4x2')
+  assert c.model.mamba.expand == pytest.approx(2 + 2 / 3)
+  assert (c.model.d_ff, c.model.moe.expansion_rate) == (1024, 48)
+  c = moe_mamba.get_config('25M,inner=conv+out,every_other')
+  assert c.model.blocks == ((('mamba', 'moe_in_mamba'), 8),)
+  assert (c.model.d_ff, c.model.moe.expansion_rate) == (352, 24)
+  c = moe_mamba.get_config('100M,parallel,experts=16')
+  assert c.model.blocks == ((('mamba+moe',), 16),) and c.model.moe.expansion_rate == 16
+  c = moe_config.get_config('25M,dense')
+  assert c.model.blocks == ((('attention', 'mlp'), 8),) and c.data.sequence_length == 1024
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    ('ratio=4x3', 'expected MAMBAxEXPERT'),
+    ('ratio=6x0', 'expected MAMBAxEXPERT'),
+    ('ratio=2', 'expected MAMBAxEXPERT'),
+    ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
+    ('inner=conv,parallel', 'inner= has no Switch layers'),
+    ('paralel', "Did you mean 'parallel'?"),
+    ('parallel=1', "Did you mean 'parallel'?"),
+  ],
+)
+def test_mistakes_in_the_words_of_moe_mamba(words, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    moe_mamba.get_config(words)
 
 
 def test_unknown_words_are_refused():

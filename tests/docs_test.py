@@ -20,11 +20,23 @@ def routers(monkeypatch):
   monkeypatch.setattr(moe, 'ROUTERS', dict(moe.ROUTERS))
 
 
+def _code(page):
+  (code,) = re.findall(r'```python\n(.*?)```', (DOCS / page).read_text(), re.DOTALL)
+  return compile(code, page, 'exec'), len(code.splitlines())
+
+
+def test_what_leaks_in_a_group_and_that_groups_of_one_do_not():
+  page = {}
+  exec(_code('mixture_of_tokens.md')[0], page)
+  in_a_group, alone = (page['change'](page['config'].with_mot(group_size=M)) for M in (4, 1))
+  assert not in_a_group[:9].any() and (in_a_group[9:] > 0).all()
+  assert not alone.any()
+
+
 def test_the_router_of_the_page_routes_and_learns(routers):
-  page = (DOCS / 'adding_a_router.md').read_text()
-  (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
-  assert len(code.splitlines()) <= 30
-  exec(compile(code, 'adding_a_router.md', 'exec'), {})
+  code, lines = _code('adding_a_router.md')
+  assert lines <= 30
+  exec(code, {})
   changes = tiny.MODELS['token choice'] | {'moe_capacity_factor': 1.0}
   config = tiny.model_config(**changes, moe_router='round_robin')
 

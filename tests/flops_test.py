@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dense, fine_grained, mamba, moe, mot
+from configs import dense, fine_grained, mamba, moe, moe_mamba, mot
 from moejax import flops, model as model_lib
 from tests import tiny
 
@@ -96,9 +96,15 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},
+    {'mot_separate_controllers': True, 'mot_expert_norm': True},
+    {'mot_temperature_mode': 'annealed'},
+    {'mot_temperature_mode': 'learned_per_expert', 'mot_separate_temperatures': True},
     {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
+    {'blocks': ((('mamba', 'mot+moe+mlp'), 2), (('mamba+moe',), 3)), 'moe_output_norm': True},
+    {'blocks': tiny.MOE_IN_MAMBA, 'moe_output_norm': True, 'moe_balance_bias': True},
+    {'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out', 'activation': 'swiglu'},
     {'blocks': tiny.MOE, 'activation': 'swiglu', 'd_ff': 20, 'moe_shared_width': 5},
   ],
 )
@@ -124,6 +130,54 @@ def test_mamba_of_the_paper(size, width, layers, layer, millions):
   assert counts['by_kind']['mamba'] == layers * layer
   assert counts['active'] == counts['non_embedding'] == layers * (layer + 2 * width)
   assert round(counts['active'] / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+  ('words', 'total', 'active'),
+  [
+    # arXiv:2401.04081, tables 1 and 4.
+    ('25M', 542, 26),
+    ('100M', 2439, 117),
+    ('25M,experts=1', 26, 26),
+    ('25M,experts=4', 64, 26),
+    ('25M,experts=8', 114, 26),
+    ('25M,experts=16', 215, 26),
+    ('25M,experts=32', 416, 26),
+    # Table 2. Its caption says 542M for all, but 3x3 has as many parameters as 32 experts above.
+    # Active ones differ a little, because a Mamba layer has more than 6 d^2.
+    ('25M,ratio=1x5', 403, 26),
+    ('25M,ratio=2x4', 412, 26),
+    ('25M,ratio=3x3', 416, 26),
+    ('25M,ratio=4x2', 421, 27),
+    ('25M,ratio=5x1', 426, 27),
+  ],
+)
+@pytest.mark.parametrize('parallel', ['', ',parallel'])
+def test_moe_mamba_of_the_paper(words, parallel, total, active):
+  counts = flops.param_counts(_paper_config(moe_mamba, words + parallel))
+  norms = counts['by_kind']['norm']  # without them the 117.52M of 100M round to the paper's 117M
+  assert round((counts['non_embedding'] - norms) / 1e6) == total
+  assert round((counts['active'] - norms) / 1e6) == active
+
+
+@pytest.mark.parametrize('every_other', ['', ',every_other'])
+@pytest.mark.parametrize(
+  'inner', ['conv', 'gate', 'out', 'conv+gate', 'conv+out', 'gate+out', 'conv+gate+out']
+)
+def test_experts_inside_mamba_keep_its_active_parameters(inner, every_other):
+  """arXiv:2401.04081, table 3: 24 experts per layer, 512 to 352 to 1024 or back."""
+  config = _paper_config(moe_mamba, f'25M,inner={inner}{every_other}')
+  counts, plain = flops.param_counts(config), flops.param_counts(_paper_config(mamba, '25M'))
+  assert counts['by_kind']['experts'] == 16 * 24 * (512 + 1024) * 352
+  assert plain['active'] < counts['active'] < 1.04 * plain['active']
+  kinds = flops.forward_flops_per_token(config, 256)
+  layers = 8 if every_other else 16
+  switches = layers * len(inner.split('+'))
+  assert kinds['experts'] == 2 * switches * (512 + 1024) * 352
+  dense = flops.forward_flops_per_token(_paper_config(mamba, '25M'), 256)
+  removed = dense['mamba_projections'] - kinds['mamba_projections']
+  assert removed == 2 * switches * 512 * 1024
+  assert kinds['mamba_scan'] == dense['mamba_scan']
 
 
 def test_every_sublayer_has_a_cost():
@@ -166,6 +220,36 @@ def test_training_flops_agree_with_xla(blocks, activation, length):
   counted = _xla_flops(config, rows, length) / (rows * length)
   # XLA also counts norms, softmax and activations.
   assert 0.97 * counted < flops.training_flops_per_token(config, length)['total'] < counted
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'mot_routing': 'uniform'},
+    {'mot_routing': 'discrete'},
+    {'mot_emit': 'top_1'},
+    {'mot_emit': 'softmax_over_experts', 'mot_separate_controllers': True},
+  ],
+  ids=str,
+)
+def test_variants_of_mixing_agree_with_xla(changes):
+  """The layer alone, by its input and its parameters."""
+  config = tiny.model_config(
+    blocks=((('mot',), 1),), d_model=96, mot_num_experts=64, mot_expert_width=20, **changes
+  )
+
+  def total(params, x_BLD):
+    block = model_lib.bind(config, params).stack_0
+    layer = getattr(jax.tree.map(lambda leaf: leaf[0], block), '0_mot').layer
+    return layer(x_BLD, tiny.tokens(tiny.batch()))[0].sum()
+
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  x_BLD = jax.ShapeDtypeStruct((tiny.B, tiny.L, 96), 'float32')
+  compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x_BLD).compile()
+  counted = compiled.cost_analysis()['flops'] / (tiny.B * tiny.L)
+  forward = flops.forward_flops_per_token(config, tiny.L)
+  expected = flops.training_flops_per_token(config, tiny.L)['total'] - 3 * forward['head']
+  assert 0.96 * counted < expected < counted
 
 
 def test_training_is_three_times_the_forward_pass():

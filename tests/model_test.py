@@ -160,6 +160,25 @@ def test_gradients_reach_every_expert_and_the_controller():
   assert (np.abs(layer['controller']).max(axis=-2) > 0).all()
 
 
+@pytest.mark.parametrize('model', ['moe mamba', 'moe in mamba'])
+def test_gradients_reach_every_parameter_of_mamba_with_experts(model):
+  config = tiny.model_config(**tiny.MODELS[model])
+  (_, aux), gradients = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  assert (aux['moe/load'] > 0).all()
+  for path, gradient in jax.tree.leaves_with_path(gradients):
+    per_expert = np.abs(gradient.reshape(*gradient.shape[:2], -1)).max(axis=-1)
+    per_layer = per_expert if 'experts' in jax.tree_util.keystr(path) else per_expert.max()
+    assert (per_layer > 0).all(), path
+
+
+def test_every_part_with_experts_counts_once():
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  (_, aux), _ = _loss_and_gradients(config, _random_params(config), tiny.batch())
+  switches = 1 + 2  # one beside Mamba, two inside
+  assert aux['auxiliary_loss'].shape == (switches,)
+  assert aux['moe/load'].shape == (switches, tiny.E)
+
+
 @pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'loss_chunk': 4}])
 def test_how_it_is_computed_does_not_change_the_loss(changes):
   plain, other = tiny.model_config(), tiny.model_config(**changes)
@@ -208,18 +227,52 @@ def test_bfloat16_activations_keep_float32_parameters_and_loss():
   np.testing.assert_allclose(loss, exact, rtol=2e-2)
 
 
+def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
+  config = tiny.model_config(dtype='bfloat16', param_dtype='bfloat16')
+  params = jax.tree.map(lambda p: p.astype('bfloat16'), _random_params(tiny.model_config()))
+  (loss, _), gradients = _loss_and_gradients(config, params, tiny.batch())
+  (exact, _), _ = _loss_and_gradients(
+    tiny.model_config(), _random_params(tiny.model_config()), tiny.batch()
+  )
+  assert loss.dtype == jnp.float32
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype('bfloat16')}
+  np.testing.assert_allclose(loss, exact, rtol=3e-2)
+
+
+def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
+  params = _random_params(tiny.model_config())
+  inputs, tokens = tiny.batch()['inputs'], tiny.tokens(tiny.batch())
+  logits = lambda **changes: _logits(tiny.model_config(**changes), params, inputs, tokens)
+  error = lambda **changes: np.abs(logits(dtype='bfloat16', **changes) - logits()).mean()
+  assert 0 < error(residual_float32=True) < 0.9 * error()
+
+  @jax.jit
+  def activations(params):
+    config = tiny.model_config(dtype='bfloat16', residual_float32=True)
+    return model_lib.bind(config, params).activations(inputs, tokens)[0]
+
+  assert activations(params).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
     ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
+    ({'blocks': ((('mamba+mo',), 1),)}, "model.blocks: no sublayer 'mo'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'in+out'}, 'moe_in must be some of conv, gate'),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out+out'}, "got 'out.out'"),
+    ({'blocks': tiny.MOE_IN_MAMBA, 'moe_shared_width': 3}, 'moe.shared_width = 3'),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
     ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
     ({'blocks': 'attention'}, "and nothing else, as in .* got 'attention'"),
     ({'blocks': ((('mlp',), 0),)}, 'must repeat at least once'),
     ({'mot_group_size': 0}, 'model.mot.group_size must be at least 1'),
     ({'mot_routing': 'hard'}, 'model.mot.routing must be one of softmax, discrete, uniform'),
+    ({'mot_emit': 'all'}, 'model.mot.emit must be one of same, softmax_over_experts, raw, top_1'),
+    ({'mot_separate_temperatures': True}, 'needs temperature_mode = learned'),
+    ({'mot_emit': 'raw', 'mot_separate_controllers': True}, 'nothing to act on with emit = raw'),
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
     ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),

@@ -13,6 +13,8 @@ MOT = ((('attention', 'mlp'), 1), (('attention', 'mot'), 2))
 DENSE = ((('attention', 'mlp'), 2),)
 MOE = ((('attention', 'moe'), 2),)
 MAMBA = ((('mamba', 'mlp'), 2),)
+MOE_MAMBA = ((('mamba', 'moe'), 2),)
+MOE_IN_MAMBA = ((('mamba+moe', 'moe_in_mamba'), 1),)
 # Changes to `model_config`, by kind of model.
 MODELS = {
   'dense': {'blocks': DENSE},
@@ -20,6 +22,8 @@ MODELS = {
   'token choice': {'blocks': MOE, 'moe_capacity_factor': 0.7},  # tokens are dropped
   'expert choice': {'blocks': MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
   'mamba': {'blocks': MAMBA},
+  'moe mamba': {'blocks': MOE_MAMBA},
+  'moe in mamba': {'blocks': MOE_IN_MAMBA, 'mamba_moe_in': 'conv+out'},
 }
 
 

@@ -120,6 +120,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import loader
 
   monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
+  monkeypatch.setattr(train, 'compile_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 
@@ -223,13 +224,47 @@ def test_weight_decay_reaches_norms_only_if_asked():
   from moejax.optimizer import OptimizerConfig, make_optimizer
 
   fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0}
-  params = {'norm': {'scale': jnp.ones(3), 'bias': jnp.ones(3)}, 'w_in': jnp.ones((3, 4))}
+  norm = {'scale': jnp.ones(3), 'bias': jnp.ones(3), 'emit_temperature': jnp.ones(())}
+  params = {'norm': norm, 'w_in': jnp.ones((3, 4))}
   zeros = jax.tree.map(jnp.zeros_like, params)
   for decay, norm_decays in (('all', True), ('matrices', False)):
     optimizer = make_optimizer(OptimizerConfig(**(fields | {'decay': decay})), 10)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert bool((updates['w_in'] < 0).all())
-    assert bool((updates['norm']['scale'] < 0).all()) == norm_decays
+    assert {bool((u < 0).all()) for u in updates['norm'].values()} == {norm_decays}
+
+
+def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
+  from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'anneal_from': 2}
+  optimizer = make_optimizer(OptimizerConfig(**fields), 6)
+  params = {'anneal': jnp.ones(2), 'w_in': jnp.ones((3, 4))}
+  gradients = {'anneal': jnp.full(2, 7.0), 'w_in': jnp.full((3, 4), 0.5)}
+  assert gradient_norm(gradients) == pytest.approx(0.5 * 12**0.5)
+  state, scales = optimizer.init(params), []
+  for _ in range(6):
+    updates, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+    scales.append(params['anneal'].tolist())
+  np.testing.assert_allclose(np.array(scales).T, 2 * [[1, 1, 0.75, 0.5, 0.25, 0]])
+
+
+def test_decay_of_matrices_spares_the_recurrence_of_mamba():
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0, 'decay': 'matrices'}
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  shapes = jax.eval_shape(lambda: train.model_lib.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  names = {True: set(), False: set()}
+  for path, update in jax.tree.leaves_with_path(updates):
+    names[bool((update < 0).all())].add(path[-1].key)
+  assert names[False] == {'a_log', 'skip', 'delta_bias', 'conv_bias', 'scale', 'bias'}
+  assert names[True] >= {'w_in', 'w_gate', 'w_out', 'w_select', 'w_delta', 'conv_kernel', 'router'}
 
 
 def test_the_balance_bias_moves_against_the_load():

@@ -18,6 +18,19 @@ class Tokens(NamedTuple):
   positions: jax.Array  # position of the token in its document or row
   key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
 
+  def for_part(self, index):
+    """The same for one of several parts, which have noise of their own."""
+    return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
+
+
+def join_aux(auxes):
+  """The `aux` of several sublayers as one: name -> list of what they measured, in their order."""
+  joined = {}
+  for aux in auxes:
+    for name, value in aux.items():
+      joined.setdefault(name, []).extend(jax.tree.leaves(value))
+  return joined
+
 
 class Stateless(nnx.Module):
   """A sublayer that keeps nothing of earlier positions: it decodes by its forward pass."""
@@ -79,22 +92,22 @@ class Initializer(NamedTuple):
 
 
 def layer_norm(x, scale_D, bias_D, eps=1e-5):
-  """Layer norm of x [..., D] over its last axis; statistics in float32 at least, result as x."""
-  wide = _wide(x)
+  """Layer norm of x [..., D] over its last axis: as wide as x or its parameters, result as x."""
+  wide = _wide(x, scale_D)
   centred = wide - wide.mean(-1, keepdims=True)
   normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
   return (normal * _row(scale_D, wide) + _row(bias_D, wide)).astype(x.dtype)
 
 
 def rms_norm(x, scale_D, eps=1e-5):
-  """Root-mean-square norm of x [..., D]; statistics in float32 at least, result as x."""
-  wide = _wide(x)
+  """Root-mean-square norm of x [..., D]: as wide as x or its parameters, result as x."""
+  wide = _wide(x, scale_D)
   normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   return (normal * _row(scale_D, wide)).astype(x.dtype)
 
 
-def _wide(x):
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _wide(x, scale_D):
+  return x.astype(jnp.promote_types(x.dtype, scale_D.dtype))
 
 
 def _row(v_D, like):

@@ -14,17 +14,27 @@ from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul
 class Experts(nnx.Module):
   """E independent bias-free networks y = act(x W_in) W_out of width F, as `layers.mlp.MLP`.
 
-  `fan_in_out`: the fan-in that W_out is initialised with; the width if None.
+  `d_out`: width of y, that of x if None. `fan_in_out`: the fan-in that W_out is initialised with;
+  the hidden width if None.
   """
 
   def __init__(
-    self, *, num_experts, d_model, expert_width, activation, init, rngs, fan_in_out=None
+    self,
+    *,
+    num_experts,
+    d_model,
+    expert_width,
+    activation,
+    init,
+    rngs,
+    d_out=None,
+    fan_in_out=None,
   ):
     self.activation = activation
     gated = activation == 'swiglu'
     width = gated_width(expert_width) if gated else expert_width
     self.w_in = init(rngs, num_experts, d_model, width, fan_in=d_model)
-    self.w_out = init(rngs, num_experts, width, d_model, fan_in=fan_in_out or width)
+    self.w_out = init(rngs, num_experts, width, d_out or d_model, fan_in=fan_in_out or width)
     if gated:
       self.w_gate = init(rngs, num_experts, d_model, width, fan_in=d_model)
 
@@ -33,7 +43,7 @@ class Experts(nnx.Module):
     return _rows(self.activation, x_ECD, None, self._weights(x_ECD.dtype))
 
   def route(self, make_plan, x_GTD, logits_GTE, valid_GT, impl='auto') -> expert_parallel.Routed:
-    """Every token through its experts, their outputs summed with the weights of the plan.
+    """Every token through its experts: [.., d_out], summed with the weights of the plan.
 
     `make_plan(logits_GTE, valid_GT, packed=...)` is the router. `impl`: 'loop' goes expert by
     expert and is the fastest on a CPU; 'rows' moves all rows at once, for accelerators; 'auto'

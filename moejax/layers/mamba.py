@@ -21,6 +21,17 @@ class MambaConfig:
   expand: float
   state_size: int
   conv_width: int
+  moe_in: str
+
+  @property
+  def sparse_projections(self):
+    """Names of the projections that have experts in the sublayer `moe_in_mamba`."""
+    return tuple(self.moe_in.split('+'))
+
+  def projections(self, d_model):
+    """The large matrices, into the convolution, into the gate, and out: name -> their shape."""
+    D, I = d_model, self.inner_width(d_model)
+    return {'conv': (D, I), 'gate': (D, I), 'out': (I, D)}
 
   def inner_width(self, d_model):
     """I, the number of channels."""
@@ -36,27 +47,43 @@ class MambaConfig:
       yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
     if self.conv_width < 2:
       yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
+    sparse, projections = self.sparse_projections, self.projections(d_model)
+    if not set(sparse) <= set(projections) or len(set(sparse)) < len(sparse):
+      yield (
+        f'model.mamba.moe_in must be some of {", ".join(projections)}, joined by + '
+        f'(such as conv+out); got {self.moe_in!r}.'
+      )
 
 
 class Mamba(nnx.Module):
   """Mamba (arXiv:2312.00752, Figure 3), initialised as in github.com/state-spaces/mamba.
 
-  Input and output x_BLD, any float dtype; convolution, step sizes and state in float32. `aux` is
-  empty. Sees its own sequence, at its own and earlier positions, no further back than to the last
-  token at position 0, where a document starts.
+  Input and output x_BLD, any float dtype; convolution, step sizes and state in float32. Sees its
+  own sequence, at its own and earlier positions, no further back than to the last token at position
+  0, where a document starts.
 
   Sizes: I = expand * D channels of N = state_size states, W = conv_width, step sizes of rank R =
   D / 16. The decoding state has N + W - 1 numbers per channel, whatever the length.
 
   Every matrix starts uniform within 1/sqrt(fan-in), also where `model.init` says otherwise.
+
+  `experts(d_in, d_out)`, if given, makes the sublayers without state that stand in place of the
+  matrices in `config.sparse_projections` (arXiv:2401.04081, table 3). `aux` is theirs.
   """
 
-  def __init__(self, config, *, d_model, init, rngs):
-    D, I, R = d_model, config.inner_width(d_model), delta_rank(d_model)
+  def __init__(self, config, *, d_model, init, rngs, experts=None):
+    I, R = config.inner_width(d_model), delta_rank(d_model)
     N, W, dtype = config.state_size, config.conv_width, init.dtype
     init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
-    self.w_in = init(rngs, D, I, fan_in=D)
-    self.w_gate = init(rngs, D, I, fan_in=D)
+
+    def projection(name):
+      d_in, d_out = config.projections(d_model)[name]
+      if experts and name in config.sparse_projections:
+        return experts(d_in, d_out)
+      return init(rngs, d_in, d_out, fan_in=d_in)
+
+    self.w_in = projection('conv')
+    self.w_gate = projection('gate')
     self.conv_kernel = init(rngs, W, I, fan_in=W)
     self.conv_bias = init(rngs, I, fan_in=W)
     self.w_select = init(rngs, I, R + 2 * N, fan_in=I)
@@ -64,21 +91,34 @@ class Mamba(nnx.Module):
     self.delta_bias = nnx.Param(_delta_bias(rngs.params(), I).astype(dtype))
     self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], (I, 1)))
     self.skip = nnx.Param(jnp.ones(I, dtype))
-    self.w_out = init(rngs, I, D, fan_in=I)
+    self.w_out = projection('out')
 
   def __call__(self, x_BLD, tokens):
-    return self.prefill(x_BLD, tokens)[0], {}
+    auxes = []
+
+    def through(experts, x):
+      y, aux = experts(x, tokens.for_part(len(auxes)))
+      auxes.append(aux)
+      return y
+
+    y_BLD, _ = self._forward(x_BLD, tokens, through)
+    return y_BLD, common.join_aux(auxes)
 
   def prefill(self, x_BLD, tokens):
     """The forward pass: y_BLD, and the state from which `step` goes on after the last position."""
+    return self._forward(x_BLD, tokens, lambda experts, x: experts.prefill(x, tokens)[0])
+
+  def _forward(self, x_BLD, tokens, through):
     W = self.conv_kernel.shape[0]
-    u_BLI, gate_BLI = self._project(x_BLD)
+    u_BLI = _project(self.w_in, x_BLD, through)
+    gate_BLI = _project(self.w_gate, x_BLD, through)
     padded = jnp.pad(u_BLI, ((0, 0), (W - 1, 0), (0, 0)))
     x_BLI = self._convolve(padded, tokens.positions)
     y_BLI, state_BNI = selective_scan.selective_scan(
       *self._coefficients(x_BLI, gate_BLI), reset_BL=tokens.positions == 0
     )
-    return self._out(y_BLI), {'window': padded[:, -(W - 1) :], 'scan': state_BNI}
+    y_BLD = _project(self.w_out, y_BLI, through)
+    return y_BLD, {'window': padded[:, -(W - 1) :], 'scan': state_BNI}
 
   def init_state(self, batch_size, max_length, dtype):
     """Zeros: the last W - 1 inputs of the convolution, and the state of the scan."""
@@ -92,17 +132,15 @@ class Mamba(nnx.Module):
 
   def step(self, x_BD, state, tokens):
     """One position for every sequence."""
-    u_BI, gate_BI = self._project(x_BD)
+    through = lambda experts, x: experts.step(x, {}, tokens)[0]
+    u_BI = _project(self.w_in, x_BD, through)
+    gate_BI = _project(self.w_gate, x_BD, through)
     window = jnp.concatenate([state['window'], u_BI[:, None]], axis=1)
     x_BI = self._convolve(window, tokens.positions[:, None])[:, 0]
     y_BI, state_BNI = selective_scan.step(
       *self._coefficients(x_BI, gate_BI), state['scan'], tokens.positions == 0
     )
-    return self._out(y_BI), {'window': window[:, 1:], 'scan': state_BNI}
-
-  def _project(self, x):
-    project = lambda w_DI: jnp.einsum('...D,DI->...I', x, w_DI.astype(x.dtype))
-    return project(self.w_in[...]), project(self.w_gate[...])
+    return _project(self.w_out, y_BI, through), {'window': window[:, 1:], 'scan': state_BNI}
 
   def _convolve(self, padded, positions_BL):
     y_BLI = causal_convolution(padded, self.conv_kernel[...], self.conv_bias[...], positions_BL)
@@ -117,8 +155,10 @@ class Mamba(nnx.Module):
     a_IN = -jnp.exp(self.a_log[...])
     return x, delta, a_IN, b, c, self.skip[...], gate, self.delta_bias[...]
 
-  def _out(self, y):
-    return jnp.einsum('...I,ID->...D', y, self.w_out[...].astype(y.dtype))
+
+def _project(w, x, through):
+  """x times a matrix; or `through(experts, x)`, where there are experts in its place."""
+  return through(w, x) if isinstance(w, nnx.Module) else x @ w[...].astype(x.dtype)
 
 
 def delta_rank(d_model):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moejax.layers import common, mlp
 from moejax.layers.experts import Experts
-from moejax.ops import routing
+from moejax.ops import groups, routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class MoEConfig:
   def decoding(self):
     """The same layer in decoding.
 
-    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by itself, in groups of as many
-    sequences as in training.
+    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by
+    itself, in groups of as many sequences as in training.
     """
     if self.router == 'expert_choice':
       return dataclasses.replace(self, group_by='position')
@@ -181,10 +181,10 @@ ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
 class MixtureOfExperts(common.Stateless):
   """Sparse mixture of experts.
 
-  Input and output x_BLD, any float dtype; scores, weights and losses in float32 at least. The
-  batch is cut into routing groups: `group_size` consecutive whole sequences, in which tokens are
-  ordered by position, or, with `group_by = 'position'`, the tokens of those sequences at one
-  position. Padding (segment 0) is never routed.
+  Input and output x_BLD, any float dtype, or output of another width `d_out`; scores, weights and
+  losses in float32 at least. The batch is cut into routing groups: `group_size` consecutive whole
+  sequences, in which tokens are ordered by position, or, with `group_by = 'position'`, the tokens
+  of those sequences at one position. Padding (segment 0) is never routed.
 
   Leaks: token choice is causal: who finds no slot is decided by earlier tokens, and those at the
   same position, of its group. Expert choice by position is causal, but the examples of a group see
@@ -195,7 +195,7 @@ class MixtureOfExperts(common.Stateless):
   its share of all choices times E, so that 1 is uniform.
   """
 
-  def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
+  def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = Experts(
@@ -203,6 +203,7 @@ class MixtureOfExperts(common.Stateless):
       d_model=d_model,
       expert_width=config.expert_width(d_ff),
       activation=activation,
+      d_out=d_out,
       fan_in_out=config.fan_in_out(d_ff),
       init=init,
       rngs=rngs,
@@ -214,7 +215,7 @@ class MixtureOfExperts(common.Stateless):
         d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
       )
     if config.output_norm:
-      self.output_norm = common.LayerNorm(d_model, init.dtype)
+      self.output_norm = common.LayerNorm(d_out or d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens):
     return self._forward(x_BLD, tokens, self.config)
@@ -224,23 +225,20 @@ class MixtureOfExperts(common.Stateless):
     return self._forward(x_BLD, tokens, self.config.decoding())[0], {}
 
   def _forward(self, x_BLD, tokens, config):
-    B, L, D = x_BLD.shape
+    B, L, _ = x_BLD.shape
     M = config.group_size
     if B % M:
       raise ValueError(
         f'model.moe.group_size = {M} must divide the number of sequences routed together, got {B}. '
         'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
       )
-    T = M if config.by_position else M * L
-    # Positions before sequences: earlier positions come first in every group.
-    grouped = lambda a: jnp.swapaxes(a.reshape(B // M, M, *a.shape[1:]), 1, 2)
-    x_GTD = grouped(x_BLD).reshape(-1, T, D)
-    valid_GT = (grouped(tokens.segments) > 0).reshape(-1, T)
-    y_GTD, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(T))
-    y_BLD = jnp.swapaxes(y_GTD.reshape(B // M, L, M, D), 1, 2).reshape(B, L, D)
+    grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
+    x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
+    y, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(x_GTD.shape[1]))
+    y = grouped.join(y)
     if self.config.shared_width:
-      y_BLD += self.shared(x_BLD, tokens)[0]
-    return (self.output_norm(y_BLD) if self.config.output_norm else y_BLD), aux
+      y += self.shared(x_BLD, tokens)[0]
+    return (self.output_norm(y) if self.config.output_norm else y), aux
 
   def _route(self, x_GTD, valid_GT, key, capacity):
     config = self.config
@@ -255,7 +253,7 @@ class MixtureOfExperts(common.Stateless):
       packed=packed or capacity is None,
     )
     routed = self.experts.route(make_plan, x_GTD, logits_GTE, valid_GT, config.impl)
-    return routed.y_GTD, self._aux(routed, logits_GTE, valid_GT, bias_E)
+    return routed.y, self._aux(routed, logits_GTE, valid_GT, bias_E)
 
   def _aux(self, routed, logits_GTE, valid_GT, bias_E):
     config = self.config

@@ -1,24 +1,37 @@
-"""The Mixture-of-Tokens layer."""
+"""The Mixture-of-Tokens layer and its variants (docs/mixture_of_tokens.md)."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moejax.layers import common, experts
-from moejax.ops import mixing, routing
+from moejax.ops import groups, mixing, routing
 
-ROUTING = ('softmax', 'discrete', 'uniform')
+_COLDEST = 1e-6  # temperature at the end of annealing
 
 
 @dataclasses.dataclass(frozen=True)
 class MoTConfig:
-  """Section `model.mot`. In the paper's names, MoT-Size/kE/m has k = group_size and k*m experts."""
+  """Section `model.mot`: what every field means stands in configs/common.py.
+
+  In the paper's names, MoT-Size/kE/m has k = group_size and k * m experts. `group_size` and
+  `routing` can change without the parameters, once the width of the experts is given.
+  """
 
   num_experts: int
   group_size: int
-  expert_width: int  # 0: as many FLOPs per token as a dense layer of width d_ff
+  expert_width: int
   routing: str
+  emit: str
+  separate_controllers: bool
   temperature: float
+  temperature_mode: str
+  separate_temperatures: bool
+  expert_norm: bool
+  grouping: str
 
   def width(self, d_ff):
     """Hidden width of one expert; E * width / group_size = d_ff matches a dense layer's FLOPs."""
@@ -26,16 +39,42 @@ class MoTConfig:
       return self.expert_width
     return d_ff * self.group_size // self.num_experts
 
+  @property
+  def learns_temperature(self):
+    return self.temperature_mode.startswith('learned')
+
+  @property
+  def emits_as_it_merges(self):
+    """Whether outputs return to the tokens with the very weights that mixed them."""
+    return self.emit == 'same' and not (self.separate_controllers or self.separate_temperatures)
+
   def problems(self, d_ff):
     """Yields one sentence per impossible value."""
+    choices = {
+      'routing': ('softmax', 'discrete', 'uniform'),
+      'emit': ('same', 'softmax_over_experts', 'raw', 'top_1'),
+      'temperature_mode': ('fixed', 'annealed', 'learned', 'learned_per_expert'),
+      'grouping': ('batch', 'random'),
+    }
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        yield f'model.mot.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
+        return
     for name in ('num_experts', 'group_size'):
       if getattr(self, name) < 1:
         yield f'model.mot.{name} must be at least 1, got {getattr(self, name)}.'
         return
-    if self.routing not in ROUTING:
-      yield f'model.mot.routing must be one of {", ".join(ROUTING)}; got {self.routing!r}.'
     if self.temperature <= 0:
       yield f'model.mot.temperature must be positive, got {self.temperature}.'
+    if self.separate_temperatures and not self.learns_temperature:
+      yield (
+        'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
+        f'got {self.temperature_mode!r}.'
+      )
+    if self.emit in ('raw', 'top_1'):
+      for name in ('separate_controllers', 'separate_temperatures'):
+        if getattr(self, name):
+          yield f'model.mot.{name} has nothing to act on with emit = {self.emit}; set it to False.'
     if self.expert_width < 0:
       yield f'model.mot.expert_width must be positive, or 0 to match d_ff, got {self.expert_width}.'
     elif not self.expert_width and d_ff * self.group_size % self.num_experts:
@@ -48,16 +87,16 @@ class MoTConfig:
 class MixtureOfTokens(common.Stateless):
   """Continuous mixture of experts over examples (arXiv:2310.15961).
 
-  Input and output x_BLD, any float dtype; controller scores and weights in float32. M = group_size
-  consecutive examples of the batch form a group. At every position each of the E experts sees one
-  mixture of the group's M tokens, weighted by a softmax over those tokens, and its output returns
-  to them with the same weights. Padding (segment 0) never enters a mixture.
-
-  `routing`: 'softmax'; 'discrete', where an expert sees the token of the largest weight alone and
-  returns to it with weight 1 (or several that tie); 'uniform', where all tokens weigh the same.
+  Input and output x_BLD, any float dtype; scores and weights in float32, or in bfloat16 if x and
+  the parameters are. M = group_size examples of the batch form a group. At every position each of
+  the E experts sees one mixture of the group's M tokens, and its output returns to them: with the
+  same weights by default, a softmax over these tokens. Padding (segment 0) never enters a mixture.
 
   Leaks: causal, but the examples of a group see each other's tokens at the same position.
-  `aux['mot/entropy']`: entropy of the merge weights over log M, mean over experts; 1 is uniform.
+
+  `aux` has a handful of scalars: 'mot/entropy', 'mot/max_weight', 'mot/std' of the merge weights
+  (`mixing.statistics`), the same under 'mot/emit_...' if emit has weights of its own, and
+  'mot/temperature' (and 'mot/emit_temperature') if it changes, mean over experts.
 
   Compute per token of the experts is that of a dense layer of width E * expert_width / M;
   controller, merge and emit add 6 * D * E FLOPs forward.
@@ -65,35 +104,101 @@ class MixtureOfTokens(common.Stateless):
 
   def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
     self.config = config
-    self.controller = init(rngs, d_model, config.num_experts, fan_in=d_model)
+    E = config.num_experts
+    self.controller = init(rngs, d_model, E, fan_in=d_model)
     self.experts = experts.Experts(
-      num_experts=config.num_experts,
+      num_experts=E,
       d_model=d_model,
       expert_width=config.width(d_ff),
       activation=activation,
       init=init,
       rngs=rngs,
     )
+    if config.separate_controllers:
+      self.emit_controller = init(rngs, d_model, E, fan_in=d_model)
+    if config.temperature_mode == 'annealed':
+      self.anneal = nnx.Param(jnp.ones((), jnp.float32))  # set by the optimizer
+    if config.learns_temperature:
+      shape = (E,) if config.temperature_mode == 'learned_per_expert' else ()
+      start = jnp.full(shape, 1 + math.log(config.temperature), init.dtype)
+      self.temperature = nnx.Param(start)
+      if config.separate_temperatures:
+        self.emit_temperature = nnx.Param(start)
+    if config.expert_norm:
+      self.norm_in = common.LayerNorm(d_model, init.dtype)
+      self.norm_out = common.LayerNorm(d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens):
-    B, L, D = x_BLD.shape
+    B, L, _ = x_BLD.shape
     M = self.config.group_size
     if B % M:
       raise ValueError(
         f'model.mot.group_size = {M} must divide the number of sequences mixed together, got {B}. '
         'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
       )
-    G = B // M
-    x_GMLD = x_BLD.reshape(G, M, L, D)
-    logits_GMLE = routing.router_logits(x_GMLD, self.controller[...])
-    valid_GML = (tokens.segments > 0).reshape(G, M, L)
+    order_B = None
+    if self.config.grouping == 'random' and tokens.key is not None:
+      order_B = jax.random.permutation(tokens.key, B)
+    grouped = groups.Groups(B, L, M, order_B)
+    y_CMD, aux = self._mix(grouped.split(x_BLD), grouped.split(tokens.segments > 0))
+    return grouped.join(y_CMD), aux
+
+  def _mix(self, x_CMD, valid_CM):
+    merge_CME, emit_CME, aux = self._weights(x_CMD, valid_CM)
+    rows_ECD = groups.to_experts(mixing.merge(x_CMD, merge_CME))
+    if self.config.expert_norm:
+      rows_ECD = self.norm_out(self.experts(self.norm_in(rows_ECD)))
+    else:
+      rows_ECD = self.experts(rows_ECD)
+    return mixing.emit(groups.from_experts(rows_ECD), emit_CME), aux
+
+  def _weights(self, x_CMD, valid_CM):
+    """Weights with which tokens enter the mixtures and outputs return to them, and their aux."""
+    config = self.config
+    logits_CME = self._logits(x_CMD, self.controller)
+    merge_CME = self._distribution(logits_CME, valid_CM, 'temperature', mixing.TOKENS)
+    measured = {'mot': mixing.statistics(merge_CME, valid_CM)}
+    if config.emits_as_it_merges:
+      emit_CME = merge_CME
+    elif config.emit == 'raw':
+      emit_CME = jnp.broadcast_to(valid_CM[..., None], merge_CME.shape)
+    elif config.emit == 'top_1':
+      emit_CME = mixing.one_hot(merge_CME, valid_CM)
+    else:
+      over = mixing.EXPERTS if config.emit == 'softmax_over_experts' else mixing.TOKENS
+      if config.separate_controllers:
+        logits_CME = self._logits(x_CMD, self.emit_controller)
+      name = 'emit_temperature' if config.separate_temperatures else 'temperature'
+      emit_CME = self._distribution(logits_CME, valid_CM, name, over)
+      measured['mot/emit'] = mixing.statistics(emit_CME, valid_CM, over)
+    return merge_CME, emit_CME, self._aux(measured)
+
+  def _logits(self, x_CMD, controller):
     if self.config.routing == 'uniform':
-      logits_GMLE = jnp.zeros_like(logits_GMLE)
-    weights_GMLE = mixing.merge_weights(logits_GMLE, valid_GML, self.config.temperature)
+      dtype = jnp.promote_types(x_CMD.dtype, controller.dtype)
+      return jnp.zeros((*x_CMD.shape[:2], self.config.num_experts), dtype)
+    return routing.router_logits(x_CMD, controller[...])
+
+  def _distribution(self, logits_CME, valid_CM, name, over):
+    temperature = self._temperature(name).astype(logits_CME.dtype)
+    weights_CME = mixing.softmax(logits_CME, valid_CM, temperature, over)
     if self.config.routing == 'discrete':
-      weights_GMLE = mixing.one_hot(weights_GMLE, valid_GML, axis=1)
-    mixtures_EGLD = mixing.merge(x_GMLD, weights_GMLE)
-    E = mixtures_EGLD.shape[0]
-    out_EGLD = self.experts(mixtures_EGLD.reshape(E, G * L, D)).reshape(E, G, L, D)
-    y_BLD = mixing.emit(out_EGLD, weights_GMLE).reshape(B, L, D)
-    return y_BLD, {'mot/entropy': mixing.normalized_entropy(weights_GMLE).mean()}
+      return mixing.one_hot(weights_CME, valid_CM, over)
+    return weights_CME
+
+  def _temperature(self, name):
+    """[1, 1, E or 1]. A learned one is exp(t - 1), as in the papers' code: never negative."""
+    if self.config.learns_temperature:
+      return jnp.exp(getattr(self, name)[...] - 1).reshape(1, 1, -1)
+    scale = self.anneal[...] if self.config.temperature_mode == 'annealed' else jnp.ones(())
+    # At the end of annealing, 0, the softmax is a one-hot arg-max.
+    return jnp.maximum(self.config.temperature * scale, _COLDEST).reshape(1, 1, 1)
+
+  def _aux(self, measured):
+    join = {'mot': 'mot/', 'mot/emit': 'mot/emit_'}
+    aux = {join[by] + name: v for by, values in measured.items() for name, v in values.items()}
+    if self.config.temperature_mode != 'fixed':
+      aux['mot/temperature'] = self._temperature('temperature').mean().astype(jnp.float32)
+    if self.config.separate_temperatures:
+      aux['mot/emit_temperature'] = self._temperature('emit_temperature').mean().astype(jnp.float32)
+    return aux

@@ -16,7 +16,7 @@ from moejax.ops import grouped_matmul
 
 
 class Expert(typing.NamedTuple):
-  """One expert, every row by itself: y_CD = outer(inner(x_CD, w), weight_C, w).
+  """One expert, every row by itself: y = outer(inner(x_CD, w), weight_C, w).
 
   What is between the two (`h`, a pytree of arrays [C, ...]) is kept for the gradient, so it should
   be the hidden activations before their nonlinearity. `weight_C` multiplies the output; hidden
@@ -38,33 +38,43 @@ def map_experts(expert, x_TD, plan, weights):
     weights: a pytree of arrays [E, ...]; an expert sees its own [...].
 
   Returns:
-    y_TD. Tokens without an expert get 0.
+    y [T, width of an expert's output], in the dtype of x. Tokens without an expert get 0.
   """
   if plan.packed:
     return _map_packed(expert, x_TD, plan.token, plan.weight, plan.sizes_E, weights)
   return _map_slotted(expert, x_TD, plan.token, plan.weight, plan.used, weights)
 
 
-def _backward(expert, x_CD, h, weight_C, w, dy_CD):
+def _backward(expert, x_CD, h, weight_C, w, dy):
   """Gradients of one expert by x_CD, weight_C and w; its products are not computed again."""
-  dh, d_weight_C, dw_outer = jax.vjp(expert.outer, h, weight_C, w)[1](dy_CD)
+  dh, d_weight_C, dw_outer = jax.vjp(expert.outer, h, weight_C, w)[1](dy)
   dx_CD, dw_inner = jax.vjp(expert.inner, x_CD, w)[1](dh)
   return dx_CD, d_weight_C, jax.tree.map(jnp.add, dw_inner, dw_outer)
 
 
-def _take(x_TD, token):
-  return x_TD.at[token].get(mode='promise_in_bounds')
+def _take(tokens, token):
+  return tokens.at[token].get(mode='promise_in_bounds')
 
 
-def _add(y_TD, token, rows, used):
+def _add(y, token, rows, used):
   # No expert holds a token twice, and a CPU adds rows in their order: sums do not vary.
-  rows = jnp.where(used[..., None], rows, 0).astype(y_TD.dtype)
-  return y_TD.at[token].add(rows, mode='promise_in_bounds')
+  rows = jnp.where(used[..., None], rows, 0).astype(y.dtype)
+  return y.at[token].add(rows, mode='promise_in_bounds')
 
 
 def _zeros(a):
   """An accumulator, at least float32."""
   return jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _no_output(expert, x_TD, weights):
+  """An accumulator of outputs, which may be of another width than x."""
+
+  def one_expert(x_TD, weights):
+    w = jax.tree.map(lambda a: a[0], weights)
+    return expert.outer(expert.inner(x_TD, w), jnp.ones(len(x_TD)), w)
+
+  return _zeros(jax.eval_shape(one_expert, x_TD, weights))
 
 
 # Slotted: a scan over experts.
@@ -76,25 +86,24 @@ def _map_slotted(expert, *args):
 
 
 def _map_slotted_forward(expert, x_TD, token, weight, used, weights):
-  def step(y_TD, xs):
+  def step(y, xs):
     token_EC, weight_EC, used_EC, w = xs
     h = jax.vmap(expert.inner)(_take(x_TD, token_EC), w)
-    rows_ECD = jax.vmap(expert.outer)(h, weight_EC, w)
-    return _add(y_TD, token_EC, rows_ECD, used_EC), h
+    return _add(y, token_EC, jax.vmap(expert.outer)(h, weight_EC, w), used_EC), h
 
   xs = _few_at_a_time((token, weight, used, weights))
-  y_TD, h = jax.lax.scan(step, _zeros(x_TD), xs)
-  return y_TD.astype(x_TD.dtype), (x_TD, xs, h)
+  y, h = jax.lax.scan(step, _no_output(expert, x_TD, weights), xs)
+  return y.astype(x_TD.dtype), (x_TD, xs, h)
 
 
-def _map_slotted_backward(expert, saved, dy_TD):
+def _map_slotted_backward(expert, saved, dy):
   x_TD, xs, h = saved
 
   def step(dx_TD, xs_and_h):
     (token_EC, weight_EC, used_EC, w), h = xs_and_h
-    dy_ECD = jnp.where(used_EC[..., None], _take(dy_TD, token_EC), 0)
+    dy_rows = jnp.where(used_EC[..., None], _take(dy, token_EC), 0)
     dx_ECD, d_weight_EC, dw = jax.vmap(functools.partial(_backward, expert))(
-      _take(x_TD, token_EC), h, weight_EC, w, dy_ECD
+      _take(x_TD, token_EC), h, weight_EC, w, dy_rows
     )
     return _add(dx_TD, token_EC, dx_ECD, used_EC), (d_weight_EC, dw)
 
@@ -138,20 +147,21 @@ def _map_packed_forward(expert, x_TD, token, weight, sizes_E, weights):
   long_token, long_weight = block.lengthen(token), block.lengthen(weight)
 
   def step(i, carry):
-    y_TD, all_h = carry
+    y, all_h = carry
     token_C, w = block.read(i, long_token), block.of_group(i, weights)
     h = expert.inner(_take(x_TD, token_C), w)
-    y_CD = expert.outer(h, block.read(i, long_weight), w)
-    return _add(y_TD, token_C, y_CD, block.used(i)), block.write(i, all_h, h)
+    rows = expert.outer(h, block.read(i, long_weight), w)
+    return _add(y, token_C, rows, block.used(i)), block.write(i, all_h, h)
 
   no_h = jax.tree.map(
     lambda a: jnp.zeros((long_token.shape[0], *a.shape[1:]), a.dtype), h_of_a_block
   )
-  y_TD, h = jax.lax.fori_loop(0, block.number, step, (_zeros(x_TD), no_h))
-  return y_TD.astype(x_TD.dtype), (x_TD, token, weight, h, sizes_E, weights)
+  no_y = _no_output(expert, x_TD, weights)
+  y, h = jax.lax.fori_loop(0, block.number, step, (no_y, no_h))
+  return y.astype(x_TD.dtype), (x_TD, token, weight, h, sizes_E, weights)
 
 
-def _map_packed_backward(expert, saved, dy_TD):
+def _map_packed_backward(expert, saved, dy):
   x_TD, token, weight, h, sizes_E, weights = saved
   block = _Block(token.shape[0], sizes_E)
   long_token, long_weight = block.lengthen(token), block.lengthen(weight)
@@ -159,14 +169,14 @@ def _map_packed_backward(expert, saved, dy_TD):
   def step(i, carry):
     dx_TD, d_weight, dw = carry
     token_C, used_C = block.read(i, long_token), block.used(i)
-    dy_CD = jnp.where(used_C[:, None], _take(dy_TD, token_C), 0)
+    dy_rows = jnp.where(used_C[:, None], _take(dy, token_C), 0)
     dx_CD, d_weight_C, dw_block = _backward(
       expert,
       _take(x_TD, token_C),
       block.read(i, h),
       block.read(i, long_weight),
       block.of_group(i, weights),
-      dy_CD,
+      dy_rows,
     )
     group = block.blocks.group[i]
     dw = jax.tree.map(lambda a, b: a.at[group].add(b.astype(a.dtype)), dw, dw_block)

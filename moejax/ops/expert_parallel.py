@@ -29,14 +29,14 @@ EXPERT_AXIS = 'expert'
 class Experts(NamedTuple):
   """What to do with tokens and rows; `weights` is a pytree of arrays [E, ...]."""
 
-  route: Callable[..., jax.Array]  # (x_TD, plan, weights) -> y_TD
-  rows: Callable[..., jax.Array]  # (rows_ECD, weight_EC, weights) -> rows_ECD
+  route: Callable[..., jax.Array]  # (x_TD, plan, weights) -> y, [T, ...]
+  rows: Callable[..., jax.Array]  # (rows_ECD, weight_EC, weights) -> rows
 
 
 class Routed(NamedTuple):
   """What became of the tokens of all groups."""
 
-  y_GTD: jax.Array
+  y: jax.Array  # [G, T, width of the experts' output]
   counts_GE: jax.Array  # int32: choices per expert, before drops
   number_GT: jax.Array  # int32: experts that a token reached
 
@@ -55,20 +55,21 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     A Routed.
   """
   rows = mesh.batch_axes(x_GTD.shape[0])
-  ways = mesh.size(EXPERT_AXIS, logits_GTE.shape[-1])
+  ways = mesh.size(EXPERT_AXIS)
+  ways = ways if logits_GTE.shape[-1] % ways == 0 else 1
 
   def on_a_device(x_GTD, logits_GTE, valid_GT, weights):
     plan = make_plan(logits_GTE, valid_GT, packed=packed and ways == 1)
     x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
     if ways == 1:
-      y_TD = experts.route(x_TD, plan, weights)
+      y = experts.route(x_TD, plan, weights)
     elif plan.packed or plan.token.size > ways * x_TD.shape[0]:
       make_whole_plan = functools.partial(make_plan, packed=packed)
-      y_TD = _ring(make_whole_plan, experts, x_GTD, logits_GTE, valid_GT, weights)
+      y = _ring(make_whole_plan, experts, x_GTD, logits_GTE, valid_GT, weights)
     else:
-      y_TD = _all_to_all(experts, x_TD, plan, weights)
-    y_GTD, number_GT = y_TD.reshape(x_GTD.shape), plan.number.reshape(valid_GT.shape)
-    return Routed(y_GTD, plan.counts_GE, number_GT)
+      y = _all_to_all(experts, x_TD, plan, weights)
+    y, number_GT = y.reshape(*valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
+    return Routed(y, plan.counts_GE, number_GT)
 
   axes = {*rows, *([EXPERT_AXIS] if ways > 1 else [])}
   if not axes:
@@ -88,8 +89,8 @@ def _all_to_all(experts, x_TD, plan, weights):
   exchange = functools.partial(jax.lax.all_to_all, axis_name=EXPERT_AXIS, tiled=True)
   to_experts = functools.partial(exchange, split_axis=0, concat_axis=1)
   rows_ECD, weight_EC = to_experts(dispatch.dispatch(x_TD, plan)), to_experts(plan.weight)
-  rows_ECD = experts.rows(rows_ECD, weight_EC, weights)
-  return dispatch.combine(exchange(rows_ECD, split_axis=1, concat_axis=0), plan)
+  rows = experts.rows(rows_ECD, weight_EC, weights)
+  return dispatch.combine(exchange(rows, split_axis=1, concat_axis=0), plan)
 
 
 def _ring(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights):
@@ -98,5 +99,5 @@ def _ring(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights):
   plan = make_plan(gather(logits_GTE), gather(valid_GT))
   number = jax.tree.leaves(weights)[0].shape[0]
   plan = routing.own_experts(plan, jax.lax.axis_index(EXPERT_AXIS) * number, number)
-  y_TD = experts.route(x_TD, plan, weights)
-  return jax.lax.psum_scatter(y_TD, EXPERT_AXIS, scatter_dimension=0, tiled=True)
+  y = experts.route(x_TD, plan, weights)
+  return jax.lax.psum_scatter(y, EXPERT_AXIS, scatter_dimension=0, tiled=True)

@@ -4,22 +4,20 @@ import math
 
 import jax
 
-BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these
+BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
 
 
-def size(axis, number=0):
-  """Devices along an axis that is still the partitioner's; 1 where they do not divide `number`."""
+def size(*axes):
+  """Devices along mesh axes, as far as these are there and still the partitioner's."""
   current = jax.sharding.get_abstract_mesh()
-  if current.empty or axis not in current.auto_axes or number % current.shape[axis]:
-    return 1
-  return current.shape[axis]
+  free = () if current.empty else current.auto_axes
+  return math.prod(current.shape[axis] for axis in axes if axis in free)
 
 
 def batch_axes(number):
-  """The batch axes, as many as divide `number`, along which to split the leading axis."""
+  """The batch axes with several devices, as many as divide `number`, to split a leading axis."""
   axes = ()
   for axis in BATCH_AXES:
-    split = math.prod(map(size, axes)) * size(axis)
-    if size(axis) > 1 and number % split == 0:
+    if size(axis) > 1 and number % size(*axes, axis) == 0:
       axes += (axis,)
   return axes

@@ -1,8 +1,11 @@
-"""Mixture of Tokens (arXiv:2310.15961): softmax-weighted mixtures of the tokens of a group.
+"""Mixture of Tokens (arXiv:2310.15961): weighted mixtures of the tokens of a group.
 
-A group is M consecutive examples, looked at one position at a time. Nothing moves along positions,
-so a mixture at position l holds only tokens at position l: causal, but examples of one group see
-each other.
+A group is M tokens at one position of M examples; there are C of them (`moejax.ops.groups`), and
+each of E experts sees one mixture of every group. Nothing moves along positions, so a mixture at
+position l holds only tokens at position l: causal, but examples of one group see each other.
+
+The groups lead in all arrays but those of the experts: the products are then batched products of
+matrices as they lie in memory, and a device that holds some of the groups needs no others.
 """
 
 import math
@@ -10,60 +13,76 @@ import math
 import jax
 import jax.numpy as jnp
 
+TOKENS, EXPERTS = 1, 2  # axes of weights_CME
 
-def merge_weights(logits_GMLE, valid_GML, temperature=1.0):
-  """Weights with which each expert mixes the tokens of a group.
+
+def softmax(logits_CME, valid_CM, temperature: jax.typing.ArrayLike = 1.0, over=TOKENS):
+  """A softmax over the tokens of a group for every expert, or over the experts for every token.
 
   Args:
-    logits_GMLE: float32 controller scores.
-    valid_GML: bool; tokens that are not valid (padding) get weight 0.
-    temperature: the softmax's temperature.
+    logits_CME: scores, in the dtype to compute in.
+    valid_CM: bool; tokens that are not valid (padding) get weight 0.
+    temperature: what the scores are divided by: a number, or an array that broadcasts.
+    over: TOKENS or EXPERTS, the axis along which weights sum to 1.
 
   Returns:
-    weights_GMLE, float32: a softmax over M for every expert; all 0 in a group without valid tokens.
+    weights_CME in the dtype of the scores; all 0 in a group without valid tokens.
   """
-  valid_GML1 = valid_GML[..., None]
+  valid_CM1 = valid_CM[..., None]
   # A finite stand-in for -inf keeps a group of nothing but padding free of NaN, gradients included.
-  masked_GMLE = jnp.where(valid_GML1, logits_GMLE / temperature, jnp.finfo(logits_GMLE.dtype).min)
-  return jax.nn.softmax(masked_GMLE, axis=1) * valid_GML1
+  masked_CME = jnp.where(valid_CM1, logits_CME / temperature, jnp.finfo(logits_CME.dtype).min)
+  return jax.nn.softmax(masked_CME, axis=over) * valid_CM1
 
 
-def one_hot(weights_GMLE, valid_GML, axis):
+def one_hot(weights_CME, valid_CM, over=TOKENS):
   """1 where a weight is the largest along the axis, everywhere it is in a tie; 0 elsewhere."""
-  largest = weights_GMLE == weights_GMLE.max(axis=axis, keepdims=True)
-  return (largest & valid_GML[..., None]).astype(weights_GMLE.dtype)
+  largest = weights_CME == weights_CME.max(axis=over, keepdims=True)
+  return (largest & valid_CM[..., None]).astype(weights_CME.dtype)
 
 
-def merge(x_GMLD, weights_GMLE):
-  """One mixture per expert, group and position: mixtures_EGLD = sum over M of weight * token."""
-  return jnp.einsum('GMLE,GMLD->EGLD', weights_GMLE.astype(x_GMLD.dtype), x_GMLD)
+def merge(x_CMD, weights_CME):
+  """One mixture per expert and group: mixtures_ECD = sum over M of weight * token."""
+  return jnp.einsum('CME,CMD->ECD', weights_CME.astype(x_CMD.dtype), x_CMD)
 
 
-def emit(out_EGLD, weights_GMLE):
-  """Hands every expert's output back to the tokens that it was mixed from."""
-  return jnp.einsum('GMLE,EGLD->GMLD', weights_GMLE.astype(out_EGLD.dtype), out_EGLD)
+def emit(out_ECD, weights_CME):
+  """Hands every expert's output to the tokens of the group: y_CMD = sum over E."""
+  return jnp.einsum('CME,ECD->CMD', weights_CME.astype(out_ECD.dtype), out_ECD)
 
 
-def normalized_entropy(weights_GMLE):
-  """Mean entropy of the merge weights divided by log M, per expert: 1 is uniform, 0 is one token.
+def statistics(weights_CME, valid_CM, over=TOKENS):
+  """How evenly weights are spread, over the distributions that have a valid token; no gradient.
 
-  Returns entropy_E, float32. With M = 1 there is nothing to mix and the value is 0.
+  Returns:
+    A dict of float32 scalars: `entropy` (mean, divided by the log of how many share the weight: 1
+    is uniform, 0 is one of them; 0 where there is but one), `max_weight` (mean of the largest of a
+    distribution), `std` (of the weights of valid tokens).
   """
-  M = weights_GMLE.shape[1]
-  entropy_GLE = jnp.sum(jax.scipy.special.entr(weights_GMLE), axis=1)
-  return jnp.mean(entropy_GLE, axis=(0, 1)) / (math.log(M) or 1.0)
+  dtype = jnp.promote_types(weights_CME.dtype, jnp.float32)
+  weights_CME = jax.lax.stop_gradient(weights_CME).astype(dtype)
+  valid_CM1 = valid_CM[..., None]
+  n, E = weights_CME.shape[over], weights_CME.shape[EXPERTS]
+  # One distribution per expert and group, or per token.
+  count = jnp.maximum(E * valid_CM.any(axis=1).sum() if over == TOKENS else valid_CM.sum(), 1)
+  num_weights = jnp.maximum(E * valid_CM.sum(), 1)
+  mean = weights_CME.sum() / num_weights
+  variance = jnp.where(valid_CM1, jnp.square(weights_CME - mean), 0).sum() / num_weights
+  measured = {
+    'entropy': jax.scipy.special.entr(weights_CME).sum() / count / (math.log(n) or 1.0),
+    'max_weight': weights_CME.max(axis=over).sum() / count,
+    'std': jnp.sqrt(variance),
+  }
+  return {name: value.astype(jnp.float32) for name, value in measured.items()}
 
 
-def mixture_of_tokens_reference(x_GMLD, controller_DE, w_in_EDF, w_out_EFD, valid_GML):
-  """The layer as loops over groups, positions and experts (papers' definition), for tests."""
-  G, _, L, _ = x_GMLD.shape
-  y_GMLD = jnp.zeros_like(x_GMLD)
-  for g in range(G):
-    for position in range(L):
-      x_MD, valid_M = x_GMLD[g, :, position], valid_GML[g, :, position]
-      for e in range(controller_DE.shape[1]):
-        scores_M = jnp.where(valid_M, x_MD @ controller_DE[:, e], -jnp.inf)
-        weights_M = jnp.where(valid_M.any(), jax.nn.softmax(scores_M), 0)
-        out_D = jax.nn.relu(weights_M @ x_MD @ w_in_EDF[e]) @ w_out_EFD[e]
-        y_GMLD = y_GMLD.at[g, :, position].add(weights_M[:, None] * out_D[None])
-  return y_GMLD
+def mixture_of_tokens_reference(x_CMD, controller_DE, w_in_EDF, w_out_EFD, valid_CM):
+  """The layer as loops over groups and experts (the papers' definition), for tests."""
+  y_CMD = jnp.zeros_like(x_CMD)
+  for c in range(x_CMD.shape[0]):
+    x_MD, valid_M = x_CMD[c], valid_CM[c]
+    for e in range(controller_DE.shape[1]):
+      scores_M = jnp.where(valid_M, x_MD @ controller_DE[:, e], -jnp.inf)
+      weights_M = jnp.where(valid_M.any(), jax.nn.softmax(scores_M), 0)
+      out_D = jax.nn.relu(weights_M @ x_MD @ w_in_EDF[e]) @ w_out_EFD[e]
+      y_CMD = y_CMD.at[c].add(weights_M[:, None] * out_D[None])
+  return y_CMD

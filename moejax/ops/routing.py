@@ -2,7 +2,7 @@
 
 A router is a function of scores that returns a `Plan`; it has no parameters and moves no rows
 (`moejax.ops.dispatch` does). Three of them: token choice with a capacity, token choice without
-drops, expert choice. Scores are float32 (float64 if the logits are).
+drops, expert choice. Scores have the dtype of the logits; losses and measurements are float32.
 
 G routing groups of T tokens each are routed independently of each other. Where a group consists of
 whole sequences, nothing about it depends on how the batch is spread over devices. Everything after
@@ -70,12 +70,13 @@ class Plan:
 
 
 def router_logits(x, w_DE):
-  """Scores of every expert for x [..., D]: logits [..., E], float32 at full precision.
+  """Scores of every expert for x [..., D]: logits [..., E], as wide as x or w, at full precision.
 
-  A bfloat16 router sends several per cent of the tokens to another set of experts, and the default
-  precision of TPUs is bfloat16 whatever the dtype.
+  Float32 parameters are thus routed in float32, whatever the activations. A bfloat16 router sends
+  several per cent of the tokens to another set of experts, and the default precision of TPUs is
+  bfloat16 whatever the dtype.
   """
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = jnp.promote_types(x.dtype, w_DE.dtype)
   return jnp.einsum(
     '...D,DE->...E', x.astype(dtype), w_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST
   )
@@ -350,8 +351,9 @@ def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='unifo
       token and sums to k, as in llm-random, Mixtral and OLMoE. They agree for k = 1 (Switch).
 
   Returns:
-    A scalar of the logits' dtype.
+    A scalar, float32 at least.
   """
+  logits_GTE = _wide(logits_GTE)
   scale = {'uniform_is_1': 1, 'uniform_is_k': k}
   _check(convention in scale, f'convention must be one of {", ".join(scale)}; got {convention!r}.')
   E = logits_GTE.shape[-1]
@@ -363,8 +365,12 @@ def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='unifo
 
 def z_loss(logits_GTE, valid_GT):
   """Mean over valid tokens of logsumexp(logits)^2 (arXiv:2202.08906, equation 5)."""
-  squared_GT = jax.nn.logsumexp(logits_GTE, axis=-1) ** 2
+  squared_GT = jax.nn.logsumexp(_wide(logits_GTE), axis=-1) ** 2
   return _valid_sum(squared_GT, valid_GT) / jnp.maximum(valid_GT.sum(), 1)
+
+
+def _wide(a):
+  return a.astype(jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _valid_sum(a, valid):
@@ -387,7 +393,7 @@ def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
     `unrouted` (fraction of tokens in no row at all), `entropy` (of the softmax scores, mean over
     tokens, divided by log E: 1 is undecided, 0 is certain).
   """
-  logits_GTE = jax.lax.stop_gradient(logits_GTE)
+  logits_GTE = jax.lax.stop_gradient(_wide(logits_GTE))
   E = logits_GTE.shape[-1]
   load_E = counts_GE.sum(axis=0).astype(jnp.float32)
   mean = jnp.maximum(load_E.mean(), 1 / E)  # nothing routed at all: all loads 0

@@ -19,15 +19,14 @@ Implementations of `selective_scan`, all equal by value and gradient:
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Names of the mesh axes along which sequences and channels may lie.
-BATCH_AXES = ('data', 'fsdp', 'expert')
-CHANNEL_AXIS = 'tensor'
+from moejax.ops import mesh
+
+CHANNEL_AXIS = 'tensor'  # of the mesh, along which channels may lie
 
 
 def selective_scan(
@@ -60,8 +59,9 @@ def selective_scan(
     y_BLI in the dtype of x, and the state_BNI after the last position in float32 (float64 where x
     is). The state and all sums have that dtype throughout. Both have gradients.
 
-  Under a mesh, every device scans its own sequences (BATCH_AXES) and channels (CHANNEL_AXIS); only
-  gradients of what they share (a, skip, bias; b, c) are summed, once, after the scan.
+  Under a mesh, every device scans its own sequences (along `mesh.BATCH_AXES`) and channels (along
+  CHANNEL_AXIS); only gradients of what they share (a, skip, bias; b, c) are summed, once, after the
+  scan.
   """
   if impl not in ('auto', *_IMPLEMENTATIONS):
     raise ValueError(f'impl must be auto, {", ".join(_IMPLEMENTATIONS)}; got {impl!r}.')
@@ -115,7 +115,8 @@ def _per_device(scan, sequences, channels, state_BNI):
 
   Left to itself, XLA puts two all-reduces into every step of the backward pass.
   """
-  rows, columns = _partition(state_BNI.shape[0], state_BNI.shape[2])
+  rows, tensor = mesh.batch_axes(state_BNI.shape[0]), mesh.size(CHANNEL_AXIS)
+  columns = CHANNEL_AXIS if tensor > 1 and state_BNI.shape[2] % tensor == 0 else None
   if not rows and not columns:
     return scan(sequences, channels, state_BNI)
   P = jax.sharding.PartitionSpec
@@ -128,19 +129,6 @@ def _per_device(scan, sequences, channels, state_BNI):
     out_specs=(wide, wide),
     check_vma=False,  # as kernels need it; the body has no collective
   )(sequences, channels, state_BNI)
-
-
-def _partition(num_sequences, num_channels):
-  """Axes of the current mesh to split sequences and channels over; None where there is none."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free = {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
-  rows = ()
-  for name in BATCH_AXES:
-    split = math.prod(free[axis] for axis in rows) * free.get(name, 1)
-    if free.get(name, 1) > 1 and num_sequences % split == 0:
-      rows += (name,)
-  tensor = free.get(CHANNEL_AXIS, 1)
-  return rows or None, CHANNEL_AXIS if tensor > 1 and num_channels % tensor == 0 else None
 
 
 def _run(impl, sequences, channels, state_BNI):

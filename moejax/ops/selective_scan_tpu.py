@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 _TILES = (512, 384, 256, 128)  # channels of a program: the first of these that divides all
 _CHUNK = 128  # positions between two states that are kept
 _ROWS = 16  # positions read at once, and walked without a loop: the sublanes of bfloat16
-_FOREVER = 1e30  # a time after which nothing is left of any state
+_FOREVER = 1e30  # a time after which nothing is left of a state, however slow its decay
 
 
 def chunk_size(num_positions):
@@ -66,9 +66,8 @@ def _backward(interpret, saved, cotangents):
   B, N, I = dend_BNI.shape
   L, dtype = dout_BLI.shape[1], dend_BNI.dtype
   blocks = _Blocks(sequences, channels, N, reverse=True)
-  chunk, tile = blocks.wide.block_shape[1:]
   # Sums over the channels of one tile, and over the positions of one sequence.
-  by_tile = jax.ShapeDtypeStruct((I // tile, B, L, N), dtype)
+  by_tile = jax.ShapeDtypeStruct((blocks.grid[1], B, L, N), dtype)
   by_sequence = jax.ShapeDtypeStruct((B, 1, I), dtype)
   dsequences, dchannels, dstate_BNI = blocks.call(
     _backward_kernel,
@@ -84,7 +83,7 @@ def _backward(interpret, saved, cotangents):
       channels._replace(a=_like(dend_BNI), skip=by_sequence, bias=by_sequence),
       _like(dend_BNI),
     ),
-    scratch_shapes=[pltpu.VMEM((chunk, N, tile), dtype)],
+    scratch_shapes=[pltpu.VMEM((blocks.chunk, N, blocks.tile), dtype)],
   )(dout_BLI, *_prepared(sequences, channels), starts, dend_BNI)
   dsequences = dsequences._replace(
     b=jnp.sum(dsequences.b, axis=0),
@@ -110,6 +109,7 @@ class _Blocks:
     N, chunk = num_states, chunk_size(L)
     tile = next(size for size in _TILES if I % size == 0)
     chunks = L // chunk
+    self.chunk, self.tile = chunk, tile
     self.grid = B, I // tile, chunks
     at = (lambda k: chunks - 1 - k) if reverse else (lambda k: k)
     self.wide = pl.BlockSpec((None, chunk, tile), lambda b, i, k: (b, at(k), i))
@@ -233,12 +233,13 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
     dout_LI = dout[rows, :].astype(a_NI.dtype)
     sigmoid_LI = jax.nn.sigmoid(group.gate)
     dy_LI = dout_LI * group.gate * sigmoid_LI  # of y before the gate
-    read, dc = [], []
+    parts = []
     for t in range(_ROWS):
       before[i * _ROWS + t] = state_NI
       state_NI, read_1I = group.advance(t, a_NI, state_NI)
-      read.append(read_1I)
-      dc.append(jnp.sum(state_NI * dy_LI[t : t + 1], axis=1, keepdims=True))
+      dc_N1 = jnp.sum(state_NI * dy_LI[t : t + 1], axis=1, keepdims=True)
+      parts.append((read_1I, dc_N1))
+    read, dc = zip(*parts, strict=True)
     y_LI = jnp.concatenate(read, axis=0) + skip * group.x
     dsilu_LI = sigmoid_LI * (1 + group.gate * (1 - sigmoid_LI))
     dsequences.gate[rows, :] = (dout_LI * y_LI * dsilu_LI).astype(dsequences.gate.dtype)
@@ -252,15 +253,17 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
     group = _group(rows, sequences, channels)
     dy_LI = dout[rows, :].astype(a_NI.dtype) * jax.nn.silu(group.gate)
     dstate_NI, da_NI = carry
-    db, ddx, ddt = [None] * _ROWS, [None] * _ROWS, [None] * _ROWS
+    parts = []
     for t in reversed(range(_ROWS)):
       dafter_NI = dstate_NI + group.c[:, t : t + 1] * dy_LI[t : t + 1]
-      db[t] = jnp.sum(dafter_NI * group.dx[t : t + 1], axis=1, keepdims=True)
-      ddx[t] = jnp.sum(dafter_NI * group.b[:, t : t + 1], axis=0, keepdims=True)
+      db_N1 = jnp.sum(dafter_NI * group.dx[t : t + 1], axis=1, keepdims=True)
+      ddx_1I = jnp.sum(dafter_NI * group.b[:, t : t + 1], axis=0, keepdims=True)
       dstate_NI = group.decay(t, a_NI) * dafter_NI
       drate_NI = dstate_NI * before[i * _ROWS + t]  # the gradient of dt a
-      ddt[t] = jnp.sum(drate_NI * a_NI, axis=0, keepdims=True)
+      ddt_1I = jnp.sum(drate_NI * a_NI, axis=0, keepdims=True)
       da_NI = da_NI + drate_NI * group.dt[t : t + 1]
+      parts.append((db_N1, ddx_1I, ddt_1I))
+    db, ddx, ddt = zip(*reversed(parts), strict=True)
     ddx_LI = jnp.concatenate(ddx, axis=0)
     ddt_LI = jnp.concatenate(ddt, axis=0) * math.log(2) + ddx_LI * group.x
     ddelta_LI = ddt_LI * jax.nn.sigmoid(group.raw)

@@ -24,7 +24,7 @@ def x64():
 
 
 def _layer(d_model=D, state_size=N, dtype='float32'):
-  config = mamba.MambaConfig(expand=2.0, state_size=state_size, conv_width=W)
+  config = mamba.MambaConfig(expand=2.0, state_size=state_size, conv_width=W, moe_in='conv')
   init = common.Initializer('truncated_normal', 1.0, jnp.dtype(dtype))
   return mamba.Mamba(config, d_model=d_model, init=init, rngs=nnx.Rngs(0))
 
@@ -168,6 +168,45 @@ def test_a_position_is_seen_from_itself_on_by_its_own_sequence():
   after = _forward(graph, params, _x().at[1, 2].add(1), _tokens(0))
   changed_BL = np.abs(after - before).max(-1) > 0
   assert np.argwhere(changed_BL).tolist() == [[1, l] for l in range(2, L)]
+
+
+class _Linear(nnx.Module):
+  """Stands for experts: a matrix of known size, which says that it ran."""
+
+  def __init__(self, d_in, d_out):
+    self.w = nnx.Param(jnp.zeros((d_in, d_out)))
+
+  def __call__(self, x_BLD, tokens):
+    return x_BLD @ self.w[...], {'width': jnp.float32(x_BLD.shape[-1])}
+
+  def prefill(self, x_BLD, tokens):
+    return self(x_BLD, tokens)[0], {}
+
+  def step(self, x_BD, state, tokens):
+    return x_BD @ self.w[...], state
+
+
+@pytest.mark.parametrize(
+  ('moe_in', 'widths'), [('conv', [D]), ('out+gate', [D, 2 * D]), ('conv+gate+out', [D, D, 2 * D])]
+)
+def test_experts_take_the_place_of_projections(moe_in, widths):
+  config = mamba.MambaConfig(expand=2.0, state_size=N, conv_width=W, moe_in=moe_in)
+  init = common.Initializer('truncated_normal', 1.0, jnp.dtype('float32'))
+  layer = mamba.Mamba(config, d_model=D, init=init, rngs=nnx.Rngs(0), experts=_Linear)
+  graph, params = _random_layer()
+  plain = nnx.to_pure_dict(params)
+  names = {'conv': 'w_in', 'gate': 'w_gate', 'out': 'w_out'}
+  sparse = {names[word]: {'w': plain[names[word]]} for word in moe_in.split('+')}
+  sparse_graph, sparse_params = nnx.split(layer)
+  nnx.replace_by_pure_dict(sparse_params, plain | sparse)
+  x_BLD, tokens = _x(), _tokens(0)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  y_BLD, aux = nnx.merge(sparse_graph, sparse_params)(x_BLD, tokens)
+  close(y_BLD, _forward(graph, params, x_BLD, tokens))
+  assert aux == {'width': widths}
+  close(_prefill(sparse_graph, sparse_params, x_BLD, tokens)[0], y_BLD)
+  empty = layer.init_state(B, L, jnp.float32)
+  close(_steps(sparse_graph, sparse_params, empty, x_BLD, tokens), y_BLD)
 
 
 def test_the_state_does_not_grow_with_the_length():

@@ -34,11 +34,12 @@ def _config(**changes):
 
 
 @functools.lru_cache
-def _layer(**changes):
+def _layer(d_out=None, **changes):
   """The layer without its parameters, and random ones, float64."""
   make = lambda: moe.MixtureOfExperts(
     _config(**changes),
     d_model=D,
+    d_out=d_out,
     d_ff=F,
     activation='relu',
     init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
@@ -59,18 +60,18 @@ _forward = jax.jit(_apply, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _with_gradients(graph, params, x_BLD, tokens, dy_BLD):
-  y_BLD, backward = jax.vjp(lambda p, x: _apply(graph, p, x, tokens)[0], params, x_BLD)
-  return y_BLD, *backward(dy_BLD)
+def _with_gradients(graph, params, x_BLD, tokens, dy):
+  y, backward = jax.vjp(lambda p, x: _apply(graph, p, x, tokens)[0], params, x_BLD)
+  return y, *backward(dy)
 
 
 def _inputs(dtype='float32'):
   rng = np.random.default_rng(0)
-  x_BLD, dy_BLD = rng.standard_normal((2, B, L, D)).astype(dtype)
+  x_BLD = rng.standard_normal((B, L, D)).astype(dtype)
   segments_BL = np.ones((B, L), np.int32)
   segments_BL[1, 3:] = 0
   positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
-  return x_BLD, dy_BLD, common.Tokens(jnp.asarray(segments_BL), jnp.asarray(positions_BL))
+  return x_BLD, common.Tokens(jnp.asarray(segments_BL), jnp.asarray(positions_BL))
 
 
 def _groups(a_BL, by_position):
@@ -92,14 +93,17 @@ def x64():
 
 
 @pytest.mark.parametrize('impl', ['loop', 'rows'])
-@pytest.mark.parametrize('router', ROUTERS)
-def test_is_a_loop_over_tokens_and_experts(x64, router, impl):
+@pytest.mark.parametrize(
+  ('router', 'd_out'), [*((router, D) for router in ROUTERS), ('top 1', 5), ('expert choice', 11)]
+)
+def test_is_a_loop_over_tokens_and_experts(x64, router, d_out, impl):
   config = _config(**ROUTERS[router], impl=impl)
-  graph, params = _layer(**ROUTERS[router], impl=impl)
-  x_BLD, dy_BLD, tokens = _inputs('float64')
-  y_BLD, dparams, dx_BLD = _with_gradients(graph, params, x_BLD, tokens, dy_BLD)
+  graph, params = _layer(d_out, **ROUTERS[router], impl=impl)
+  x_BLD, tokens = _inputs('float64')
+  dy = np.random.default_rng(2).standard_normal((B, L, d_out))
+  y, dparams, dx_BLD = _with_gradients(graph, params, x_BLD, tokens, dy)
   x_GTD, dy_GTD, segments_GT = (
-    _groups(np.asarray(a), config.by_position) for a in (x_BLD, dy_BLD, tokens.segments)
+    _groups(np.asarray(a), config.by_position) for a in (x_BLD, dy, tokens.segments)
   )
   if config.router == 'expert_choice':
     over = 'tokens' if config.scores == 'softmax_over_tokens' else 'experts'
@@ -117,7 +121,7 @@ def test_is_a_loop_over_tokens_and_experts(x64, router, impl):
   weights = params['router'], params['experts']['w_in'], params['experts']['w_out']
   y_GTD, expected, *_ = oracles.moe(x_GTD, *weights, dy_GTD, route)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
-  close(y_BLD, _ungroup(y_GTD))
+  close(y, _ungroup(y_GTD))
   close(dx_BLD, _ungroup(expected['x']))
   close(dparams['router'], expected['router'])
   for name in ('w_in', 'w_out'):
@@ -127,7 +131,7 @@ def test_is_a_loop_over_tokens_and_experts(x64, router, impl):
 @pytest.mark.parametrize('router', ROUTERS)
 def test_only_flat_expert_choice_sees_the_future(router):
   graph, params = _layer(**ROUTERS[router])
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   before, _ = _forward(graph, params, x_BLD, tokens)
   seen = False
   for example in range(B):
@@ -141,7 +145,7 @@ def test_only_flat_expert_choice_sees_the_future(router):
 @pytest.mark.parametrize('router', ['token choice', 'expert choice'])
 def test_padding_is_never_routed(router):
   graph, params = _layer(**ROUTERS[router])
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   y_BLD, aux = _forward(graph, params, x_BLD, tokens)
   changed = np.where((tokens.segments > 0)[..., None], x_BLD, np.nan)
   other, other_aux = _forward(graph, params, np.nan_to_num(changed, nan=7.0), tokens)
@@ -152,7 +156,7 @@ def test_padding_is_never_routed(router):
 
 def test_measurements():
   graph, params = _layer(capacity_factor=0.5, z_loss=0.1)
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   _, aux = _forward(graph, params, x_BLD, tokens)
   assert aux['moe/load'].shape == (4,)
   np.testing.assert_allclose(aux['moe/load'].sum(), 4, rtol=1e-6)
@@ -165,7 +169,7 @@ def test_measurements():
 
 def test_the_gradient_of_the_balance_bias_is_the_load_above_the_mean():
   graph, params = _layer(balance_bias=True, balance_loss=0.0)
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
 
   @jax.jit
   def objective(params):
@@ -179,7 +183,7 @@ def test_the_gradient_of_the_balance_bias_is_the_load_above_the_mean():
 
 
 def test_a_shared_expert_is_added():
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   graph, params = _layer(shared_width=4)
   with_shared, _ = _forward(graph, params, x_BLD, tokens)
   plain_graph, plain_params = _layer()
@@ -191,7 +195,7 @@ def test_a_shared_expert_is_added():
 
 def test_jitter_needs_a_key():
   graph, params = _layer(jitter=0.5, capacity_factor=0.0)
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   quiet, _ = _forward(graph, params, x_BLD, tokens)
   plain_graph, _ = _layer(capacity_factor=0.0)
   np.testing.assert_array_equal(quiet, _forward(plain_graph, params, x_BLD, tokens)[0])
@@ -221,6 +225,6 @@ def test_sizes_follow_the_paper():
 
 def test_a_batch_that_cannot_be_cut_into_groups_is_refused():
   graph, params = _layer()
-  x_BLD, _, tokens = _inputs()
+  x_BLD, tokens = _inputs()
   with pytest.raises(ValueError, match='model.moe.group_size = 3 must divide .* got 4'):
     _apply(graph, params, x_BLD[:4], jax.tree.map(lambda a: a[:4], tokens))

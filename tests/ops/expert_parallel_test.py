@@ -65,7 +65,7 @@ def _compiled(router, impl, sizes):
   def run(params, x_GTD, logits_GTE):
     bank = nnx.merge(graph, params)
     routed = bank.route(PLANS[router], x_GTD, logits_GTE, valid_GT, impl)
-    return routed.y_GTD, (routed.counts_GE, routed.number_GT)
+    return routed.y, (routed.counts_GE, routed.number_GT)
 
   def value_and_gradients(*args):
     y_GTD, backward, counts = jax.vjp(run, *args, has_aux=True)

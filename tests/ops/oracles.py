@@ -104,7 +104,7 @@ def moe(x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD, route):
     y_GTD, a dict of the gradients of sum(y * dy) by x, router, w_in and w_out, and what was kept.
   """
   kept, num_choices, route_backward = route(x_GTD @ router_DE)
-  y_GTD, dx_GTD = np.zeros_like(x_GTD), np.zeros_like(x_GTD)
+  y_GTD, dx_GTD = np.zeros_like(dy_GTD), np.zeros_like(x_GTD)
   dw_in_EDF, dw_out_EFD = np.zeros_like(w_in_EDF), np.zeros_like(w_out_EFD)
   d_weights = []
   for g, _, t, e, weight in kept:

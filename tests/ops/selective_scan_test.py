@@ -103,6 +103,31 @@ def test_reproduces_mambas_reference(x64, impl):
   _assert_close((got_results, got_gradients), (results, gradients), 1e-10)
 
 
+@pytest.mark.parametrize('length', [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_reproduces_the_start_of_mambas_reference(x64, length):
+  given, _, (y_BLI, _), _ = _case('full')
+  got_BLI, _ = selective_scan(**_part(given, 0, length), impl='cpu')
+  _assert_close(got_BLI, y_BLI[:, :length], 1e-10)
+
+
+@pytest.mark.parametrize('length', [30, 2 * CHUNK + 1, 1000])
+def test_reproduces_mambas_reference_behind_another_document(x64, length):
+  """The reference is the last document: what comes before it changes and receives nothing."""
+  given, (dy_BLI, dlast_BNI), results, gradients = _case('full')
+  B, L, I = given['x_BLI'].shape
+  border = length - L
+  inputs = _inputs(border, sequences=B, channels=I, states=given['a_IN'].shape[1])
+  inputs |= {name: np.concatenate([inputs[name], given[name]], axis=1) for name in SEQUENCES}
+  inputs |= {name: v for name, v in given.items() if name not in (*SEQUENCES, 'state_BNI')}
+  cotangents = np.pad(dy_BLI, ((0, 0), (border, 0), (0, 0))), dlast_BNI
+  reset_BL = jnp.zeros((B, length), bool).at[:, border].set(True)
+  (y_BLI, last_BNI), got = _with_gradients(inputs, reset_BL, cotangents, 'cpu')
+  _assert_close((y_BLI[:, border:], last_BNI), results, 1e-10)
+  _assert_close({name: _part(got, border, length)[name] for name in gradients}, gradients, 1e-10)
+  assert not any(np.any(got[name][:, :border]) for name in SEQUENCES)
+  assert not np.any(got['state_BNI'])
+
+
 def test_reproduces_mambas_reference_without_extras(x64):
   """Its bare recurrence is ours with the inverse of softplus, no skip, and a gate of silu = 1."""
   given, cotangents, results, gradients = _case('plain')

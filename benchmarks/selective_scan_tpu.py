@@ -1,0 +1,104 @@
+"""The selective scan compiled for a TPU that is not there: instructions of the kernel, counted.
+
+  pip install -e .[tpu-aot]
+  python benchmarks/selective_scan_tpu.py --topology=v5e:2x2 --dtype=bfloat16
+
+Prints two counts per 65,536 states, which are 8 positions of 512 channels of 16. They come from the
+compiler. Neither is a time: nothing runs, and waiting for memory is in neither.
+
+  kernel  bundles (very long instruction words, one per cycle at best) in the loops of
+          `impl='tpu_kernel'`, and what a grid step does around them
+  XLA     XLA's estimate of the cycles of every operation of `impl='tpu'`, both passes, times the
+          trips of the loops that it is in
+"""
+
+import os
+import pathlib
+import re
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+
+from moejax.ops import selective_scan, selective_scan_tpu
+
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'Chips; one of them is compiled for.')
+_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of activations.')
+_SHAPE = flags.DEFINE_list(
+  'shape', ['8', '2048', '1536', '16'], 'Sequences, positions, channels, states per channel.'
+)
+_UNIT = 65536
+
+
+def compiled(impl, device):
+  """The program that computes a scan and all its gradients."""
+  B, L, I, N = map(int, _SHAPE.value)
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.dtype(_DTYPE.value))
+  wide, narrow, row = shape(B, L, I), shape(B, L, N), shape(I)
+  args = wide, wide, shape(I, N), narrow, narrow, row, wide, row
+
+  def run(dy, *args):
+    y, backward = jax.vjp(lambda *a: selective_scan.selective_scan(*a, impl=impl)[0], *args)
+    return y, backward(dy)
+
+  f = jax.jit(run, in_shardings=jax.sharding.SingleDeviceSharding(device))
+  return f.trace(wide, *args).lower(lowering_platforms=('tpu',)).compile()
+
+
+def bundles(path):
+  """Bundles of a grid step outside its loops, then of one iteration of each loop."""
+  counts = [0]
+  for mark, depth in re.findall(r'^ *\w+ +(\w\w)? *: (>*) *\{', path.read_text(), re.MULTILINE):
+    if depth == '>>' and mark == 'LB':
+      counts.append(0)
+    if depth:
+      counts[-1 if depth == '>>' else 0] += 1
+  return counts
+
+
+def estimated_cycles(text):
+  """The estimates in an XLA program, every one times the trips of the loops around it."""
+  bodies = dict(re.findall(r'^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL))
+
+  def total(name):
+    cycles = 0
+    for line in bodies[name].splitlines():
+      if loop := re.search(r' while\(.*condition=%([^,]+), body=%([^,]+)', line):
+        trips = max(map(int, re.findall(r' constant\((\d+)\)', bodies[loop[1]])))
+        cycles += trips * total(loop[2])
+      elif estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+        cycles += int(estimate[1])
+    return cycles
+
+  return total(re.search(r'^ENTRY %(\S+)', text, re.MULTILINE)[1])
+
+
+def main(argv):
+  del argv
+  os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+  jax.config.update('jax_platforms', 'cpu')
+  B, L, I, N = map(int, _SHAPE.value)
+  with tempfile.TemporaryDirectory() as folder:
+    dump = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
+    os.environ['LIBTPU_INIT_ARGS'] = dump  # read when the compiler loads, which is now
+    device = topologies.get_topology_desc(_TOPOLOGY.value, 'tpu').devices[0]
+    print(f'{device.device_kind}, jax {jax.__version__}, {_DTYPE.value}, B={B} L={L} I={I} N={N}')
+    compiled('tpu_kernel', device)
+    counts = {}
+    for which in ('forward', 'backward'):
+      (path,) = pathlib.Path(folder).glob(f'*{which}_kernel*-final_bundles.txt')
+      counts[which] = bundles(path)
+  tile = next(size for size in selective_scan_tpu._TILES if I % size == 0)
+  for which, (around, *loops) in counts.items():
+    per_group = _UNIT / (selective_scan_tpu._ROWS * tile * N)
+    per_chunk = _UNIT / (selective_scan_tpu.chunk_size(L) * tile * N)
+    parts = ' + '.join(f'{n * per_group:.0f}' for n in loops)
+    print(f'kernel, {which}: {parts} bundles in loops, {around * per_chunk:.0f} around them')
+  cycles = estimated_cycles(compiled('tpu', device).as_text())
+  print(f'XLA, both: {cycles * _UNIT / (B * L * I * N):.0f} cycles estimated')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,128 @@
+"""Mixing groups: the tokens of M sequences at one position, wherever those sequences lie.
+
+Under a mesh every device holds some sequences of the batch. Where a group does not lie on one
+device, batch is traded for sequence: one all-to-all gives each device all the sequences of its
+groups and a share of the positions, and one takes the results back. A group is therefore always
+mixed by one device, in one order, on every mesh.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moejax.ops import mesh
+from moejax.ops.mesh import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """How B sequences of L positions form groups of M tokens at one position.
+
+  The groups are consecutive sequences, of the batch as it is or as `order_B` permutes it.
+  """
+
+  batch: int
+  length: int
+  size: int
+  order_B: Any = None  # int32: a permutation of the sequences
+
+  def split(self, a):
+    """[B, L, ...] to [C, M, ...]: all groups, in an order of no meaning; C >= B * L / M.
+
+    Positions are padded with zeros to what divides among the devices.
+    """
+    padding = [(0, 0), (0, self._padded_length - self.length)] + [(0, 0)] * (a.ndim - 2)
+    order_B = None if self.order_B is None else jnp.asarray(self.order_B)
+    return self._on_each_device(self._split, jnp.pad(a, padding), order_B)
+
+  def join(self, a):
+    """[C, M, ...] back to [B, L, ...]."""
+    order_B = None if self.order_B is None else jnp.argsort(self.order_B)
+    return self._on_each_device(self._join, a, order_B)[:, : self.length]
+
+  def _split(self, a, order_B):
+    if self._swapped:
+      a = jax.lax.all_to_all(a, self._swapped, split_axis=1, concat_axis=0, tiled=True)
+    if order_B is not None:
+      a = a[order_B]
+    by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
+    return by_position.reshape(-1, self.size, *a.shape[2:])
+
+  def _join(self, a, order_B):
+    positions = self._padded_length // mesh.size(*self._swapped)
+    by_position = a.reshape(-1, positions, *a.shape[1:])
+    a = jnp.swapaxes(by_position, 1, 2).reshape(-1, positions, *a.shape[2:])
+    if order_B is not None:
+      a = a[order_B]
+    if self._swapped:
+      a = jax.lax.all_to_all(a, self._swapped, split_axis=0, concat_axis=1, tiled=True)
+    return a
+
+  def _on_each_device(self, f, a, order_B):
+    if not self._is_spread:
+      return f(a, order_B)
+    spec = P(BATCH_AXES)
+    return jax.shard_map(f, in_specs=(spec, P()), out_specs=spec)(a, order_B)
+
+  @property
+  def _is_spread(self):
+    shards = mesh.size(*BATCH_AXES)
+    return shards > 1 and self.batch % shards == 0
+
+  @property
+  def _swapped(self):
+    """The mesh axes whose devices trade: the fewest, from the innermost out, that complete groups.
+
+    A permutation may need sequences from everywhere.
+    """
+    if not self._is_spread:
+      return ()
+    if self.order_B is not None:
+      return BATCH_AXES
+    rows = self.batch // mesh.size(*BATCH_AXES)
+    candidates = (BATCH_AXES[i:] for i in range(len(BATCH_AXES), -1, -1))
+    return next(axes for axes in candidates if rows * mesh.size(*axes) % self.size == 0)
+
+  @property
+  def _padded_length(self):
+    return -(-self.length // mesh.size(*self._swapped)) * mesh.size(*self._swapped)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeSequences:
+  """Groups of all tokens of `size` sequences, earlier positions first; they lie where they lay."""
+
+  size: int
+
+  def split(self, a):
+    """[B, L, ...] to [B / size, L * size, ...]."""
+    by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
+    return by_position.reshape(len(by_position), -1, *a.shape[2:])
+
+  def join(self, a):
+    """[B / size, L * size, ...] back to [B, L, ...]."""
+    by_position = a.reshape(len(a), -1, self.size, *a.shape[2:])
+    length = by_position.shape[1]
+    return jnp.swapaxes(by_position, 1, 2).reshape(-1, length, *a.shape[2:])
+
+
+def to_experts(a_ECD):
+  """Mixtures to the devices that hold their experts: one all-to-all along mesh axis `expert`."""
+  return _swap_experts(a_ECD, P(None, BATCH_AXES), P('expert', BATCH_AXES[:-1]), (0, 1))
+
+
+def from_experts(a_ECD):
+  """Outputs of experts back to the devices of their groups."""
+  return _swap_experts(a_ECD, P('expert', BATCH_AXES[:-1]), P(None, BATCH_AXES), (1, 0))
+
+
+def _swap_experts(a_ECD, before, after, axes):
+  E, C, _ = a_ECD.shape
+  ways = mesh.size('expert')
+  if ways == 1 or E % ways or C % mesh.size(*BATCH_AXES):
+    return a_ECD
+  swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
+  return jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
