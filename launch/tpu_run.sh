@@ -145,7 +145,8 @@ install() {
   local archive=moejax.tgz folder
   folder=$(mktemp -d)
   git ls-files -z --cached --others --exclude-standard |
-    tar --create --gzip --null --files-from=- --ignore-failed-read --file="$folder/$archive"
+    tar --create --gzip --null --files-from=- --ignore-failed-read --file="$folder/$archive" ||
+    return
   tpus tpu-vm scp "$folder/$archive" launch/worker.sh "$name:" --worker=all &&
     worker all install || return
   rm -r "$folder"

@@ -12,7 +12,7 @@ set -euo pipefail
 readonly CODE=~/moejax RUN=~/moejax-run BUCKETS=~/gs
 export PATH=~/.local/bin:$PATH
 
-is_alive() { [[ -f $RUN/pid ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null; }
+is_alive() { [[ -f $RUN/pid ]] && grep --quiet --no-messages moejax "/proc/$(<"$RUN/pid")/cmdline"; }
 
 install() {
   if is_alive; then return; fi
