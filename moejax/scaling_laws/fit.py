@@ -150,7 +150,8 @@ def _check_number(number, form, names):
   if number <= len(names):
     raise ValueError(
       f'{number} runs are too few for the {len(names)} coefficients {", ".join(names)} of the '
-      f'{form} law: give at least {len(names) + 1}, better five times as many, or fix c.'
+      f'{form} law: give at least {len(names) + 1}, better five times as many'
+      + (', or fix c.' if 'c' in names else '.')
     )
 
 

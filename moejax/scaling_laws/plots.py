@@ -36,7 +36,7 @@ def plot(coefficients, expansion_rate, runs, folder):
   if sparse and sparse.g is not None:
     figures['loss_by_granularity'] = _loss_by_granularity(sparse, expansion_rate, runs)
     more = np.geomspace(budgets[0] / 10, budgets[-1] * 1000, len(budgets))
-    figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, more)
+    figures['optimal_granularity'] = _optimal_granularity(sparse, expansion_rate, runs, more)
   figures['loss_by_flops'] = _loss_by_flops(coefficients, expansion_rate, runs, budgets)
   if runs:
     figures['residuals'] = _residuals(sparse, dense, runs)
@@ -155,8 +155,8 @@ def _best_losses(law, expansion_rate, granularity, budgets):
   return np.array([optimum.loss for optimum in best])
 
 
-def _optimal_granularity(law, expansion_rate, budgets):
-  """The best granularity at every budget, and what another one costs there."""
+def _optimal_granularity(law, expansion_rate, runs, budgets):
+  """The best granularity at every budget, what another one costs, and where runs support it."""
   best = [optimal.best(law, expansion_rate, flops) for flops in budgets]
   chosen = [optimum.granularity for optimum in best]
   lowest = np.array([optimum.loss for optimum in best])
@@ -175,6 +175,10 @@ def _optimal_granularity(law, expansion_rate, budgets):
   for g in granularities:
     excess[g] = _best_losses(law, expansion_rate, g, budgets) - lowest
     bottom.plot(budgets, excess[g], color=colours[g], linewidth=1.4, label=_kind(g))
+  if runs:
+    span = min(run.flops for run in runs), max(run.flops for run in runs)
+    for axes in (top, bottom):
+      axes.axvspan(*span, color='0.5', alpha=0.12, linewidth=0, label='budgets of runs')
   bottom.set_xlim(*budgets[[0, -1]])
   bottom.set_ylim(0, 1.1 * max(0.02, *excess[1]))
   figure.legend(*bottom.get_legend_handles_labels(), frameon=False, loc='outside right lower')
@@ -216,9 +220,9 @@ def _residuals(sparse, dense, runs):
 
 
 def _budgets(runs):
-  """FLOPs to draw curves over: the runs' and two decades more; without runs those of the paper."""
-  flops = [run.flops for run in runs] or [1e18, 1e24]
-  return np.geomspace(min(flops) / 3, max(flops) * 100, 81)
+  """FLOPs to draw curves over: the runs' and a decade more; without runs those of the paper."""
+  flops = [run.flops for run in runs] or [1e18, 1e25]
+  return np.geomspace(min(flops) / 3, max(flops) * 10, 81)
 
 
 def _last_granularity(law, expansion_rate, runs, flops):

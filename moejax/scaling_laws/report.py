@@ -49,14 +49,17 @@ def describe(fits, excluded):
     lines.append(f'{one.form} law of {kind}, from {len(one.used)} runs')
     for name, value in one.coefficients._asdict().items():
       if value is not None:
-        low, high = one.intervals.get(name, (None, None))
-        spread = f'{low:10.4g} to {high:.4g}' if low is not None else ''
-        lines.append(f'  {name:6} {value:10.4g} {spread}'.rstrip())
+        spread = ' to '.join(map(_digits, one.intervals.get(name, ())))
+        lines.append(f'  {name:6} {_digits(value)} {spread}'.rstrip())
     lines.append(f'  RMSE {one.rmse:.5f} nats' + _held_out(one))
     lines += [f'  warning: {warning}' for warning in one.warnings]
     lines += [f'  not used: {name}: {why}' for name, why in one.excluded.items()]
   lines += [f'not used: {name}: {why}' for name, why in excluded.items()]
   return '\n'.join(lines)
+
+
+def _digits(value):
+  return f'{value if abs(value) > 1e-9 else 0:10.4g}'  # a scale is searched through its logarithm
 
 
 def _held_out(one):

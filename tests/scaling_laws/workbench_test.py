@@ -113,21 +113,27 @@ def test_the_laptop_s_grid():
   assert {c.granularity for c in cells} == {laws.DENSE, 1, 2, 4, 8}
   assert len({c.steps for c in cells}) == 3
   assert all(c.predicted_loss is None for c in cells)
-  assert min(c.flops for c in grid.make('laptop_larger')) > max(c.flops for c in cells) / 2
+  first = cells[:24]
+  for measure in ('params', 'steps', 'granularity'):
+    assert {getattr(c, measure) for c in first} == {getattr(c, measure) for c in cells}
+  for larger in grid.make('laptop_larger'):
+    kind = [c for c in cells if c.expansion_rate == larger.expansion_rate]
+    assert larger.params > max(c.params for c in kind)
+    assert larger.steps > max(c.steps for c in kind)
   with pytest.raises(ValueError, match='--preset=desk: expected one of paper, laptop'):
     grid.make('desk')
 
 
 def test_commands_set_fields_that_the_config_has():
   """A dense cell's flags, applied as the command line would."""
-  (cell,) = [c for c in grid.make('laptop') if c.name == 'd96x3-dense-1000']
+  (cell,) = [c for c in grid.make('laptop') if c.name == 'd96x2-dense-800']
   config = dense.get_config('laptop').unlock()
   for flag in shlex.split(cell.command)[4:]:
     name, _, value = flag.removeprefix('--config.').partition('=')
     section, field = name.split('.')
     kind = type(config[section][field])  # KeyError for a field that does not exist
     config[section][field] = eval(value) if kind is tuple else kind(value)
-  assert config.model.blocks == ((('attention', 'mlp'), 3),)
+  assert config.model.blocks == ((('attention', 'mlp'), 2),)
   assert (config.model.d_model, config.model.d_ff, config.model.num_heads) == (96, 384, 3)
   assert config.data.batch_size * config.data.sequence_length * config.train.steps == cell.tokens
 
