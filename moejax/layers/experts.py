@@ -72,7 +72,7 @@ def loops(impl):
   return impl == 'loop' or (impl == 'auto' and jax.default_backend() == 'cpu')
 
 
-def _route(activation, impl, x_TD, plan, weights):
+def _route(activation, impl, x_TD, plan, weights) -> jax.Array:
   """What the experts of a plan make of all tokens: y_TD."""
   if loops(impl):
     return expert_loop.map_experts(_EXPERT[activation], x_TD, plan, weights)
