@@ -25,8 +25,8 @@ Variants of the paper, by further words. Its ablations are runs of 1 B tokens, w
                  conv 3.79/3.71, gate 3.89/3.70, out 4.05/3.70, conv+gate 3.95/3.72,
                  conv+out 4.17/3.76, gate+out 4.16/3.88, conv+gate+out 4.39/3.88
 The size 3M is a miniature of ours. At the laptop size there are 12 experts as large as a Mamba
-layer; 1000 steps reach 1.210 nats per byte on held-out files (1.204 without drops), not the 1.190 of
-Mamba: the experts do not pay yet (docs/LOG.md).
+layer; 1000 steps reach 1.210 nats per byte on held-out files (1.204 without drops), not the 1.190
+of Mamba: the experts do not pay yet (docs/LOG.md).
 """
 
 from configs import common
