@@ -234,6 +234,28 @@ def test_weight_decay_reaches_norms_only_if_asked():
     assert {bool((u < 0).all()) for u in updates['norm'].values()} == {norm_decays}
 
 
+@pytest.mark.parametrize('model', ['mot', 'expert choice'])
+def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
+  from moejax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+  config = tiny.model_config(**tiny.MODELS[model], dtype='bfloat16', param_dtype='bfloat16')
+  fields = common.baseline().optimizer.to_dict()
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  step = functools.partial(
+    train.train_step,
+    model_config=config,
+    optimizer=optimizer,
+    schedule=make_schedule(OptimizerConfig(**fields), 10),
+    accumulation=1,
+    key=jax.random.key(0),
+  )
+  state = jax.eval_shape(lambda: train.init_state(config, optimizer, jax.random.key(0)))
+  after, measured = jax.eval_shape(step, state, tiny.batch())
+  assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+  assert {a.dtype for a in jax.tree.leaves(state)} == {jnp.dtype('bfloat16'), jnp.dtype('int32')}
+  assert {a.dtype for a in jax.tree.leaves(measured)} == {jnp.dtype('float32')}
+
+
 def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
   from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
 
