@@ -495,7 +495,7 @@ MEASURED = {'mot/entropy', 'mot/max_weight', 'mot/std'}
       },
     ),
   ],
-  ids=str,
+  ids=lambda value: str(value if isinstance(value, dict) else sorted(value)),
 )
 def test_measurements_are_float32_scalars(changes, more):
   graph, shapes = _abstract(**changes, dtype='bfloat16')
