@@ -113,10 +113,12 @@ def _of_the_schedule(path, value):
 
 
 def gradient_norm(gradients):
-  """Norm of all gradients that AdamW sees."""
+  """Norm of all gradients that AdamW sees, float32 at least."""
+  wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))
   labels = jax.tree.leaves(_labels(gradients))
   leaves = jax.tree.leaves(gradients)
-  return optax.tree.norm([g for g, label in zip(leaves, labels, strict=True) if label == 'adamw'])
+  seen = [wide(g) for g, label in zip(leaves, labels, strict=True) if label == 'adamw']
+  return optax.tree.norm(seen)
 
 
 def _labels(params):

@@ -162,5 +162,5 @@ def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
   gather = lambda seen: np.array([seen, 0])  # the other process does not see it
   monkeypatch.setattr('moejax.checkpoint.multihost_utils.process_allgather', gather)
   with pytest.raises(ValueError, match='workdir: not all processes see the same folder'):
-    checkpoints.make_writable()
+    checkpoints.make_writable(0)
   checkpoints.close()

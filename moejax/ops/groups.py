@@ -34,61 +34,59 @@ class Groups:
 
     Positions are padded with zeros to what divides among the devices.
     """
-    padding = [(0, 0), (0, self._padded_length - self.length)] + [(0, 0)] * (a.ndim - 2)
+    swapped = self._swapped()
+    padding = [(0, 0), (0, -self.length % mesh.size(*swapped))] + [(0, 0)] * (a.ndim - 2)
     order_B = None if self.order_B is None else jnp.asarray(self.order_B)
-    return self._on_each_device(self._split, jnp.pad(a, padding), order_B)
+
+    def on_a_device(a, order_B):
+      if swapped:
+        a = jax.lax.all_to_all(a, swapped, split_axis=1, concat_axis=0, tiled=True)
+      if order_B is not None:
+        a = a[order_B]
+      by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
+      return by_position.reshape(-1, self.size, *a.shape[2:])
+
+    return self._on_each_device(on_a_device, jnp.pad(a, padding), order_B)
 
   def join(self, a):
     """[C, M, ...] back to [B, L, ...]."""
+    swapped = self._swapped()
+    positions = -(-self.length // mesh.size(*swapped))  # of one device
     order_B = None if self.order_B is None else jnp.argsort(self.order_B)
-    return self._on_each_device(self._join, a, order_B)[:, : self.length]
 
-  def _split(self, a, order_B):
-    if self._swapped:
-      a = jax.lax.all_to_all(a, self._swapped, split_axis=1, concat_axis=0, tiled=True)
-    if order_B is not None:
-      a = a[order_B]
-    by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
-    return by_position.reshape(-1, self.size, *a.shape[2:])
+    def on_a_device(a, order_B):
+      by_position = a.reshape(-1, positions, *a.shape[1:])
+      a = jnp.swapaxes(by_position, 1, 2).reshape(-1, positions, *a.shape[2:])
+      if order_B is not None:
+        a = a[order_B]
+      if swapped:
+        a = jax.lax.all_to_all(a, swapped, split_axis=0, concat_axis=1, tiled=True)
+      return a
 
-  def _join(self, a, order_B):
-    positions = self._padded_length // mesh.size(*self._swapped)
-    by_position = a.reshape(-1, positions, *a.shape[1:])
-    a = jnp.swapaxes(by_position, 1, 2).reshape(-1, positions, *a.shape[2:])
-    if order_B is not None:
-      a = a[order_B]
-    if self._swapped:
-      a = jax.lax.all_to_all(a, self._swapped, split_axis=0, concat_axis=1, tiled=True)
-    return a
+    return self._on_each_device(on_a_device, a, order_B)[:, : self.length]
 
   def _on_each_device(self, f, a, order_B):
-    if not self._is_spread:
+    if not self._is_spread():
       return f(a, order_B)
     spec = P(BATCH_AXES)
     return jax.shard_map(f, in_specs=(spec, P()), out_specs=spec)(a, order_B)
 
-  @property
   def _is_spread(self):
     shards = mesh.size(*BATCH_AXES)
     return shards > 1 and self.batch % shards == 0
 
-  @property
   def _swapped(self):
     """The mesh axes whose devices trade: the fewest, from the innermost out, that complete groups.
 
     A permutation may need sequences from everywhere.
     """
-    if not self._is_spread:
+    if not self._is_spread():
       return ()
     if self.order_B is not None:
       return BATCH_AXES
     rows = self.batch // mesh.size(*BATCH_AXES)
     candidates = (BATCH_AXES[i:] for i in range(len(BATCH_AXES), -1, -1))
     return next(axes for axes in candidates if rows * mesh.size(*axes) % self.size == 0)
-
-  @property
-  def _padded_length(self):
-    return -(-self.length // mesh.size(*self._swapped)) * mesh.size(*self._swapped)
 
 
 @dataclasses.dataclass(frozen=True)

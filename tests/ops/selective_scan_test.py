@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.test_util import check_grads
 
 from moejax import sharding
-from moejax.ops import selective_scan as scan_lib
+from moejax.ops import mesh as mesh_lib, selective_scan as scan_lib
 from moejax.ops.selective_scan import selective_scan, step
 from tests import shapes
 
@@ -257,7 +257,7 @@ def test_devices_scan_their_own_part_without_communication(x64):
   inputs = _inputs(40, sequences=4, channels=8)
   cotangents = _cotangents(inputs)
   expected = _with_gradients(inputs, None, cotangents, 'cpu')
-  names, auto = (*scan_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS), (AxisType.Auto,) * 4
+  names, auto = (*mesh_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS), (AxisType.Auto,) * 4
   mesh = jax.make_mesh((2, 2, 1, 2), names, axis_types=auto)
   # Sequences over data and fsdp, channels over tensor, each where the array has the axis.
   place = {'B': ('data', 'fsdp'), 'I': 'tensor'}
@@ -277,8 +277,8 @@ def test_devices_scan_their_own_part_without_communication(x64):
 
 
 def test_mesh_axes_are_those_of_the_program():
-  assert P(scan_lib.BATCH_AXES) == sharding.BATCH
-  assert {*scan_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS} == set(sharding.AXES)
+  assert P(mesh_lib.BATCH_AXES) == sharding.BATCH
+  assert {*mesh_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS} == set(sharding.AXES)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

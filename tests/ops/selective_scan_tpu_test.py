@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.ops import selective_scan as scan_lib, selective_scan_tpu
+from moejax.ops import mesh as mesh_lib, selective_scan as scan_lib, selective_scan_tpu
 from moejax.ops.selective_scan import selective_scan
 from tests import shapes
 from tests.ops import selective_scan_test as scans
@@ -63,7 +63,7 @@ def test_devices_run_it_on_their_own_part(x64, interpreted):
   inputs, reset_BL, cotangents = _case(CHUNK + 1, 'float64', 2 * LANES, sequences=4)
   reset_BL = jnp.concatenate([reset_BL, ~reset_BL])
   args = inputs, reset_BL, cotangents
-  names = (*scan_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS)
+  names = (*mesh_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS)
   mesh = jax.make_mesh((2, 2, 1, 2), names, axis_types=(AxisType.Auto,) * 4)
   expected = _with_gradients('reference', *args)
   with jax.set_mesh(mesh):
