@@ -160,7 +160,9 @@ def test_where_jax_finds_no_others_a_process_is_alone(monkeypatch):
 def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   gather = lambda seen: np.array([seen, 0])  # the other process does not see it
-  monkeypatch.setattr('moejax.checkpoint.multihost_utils.process_allgather', gather)
+  multihost = 'moejax.checkpoint.multihost_utils'
+  monkeypatch.setattr(f'{multihost}.sync_global_devices', lambda name: None)
+  monkeypatch.setattr(f'{multihost}.process_allgather', gather)
   with pytest.raises(ValueError, match='workdir: not all processes see the same folder'):
     checkpoints.make_writable(0)
   checkpoints.close()
