@@ -5,6 +5,7 @@ begin with `backbone.embeddings.weight` are of this kind, among them those whose
 Face's hub end in -hf.
 """
 
+import importlib
 import json
 import pathlib
 
@@ -191,14 +192,14 @@ def folder(name):
   if pathlib.Path(name).is_dir():
     return pathlib.Path(name)
   try:
-    import huggingface_hub
+    hub = importlib.import_module('huggingface_hub')  # an extra
   except ImportError as error:
     raise ValueError(
       f"--model={name} is no folder here. To look for it on the hub, pip install 'moejax[hf]'."
     ) from error
   with checkpoint.explain(f'--model={name} is no folder here, and the hub does not give it'):
     wanted = ['config.json', '*.safetensors', '*.safetensors.index.json']
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    return pathlib.Path(hub.snapshot_download(name, allow_patterns=wanted))
 
 
 def files(folder):
