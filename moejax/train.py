@@ -209,7 +209,8 @@ class Run:
     if start and latest is None:
       self._evaluate()
       self._save()
-    self.train_loss = math.nan
+    logged = metrics_lib.loss_curve(workdir)  # of a run that is finished, nothing more will be
+    self.train_loss = logged[-1][1] if logged else math.nan
     self.started, self.first_step = time.monotonic(), self.step
     self.tokens_per_step = stages.data.batch_size * stages.data.sequence_length
     self.flops_per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)

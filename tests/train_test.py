@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,14 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   assert step == other_step == 6
   jax.tree.map(np.testing.assert_array_equal, params, other_params)
   assert metrics.loss_curve(finished) == metrics.loss_curve(tmp_path)
+
+
+def test_a_finished_run_started_again_keeps_what_it_learnt(finished, tmp_path):
+  run = shutil.copytree(finished, tmp_path / 'run')
+  assert train.train(_debug_config(), run) == cli.OK
+  before, after = (json.loads((f / 'summary.json').read_text()) for f in (finished, run))
+  for name in ('train_loss', 'validation', 'sample', 'steps'):
+    assert after[name] == before[name]
 
 
 def test_a_finished_run_leaves_everything_it_learnt(finished):
