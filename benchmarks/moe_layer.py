@@ -78,9 +78,9 @@ ON_CPU = (
   Case('8x1 dropless', 8, 1024, 1, '1.35'),
   Case('32x8', 32, 128, 8, '1.6', factor=1.25),
   Case('32x8 dropless', 32, 128, 8, '1.6'),
-  Case('512x8', 512, 128, 8, '2.2', factor=1.25),
+  Case('512x8', 512, 128, 8, '2.2', factor=1.25, packed=False),
   Case('512x8 dropless', 512, 128, 8, '1.3 x with capacity'),
-  Case('512x8 slotted', 512, 128, 8, '-', factor=1.25, packed=False),
+  Case('512x8 packed', 512, 128, 8, '-', factor=1.25),
   Case('512x8 three steps', 512, 128, 8, '-', factor=1.25, packed=False, loop=False),
   *(_expert_choice(granularity) for granularity in (1, 2, 4, 8, 16, 32)),
 )

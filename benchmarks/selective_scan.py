@@ -10,8 +10,8 @@ time, for a machine with other work.
   scan         `moejax.ops.selective_scan`
   associative  `jax.lax.associative_scan` over the full [B, L, N, I], differentiated by JAX
   loop         one `jax.lax.scan` over positions, differentiated by JAX
-  torch        the PyTorch fallback of transformers (forward only: its gradient takes time quadratic
-               in the length); left out where torch and transformers are not installed
+  torch        the PyTorch fallback of transformers, with its gradient, which takes time quadratic in
+               the length, up to 256 positions; left out where it is not installed
   floor        the bytes below at the speed of a copy of x
 
 Floor in bytes. The states stay in the cache, so per position and channel the forward pass reads x,
@@ -36,6 +36,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from configs import common as configs_common
 from moejax.layers import common, mamba
 from moejax.ops import selective_scan
 
@@ -88,28 +89,39 @@ def with_gradients(function):
   return run
 
 
-def torch_program(args):
-  """The fallback of transformers on the same numbers, or None where it is not installed."""
+def torch_programs(args):
+  """By pass, the fallback of transformers on the same numbers; none where it is not installed."""
   try:
     import torch
     from transformers.models.mamba import modeling_mamba
   except ImportError:
-    return None
+    return {}
   x, delta, a, b, c, skip, gate, bias = (torch.tensor(np.asarray(v)) for v in args)
   x, delta, b, c, gate = (v.transpose(1, 2).contiguous() for v in (x, delta, b, c, gate))
+  inputs = (x, delta, a, b, c, skip, gate, bias)
 
-  def run():
+  def scan():
+    return modeling_mamba.mamba_selective_scan(
+      x, delta, a, b, c, skip, gate, delta_bias=bias, delta_softplus=True
+    )
+
+  def forward():
     with torch.no_grad():
-      modeling_mamba.mamba_selective_scan(
-        x, delta, a, b, c, skip, gate, delta_bias=bias, delta_softplus=True
-      )
+      scan()
 
-  return run
+  def both():
+    for v in inputs:
+      v.requires_grad_()
+    torch.autograd.grad(scan().sum(), inputs)
+
+  # Its gradient takes time quadratic in the length.
+  return {'forward': forward, 'both': both} if x.shape[2] <= 256 else {'forward': forward}
 
 
 def layer_programs(B, L, I, N):
   """A layer, and the matrix products in it, forward + backward."""
-  config = mamba.MambaConfig(expand=2.0, state_size=N, conv_width=4)
+  fields = configs_common.baseline().model.mamba.to_dict() | {'state_size': N}
+  config = mamba.MambaConfig(**fields)
   init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
   layer = mamba.Mamba(config, d_model=I // 2, init=init, rngs=nnx.Rngs(0))
   graph, params = nnx.split(layer)
@@ -119,11 +131,11 @@ def layer_programs(B, L, I, N):
 
   def products(params, x_BLD):
     layer = nnx.merge(graph, params)
-    x_BLI, gate_BLI = layer._project(x_BLD)
+    x_BLI, gate_BLI = x_BLD @ layer.w_in[...], x_BLD @ layer.w_gate[...]
     x_BLI, delta_BLI, _, b_BLN, c_BLN, *_ = layer._coefficients(x_BLI, gate_BLI)
     # Every product has a gradient to work on, for next to nothing.
     y_BLI = x_BLI + gate_BLI + delta_BLI + jnp.sum(b_BLN * c_BLN, axis=-1, keepdims=True)
-    return layer._out(y_BLI)
+    return y_BLI @ layer.w_out[...]
 
   whole = lambda params, x_BLD: nnx.merge(graph, params)(x_BLD, tokens)[0]
   return {
@@ -145,8 +157,7 @@ def programs(B, L, I, N):
     found[name, 'both'] = Program(with_gradients(f), args[0], *args)
   found |= {(name, 'both'): program for name, program in layer_programs(B, L, I, N).items()}
   found['copy', 'forward'] = Program(lambda x_BLI: x_BLI + 1, args[0])
-  if torch := torch_program(args):
-    found['torch', 'forward'] = torch
+  found |= {('torch', kind): program for kind, program in torch_programs(args).items()}
   return found
 
 

@@ -34,7 +34,7 @@ def map_experts(expert, x_TD, plan, weights):
   Args:
     expert: an Expert.
     x_TD: tokens.
-    plan: a Plan; packed is faster for token choice, which leaves slots empty.
+    plan: a Plan; packed leaves out empty slots, which is faster where experts have many.
     weights: a pytree of arrays [E, ...]; an expert sees its own [...].
 
   Returns:

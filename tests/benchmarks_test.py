@@ -1,0 +1,42 @@
+"""The programs that benchmarks time compile, at sizes at which there is nothing to time."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+  flags.FLAGS.mark_as_parsed()
+
+
+def test_of_sparse_layers():
+  import moe_layer
+
+  tiny = {'num_experts': 8, 'width': 4, 'tokens': 64, 'd_model': 8}
+  for case in (moe_layer.ON_CPU[0], moe_layer.ON_CPU[-1]):
+    changes = tiny | ({'k': 2, 'group': 16} if case.group else {})
+    programs, _ = moe_layer.programs_of(dataclasses.replace(case, **changes))
+    assert programs.keys() >= {'dense', 'sparse', 'router', 'plan', 'move'}
+
+
+def test_of_mixing_layers(monkeypatch):
+  import mot_layer
+
+  for name, size in {'TOKENS': 64, 'LENGTH': 8, 'M': 4}.items():
+    monkeypatch.setattr(mot_layer, name, size)
+  assert mot_layer.programs_of(8, 8).keys() >= {'dense', 'controller', 'merge', 'emit', 'mot'}
+
+
+def test_of_the_selective_scan():
+  command = [sys.executable, 'benchmarks/selective_scan.py', '--shape=1,16,8', '--rounds=1']
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0, result.stderr
+  assert 'layer' in result.stdout
