@@ -10,8 +10,8 @@ time, for a machine with other work.
   scan         `moejax.ops.selective_scan`
   associative  `jax.lax.associative_scan` over the full [B, L, N, I], differentiated by JAX
   loop         one `jax.lax.scan` over positions, differentiated by JAX
-  torch        the PyTorch fallback of transformers, with its gradient, which takes time quadratic in
-               the length, up to 256 positions; left out where it is not installed
+  torch        the PyTorch fallback of transformers, with its gradient, which takes time quadratic
+               in the length, up to 256 positions; left out where it is not installed
   floor        the bytes below at the speed of a copy of x
 
 Floor in bytes. The states stay in the cache, so per position and channel the forward pass reads x,
