@@ -35,6 +35,12 @@ def init_state(model_config, optimizer, key):
   return start(model_lib.init_params(model_config, key), optimizer)
 
 
+def fresh_state(stages):
+  """A function that makes the state a run begins with."""
+  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
+  return lambda: init_state(stages.model, optimizer, jax.random.key(stages.train.seed))
+
+
 def start(params, optimizer):
   """The train state of step 0 with these parameters."""
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
@@ -85,20 +91,32 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
   return new_state, measured
 
 
-def compile_train_step(stages, abstract_state, mesh):
-  """`train_step` compiled for a run: `step(state, batch)`, donating the state."""
-  step = functools.partial(
-    train_step,
-    model_config=stages.model,
-    optimizer=make_optimizer(stages.optimizer, stages.train.steps),
-    schedule=make_schedule(stages.optimizer, stages.train.steps),
-    accumulation=stages.optimizer.accumulation,
-    key=jax.random.key(stages.train.seed),
-  )
+def lower_train_step(stages, abstract_state, mesh, platforms=None):
+  """`train_step` of a run, `step(state, batch)` donating the state, ready to be compiled.
+
+  Args:
+    stages: the run's.
+    abstract_state: its state, as `sharding.abstract` describes it.
+    mesh: where it lies; set it (`jax.set_mesh`) around this call.
+    platforms: what to lower for, as JAX names them, where the devices of the mesh are not there.
+  """
+
+  def step(state, batch):
+    return train_step(
+      state,
+      batch,
+      model_config=stages.model,
+      optimizer=make_optimizer(stages.optimizer, stages.train.steps),
+      schedule=make_schedule(stages.optimizer, stages.train.steps),
+      accumulation=stages.optimizer.accumulation,
+      key=jax.random.key(stages.train.seed),
+    )
+
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   everywhere = sharding.replicated(mesh)  # every process reads the metrics
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-  return jitted.lower(abstract_state, sharding.abstract_batch(stages.data, mesh)).compile()
+  traced = jitted.trace(abstract_state, sharding.abstract_batch(stages.data, mesh))
+  return traced.lower(lowering_platforms=platforms)
 
 
 class Window:
@@ -220,9 +238,7 @@ class Run:
     )
 
   def _restore_or_init(self, step, start):
-    optimizer = make_optimizer(self.stages.optimizer, self.stages.train.steps)
-    key = jax.random.key(self.stages.train.seed)
-    init = functools.partial(init_state, self.stages.model, optimizer, key)
+    init = fresh_state(self.stages)
     abstract = sharding.abstract(init, self.mesh)
     self.checkpoints.make_writable(
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
@@ -232,7 +248,7 @@ class Run:
       metadata = self.checkpoints.metadata(step)
       self._check_same_text(metadata)
     started = time.monotonic()
-    self.train_step = compile_train_step(self.stages, abstract, self.mesh)
+    self.train_step = lower_train_step(self.stages, abstract, self.mesh).compile()
     print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
     if step is None and start:
       return start(self, abstract)

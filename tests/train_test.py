@@ -129,7 +129,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import loader
 
   monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
-  monkeypatch.setattr(train, 'compile_train_step', None)  # not even compiled
+  monkeypatch.setattr(train, 'lower_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.ops import platform
+
 
 class Attention(nnx.Module):
   """Causal self-attention, no biases, scores scaled by 1/sqrt(P).
@@ -80,4 +82,4 @@ def rotate(x_BLHP, positions_BL, base=10000.0):
 def _implementation(dtype):
   # `None` means plain XLA on every platform (jax 0.7 to 0.12), so the fused kernel is asked for.
   half_precision = dtype in (jnp.bfloat16, jnp.float16)
-  return 'cudnn' if half_precision and jax.default_backend() == 'gpu' else 'xla'
+  return 'cudnn' if half_precision and platform.current() == 'gpu' else 'xla'

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax.layers import common
 from moejax.layers.mlp import gated_width
-from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul
+from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul, platform
 
 
 class Experts(nnx.Module):
@@ -47,7 +47,7 @@ class Experts(nnx.Module):
 
     `make_plan(logits_GTE, valid_GT, packed=...)` is the router. `impl`: 'loop' goes expert by
     expert and is the fastest on a CPU; 'rows' moves all rows at once, for accelerators; 'auto'
-    chooses by the default device.
+    chooses by the platform.
     """
     return expert_parallel.route_groups(
       make_plan,
@@ -69,7 +69,7 @@ class Experts(nnx.Module):
 
 def loops(impl):
   """Whether experts are run one by one; packed plans are the faster ones then."""
-  return impl == 'loop' or (impl == 'auto' and jax.default_backend() == 'cpu')
+  return impl == 'loop' or (impl == 'auto' and platform.current() == 'cpu')
 
 
 def _route(activation, impl, x_TD, plan, weights) -> jax.Array:

@@ -19,6 +19,8 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from moejax.ops import platform
+
 
 def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
   """y_TF with y[t] = x[t] @ w[group of t].
@@ -27,9 +29,8 @@ def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
     x_TD: rows sorted by group, any float dtype.
     w_EDF: one matrix per group, of the same dtype.
     group_sizes_E: int32, rows of each group; a group can be empty. Their sum is at most T.
-    impl: 'auto' or a backend. 'auto' goes by the default device: on TPU 'ragged_dot', or 'megablox'
-      where jax is older than 0.11; on CPU and GPU 'blocked'. Name it when compiling for another
-      device.
+    impl: 'auto' or a backend. 'auto' goes by the platform: on TPU 'ragged_dot', or 'megablox'
+      where jax is older than 0.11; on CPU and GPU 'blocked'.
 
   Returns:
     y_TF in the dtype of x. Rows beyond the groups are zero, whatever x holds there, even NaN, and
@@ -49,7 +50,7 @@ def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
 
 
 def _fastest():
-  if jax.default_backend() != 'tpu':
+  if platform.current() != 'tpu':
     return 'blocked'
   return 'ragged_dot' if jax.__version_info__ >= (0, 11) else 'megablox'
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.ops import mesh
+from moejax.ops import mesh, platform
 
 CHANNEL_AXIS = 'tensor'  # of the mesh, along which channels may lie
 
@@ -52,7 +52,7 @@ def selective_scan(
     skip_I, bias_I: weights of x in y, and of the step size.
     state_BNI: the state before the first position; None is zero.
     reset_BL: bool, true where a document starts: the state before that position is forgotten.
-    impl: an implementation, or 'auto': that of the default device's platform, on TPU the kernel
+    impl: an implementation, or 'auto': that of the platform, on TPU the kernel
       where it can be. Name it when compiling for another platform.
 
   Returns:
@@ -133,7 +133,7 @@ def _per_device(scan, sequences, channels, state_BNI):
 
 def _run(impl, sequences, channels, state_BNI):
   if impl == 'auto':
-    impl = jax.default_backend()
+    impl = platform.current()
     if impl == 'tpu' and state_BNI.shape[2] % _LANES == 0:
       impl = 'tpu_kernel'
   return _IMPLEMENTATIONS[impl](sequences, channels, state_BNI)

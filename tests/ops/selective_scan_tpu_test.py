@@ -9,7 +9,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.ops import mesh as mesh_lib, selective_scan as scan_lib, selective_scan_tpu
+from moejax.ops import (
+  mesh as mesh_lib,
+  platform,
+  selective_scan as scan_lib,
+  selective_scan_tpu,
+)
 from moejax.ops.selective_scan import selective_scan
 from tests import shapes
 from tests.ops import selective_scan_test as scans
@@ -87,11 +92,10 @@ def test_channels_that_do_not_fill_the_lanes_are_refused():
   ('channels', 'tensor', 'kernel'),
   [(128, 1, True), (130, 1, False), (128, 2, False), (256, 2, True)],
 )
-def test_auto_goes_by_the_channels_of_a_device(monkeypatch, channels, tensor, kernel):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+def test_auto_goes_by_the_channels_of_a_device(channels, tensor, kernel):
   inputs = jax.eval_shape(lambda: scans._inputs(2, 'float32', channels=channels))
   mesh = jax.make_mesh((tensor,), ('tensor',), axis_types=(AxisType.Auto,))
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), platform.compiling_for('tpu'):
     program = jax.make_jaxpr(lambda inputs: selective_scan(**inputs))(inputs)
   assert ('pallas_call' in str(program)) == kernel
 
