@@ -5,7 +5,6 @@ its config: data by step from its seed, and nothing random within a step.
 """
 
 import contextlib
-import functools
 import math
 import pathlib
 import time
