@@ -49,16 +49,18 @@ class Experts(nnx.Module):
     expert and is the fastest on a CPU; 'rows' moves all rows at once, for accelerators; 'auto'
     chooses by the platform.
     """
+    weights = self._weights(x_GTD.dtype)
     return expert_parallel.route_groups(
       make_plan,
       expert_parallel.Experts(
         route=functools.partial(_route, self.activation, impl),
         rows=functools.partial(_rows, self.activation),
+        hidden={name: 1 if name == 'w_out' else 2 for name in weights},
       ),
       x_GTD,
       logits_GTE,
       valid_GT,
-      self._weights(x_GTD.dtype),
+      weights,
       packed=loops(impl),
     )
 

@@ -12,18 +12,23 @@ EXPERT_AXIS, one of two transports brings tokens and experts together:
               every token to every device, whatever the plan: for packed plans, whose experts may
               get any number of tokens, and where a token has more slots than there are devices.
 
-The reference of both is the plan of the whole batch on one device.
+Hidden widths of experts may be split over HIDDEN_AXIS: all its devices do the same with the same
+tokens, each in its part of the width, and their outputs add up.
+
+The reference of all this is the plan of the whole batch on one device.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from moejax.ops import dispatch, mesh, routing
 
 EXPERT_AXIS = 'expert'
+HIDDEN_AXIS = 'tensor'
 
 
 class Experts(NamedTuple):
@@ -31,6 +36,7 @@ class Experts(NamedTuple):
 
   route: Callable[..., jax.Array]  # (x_TD, plan, weights) -> y, [T, ...]
   rows: Callable[..., jax.Array]  # (rows_ECD, weight_EC, weights) -> rows
+  hidden: Any  # which dimension of each of the weights is the hidden width
 
 
 class Routed(NamedTuple):
@@ -55,8 +61,7 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     A Routed.
   """
   rows = mesh.batch_axes(x_GTD.shape[0])
-  ways = mesh.size(EXPERT_AXIS)
-  ways = ways if logits_GTE.shape[-1] % ways == 0 else 1
+  ways, parts = mesh.size(EXPERT_AXIS), mesh.size(HIDDEN_AXIS)
 
   def on_a_device(x_GTD, logits_GTE, valid_GT, weights):
     plan = make_plan(logits_GTE, valid_GT, packed=packed and ways == 1)
@@ -68,21 +73,27 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
       y = _ring(make_whole_plan, experts, x_GTD, logits_GTE, valid_GT, weights)
     else:
       y = _all_to_all(experts, x_TD, plan, weights)
-    y, number_GT = y.reshape(*valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
+    y, number_GT = y.reshape(1, *valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
     return Routed(y, plan.counts_GE, number_GT)
 
-  axes = {*rows, *([EXPERT_AXIS] if ways > 1 else [])}
-  if not axes:
-    return on_a_device(x_GTD, logits_GTE, valid_GT, weights)
-  groups = jax.sharding.PartitionSpec(rows)
-  bank = jax.sharding.PartitionSpec(EXPERT_AXIS if ways > 1 else None)
-  return jax.shard_map(
-    on_a_device,
-    in_specs=(groups, groups, groups, bank),
-    out_specs=groups,
-    axis_names=axes,  # heads and hidden widths stay with the partitioner
-    check_vma=False,  # loops start from zeros that every device makes for itself
-  )(x_GTD, logits_GTE, valid_GT, weights)
+  if not rows and ways == parts == 1:
+    routed = on_a_device(x_GTD, logits_GTE, valid_GT, weights)
+  else:
+    groups, hidden = P(rows), HIDDEN_AXIS if parts > 1 else None
+
+    def of_a_device(dimension):
+      spec = [EXPERT_AXIS if ways > 1 else None, None, None]
+      spec[dimension] = hidden
+      return P(*spec)
+
+    routed = jax.shard_map(
+      on_a_device,
+      in_specs=(groups, groups, groups, jax.tree.map(of_a_device, experts.hidden)),
+      out_specs=Routed(P(hidden, rows), groups, groups),
+      check_vma=False,  # loops start from zeros that every device makes for itself
+    )(x_GTD, logits_GTE, valid_GT, weights)
+  # Outside, where the gradient of a sum over devices needs no collective.
+  return routed._replace(y=routed.y.sum(axis=0))
 
 
 def _all_to_all(experts, x_TD, plan, weights):

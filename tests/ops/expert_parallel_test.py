@@ -14,7 +14,7 @@ from moejax.layers import experts as experts_lib
 from moejax.layers.common import Initializer
 from moejax.ops import routing
 
-G, T, D, F, E, K = 8, 6, 5, 7, 4, 2
+G, T, D, F, E, K = 8, 6, 5, 14, 4, 2
 MESHES = {
   'data 8': (8, 1, 1, 1),
   'expert 4': (1, 1, 4, 1),
