@@ -74,11 +74,10 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     else:
       y = _all_to_all(experts, x_TD, plan, weights)
     y, number_GT = y.reshape(1, *valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
-    return Routed(y, plan.counts_GE, number_GT)
+    return y, plan.counts_GE, number_GT
 
-  if not rows and ways == parts == 1:
-    routed = on_a_device(x_GTD, logits_GTE, valid_GT, weights)
-  else:
+  run = on_a_device
+  if rows or ways > 1 or parts > 1:
     groups, hidden = P(rows), HIDDEN_AXIS if parts > 1 else None
 
     def of_a_device(dimension):
@@ -86,14 +85,15 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
       spec[dimension] = hidden
       return P(*spec)
 
-    routed = jax.shard_map(
+    run = jax.shard_map(
       on_a_device,
       in_specs=(groups, groups, groups, jax.tree.map(of_a_device, experts.hidden)),
-      out_specs=Routed(P(hidden, rows), groups, groups),
+      out_specs=(P(hidden, rows), groups, groups),
       check_vma=False,  # loops start from zeros that every device makes for itself
-    )(x_GTD, logits_GTE, valid_GT, weights)
-  # Outside, where the gradient of a sum over devices needs no collective.
-  return routed._replace(y=routed.y.sum(axis=0))
+    )
+  parts_of_y, counts_GE, number_GT = run(x_GTD, logits_GTE, valid_GT, weights)
+  # Summed out here, where the gradient of a sum over devices needs no collective.
+  return Routed(parts_of_y.sum(axis=0), counts_GE, number_GT)
 
 
 def _all_to_all(experts, x_TD, plan, weights):
