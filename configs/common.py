@@ -66,9 +66,9 @@ def baseline():
   c.model.residual_float32 = False  # True: the stream between sublayers is float32 in any dtype
   # Of parameters and optimizer moments. Both bfloat16: no float32 copy of anything.
   c.model.param_dtype = 'float32'
-  c.model.remat = (
-    'none'  # none, dots (keep matmul results), full: what the backward pass recomputes
-  )
+  # What the backward pass computes again: none, dots (all but matmul results), save_moe (all but
+  # outputs of experts and what other devices sent: nothing is exchanged twice), full.
+  c.model.remat = 'none'
   c.model.loss_chunk = 0  # positions whose logits exist at once; 0: all
   c.model.mot = ConfigDict()  # the Mixture-of-Tokens sublayer
   c.model.mot.num_experts = 64

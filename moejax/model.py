@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import attention, common, mamba, mlp, moe, mot, parallel
-from moejax.ops import cross_entropy, routing
+from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
+from moejax.ops import cross_entropy, mesh, routing
 
 
 def _moe(c, init, rngs, d_in=None, d_out=None):
@@ -69,6 +69,12 @@ _MADE_OF = {'moe_in_mamba': ('mamba', 'moe')}
 
 # Chosen experts are kept in every case: a route computed again could be another one.
 _CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
+# Outputs of experts and whatever other devices sent are kept: nothing is exchanged twice, and of
+# the experts only hidden activations, their widest arrays, are computed again. Tokens of packed
+# plans are gathered again: those of all devices would be kept.
+_EXPERTS = jax.checkpoint_policies.save_only_these_names(
+  routing.CHOICE, mesh.RECEIVED, experts.OUTPUT
+)
 
 REMAT = {
   'none': lambda f: f,
@@ -79,6 +85,7 @@ REMAT = {
       jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _CHOICES
     ),
   ),
+  'save_moe': functools.partial(jax.checkpoint, prevent_cse=False, policy=_EXPERTS),
   'full': functools.partial(jax.checkpoint, prevent_cse=False, policy=_CHOICES),
 }
 

@@ -1,5 +1,6 @@
 """The language model: what it may see, how it decodes, and what configs it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -179,9 +180,19 @@ def test_every_part_with_experts_counts_once():
   assert aux['moe/load'].shape == (switches, tiny.E)
 
 
-@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'loss_chunk': 4}])
-def test_how_it_is_computed_does_not_change_the_loss(changes):
-  plain, other = tiny.model_config(), tiny.model_config(**changes)
+@pytest.mark.parametrize(
+  'model, changes',
+  [
+    ('mot', {'remat': 'full'}),
+    ('mot', {'remat': 'dots'}),
+    ('mot', {'remat': 'save_moe'}),
+    ('token choice', {'remat': 'save_moe'}),
+    ('mot', {'loss_chunk': 4}),
+  ],
+)
+def test_how_it_is_computed_does_not_change_the_loss(model, changes):
+  plain = tiny.model_config(**tiny.MODELS[model])
+  other = dataclasses.replace(plain, **changes)
   params = _random_params(plain)
   (loss, _), gradients = _loss_and_gradients(plain, params, tiny.batch())
   (other_loss, _), other_gradients = _loss_and_gradients(other, params, tiny.batch())

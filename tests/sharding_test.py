@@ -27,6 +27,10 @@ SPREAD = {'expert choice': {'moe_group_size': 4}}
 QUICKLY = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
+def _model_config(model, **changes):
+  return tiny.model_config(**SIZES | tiny.MODELS[model] | SPREAD.get(model, {}) | changes)
+
+
 def _state(config, optimizer):
   """A train state large enough that every path matters, on no device yet."""
   init = functools.partial(train.init_state, config, optimizer, jax.random.key(0))
@@ -35,8 +39,8 @@ def _state(config, optimizer):
   return jax.tree.map(noise, jax.eval_shape(init))
 
 
-def _step(config, sizes, optimizer):
-  """The state after one step on a mesh, and what the step measured."""
+def _traced(config, sizes, optimizer):
+  """A step on a mesh, and its arguments."""
   step = functools.partial(
     train.train_step,
     model_config=config,
@@ -51,8 +55,13 @@ def _step(config, sizes, optimizer):
   shardings = sharding.state_shardings(state, mesh)
   with jax.set_mesh(mesh):
     args = jax.device_put(state, shardings), sharding.place_batch(tiny.batch(rows=ROWS), mesh)
-    program = jax.jit(step, out_shardings=(shardings, None)).lower(*args)
-    return program.compile(compiler_options=QUICKLY)(*args)
+    return jax.jit(step, out_shardings=(shardings, None)).trace(*args), args
+
+
+def _step(*args):
+  """The state after one step on a mesh, and what the step measured."""
+  traced, args = _traced(*args)
+  return traced.lower().compile(compiler_options=QUICKLY)(*args)
 
 
 def _axes_that_split(state, mesh):
@@ -77,7 +86,7 @@ def _on_one_device(config):
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('model', tiny.MODELS)
 def test_results_do_not_depend_on_the_mesh(model, mesh):
-  config = tiny.model_config(**SIZES | tiny.MODELS[model] | SPREAD.get(model, {}))
+  config = _model_config(model)
   state, measured = _step(config, MESHES[mesh], KEEP_GRADIENTS)
   has_experts = config.uses('moe') or config.uses('mot')
   axes = ('fsdp', 'expert', 'tensor') if has_experts else ('fsdp', 'tensor')
@@ -90,6 +99,24 @@ def test_results_do_not_depend_on_the_mesh(model, mesh):
     for name in ('moe/dropped', 'moe/unrouted', 'moe/load'):
       np.testing.assert_array_equal(measured['aux'][name], expected['aux'][name])
     assert config.moe.router == 'expert_choice' or (expected['aux']['moe/dropped'] > 0).all()
+
+
+@pytest.mark.parametrize('model', ['mot', 'token choice', 'expert choice', 'moe in mamba'])
+def test_recomputation_can_spare_all_exchanges(model):
+  counts = {}
+  for remat in ('none', 'save_moe', 'full'):
+    config = _model_config(model, remat=remat)
+    traced, _ = _traced(config, MESHES['data 2, expert 4'], KEEP_GRADIENTS)
+    counts[remat] = str(traced.jaxpr).count('all_to_all[')
+  assert 0 < counts['none'] == counts['save_moe'] < counts['full']
+
+
+@pytest.mark.parametrize('model', ['mot', 'token choice'])
+def test_what_recomputation_keeps_on_a_mesh_is_what_was_there(model):
+  config = _model_config(model, remat='save_moe')
+  state, _ = _step(config, MESHES['data 2, expert 4'], KEEP_GRADIENTS)
+  expected, _ = _on_one_device(_model_config(model))
+  jax.tree.map(_assert_close, jax.device_get(state), expected)
 
 
 def test_parameters_and_moments_are_split():

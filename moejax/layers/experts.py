@@ -10,6 +10,9 @@ from moejax.layers import common
 from moejax.layers.mlp import gated_width
 from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul, platform
 
+# Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
+OUTPUT = 'experts_output'
+
 
 class Experts(nnx.Module):
   """E independent bias-free networks y = act(x W_in) W_out of width F, as `layers.mlp.MLP`.

@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from moejax.layers import common, mlp
-from moejax.layers.experts import Experts
+from moejax.layers import common, experts, mlp
 from moejax.ops import groups, routing
 
 
@@ -203,7 +203,7 @@ class MixtureOfExperts(common.Stateless):
   def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
-    self.experts = Experts(
+    self.experts = experts.Experts(
       num_experts=config.num_experts,
       d_model=d_model,
       expert_width=config.expert_width(d_ff),
@@ -240,7 +240,7 @@ class MixtureOfExperts(common.Stateless):
     grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
     x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
     y, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(x_GTD.shape[1]))
-    y = grouped.join(y)
+    y = checkpoint_name(grouped.join(y), experts.OUTPUT)
     if self.config.shared_width:
       y += self.shared(x_BLD, tokens)[0]
     return (self.output_norm(y) if self.config.output_norm else y), aux

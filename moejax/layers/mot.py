@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.layers import common, experts
 from moejax.ops import groups, mixing, routing
@@ -141,7 +142,7 @@ class MixtureOfTokens(common.Stateless):
       order_B = jax.random.permutation(tokens.key, B)
     grouped = groups.Groups(B, L, M, order_B)
     y_CMD, aux = self._mix(grouped.split(x_BLD), grouped.split(tokens.segments > 0))
-    return grouped.join(y_CMD), aux
+    return checkpoint_name(grouped.join(y_CMD), experts.OUTPUT), aux
 
   def _mix(self, x_CMD, valid_CM):
     merge_CME, emit_CME, aux = self._weights(x_CMD, valid_CM)
@@ -150,7 +151,8 @@ class MixtureOfTokens(common.Stateless):
       rows_ECD = self.norm_out(self.experts(self.norm_in(rows_ECD)))
     else:
       rows_ECD = self.experts(rows_ECD)
-    return mixing.emit(groups.from_experts(rows_ECD), emit_CME), aux
+    rows_ECD = checkpoint_name(groups.from_experts(rows_ECD), experts.OUTPUT)
+    return mixing.emit(rows_ECD, emit_CME), aux
 
   def _weights(self, x_CMD, valid_CM):
     """Weights with which tokens enter the mixtures and outputs return to them, and their aux."""

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moejax.ops import dispatch, mesh, routing
@@ -97,7 +98,10 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
 
 
 def _all_to_all(experts, x_TD, plan, weights):
-  exchange = functools.partial(jax.lax.all_to_all, axis_name=EXPERT_AXIS, tiled=True)
+  def exchange(a, split_axis, concat_axis):
+    a = jax.lax.all_to_all(a, EXPERT_AXIS, split_axis, concat_axis, tiled=True)
+    return checkpoint_name(a, mesh.RECEIVED)
+
   to_experts = functools.partial(exchange, split_axis=0, concat_axis=1)
   rows_ECD, weight_EC = to_experts(dispatch.dispatch(x_TD, plan)), to_experts(plan.weight)
   rows = experts.rows(rows_ECD, weight_EC, weights)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moejax.ops import mesh
@@ -41,6 +42,7 @@ class Groups:
     def on_a_device(a, order_B):
       if swapped:
         a = jax.lax.all_to_all(a, swapped, split_axis=1, concat_axis=0, tiled=True)
+        a = checkpoint_name(a, mesh.RECEIVED)
       if order_B is not None:
         a = a[order_B]
       by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
@@ -123,4 +125,5 @@ def _swap_experts(a_ECD, before, after, axes):
   if ways == 1 or E % ways or C % mesh.size(*BATCH_AXES):
     return a_ECD
   swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
-  return jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
+  received = jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
+  return checkpoint_name(received, mesh.RECEIVED)

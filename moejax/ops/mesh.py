@@ -4,6 +4,10 @@ import math
 
 import jax
 
+# Name of arrays that other devices sent, for `jax.checkpoint_policies.save_only_these_names`: a
+# backward pass that computes anew need not send anew.
+RECEIVED = 'received'
+
 BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
 
 
