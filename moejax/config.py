@@ -110,10 +110,9 @@ def _batch_problems(data_config, model, optimizer):
       )
 
 
-def check_mesh(stages, mesh):
+def check_batch(stages, mesh):
   """Raises ValueError if the batch cannot be split over the devices of the mesh."""
-  rows = stages.data.batch_size // stages.optimizer.accumulation
-  shards = batch_shards(mesh)
+  rows, shards = _rows(stages), batch_shards(mesh)
   if rows % shards:
     raise ValueError(
       f'data.batch_size / optimizer.accumulation = {rows} sequences cannot be split over the '
@@ -127,6 +126,43 @@ def check_mesh(stages, mesh):
       f'{num_parts} parts of the batch for {jax.process_count()} processes. Lower mesh.tensor to '
       'the devices of one process, or write the task to files (python -m moejax.tokenize).'
     )
+
+
+def check_mesh(stages, mesh):
+  """Raises ValueError if devices of the mesh would have nothing to do, or all do the same."""
+  check_batch(stages, mesh)
+  problems = list(_mesh_problems(stages, mesh))
+  if problems:
+    raise ValueError('\n'.join(problems))
+
+
+def _rows(stages):
+  """Sequences of one pass."""
+  return stages.data.batch_size // stages.optimizer.accumulation
+
+
+def _mesh_problems(stages, mesh):
+  rows = _rows(stages) // batch_shards(mesh)
+  for field, size in stages.model.whole_groups.items():
+    if rows % size:
+      yield (
+        f'{field} = {size} must divide the {rows} sequences of a device, where its groups of whole '
+        'sequences are routed (data.batch_size / optimizer.accumulation, over mesh axes data, fsdp '
+        'and expert). Lower it or optimizer.accumulation, raise data.batch_size, or give '
+        'mesh.tensor more devices.'
+      )
+  for field, number in stages.model.experts.items():
+    if number % mesh.shape['expert']:
+      yield (
+        f'mesh.expert = {mesh.shape["expert"]} must divide the {number} experts of a layer '
+        f'({field}). Change one of the two.'
+      )
+  for what, number in stages.model.widths.items():
+    if number % mesh.shape['tensor']:
+      yield (
+        f'mesh.tensor = {mesh.shape["tensor"]} must divide the {number} {what}. Change one of the '
+        'two.'
+      )
 
 
 def write(config, workdir, corpus=None):

@@ -192,7 +192,7 @@ def main(overrides):
     raise ValueError('--workdir is required: the folder of a run.')
   cli.join_processes()
   stages, step, params, mesh = load_run(args.workdir, overrides)
-  config_lib.check_mesh(stages, mesh)
+  config_lib.check_batch(stages, mesh)
   num_batches = args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
     rows = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)

@@ -149,6 +149,41 @@ class ModelConfig:
     return {f'model.{k}.group_size': getattr(self, k).group_size for k in kinds if self.uses(k)}
 
   @property
+  def whole_groups(self):
+    """Of `groups`, the fields whose sequences must lie on one device."""
+    whole = self.uses('moe') and not self.moe.by_position
+    return {'model.moe.group_size': self.moe.group_size} if whole else {}
+
+  @property
+  def experts(self):
+    """Field -> number of experts, for mesh axis `expert` to divide."""
+    fields = {'moe': 'model.moe.expansion_rate * granularity', 'mot': 'model.mot.num_experts'}
+    return {fields[k]: getattr(self, k).num_experts for k in fields if self.uses(k)}
+
+  @property
+  def widths(self):
+    """What mesh axis `tensor` has to divide, and the fields it comes from -> how many there are."""
+    hidden = mlp.gated_width if self.activation == 'swiglu' else lambda width: width
+    widths = {}
+    if self.uses('attention'):
+      widths['heads (model.num_heads)'] = self.num_heads
+    if self.uses('mlp'):
+      widths['hidden units of a feed-forward (model.d_ff)'] = hidden(self.d_ff)
+    if self.uses('mot'):
+      fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
+      widths[f'hidden units of an expert ({fields})'] = hidden(self.mot.width(self.d_ff))
+    if self.uses('moe'):
+      fields = 'model.d_ff / model.moe.granularity'
+      widths[f'hidden units of an expert ({fields})'] = hidden(self.moe.expert_width(self.d_ff))
+      if self.moe.shared_width:
+        shared = hidden(self.moe.shared_width)
+        widths['hidden units of the shared expert (model.moe.shared_width)'] = shared
+    if self.uses('mamba'):
+      fields = 'model.mamba.expand * model.d_model'
+      widths[f'channels of Mamba ({fields})'] = self.mamba.inner_width(self.d_model)
+    return widths
+
+  @property
   def mixed_sequences(self):
     """How many sequences influence each other at equal positions, in decoding too; 1 if none."""
     mot = self.mot.group_size if self.uses('mot') else 1

@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_nothing(mot_file, tmp_path, monkeypatch):
 
 
 def test_a_converted_run_trains_as_from_its_first_step(tmp_path):
-  changes = {'mesh.data': 1, 'mesh.tensor': -1, 'optimizer.accumulation': 1}
+  changes = {'mesh.tensor': 8, 'model.num_heads': 8, 'optimizer.accumulation': 1}
   changes |= {'train.steps': 2, 'train.eval_batches': 1, 'train.sample_length': 0}
   config = _config(dense, **changes)
   assert train.train(config, tmp_path / 'fresh') == cli.OK

@@ -19,6 +19,7 @@ from tests import tiny
 def _debug_config(module=mot, **changes):
   config = module.get_config('debug')
   config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
+  config.model.num_heads = 8
   config.optimizer.accumulation = 1
   config.train.log_interval = 3
   with config.unlocked():
@@ -163,6 +164,22 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_pat
     ({'train.sample_prompt': ''}, 'train.sample_prompt must not be empty'),
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),
     ({'mesh.tensor': 1, 'mesh.data': 8, 'data.batch_size': 12}, 'cannot be split over the 8'),
+    ({'model.num_heads': 4}, 'mesh.tensor = 8 must divide the 4 heads .model.num_heads.'),
+    ({'model.d_ff': 60}, 'mesh.tensor = 8 must divide the 60 hidden units of a feed-forward'),
+    ({'model.mot.expert_width': 36}, 'mesh.tensor = 8 must divide the 36 .* .model.mot.expert_wid'),
+    (
+      {'mesh.tensor': 1, 'mesh.expert': 8, 'model.mot.num_experts': 4},
+      'mesh.expert = 8 must divide the 4 experts of a layer .model.mot.num_experts.',
+    ),
+    (
+      {'mesh.tensor': 1, 'mesh.expert': 8, 'model.blocks': tiny.MOE, 'model.moe.expansion_rate': 3},
+      'mesh.expert = 8 must divide the 3 experts of a layer .model.moe.expansion_rate',
+    ),
+    (
+      {'mesh.tensor': 1, 'mesh.data': 8, 'model.blocks': tiny.MOE},
+      'model.moe.group_size = 4 must divide the 2 sequences of a device',
+    ),
+    ({'model.blocks': tiny.MAMBA, 'model.mamba.expand': 1.25}, 'must divide the 20 channels'),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(tmp_path, changes, message):

@@ -29,6 +29,7 @@ SPARSE = {'token_choice': {'moe_capacity_factor': 1.25}, 'expert_choice': {}}
 def _debug_config():
   config = mot.get_config('debug')
   config.mesh.update({'data': 1, 'tensor': -1})  # all 8 devices, but nothing to split a group over
+  config.model.num_heads = 8
   config.optimizer.accumulation = 1
   return config
 

@@ -120,9 +120,7 @@ def from_experts(a_ECD):
 
 
 def _swap_experts(a_ECD, before, after, axes):
-  E, C, _ = a_ECD.shape
-  ways = mesh.size('expert')
-  if ways == 1 or E % ways or C % mesh.size(*BATCH_AXES):
+  if mesh.size('expert') == 1 or a_ECD.shape[1] % mesh.size(*BATCH_AXES):
     return a_ECD
   swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
   received = jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
