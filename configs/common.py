@@ -64,7 +64,7 @@ def baseline():
   # Of activations. Routing and norms are as wide as their parameters, the loss is float32.
   c.model.dtype = 'float32'
   c.model.residual_float32 = False  # True: the stream between sublayers is float32 in any dtype
-  # Of parameters and optimizer moments. Both bfloat16: no float32 copy of anything.
+  # Of parameters and, by default, optimizer moments. Both bfloat16: no float32 copy of anything.
   c.model.param_dtype = 'float32'
   # What the backward pass computes again: none, dots (all but matmul results), save_moe (all but
   # outputs of experts and what other devices sent: nothing is exchanged twice), full.
@@ -132,6 +132,8 @@ def baseline():
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
+  # Of the first moment: float32, bfloat16; '' is that of the parameters, as of the second always.
+  c.optimizer.moment_dtype = ''
   c.optimizer.weight_decay = 0.1
   c.optimizer.decay = 'all'  # all, matrices (not norms, biases and Mamba's a and skip)
   c.optimizer.clip_norm = 0.5  # of the gradient of all parameters together

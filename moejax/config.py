@@ -193,6 +193,7 @@ def parse(text):
   fields = json.loads(text)
   fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
+  fields['optimizer'].setdefault('moment_dtype', '')  # in runs from before there was a choice
   return ml_collections.ConfigDict(fields)
 
 

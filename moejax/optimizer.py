@@ -18,6 +18,7 @@ class OptimizerConfig:
   b1: float
   b2: float
   eps: float
+  moment_dtype: str
   weight_decay: float
   decay: str
   clip_norm: float
@@ -43,6 +44,11 @@ class OptimizerConfig:
     if not 0 <= self.final_lr_fraction <= 1:
       raise ValueError(
         f'optimizer.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}.'
+      )
+    if self.moment_dtype not in ('', 'float32', 'bfloat16'):
+      raise ValueError(
+        "optimizer.moment_dtype must be float32, bfloat16 or '' (that of the parameters), got "
+        f'{self.moment_dtype!r}.'
       )
     if self.decay not in ('all', 'matrices'):
       raise ValueError(f'optimizer.decay must be all or matrices, got {self.decay!r}.')
@@ -79,6 +85,7 @@ def make_optimizer(config, steps):
       b1=config.b1,
       b2=config.b2,
       eps=config.eps,
+      mu_dtype=config.moment_dtype or None,
       weight_decay=config.weight_decay,
       mask=None if config.decay == 'all' else _is_matrix,
     ),

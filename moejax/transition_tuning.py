@@ -103,7 +103,7 @@ def convert(source, fresh, temperature=1.0):
     if name not in wanted or wanted[name].shape != leaf.shape:
       place = f'is {wanted[name].shape}' if name in wanted else 'does not exist'
       raise ValueError(f'--from: {name} is {leaf.shape} there and {place} in the new model.')
-    taken[name] = leaf
+    taken[name] = leaf.astype(wanted[name].dtype)
   leaves = [taken.get(name, leaf) for name, leaf in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 

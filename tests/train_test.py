@@ -160,6 +160,7 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_pat
     ({'data.tokenizer': 'missing.model'}, 'data.tokenizer'),
     ({'optimizer.peak_lr': -1.0}, 'optimizer.peak_lr must be positive'),
     ({'optimizer.decay': 'some'}, 'optimizer.decay must be all or matrices'),
+    ({'optimizer.moment_dtype': 'float16'}, 'optimizer.moment_dtype must be float32, bfloat16 or'),
     ({'train.steps': 0}, 'train.steps must be at least 1'),
     ({'train.sample_prompt': ''}, 'train.sample_prompt must not be empty'),
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),
@@ -280,6 +281,65 @@ def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
   assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
   assert {a.dtype for a in jax.tree.leaves(state)} == {jnp.dtype('bfloat16'), jnp.dtype('int32')}
   assert {a.dtype for a in jax.tree.leaves(measured)} == {jnp.dtype('float32')}
+
+
+def _optimizer(**changes):
+  from moejax.optimizer import OptimizerConfig, make_optimizer
+
+  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0}
+  return make_optimizer(OptimizerConfig(**fields | changes), 10)
+
+
+def _moments(state):
+  """The arrays of the first and of the second moment."""
+  named = jax.tree.leaves_with_path(state['optimizer'])
+  of = lambda moment: [a for path, a in named if f'.{moment}[' in jax.tree_util.keystr(path)]
+  return of('mu'), of('nu')
+
+
+def test_the_first_moment_can_be_narrower_than_the_parameters(tmp_path):
+  config = tiny.model_config()
+  exact, expected = _steps(config, 5, optimizer=_optimizer())
+  state, measured = _steps(config, 5, optimizer=_optimizer(moment_dtype='bfloat16'))
+  losses = [[float(m['loss']) for m in run] for run in (measured, expected)]
+  assert losses[0] != losses[1]
+  np.testing.assert_allclose(*losses, rtol=1e-3)
+  mu, nu = _moments(state)
+  assert {a.dtype for a in mu} == {jnp.dtype('bfloat16')}
+  assert {a.dtype for a in (*nu, *_moments(exact)[0])} == {jnp.dtype('float32')}
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(5, state, None, {'config': {}})
+  restored = checkpoints.restore(5, jax.eval_shape(lambda: state), None)
+  checkpoints.close()
+  assert jax.tree.map(lambda a: a.dtype, restored) == jax.tree.map(lambda a: a.dtype, state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_the_first_moment_can_be_wider_than_the_parameters():
+  config = tiny.model_config(dtype='bfloat16', param_dtype='bfloat16')
+  optimizer = _optimizer(moment_dtype='float32')
+  init = lambda: train.init_state(config, optimizer, jax.random.key(0))
+
+  def update(state):
+    gradients = jax.tree.map(jnp.ones_like, state['params'])
+    updates, moments = optimizer.update(gradients, state['optimizer'], state['params'])
+    return state | {
+      'params': optax.apply_updates(state['params'], updates),
+      'optimizer': moments,
+    }
+
+  state = jax.eval_shape(init)
+  assert jax.eval_shape(lambda: update(init())) == state
+  mu, nu = _moments(state)
+  assert {a.dtype for a in mu} == {jnp.dtype('float32')}
+  assert {a.dtype for a in nu} == {jnp.dtype('bfloat16')}
+
+
+def test_a_run_from_before_a_field_existed_is_still_read(finished, tmp_path):
+  fields = json.loads((finished / 'config.json').read_text())
+  del fields['optimizer']['moment_dtype']
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  assert config_lib.read(tmp_path).to_dict() == _debug_config().to_dict()
 
 
 def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():

@@ -129,6 +129,12 @@ def test_a_temperature_goes_into_the_router_and_its_moments():
   assert scales == {'params': 2, 'mu': 0.5, 'nu': 0.25}
 
 
+def test_moments_take_the_dtype_of_the_new_run():
+  source, fresh = {'mu': np.full(3, 1.25)}, {'mu': np.zeros(3, jnp.bfloat16)}
+  new = transition_tuning.convert(source, fresh)['mu']
+  assert new.dtype == jnp.bfloat16 and (new == 1.25).all()
+
+
 def test_arrays_without_a_place_are_refused_by_name():
   with pytest.raises(ValueError, match=r'head is \(2,\) there and does not exist'):
     transition_tuning.convert({'head': np.ones(2)}, {'embedding': np.ones(2)})
