@@ -1,11 +1,16 @@
 """Cross-entropy of next-token prediction without the full tensor of logits.
 
 For a vocabulary of 50k, 65k tokens of float32 logits are 13 GB. The chunked form computes the
-logits of a few positions at a time and computes them again in the backward pass.
+logits of a few positions at a time and computes them again in the backward pass, where they become
+their own gradient in one go: what costs time is passing over them.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from moejax.ops import mesh
 
 
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
@@ -20,9 +25,7 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
   Returns:
     A float32 scalar: sum over positions of weight * -log softmax(x @ head)[target].
   """
-  logits_BLV = jnp.einsum(
-    'BLD,DV->BLV', x_BLD, head_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
-  )
+  logits_BLV = _logits(x_BLD, head_DV)
   target_logit_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
   nats_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
   return jnp.sum(nats_BL * weights_BL)
@@ -31,23 +34,79 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
 def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   """`cross_entropy` over `chunk` positions of every sequence at a time.
 
-  Chunks run along positions, so that a batch sharded over devices stays where it is. The last,
-  ragged chunk is padded with weight 0. `chunk=0`, or one that covers the sequence, is the plain
-  form.
+  The last, ragged chunk is padded with weight 0. `chunk=0`, or one that covers the sequence, is the
+  plain form.
+
+  On a mesh every device goes through the chunks of its own sequences with the whole head: left to
+  the partitioner, a head in shards is gathered, and its gradient summed over the devices, for every
+  chunk anew.
   """
-  B, L, D = x_BLD.shape
+  B, L, _ = x_BLD.shape
   if not 0 < chunk < L:
     return cross_entropy(x_BLD, head_DV, targets_BL, weights_BL)
+  head_DV = head_DV.astype(x_BLD.dtype)  # what travels; each device sums its gradient in float32
+  scan = functools.partial(_over_chunks, chunk)
+  rows = mesh.batch_axes(B)
+  if rows:
+    P = jax.sharding.PartitionSpec
+    scan = jax.shard_map(
+      scan,
+      in_specs=(P(rows), P(), P(rows), P(rows)),
+      out_specs=P(rows),
+      axis_names={*rows},  # the vocabulary stays with the partitioner
+      check_vma=False,  # the sum starts from a zero that every device makes for itself
+    )
+  return scan(x_BLD, head_DV, targets_BL, weights_BL).sum()
+
+
+def _over_chunks(chunk, x_BLD, head_DV, targets_BL, weights_BL):
+  """The sum over all chunks, [1]."""
+  B, L, _ = x_BLD.shape
   num_chunks = -(-L // chunk)
+  head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))
 
   def split(a):  # [B, L, ...] -> [num_chunks, B, chunk, ...]
     a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - L)] + [(0, 0)] * (a.ndim - 2))
     return jnp.moveaxis(a.reshape(B, num_chunks, chunk, *a.shape[2:]), 1, 0)
 
-  @jax.checkpoint
   def add_chunk(total, chunk_arrays):
     x, targets, weights = chunk_arrays
-    return total + cross_entropy(x, head_DV, targets, weights), None
+    return total + jnp.sum(_nats(x, head_DV, targets) * weights), None
 
   chunks = (split(x_BLD), split(targets_BL), split(weights_BL))
-  return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+  return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0][None]
+
+
+@jax.custom_vjp
+def _nats(x_BLD, head_DV, targets_BL):
+  """-log softmax(x @ head)[target] of every position, float32; logits are not kept."""
+  return _nats_forward(x_BLD, head_DV, targets_BL)[0]
+
+
+def _nats_forward(x_BLD, head_DV, targets_BL):
+  logits_BLV = _logits(x_BLD, head_DV)
+  logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+  target_logit_BL = jnp.sum(jnp.where(_is_target(targets_BL, head_DV), logits_BLV, 0), axis=-1)
+  return logsumexp_BL - target_logit_BL, (x_BLD, head_DV, targets_BL, logsumexp_BL)
+
+
+def _nats_backward(kept, d_nats_BL):
+  x_BLD, head_DV, targets_BL, logsumexp_BL = kept
+  p_BLV = jnp.exp(_logits(x_BLD, head_DV) - logsumexp_BL[..., None])
+  d_logits_BLV = (p_BLV - _is_target(targets_BL, head_DV)) * d_nats_BL[..., None]
+  d_logits_BLV = d_logits_BLV.astype(x_BLD.dtype)
+  d_x_BLD = jnp.einsum('BLV,DV->BLD', d_logits_BLV, head_DV.astype(x_BLD.dtype))
+  d_head_DV = jnp.einsum('BLD,BLV->DV', x_BLD, d_logits_BLV, preferred_element_type=jnp.float32)
+  return d_x_BLD, d_head_DV, None
+
+
+_nats.defvjp(_nats_forward, _nats_backward)
+
+
+def _logits(x_BLD, head_DV):
+  head_DV = head_DV.astype(x_BLD.dtype)
+  return jnp.einsum('BLD,DV->BLV', x_BLD, head_DV, preferred_element_type=jnp.float32)
+
+
+def _is_target(targets_BL, head_DV):
+  return targets_BL[..., None] == jnp.arange(head_DV.shape[1])[None, None]
