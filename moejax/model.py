@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax import sharding
 from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
 from moejax.ops import cross_entropy, mesh, routing
 
@@ -368,6 +369,7 @@ class LanguageModel(nnx.Module):
 
       def body(x_BLD, block_and_key):
         block, key = block_and_key
+        block = sharding.gather(block, self.config.dtype)
         return block(x_BLD, tokens._replace(key=key))
 
       body = REMAT[self.config.remat](body)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moejax import sharding, train
+from moejax.ops import mesh as mesh_lib
 from tests import tiny
 
 MESHES = {
@@ -23,8 +24,6 @@ SIZES = {'vocab_size': 40, 'd_model': 16, 'num_heads': 4, 'd_ff': 32, 'mot_num_e
 SIZES |= {'moe_expansion_rate': 4, 'moe_group_size': 2, 'moe_impl': 'rows'}
 ROWS, ACCUMULATION = 32, 2
 SPREAD = {'expert choice': {'moe_group_size': 4}}
-# Less optimized code says as much, and compiles in a third of the time.
-QUICKLY = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
 def _model_config(model, **changes):
@@ -61,14 +60,15 @@ def _traced(config, sizes, optimizer):
 def _step(*args):
   """The state after one step on a mesh, and what the step measured."""
   traced, args = _traced(*args)
-  return traced.lower().compile(compiler_options=QUICKLY)(*args)
+  return traced.lower().compile(compiler_options=tiny.QUICKLY)(*args)
 
 
 def _axes_that_split(state, mesh):
   """The axes of several devices along which some array of the state is split."""
   specs = [leaf.sharding.spec for leaf in jax.tree.leaves(state)]
   sizes = dict(zip(sharding.AXES, mesh, strict=True))
-  return {axis for spec in specs for axis in spec if axis and sizes[axis] > 1}
+  axes = {axis for spec in specs for entry in spec for axis in mesh_lib.names(entry)}
+  return {axis for axis in axes if sizes[axis] > 1}
 
 
 def _assert_close(got, expected):
@@ -88,9 +88,8 @@ def _on_one_device(config):
 def test_results_do_not_depend_on_the_mesh(model, mesh):
   config = _model_config(model)
   state, measured = _step(config, MESHES[mesh], KEEP_GRADIENTS)
-  has_experts = config.uses('moe') or config.uses('mot')
-  axes = ('fsdp', 'expert', 'tensor') if has_experts else ('fsdp', 'tensor')
-  assert _axes_that_split(state, MESHES[mesh]) == {a for a in axes if f'{a} ' in mesh}
+  split = {axis for axis in ('fsdp', 'expert', 'tensor') if f'{axis} ' in mesh}
+  assert _axes_that_split(state, MESHES[mesh]) == split
   state, measured = jax.device_get((state, measured))
   expected_state, expected = _on_one_device(config)
   jax.tree.map(_assert_close, state, expected_state)
@@ -124,17 +123,29 @@ def test_parameters_and_moments_are_split():
   optimizer = optax.adamw(1e-2)
   state, _ = _step(config, MESHES['fsdp 2, expert 2, tensor 2'], optimizer)
   experts = state['params']['stack_1']['1_mot']['layer']['experts']['w_in']
-  assert experts.sharding.spec == jax.sharding.PartitionSpec(None, 'expert', 'fsdp', 'tensor')
+  spec = jax.sharding.PartitionSpec(None, ('expert', 'fsdp'), None, 'tensor')
+  assert experts.sharding.spec == spec
   assert experts.addressable_shards[0].data.size == experts.size // 8
   moment = state['optimizer'][0].mu['stack_1']['1_mot']['layer']['experts']['w_in']
   assert moment.sharding == experts.sharding
+
+
+def test_experts_too_few_for_fsdp_are_split_by_their_width():
+  sizes = {'fsdp': 4, 'expert': 2, 'tensor': 1, 'data': 1}
+  of_mesh = lambda *axes: int(np.prod([sizes[axis] for axis in axes]))
+  P = jax.sharding.PartitionSpec
+  assert sharding.spec('experts/w_in', (16, 12, 5), of_mesh) == P(
+    ('expert', 'fsdp'), None, 'tensor'
+  )
+  assert sharding.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
+  assert sharding.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
   mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 8))
   params = {'head': jax.ShapeDtypeStruct((12, 37), 'float32')}
   spec = sharding.state_shardings(params, mesh)['head'].spec
-  assert spec == jax.sharding.PartitionSpec('fsdp', None)
+  assert spec == jax.sharding.PartitionSpec(('fsdp', 'expert'), None)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +206,19 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch, sizes, process
 def test_parts_that_overlap_are_refused(monkeypatch):
   with pytest.raises(ValueError, match='do not lie in equal parts on the 2 processes'):
     _parts(monkeypatch, (3, 1, 1, 2), (0, 0, 0, 1, 1, 1), 6)
+
+
+@pytest.mark.parametrize(
+  'shape, slices, inside, between',
+  [
+    ((8, 2, 4, 1), 4, [2, 2, 4, 1], [4, 1, 1, 1]),
+    ((1, 8, 4, 1), 4, [1, 2, 4, 1], [1, 4, 1, 1]),
+  ],
+)
+def test_slices_lie_along_an_outer_axis(shape, slices, inside, between):
+  assert sharding._by_slices(shape, slices) == (inside, between)
+
+
+def test_slices_that_fit_no_axis_are_refused():
+  with pytest.raises(ValueError, match='the 2 slices must divide mesh.data or mesh.fsdp'):
+    sharding._by_slices((1, 1, 32, 1), 2)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax import sharding
 from moejax.layers import common
 from moejax.layers.mlp import gated_width
-from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul, platform
+from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul, mesh, platform
 
 # Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
 OUTPUT = 'experts_output'
@@ -43,7 +44,12 @@ class Experts(nnx.Module):
 
   def __call__(self, x_ECD):
     """C rows for each expert: y_ECD in the dtype of x."""
-    return _rows(self.activation, x_ECD, None, self._weights(x_ECD.dtype))
+    weights = self._weights(x_ECD.dtype)
+    weights = {
+      name: mesh.gather(w, _spec(name, w), (expert_parallel.FSDP_AXIS,))
+      for name, w in weights.items()
+    }
+    return _rows(self.activation, x_ECD, None, weights)
 
   def route(self, make_plan, x_GTD, logits_GTE, valid_GT, impl='auto') -> expert_parallel.Routed:
     """Every token through its experts: [.., d_out], summed with the weights of the plan.
@@ -58,18 +64,22 @@ class Experts(nnx.Module):
       expert_parallel.Experts(
         route=functools.partial(_route, self.activation, impl),
         rows=functools.partial(_rows, self.activation),
-        hidden={name: 1 if name == 'w_out' else 2 for name in weights},
       ),
       x_GTD,
       logits_GTE,
       valid_GT,
       weights,
+      {name: _spec(name, w) for name, w in weights.items()},
       packed=loops(impl),
     )
 
   def _weights(self, dtype):
     names = ('w_in', 'w_out', 'w_gate') if self.activation == 'swiglu' else ('w_in', 'w_out')
     return {name: getattr(self, name)[...].astype(dtype) for name in names}
+
+
+def _spec(name, w):
+  return sharding.spec(f'experts/{name}', w.shape)
 
 
 def loops(impl):

@@ -27,28 +27,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moejax.ops import dispatch, mesh, routing
+from moejax.ops.mesh import BATCH_AXES
 
 EXPERT_AXIS = 'expert'
+FSDP_AXIS = 'fsdp'
 HIDDEN_AXIS = 'tensor'
 
 
 class Experts(NamedTuple):
-  """What to do with tokens and rows; `weights` is a pytree of arrays [E, ...]."""
+  """What to do with tokens and rows; `weights` are arrays [E, ...] by name."""
 
   route: Callable[..., jax.Array]  # (x_TD, plan, weights) -> y, [T, ...]
   rows: Callable[..., jax.Array]  # (rows_ECD, weight_EC, weights) -> rows
-  hidden: Any  # which dimension of each of the weights is the hidden width
 
 
 class Routed(NamedTuple):
   """What became of the tokens of all groups."""
 
-  y: jax.Array  # [G, T, width of the experts' output]
-  counts_GE: jax.Array  # int32: choices per expert, before drops
-  number_GT: jax.Array  # int32: experts that a token reached
+  y: Any  # array [G, T, width of the experts' output]
+  counts_GE: Any  # int32 [G, E]: choices per expert, before drops
+  number_GT: Any  # int32 [G, T]: experts that a token reached
 
 
-def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, packed):
+def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, specs, *, packed):
   """Routes groups of tokens and runs their experts.
 
   Args:
@@ -56,15 +57,21 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     experts: an `Experts`.
     x_GTD, logits_GTE, valid_GT: tokens, router scores, and which tokens are not padding.
     weights: of all experts, [E, ...] each.
+    specs: the PartitionSpec by which each of the weights lies; what is split along FSDP_AXIS is
+      gathered, what is split along HIDDEN_AXIS are hidden widths.
     packed: whether the experts of one device prefer packed plans.
 
   Returns:
     A Routed.
   """
   rows = mesh.batch_axes(x_GTD.shape[0])
-  ways, parts = mesh.size(EXPERT_AXIS), mesh.size(HIDDEN_AXIS)
+  parts = {name: mesh.split_dim(spec, (FSDP_AXIS,)) for name, spec in specs.items()}
+  used = {axis for spec in specs.values() for axes in spec for axis in mesh.names(axes)}
+  ways = mesh.size(EXPERT_AXIS) if EXPERT_AXIS in used else 1
+  hidden = HIDDEN_AXIS if HIDDEN_AXIS in used and mesh.size(HIDDEN_AXIS) > 1 else None
 
   def on_a_device(x_GTD, logits_GTE, valid_GT, weights):
+    weights = {name: _gather(w, parts[name]) for name, w in weights.items()}
     plan = make_plan(logits_GTE, valid_GT, packed=packed and ways == 1)
     x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
     if ways == 1:
@@ -75,26 +82,25 @@ def route_groups(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights, *, pa
     else:
       y = _all_to_all(experts, x_TD, plan, weights)
     y, number_GT = y.reshape(1, *valid_GT.shape, -1), plan.number.reshape(valid_GT.shape)
-    return y, plan.counts_GE, number_GT
+    return Routed(y, plan.counts_GE, number_GT)
 
-  run = on_a_device
-  if rows or ways > 1 or parts > 1:
-    groups, hidden = P(rows), HIDDEN_AXIS if parts > 1 else None
-
-    def of_a_device(dimension):
-      spec = [EXPERT_AXIS if ways > 1 else None, None, None]
-      spec[dimension] = hidden
-      return P(*spec)
-
-    run = jax.shard_map(
+  if mesh.size(*BATCH_AXES, HIDDEN_AXIS) == 1:
+    routed = on_a_device(x_GTD, logits_GTE, valid_GT, weights)
+  else:
+    groups = P(rows)
+    routed = jax.shard_map(
       on_a_device,
-      in_specs=(groups, groups, groups, jax.tree.map(of_a_device, experts.hidden)),
-      out_specs=(P(hidden, rows), groups, groups),
+      in_specs=(groups, groups, groups, specs),
+      out_specs=Routed(P(hidden, rows), groups, groups),
       check_vma=False,  # loops start from zeros that every device makes for itself
-    )
-  parts_of_y, counts_GE, number_GT = run(x_GTD, logits_GTE, valid_GT, weights)
-  # Summed out here, where the gradient of a sum over devices needs no collective.
-  return Routed(parts_of_y.sum(axis=0), counts_GE, number_GT)
+    )(x_GTD, logits_GTE, valid_GT, weights)
+  # Outside, where the gradient of a sum over devices needs no collective.
+  return routed._replace(y=routed.y.sum(axis=0))
+
+
+def _gather(w, dim):
+  """The weights of a device's experts from their parts; their gradient is summed into the parts."""
+  return w if dim is None else jax.lax.all_gather(w, FSDP_AXIS, axis=dim, tiled=True)
 
 
 def _all_to_all(experts, x_TD, plan, weights):

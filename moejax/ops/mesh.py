@@ -1,14 +1,17 @@
 """The mesh that an op finds itself on, for ops that choose their own collectives."""
 
+import functools
 import math
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 # Name of arrays that other devices sent, for `jax.checkpoint_policies.save_only_these_names`: a
 # backward pass that computes anew need not send anew.
 RECEIVED = 'received'
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
+SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts lie in parts along these
 
 
 def size(*axes):
@@ -25,3 +28,46 @@ def batch_axes(number):
     if size(axis) > 1 and number % size(*axes, axis) == 0:
       axes += (axis,)
   return axes
+
+
+def split_dim(spec, axes):
+  """The dimension of an array of this PartitionSpec that is split along `axes`, or None."""
+  split = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
+  return split[0] if split else None
+
+
+def gather(a, spec, axes):
+  """An array that lies as `spec` says, whole along `axes`; its gradient is in parts again."""
+  dim = split_dim(spec, axes)
+  return a if dim is None else _gather(a, dim, spec[dim], axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(a, dim, entry, axes):
+  return _constrain(a, dim, tuple(axis for axis in names(entry) if axis not in axes) or None)
+
+
+def _gather_forward(a, dim, entry, axes):
+  return _gather(a, dim, entry, axes), None
+
+
+def _gather_backward(dim, entry, axes, _, gradient):
+  return (_constrain(gradient, dim, entry),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _constrain(a, dim, axes):
+  spec: list = [P.UNCONSTRAINED] * a.ndim
+  spec[dim] = axes
+  return jax.lax.with_sharding_constraint(a, P(*spec))
+
+
+def names(entry):
+  """The mesh axes of an entry of a PartitionSpec, as a tuple."""
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _both(entry, axes):
+  return tuple(axis for axis in names(entry) if axis in axes)
