@@ -178,6 +178,24 @@ def make_tokenizer(config) -> Tokenizer:
     raise ValueError(f'data.tokenizer: cannot use {name!r}: {error}.') from error
 
 
+def known_vocab_size(name: str) -> int:
+  """Number of ids of a tokenizer whose files need not be there.
+
+  Raises:
+    ValueError: only its file tells, and is not there.
+  """
+  if name == 'bytes':
+    return BytesTokenizer.vocab_size
+  if name.startswith(_GPT2_PREFIX):
+    return 50257 + NUM_SPECIAL  # the published vocabulary
+  (path,) = tokenizer_files(name)
+  if not path.is_file():
+    raise ValueError(
+      f'data.tokenizer = {name!r} is not here to tell how many ids it has; set model.vocab_size.'
+    )
+  return SentencePieceTokenizer(path).vocab_size
+
+
 def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
   """Returns the files that a `data.tokenizer` value stands for; none for 'bytes'."""
   if name == 'bytes':

@@ -1,0 +1,499 @@
+"""What a compiled program does in one run, read from its text: FLOPs, memory traffic, collectives.
+
+The compiler's own cost analysis counts the body of a loop once, however often it runs, and models
+do nearly all their work in loops over layers. Here every computation counts as often as it is run.
+
+- FLOPs are those of matrix products and convolutions, as compiled: what is computed again or on
+  several devices alike counts every time. Kernels of other compilers (custom calls) count none.
+- Memory traffic is what instructions, after fusion, read and write; of an array that is indexed,
+  what is taken of it. Buffers in on-chip memory (`S(1)` in a TPU's layout) cost nothing.
+- A collective that the compiler runs in steps, between computations, counts once.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str
+  opcode: str
+  operands: tuple[str, ...]
+  attributes: str
+  is_root: bool
+
+
+class Collective(NamedTuple):
+  """One kind of exchange; `groups` is the text that says who takes part."""
+
+  kind: str
+  groups: str
+  bytes: int  # of the larger of what a device puts in and gets out
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """On one device."""
+
+  flops: float = 0
+  memory_bytes: float = 0
+  collectives: Mapping[Collective, int] = dataclasses.field(default_factory=dict)  # -> how often
+
+  def __add__(self, other):
+    collectives = collections.Counter(self.collectives)
+    collectives.update(other.collectives)
+    memory_bytes = self.memory_bytes + other.memory_bytes
+    return Cost(self.flops + other.flops, memory_bytes, collectives)
+
+  def __mul__(self, times):
+    collectives = {collective: times * n for collective, n in self.collectives.items()}
+    return Cost(self.flops * times, self.memory_bytes * times, collectives)
+
+
+def cost(text):
+  """The Cost of one run of a scheduled HLO module."""
+  return _Program(text).cost_of_entry()
+
+
+_COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-permute',
+  'ragged-all-to-all',
+  'reduce-scatter',
+)
+# Names for what is already there.
+_FREE = (
+  'after-all',
+  'bitcast',
+  'constant',
+  'get-tuple-element',
+  'iota',
+  'opt-barrier',
+  'parameter',
+  'partition-id',
+  'recv',
+  'replica-id',
+  'tuple',
+)
+# Who takes part in what a TPU's host sends over the network: a chip of every slice.
+SLICES = 'one chip of every slice'
+_INDEXING = ('dynamic-slice', 'slice', 'gather')
+
+
+class _Program:
+  def __init__(self, text):
+    self.computations, self.entry = _parse(text)
+    self.shapes = {
+      name: {i.name: i.shape for i in instructions}
+      for name, instructions in self.computations.items()
+    }
+    self._cost = functools.cache(self._cost)
+    self._read = functools.cache(self._read)
+
+  def cost_of_entry(self):
+    return self._cost(self.entry)
+
+  def _cost(self, computation):
+    total = Cost()
+    for instruction in self.computations[computation]:
+      total += self._cost_of(computation, instruction)
+    return total
+
+  def _cost_of(self, computation, i):
+    called = _called(i)
+    kind = i.opcode.removesuffix('-start')
+    if i.opcode in _FREE or i.opcode.endswith(('-done', '-update')):
+      return Cost()
+    if i.opcode == 'while':
+      return (self._cost(called['body']) + self._cost(called['condition'])) * self._trips(i, called)
+    if i.opcode in ('call', 'async-start'):
+      return self._cost(called.get('to_apply') or called['calls'])
+    if i.opcode == 'conditional':  # the dearest branch
+      return max((self._cost(branch) for branch in called.values()), key=lambda c: c.memory_bytes)
+    if i.opcode == 'send':
+      return Cost(collectives=self._sent_to_slices(computation, i))
+    if kind in _COLLECTIVES:
+      return Cost(collectives={self._collective(computation, i, kind): 1})
+    if i.opcode == 'fusion':
+      inner = self._cost_in_fusion(called['calls'])
+      return dataclasses.replace(inner, memory_bytes=self._fusion_bytes(computation, i, called))
+    return Cost(_flops(i, self.shapes[computation]), self._bytes(computation, i))
+
+  def _cost_in_fusion(self, computation):
+    """FLOPs and collectives; nothing inside a fusion goes to memory."""
+    instructions = self.computations[computation]
+    starts = any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
+    scatters = computation.startswith('all-reduce-scatter')  # a TPU's reduce-scatter
+    total = Cost()
+    for i in instructions:
+      if i.opcode == 'fusion':
+        total += self._cost_in_fusion(_called(i)['calls'])
+      elif i.opcode in _COLLECTIVES:
+        if 'chain_id=' in i.attributes and not starts:
+          continue  # further steps of one that was counted where it starts
+        kind = 'reduce-scatter' if scatters and i.opcode == 'all-reduce' else i.opcode
+        total += Cost(collectives={self._collective(computation, i, kind): 1})
+      else:
+        total += Cost(_flops(i, self.shapes[computation]))
+    return total
+
+  def _collective(self, computation, i, kind):
+    shapes = self.shapes[computation]
+    arrays = _arrays(i.shape) if i.opcode == kind else _arrays(i.shape)[1:]  # start: (in, out, ..)
+    out = sum(a.payload for a in arrays)
+    into = sum(a.payload for name in i.operands for a in _arrays(shapes[name]))
+    if i.opcode.endswith('-start'):
+      out = 0 if kind != 'all-gather' else max(a.payload for a in _arrays(i.shape))
+    return Collective(kind, _groups_text(i), max(into, out))
+
+  def _sent_to_slices(self, computation, i):
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    if not transfer:
+      return {}
+    sent = sum(a.payload for a in _arrays(self.shapes[computation][i.operands[0]]))
+    return {Collective(transfer[1].lower().replace('_', '-'), SLICES, sent): 1}
+
+  def _trips(self, i, called):
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
+    if known:
+      return int(known[1])
+    # A counter from 0 is compared with the largest constant of the condition.
+    condition = self.computations[called['condition']]
+    end = max(_constants(condition).values(), default=1)
+    counters = [_index(c) for c in condition if c.opcode == 'get-tuple-element']
+    return -(-end // self._step(called['body'], counters[0])) if counters else end
+
+  def _step(self, body, counter):
+    """What the body of a loop adds to its counter; the compiler unrolls some loops."""
+    by_name = {i.name: i for i in self.computations[body]}
+    root = next(i for i in by_name.values() if i.is_root)
+    update = by_name.get(root.operands[counter]) if root.opcode == 'tuple' else None
+    constants = _constants(by_name.values())
+    if update is not None and update.opcode == 'add':
+      return next((constants[name] for name in update.operands if name in constants), 1)
+    return 1
+
+  def _bytes(self, computation, i):
+    shapes = self.shapes[computation]
+    if i.opcode in _INDEXING:
+      return 2 * _bytes(i.shape)
+    if i.opcode == 'dynamic-update-slice':
+      return 2 * _bytes(shapes[i.operands[1]])
+    if i.opcode in ('copy-start', 'slice-start'):  # from one memory to another: (in, out, context)
+      ends = [a for a in _arrays(i.shape) if a.payload > 4]
+      return min((a.bytes for a in ends), default=0) * sum(not a.on_chip for a in ends)
+    if i.opcode == 'custom-call' and _is_free(i):
+      return 0
+    return _bytes(i.shape) + sum(_bytes(shapes[name]) for name in i.operands)
+
+  def _fusion_bytes(self, computation, i, called):
+    shapes = self.shapes[computation]
+    read = 0
+    for number, name in enumerate(i.operands):
+      whole = _bytes(shapes[name])
+      read += min(whole, self._read(called['calls'], number)) if whole else 0
+    return read + self._written(called['calls'], i.shape)
+
+  def _read(self, computation, number):
+    """Bytes that a fused computation takes of a parameter."""
+    instructions = self.computations[computation]
+    parameter = next(
+      i for i in instructions if i.opcode == 'parameter' and i.operands == (str(number),)
+    )
+    names, total = {parameter.name}, 0
+    for i in instructions:
+      if not names.intersection(i.operands):
+        continue
+      first = i.operands[0] in names
+      if i.opcode == 'bitcast':
+        names.add(i.name)
+      elif i.opcode in _INDEXING and first:
+        total += _bytes(i.shape, anywhere=True)
+      elif i.opcode == 'dynamic-update-slice' and first and i.operands[1] not in names:
+        continue  # written in place
+      elif i.opcode == 'fusion':
+        for inner, name in enumerate(i.operands):
+          total += self._read(_called(i)['calls'], inner) if name in names else 0
+      elif i.opcode != 'tuple':
+        return _bytes(parameter.shape, anywhere=True)
+    return total
+
+  def _written(self, computation, shape):
+    """Bytes that a fused computation writes, given the shape of its result in the caller."""
+    by_name = {i.name: i for i in self.computations[computation]}
+    root = next(i for i in by_name.values() if i.is_root)
+    outputs = [by_name[n] for n in root.operands] if root.opcode == 'tuple' else [root]
+    arrays = _arrays(shape)
+    if len(arrays) != len(outputs):
+      return sum(a.bytes for a in arrays if not a.on_chip)
+    total = 0
+    for output, array in zip(outputs, arrays, strict=True):
+      while output.opcode == 'bitcast' and output.operands[0] in by_name:
+        output = by_name[output.operands[0]]
+      if array.on_chip or output.opcode == 'parameter':
+        continue
+      if output.opcode == 'dynamic-update-slice':
+        total += min(array.bytes, _bytes(by_name[output.operands[1]].shape, anywhere=True))
+      else:
+        total += array.bytes
+    return total
+
+
+def sent_bytes(collective, size):
+  """Bytes that each of `size` devices sends in a collective."""
+  if collective.kind == 'collective-permute':
+    return collective.bytes
+  passes = 2 if collective.kind == 'all-reduce' else 1
+  return passes * collective.bytes * (size - 1) / size
+
+
+# Text.
+
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_NAME = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
+
+
+def _parse(text):
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    if current is None:
+      header = _HEADER.match(line)
+      if header:
+        current = computations.setdefault(header[2], [])
+        entry = header[2] if header[1] else entry
+    elif line.startswith('}'):
+      current = None
+    else:
+      name = _NAME.match(line)
+      if name:
+        current.append(_instruction(line, name))
+  return computations, entry
+
+
+def _instruction(line, name):
+  start = name.end()
+  end = _closing(line, start) if line[start] == '(' else line.index(' ', start)
+  shape, rest = line[start:end], line[end:].lstrip()
+  opcode, _, rest = rest.partition('(')
+  end = _closing('(' + rest, 0) - 1
+  inside, attributes = rest[: end - 1], rest[end:]
+  operands = tuple(re.findall(r'%([\w.\-]+)', inside))
+  if opcode in ('parameter', 'constant'):
+    operands = (inside,)
+  return Instruction(name[2], shape, opcode, operands, attributes, bool(name[1]))
+
+
+def _closing(text, start):
+  """Where the parenthesis that opens at `start` has been closed."""
+  depth = 0
+  for position in range(start, len(text)):
+    depth += (text[position] == '(') - (text[position] == ')')
+    if not depth:
+      return position + 1
+  raise ValueError(f'unbalanced: {text[:80]}')
+
+
+def _constants(instructions):
+  return {
+    i.name: int(i.operands[0])
+    for i in instructions
+    if i.opcode == 'constant' and i.operands[0].isdigit()
+  }
+
+
+def _index(i):
+  return int(_match(r'.*index=(\d+)', i.attributes)[0])
+
+
+def _called(i):
+  names = dict(re.findall(r'(body|condition|calls|to_apply)=%?([\w.\-]+)', i.attributes))
+  branches = re.search(r'branch_computations=\{([^}]*)\}', i.attributes)
+  if branches:
+    names = {n: n for n in re.findall(r'%?([\w.\-]+)', branches[1])}
+  names |= dict(re.findall(r'((?:true|false)_computation)=%?([\w.\-]+)', i.attributes))
+  return names
+
+
+# The names of buffers, and views of them.
+_FREE_CALLS = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding')
+
+
+def _is_free(i):
+  target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+  return bool(target) and target[1] in _FREE_CALLS
+
+
+# Arrays.
+
+
+class _Array(NamedTuple):
+  dtype: str
+  dims: tuple[int, ...]
+  bytes: int  # with the padding of its tiles
+  payload: int  # without
+  on_chip: bool
+
+
+_ARRAY = re.compile(r'(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
+
+
+@functools.cache
+def _arrays(shape):
+  return tuple(_array(*match) for match in _ARRAY.findall(shape))
+
+
+def _array(dtype, dims, layout):
+  dims = tuple(int(n) for n in dims.split(',') if n)
+  bits = 8 if dtype == 'pred' else int(_match(r'\D+(\d+)', dtype)[0])
+  order, _, tiling = layout.partition(':')
+  padded = list(dims)
+  tile = re.search(r'T\(([\d,]+)\)', tiling)
+  if tile and dims:
+    sizes = [int(n) for n in tile[1].split(',')][::-1]
+    for position, size in zip(map(int, order.split(',')), sizes, strict=False):
+      padded[position] = -(-padded[position] // size) * size
+  return _Array(
+    dtype,
+    dims,
+    math.prod(padded) * bits // 8,
+    math.prod(dims) * bits // 8,
+    'S(' in tiling,  # other memories hold semaphores and scalars
+  )
+
+
+def _bytes(shape, anywhere=False):
+  return sum(a.bytes for a in _arrays(shape) if anywhere or not a.on_chip)
+
+
+# FLOPs.
+
+
+def _flops(i, shapes):
+  if i.opcode not in ('dot', 'convolution'):
+    return 0
+  left, right = (_arrays(shapes[name])[0].dims for name in i.operands[:2])
+  out = _arrays(i.shape)[0].dims
+  if i.opcode == 'dot':
+    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.attributes)
+    sizes = [left[int(d)] for d in contracted[1].split(',') if d] if contracted else []
+    return 2 * math.prod(out) * math.prod(sizes)
+  return _convolution_flops(left, right, out, i.attributes)
+
+
+def _convolution_flops(left, right, out, attributes):
+  """Only what meets values, not padding: TPUs write batched products as such convolutions."""
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes)
+  assert labels, attributes
+  image, kernel, result = (
+    dict(zip(label, dims, strict=True))
+    for label, dims in zip(labels.groups(), (left, right, out), strict=True)
+  )
+  groups = re.search(r'feature_group_count=(\d+)', attributes)
+  batches = re.search(r'batch_group_count=(\d+)', attributes)
+  products = result['b'] * result['f'] * kernel['i']
+  if batches:
+    products //= int(batches[1])
+  if groups:
+    assert image['f'] == kernel['i'] * int(groups[1])
+  window = re.search(r'window=\{([^}]*)\}', attributes)
+  fields = dict(part.split('=') for part in window[1].split()) if window else {}
+  for dim in filter(str.isdigit, kernel):
+    field = lambda name, default, dim=int(dim): (
+      fields[name].split('x')[dim] if name in fields else default
+    )
+    low = int(field('pad', '0_0').split('_')[0])
+    products *= _valid_positions(
+      image[dim],
+      kernel[dim],
+      result[dim],
+      stride=int(field('stride', 1)),
+      low=low,
+      image_dilation=int(field('lhs_dilate', 1)),
+      kernel_dilation=int(field('rhs_dilate', 1)),
+    )
+  return 2 * products
+
+
+@functools.cache
+def _valid_positions(image, kernel, result, *, stride, low, image_dilation, kernel_dilation):
+  """Pairs of a position of the result and one of the kernel that meet a value of the image."""
+  at = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * kernel_dilation - low
+  return int(np.sum((at >= 0) & (at <= (image - 1) * image_dilation) & (at % image_dilation == 0)))
+
+
+# Groups of devices.
+
+
+def _groups_text(i):
+  pairs = re.search(r'source_target_pairs=\{(\{.*?\})\}', i.attributes)
+  if pairs:
+    return pairs[1]
+  groups = re.search(r'replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)', i.attributes)
+  return groups[1] if groups else '{}'
+
+
+@functools.cache
+def device_groups(text, num_devices):
+  """Who exchanges with whom: an array [groups, devices of one] of positions in the mesh.
+
+  Reads lists ({{0,1},{2,3}}), reshaped ranges ([2,4]<=[4,2]T(1,0)) and axes of a mesh
+  (mesh['a'=2,'b'=4] {'b'}, parts of axes as 'b':(1)2), whose devices may be a reshaped range
+  (mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}).
+  """
+  everyone = np.arange(num_devices)
+  if text in ('', '{}'):
+    return everyone[None]
+  if text.startswith('{'):
+    return np.array([[int(n) for n in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', text)])
+  if text.startswith('['):
+    shape, numbers = text.split('<=')
+    return _reordered(numbers, everyone).reshape(_ints(shape[1:-1]))
+  return _groups_of_mesh(text, everyone)
+
+
+def _reordered(text, everyone):
+  """[4,2]T(1,0): reshaped, and transposed."""
+  dims, order = _match(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+  numbers = everyone.reshape(_ints(dims))
+  return numbers.transpose(_ints(order)) if order else numbers
+
+
+def _groups_of_mesh(text, everyone):
+  pattern = r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{('.*)\}"
+  sizes_text, order, axes_text = _match(pattern, text)
+  if order:
+    everyone = _reordered(order, everyone).reshape(-1)
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes_text)}
+  parts = {name: [(name, size, True)] for name, size in sizes.items()}  # axis -> pieces of it
+  for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes_text):
+    if not size:
+      parts[name] = [(name, sizes[name], False)]
+      continue
+    pieces = (int(before), int(size), sizes[name] // int(before) // int(size))
+    parts[name] = [(name, n, number != 1) for number, n in enumerate(pieces)]
+  flat = [piece for name in sizes for piece in parts[name]]
+  numbers = everyone.reshape([size for _, size, _ in flat])
+  outside = [position for position, piece in enumerate(flat) if piece[2]]
+  inside = [position for position, piece in enumerate(flat) if not piece[2]]
+  size = math.prod(flat[position][1] for position in inside)
+  return numbers.transpose(*outside, *inside).reshape(-1, size)
+
+
+def _match(pattern, text):
+  found = re.match(pattern, text)
+  if not found:
+    raise ValueError(f'HLO that is not known: {text}')
+  return found.groups()
+
+
+def _ints(text):
+  return [int(n) for n in text.split(',')]

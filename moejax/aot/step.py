@@ -1,0 +1,160 @@
+"""Compiles a training step for a machine that is not there, and reads from it what it needs."""
+
+import collections
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import config as config_lib, flops, model as model_lib, sharding, train
+from moejax.aot import hlo, topologies
+from moejax.aot.report import Exchange, Report
+from moejax.data import tokenizer
+from moejax.ops import platform
+
+
+def compile_step(config, topology: topologies.Topology):
+  """The Report of a config on a Topology.
+
+  Raises:
+    ValueError: the config is impossible there, or the compiler for it is not installed.
+  """
+  stages = config_lib.resolve(without_text(config))
+  mesh = sharding.make_mesh(stages.mesh, topologies.devices(topology))
+  config_lib.check_mesh(stages, mesh)
+  with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
+    state = sharding.abstract(train.fresh_state(stages), mesh)
+    rows = stages.data.batch_size // stages.optimizer.accumulation
+    saved = saved_bytes(stages, rows) / sharding.batch_shards(mesh)
+    platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
+    lowered = train.lower_train_step(stages, state, mesh, platforms)
+  started = time.monotonic()
+  compiled, needed = _compile(lowered)
+  compile_seconds = time.monotonic() - started
+  params, total = shard_bytes(state['params']), shard_bytes(state)
+  memory = {'parameters': params, 'optimizer': total - params, 'saved activations': saved}
+  cost, exchanges = hlo.Cost(), []
+  if compiled:
+    memory['temporaries'] = max(0.0, _peak_bytes(compiled) - total - saved)
+    cost = hlo.cost(compiled.as_text())
+    exchanges = _exchanges(cost.collectives, mesh, topology)
+  chip = topology.chip
+  counts = flops.param_counts(stages.model)
+  tokens = stages.data.batch_size * stages.data.sequence_length
+  per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
+  return Report(
+    topology=str(topology),
+    chips=topology.num_chips,
+    mesh={axis: n for axis, n in mesh.shape.items() if n > 1},
+    remat=stages.model.remat,
+    accumulation=stages.optimizer.accumulation,
+    params=counts['total'],
+    active_params=counts['active'],
+    memory=memory,
+    capacity=chip.memory,
+    fits=compiled is not None and sum(memory.values()) <= chip.memory,
+    needed=needed,
+    tokens=tokens,
+    model_flops=per_token['model'] * tokens / topology.num_chips,
+    flops=cost.flops,
+    memory_traffic=cost.memory_bytes,
+    exchanges=exchanges,
+    seconds={
+      'compute': cost.flops / chip.flops,
+      'memory': cost.memory_bytes / chip.memory_bandwidth,
+      'interconnect': sum(exchange.seconds for exchange in exchanges),
+    },
+    compile_seconds=compile_seconds,
+  )
+
+
+def without_text(config):
+  """The same training step for a machine without the files of the run: only sizes matter."""
+  config = config.copy_and_resolve_references()
+  if not config.model.vocab_size:
+    config.model.vocab_size = tokenizer.known_vocab_size(config.data.tokenizer)
+  config.data.source, config.data.tokenizer = 'stdlib', 'bytes'
+  return config
+
+
+def _compile(lowered):
+  """The compiled program, or None and what the compiler says against it."""
+  try:
+    return lowered.compile(), ''
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error)
+  for pattern in (
+    r'Used ([\d.]+\w) of ([\d.]+\w)',
+    r'\(([\d.]+\w)\) exceeds available.*?([\d.]+\w)\)',
+  ):
+    memory = re.search(pattern, text)
+    if memory:
+      return None, f'the compiler needs {memory[1]}iB of {memory[2]}iB'
+  # On a TPU some meshes give groups of chips that it has no routes for.
+  return None, f'the compiler refuses this mesh: {text.splitlines()[0][:120]}'
+
+
+def shard_bytes(tree):
+  """Bytes on one device of arrays with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _peak_bytes(compiled):
+  memory = compiled.memory_analysis()
+  peak = getattr(memory, 'peak_memory_in_bytes', 0)
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return peak or held + memory.temp_size_in_bytes
+
+
+def saved_bytes(stages, rows):
+  """What a pass over `rows` sequences keeps for its backward pass, without its inputs."""
+  leaf = jax.ShapeDtypeStruct((rows, stages.data.sequence_length), jnp.int32)
+  batch = dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
+
+  def keep(params, batch):
+    loss = lambda params: model_lib.bind(stages.model, params).loss(batch)[0]
+    return jax.tree.leaves(jax.vjp(loss, params)[1])
+
+  params = jax.eval_shape(lambda: model_lib.init_params(stages.model, jax.random.key(0)))
+  jaxpr = jax.make_jaxpr(keep)(params, batch).jaxpr
+  variables = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
+  kept: Any = variables - {*jaxpr.invars, *jaxpr.constvars}
+  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+
+
+def _exchanges(collectives, mesh, topology):
+  """What a chip sends, by kind and axes, the slowest first."""
+  devices = mesh.devices.reshape(-1)
+  total = collections.defaultdict(lambda: np.zeros(3))
+  for collective, count in collectives.items():
+    groups = _groups(collective, devices)
+    if groups.shape[1] == 1:
+      continue
+    coordinates = np.array(np.unravel_index(groups, mesh.devices.shape))
+    varies = (coordinates != coordinates[..., :1]).any(axis=(1, 2))
+    axes = ' '.join(axis for axis, v in zip(mesh.axis_names, varies, strict=True) if v)
+    args = topology, collective.kind, collective.bytes, devices[groups[0]]
+    sent = hlo.sent_bytes(collective, groups.shape[1])
+    seconds = topologies.collective_seconds(*args)
+    total[collective.kind, axes] += count, count * sent, count * seconds
+  exchanges = [
+    Exchange(kind, axes, int(count), float(sent), float(seconds))
+    for (kind, axes), (count, sent, seconds) in total.items()
+  ]
+  return sorted(exchanges, key=lambda exchange: -exchange.seconds)
+
+
+def _groups(collective, devices):
+  """Who exchanges with whom: positions in the mesh, [groups, devices of one]."""
+  if collective.groups != hlo.SLICES:
+    return hlo.device_groups(collective.groups, devices.size)
+  slices = [device.slice_index for device in devices]
+  return np.array([np.unique(slices, return_index=True)[1]])

@@ -1,0 +1,278 @@
+"""Machines that programs can be compiled for without having them: chips, slices, interconnect.
+
+Sizes and speeds are those of Google Cloud's pages on TPU v4, v5e, v5p and v6e
+(docs.cloud.google.com/tpu/docs/v4 and so on) and of NVIDIA's data sheets. A link of a TPU is the
+stated bidirectional bandwidth per chip over its ports and directions (v4: from the bisection
+bandwidth of its pod); the network between slices is the stated data-center bandwidth per chip (v4,
+of which none is stated: v5e's). What NVIDIA calls NVLink bandwidth is both directions.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+
+import numpy as np
+
+from moejax import flops
+
+_GIB, _GB = 2**30, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Speeds in bytes per second; `link` is one way, of one link of a torus or of all of NVLink."""
+
+  name: str  # as `flops.named_peak_flops` knows it
+  memory: float  # bytes
+  memory_bandwidth: float
+  link: float
+  network: float  # between slices or nodes, of one chip
+
+  @property
+  def flops(self):
+    """Peak FLOP/s of 16-bit products."""
+    peak = flops.named_peak_flops(self.name)
+    assert peak
+    return peak
+
+
+CHIPS = {
+  'v4': Chip('TPU v4', 32 * _GIB, 1200 * _GB, 50 * _GB, 3.125 * _GB),
+  'v5e': Chip('TPU v5e', 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB),
+  'v5p': Chip('TPU v5p', 95 * _GIB, 2765 * _GB, 100 * _GB, 6.25 * _GB),
+  'v6e': Chip('TPU v6e', 32 * _GIB, 1600 * _GB, 100 * _GB, 12.5 * _GB),
+  'a100': Chip('A100', 80 * _GIB, 2039 * _GB, 300 * _GB, 25 * _GB),
+  'h100': Chip('H100', 80 * _GIB, 3350 * _GB, 450 * _GB, 50 * _GB),
+  'h200': Chip('H200', 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
+}
+
+_SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBES = (
+  *('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
+  *('8x8x16', '8x16x16', '16x16x16'),
+)
+_SHAPES = {'v4': _CUBES, 'v5e': _SQUARES, 'v5p': _CUBES, 'v6e': _SQUARES}
+_NODE = 8  # GPUs
+_GPU_COUNTS = (1, 2, 4, *(_NODE * 2**i for i in range(9)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Several equal slices of a TPU, or GPUs in nodes of 8."""
+
+  kind: str
+  shape: tuple[int, ...]
+  slices: int = 1
+
+  @property
+  def chip(self):
+    return CHIPS[self.kind]
+
+  @property
+  def platform(self):
+    return 'tpu' if self.kind in _SHAPES else 'gpu'
+
+  @property
+  def num_chips(self):
+    return self.slices * math.prod(self.shape)
+
+  def __str__(self):
+    if self.platform == 'gpu':
+      return f'{self.kind}x{self.num_chips}'
+    times = f'{self.slices} slices of ' if self.slices > 1 else ''
+    return f'{times}{self.kind}:{"x".join(map(str, self.shape))}'
+
+  def wraps(self):
+    """Dimension by dimension, whether its last chip is linked to its first.
+
+    On v5e and v6e those of a full side of the pod are; v4 and v5p are made of cubes of 4 x 4 x 4
+    chips, whose outer faces optical switches join.
+    """
+    if self.kind in ('v5e', 'v6e'):
+      return tuple(n == 16 for n in self.shape)
+    return (all(n % 4 == 0 for n in self.shape),) * len(self.shape)
+
+
+def parse(name, slices=1):
+  """The Topology of a name such as v5e:4x4, v5e-16 (chips), v5p-128 and v4-512 (cores), h100x8.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if slices < 1:
+    raise ValueError(f'--slices must be at least 1, got {slices}.')
+  known = _names()
+  if name not in known:
+    raise ValueError(
+      f'--topology={name}: there is no such topology. Those there are:\n'
+      + '\n'.join(f'  {kind}: {", ".join(names)}' for kind, names in _listing(known).items())
+    )
+  topology = dataclasses.replace(known[name], slices=slices)
+  if topology.platform == 'gpu' and slices > 1:
+    raise ValueError(f'--slices={slices}: only TPUs have slices; name more GPUs instead.')
+  return topology
+
+
+def _names():
+  names = {}
+  for kind, shapes in _SHAPES.items():
+    for text in shapes:
+      topology = Topology(kind, tuple(map(int, text.split('x'))))
+      cores = 2 if kind in ('v4', 'v5p') else 1  # of a chip, which the names of slices count
+      names[f'{kind}:{text}'] = names[f'{kind}-{cores * topology.num_chips}'] = topology
+  for kind in CHIPS.keys() - _SHAPES.keys():
+    names |= {f'{kind}x{n}': Topology(kind, (n,)) for n in _GPU_COUNTS}
+  return names
+
+
+def _listing(known):
+  listing = {}
+  for name, topology in known.items():
+    listing.setdefault(topology.kind, []).append(name)
+  return listing
+
+
+# Devices.
+
+# XLA's description of a GPU that is not there; what no program of ours depends on is left out.
+_GPU_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {optin} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+  l2_cache_size: {cache} memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: {cuda} }}
+device_description_str: "NVIDIA {name}"
+"""
+_HOPPER = dict(shared=233472, optin=232448, cores=132, units=128, clock=1.98, major=9)
+_GPUS = {
+  'a100': dict(
+    shared=167936, optin=166912, cores=108, units=64, clock=1.41, major=8, cache=41943040
+  ),
+  'h100': _HOPPER | {'cache': 52428800},
+  'h200': _HOPPER | {'cache': 62914560},
+}
+
+
+def devices(topology):
+  """Devices of a topology that is not there, to compile for.
+
+  Raises:
+    ValueError: the compiler for them is not installed.
+  """
+  return _tpus(topology) if topology.platform == 'tpu' else _gpus(topology)
+
+
+def _tpus(topology):
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      "--topology: compiling for a TPU needs its compiler, libtpu. pip install 'moejax[tpu-aot]' "
+      '(Linux, 700 MB) brings it; no TPU is needed.'
+    )
+  # What libtpu would ask the machine for, were it a TPU's; and no lock: it opens no device.
+  os.environ |= {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_LOG_DIR': 'disabled',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  from jax.experimental import topologies
+
+  options = {}
+  if topology.kind == 'v4':
+    options['chip_config_name'] = 'megacore'  # one device per chip, as on all later ones
+  if math.prod(topology.shape) == 1:
+    options['chips_per_host_bounds'] = [1, 1, 1]
+  if topology.slices > 1:
+    options['num_slices'] = topology.slices
+  name = f'{topology.kind}:{"x".join(map(str, topology.shape))}'
+  return topologies.get_topology_desc(name, 'tpu', **options).devices
+
+
+def _gpus(topology):
+  plugin = next((v for v in (13, 12) if importlib.util.find_spec(f'jax_cuda{v}_plugin')), None)
+  if plugin is None:
+    raise ValueError(
+      "--topology: compiling for a GPU needs JAX's CUDA packages. pip install 'moejax[cuda]' "
+      '(Linux, 4 GB) brings them; no GPU is needed.'
+    )
+  os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
+  from jax.experimental import topologies
+
+  chip = topology.chip
+  target = _GPU_TARGET.format(
+    **_GPUS[topology.kind],
+    cuda=plugin,
+    name=chip.name,
+    bandwidth=int(chip.memory_bandwidth),
+    memory=int(chip.memory),
+  )
+  nodes = -(-topology.num_chips // _NODE)
+  return topologies.get_topology_desc(
+    platform='cuda', target_config=target, topology=f'1x{nodes}x{topology.num_chips // nodes}'
+  ).devices
+
+
+# Interconnect.
+
+
+def collective_seconds(topology, kind, num_bytes, group):
+  """Time of a collective at full bandwidth.
+
+  Rings run both ways through every dimension of a torus that the group spans; an all-to-all is
+  bound by the links across the middle of the longest one. Between slices and nodes only what no
+  member of a slice has yet is sent, every chip its share.
+
+  Args:
+    topology: where.
+    kind: as HLO names it.
+    num_bytes: of the larger of what a device puts in and gets out.
+    group: the devices of one group.
+  """
+  places = np.array([_place(topology, device) for device in group])
+  outer = len(np.unique(places[:, 0]))  # slices or nodes
+  inner = len(group) // outer
+  passes = 2 if kind == 'all-reduce' else 1
+  if 'all-to-all' in kind:
+    far = num_bytes * (outer - 1) / outer / topology.chip.network
+  else:
+    far = passes * num_bytes / inner * (outer - 1) / outer / topology.chip.network
+  return far + passes * _inside(topology, kind, num_bytes, places[places[:, 0] == places[0, 0], 1:])
+
+
+def _place(topology, device):
+  if topology.platform != 'tpu':
+    return device.id // _NODE, device.id % _NODE
+  coords = device.coords[: len(topology.shape)]
+  return getattr(device, 'slice_index', 0), *coords
+
+
+def _inside(topology, kind, num_bytes, places):
+  """Seconds inside of a slice or node."""
+  size = len(places)
+  share = num_bytes * (size - 1) / size
+  if topology.platform != 'tpu' or size == 1:
+    return share / topology.chip.link
+  links, middle, detour = 0, 0.0, 1
+  for column, whole, wraps in zip(places.T, topology.shape, topology.wraps(), strict=True):
+    extent = len(np.unique(column))
+    if extent == 1:
+      continue
+    apart = math.ceil((np.ptp(column) + 1) / extent)  # neighbours; what is between has groups too
+    ways = 2 if wraps and extent * apart == whole else 1
+    links += ways
+    middle = max(middle, extent * apart / ways)
+    detour = max(detour, apart)
+  if 'all-to-all' in kind:
+    return num_bytes * middle / 4 / topology.chip.link
+  if kind == 'collective-permute':
+    return num_bytes * detour / topology.chip.link
+  return share * detour / links / topology.chip.link

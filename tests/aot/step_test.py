@@ -1,0 +1,211 @@
+"""Reports of training steps, compiled for CPU devices that stand for a machine, and for a TPU."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import common, moe, mot
+from moejax import config as config_lib, flops
+from moejax.aot import report as report_lib, search, step, topologies
+
+_HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
+needs_libtpu = pytest.mark.skipif(not _HAS_LIBTPU, reason='needs libtpu: the extra tpu-aot')
+
+
+class _OfCpu(topologies.Topology):
+  """8 chips that are CPU devices."""
+
+  platform = 'cpu'
+
+
+@pytest.fixture
+def machine(monkeypatch):
+  monkeypatch.setattr(topologies, 'devices', lambda topology: jax.devices())
+  return _OfCpu('v5e', (2, 4))
+
+
+def _config(module, **changes):
+  config = module.get_config('debug')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+MESH = {'mesh.data': 2, 'mesh.expert': 4, 'model.moe.group_size': 1}
+
+
+def test_a_report(machine):
+  config = _config(moe, **MESH)
+  report = step.compile_step(config, machine)
+  stages = config_lib.resolve(config)
+  counts = flops.param_counts(stages.model)
+  tokens = stages.data.batch_size * stages.data.sequence_length
+  assert report.fits and report.chips == 8 and report.mesh == {'data': 2, 'expert': 4}
+  assert (report.params, report.active_params) == (counts['total'], counts['active'])
+  assert report.tokens == tokens
+  per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
+  assert report.model_flops == per_token['model'] * tokens / 8
+  # Experts have slots to spare, and each device has a part of everything but those of `data`.
+  assert report.model_flops < report.flops < 2 * report.model_flops
+  assert 4 * counts['total'] / 4 <= report.memory['parameters'] < 4 * counts['total']
+  assert 1.9 < report.memory['optimizer'] / report.memory['parameters'] < 2.1
+  axes = {(exchange.kind, exchange.axes) for exchange in report.exchanges}
+  assert ('all-to-all', 'expert') in axes and ('all-reduce', 'data') in axes
+  assert report.step_seconds == max(report.seconds.values()) == report.seconds[report.bound]
+  assert 0 < report.mfu < 1
+  text = report.describe()
+  assert 'data 2, expert 4' in text and 'fits                 yes' in text
+
+
+def test_remat_is_seen(machine):
+  reports = {
+    policy: step.compile_step(_config(moe, **MESH | {'model.remat': policy}), machine)
+    for policy in ('none', 'full')
+  }
+  assert reports['full'].flops > 1.1 * reports['none'].flops
+  saved = {policy: report.memory['saved activations'] for policy, report in reports.items()}
+  assert saved['full'] < saved['none'] / 2
+
+
+def test_the_vocabulary_needs_no_file():
+  config = step.without_text(mot.get_config('base'))
+  assert config.model.vocab_size == 50260
+  assert config_lib.resolve(config).model.vocab_size == 50260
+  missing = mot.get_config('base')
+  missing.data.tokenizer = 'nowhere.model'
+  with pytest.raises(ValueError, match='set model.vocab_size'):
+    step.without_text(missing)
+
+
+def _report(**changes):
+  fields = {
+    'topology': 'v5e:4x4',
+    'chips': 16,
+    'mesh': {'data': 16},
+    'remat': 'none',
+    'accumulation': 1,
+    'params': 10**9,
+    'active_params': 10**8,
+    'memory': {'parameters': 4 * 2**30, 'optimizer': 8 * 2**30, 'saved activations': 9 * 2**30},
+    'capacity': 16 * 2**30,
+    'fits': False,
+    'needed': 'the compiler needs 21.3GiB of 15.75GiB',
+    'tokens': 2**16,
+    'model_flops': 1e12,
+    'flops': 0.0,
+    'memory_traffic': 0.0,
+    'exchanges': [],
+    'seconds': {'compute': 0.0, 'memory': 0.0, 'interconnect': 0.0},
+    'compile_seconds': 3.0,
+  }
+  return report_lib.Report(**fields | changes)
+
+
+def test_advice_for_what_does_not_fit():
+  config = mot.get_config('base')
+  config.model.remat, config.model.loss_chunk = 'none', 0
+  advice = list(_report().advice(config))
+  assert [line.split(' ')[0].split('=')[0] for line in advice] == [
+    'mesh.fsdp',
+    'model.remat',
+    'optimizer.accumulation',
+    'model.loss_chunk',
+    'more',
+  ]
+  assert '12 GiB on each chip, of which 768 MiB stay' in advice[0]
+  config.model.remat, config.model.loss_chunk = 'full', 32
+  spread = _report(mesh={'fsdp': 16}, accumulation=16)
+  config.optimizer.accumulation = 16
+  assert [line[:10] for line in spread.advice(config)] == ['more chips']
+  assert 'needs 21.3GiB' in spread.describe() and spread.describe().endswith('NO')
+
+
+def test_a_search_ranks_what_is_possible(machine, capsys):
+  config = _config(moe, **{'model.moe.group_size': 2})
+  best = search.search(config, machine, num_compiled=2)
+  assert best.fits
+  lines = capsys.readouterr().out.splitlines()
+  ranked = [line for line in lines if line.startswith(tuple('0123456789')) and 'bound by' in line]
+  assert len(ranked) == 2
+  assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('The best'))
+
+
+def _run(*args):
+  command = [sys.executable, '-m', 'moejax.aot', *args]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ([], '--topology: expected a machine'),
+    (['--topology=v5e-17'], 'no such topology'),
+  ],
+)
+def test_bad_names(args, message):
+  done = _run('--config=configs/mot.py', *args)
+  assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'mesh.data': 3}, 'does not fit 8 devices'),
+    (
+      {'mesh.data': 1, 'mesh.expert': 8, 'model.moe.expansion_rate': 6},
+      'must divide the 6 experts',
+    ),
+  ],
+)
+def test_bad_meshes(machine, changes, message):
+  with pytest.raises(ValueError, match=message):
+    step.compile_step(_config(moe, **changes), machine)
+
+
+def _compiled_for_tpu(tmp_path, *args):
+  """The report of moejax.aot in a process of its own, and its exit code."""
+  path = tmp_path / 'report.json'
+  done = _run(f'--json={path}', *args)
+  assert path.exists(), done.stderr
+  fields = json.loads(path.read_text())
+  names = {field.name for field in dataclasses.fields(report_lib.Report)}
+  exchanges = [report_lib.Exchange(**exchange) for exchange in fields.pop('exchanges')]
+  fields = {name: value for name, value in fields.items() if name in names}
+  return report_lib.Report(**fields, exchanges=exchanges), done.returncode
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('family', ['moe.py:3M', 'mot.py:mini'])
+def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
+  args = [f'--config=configs/{family}', '--topology=v5e:2x4', '--config.mesh.data=2']
+  args += [
+    '--config.mesh.expert=4',
+    '--config.data.batch_size=128',
+    '--config.model.remat=save_moe',
+  ]
+  report, code = _compiled_for_tpu(tmp_path, *args)
+  assert code == 0 and report.fits
+  assert 'expert' in {e.axes for e in report.exchanges if e.kind == 'all-to-all'}
+  # Nothing but other parameters is gathered: a fraction of the experts' bytes on a chip.
+  gathered = sum(e.bytes for e in report.exchanges if e.kind == 'all-gather')
+  assert gathered < 2 * 0.9 * report.params / 4 / 4
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
+  args = ['--config=configs/moe.py:3M', '--topology=v5e:2x4', '--config.mesh.data=1']
+  report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
+  assert code == 0 and report.fits
+  d_model, blocks, *_ = common.MOE_MAMBA_SIZES['3M']
+  matrix = 2 * 32 * d_model * 4 * d_model  # of all experts of a block
+  gathers = [e for e in report.exchanges if e.kind == 'all-gather']
+  gathered = sum(e.bytes for e in gathers) / (7 / 8)
+  # Both matrices of every block, for the forward and for the backward pass, and little else.
+  assert 1 <= gathered / (2 * 2 * blocks * matrix) < 1.4
+  assert gathered / sum(e.count for e in gathers) < matrix
