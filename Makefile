@@ -1,6 +1,7 @@
 # make train                                     trains the default model
 # make train ARGS="--config.train.steps=100"     the same, with flags added
 # make test                                      lint, format, types, tests
+# make test-tpu                                  and with the compiler of TPUs, 700 MB (Linux)
 # PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test
+.PHONY: train test test-tpu
 
 train: $(VENV)/.installed
 	python -m moejax.main --config=configs/mot.py $(ARGS)
@@ -19,6 +20,10 @@ test: $(VENV)/.installed-test
 	ruff format --check
 	pyright
 	pytest --numprocesses=2 --dist=loadfile
+
+test-tpu: $(VENV)/.installed-test
+	python -m pip install --quiet --editable '.[tpu-aot]'
+	pytest -m slow --numprocesses=2 tests/aot tests/ops/selective_scan_tpu_test.py
 
 # Installed again only when setup.py changes.
 $(VENV)/.installed: setup.py
