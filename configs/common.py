@@ -21,7 +21,7 @@ SIZES = {
   'large': (1024, 24, 16, 2e-4),
 }
 # The same of the runs behind the scaling laws (arXiv:2402.07871, appendix A), named by the
-# parameters that a token uses.
+# parameters that a token uses. 1B and 3B are of its table 2, which gives no shapes: these are ours.
 SCALING_SIZES = {
   '3M': (256, 4, 4, 2e-4),
   '6M': (256, 8, 4, 2e-4),
@@ -30,6 +30,8 @@ SCALING_SIZES = {
   '25M': (512, 8, 8, 2e-4),
   '49M': (640, 10, 10, 2e-4),
   '85M': (768, 12, 12, 2e-4),
+  '1B': (2048, 20, 16, 2e-4),
+  '3B': (3072, 26, 24, 2e-4),
 }
 # Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
 # name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps. The
