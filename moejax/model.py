@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax import sharding
 from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
-from moejax.ops import cross_entropy, mesh, routing
+from moejax.ops import cross_entropy, mesh, placement, routing
 
 
 def _moe(c, init, rngs, d_in=None, d_out=None):
@@ -369,7 +368,7 @@ class LanguageModel(nnx.Module):
 
       def body(x_BLD, block_and_key):
         block, key = block_and_key
-        block = sharding.gather(block, self.config.dtype)
+        block = placement.gather(block, self.config.dtype)
         return block(x_BLD, tokens._replace(key=key))
 
       body = REMAT[self.config.remat](body)

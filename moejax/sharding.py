@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, one table from parameter paths to mesh axes, and the batch.
+"""Where arrays live: the mesh, the train state by the rules of ops/placement.py, and the batch.
 
 Layers do not know the mesh. Mesh axes: `data` (replicas), `fsdp` (batch and parameter shards),
 `expert` (batch, experts, and shards of all other parameters), `tensor` (heads, hidden widths,
@@ -8,41 +8,17 @@ vocabulary).
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from moejax.ops import mesh as mesh_lib
-from moejax.ops.mesh import BATCH_AXES, SHARD_AXES
+from moejax.ops import placement
+from moejax.ops.mesh import BATCH_AXES
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = P(BATCH_AXES)
-
-# First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
-# the leading axis of stacked blocks stays whole. Of several, the first whose mesh axes all divide.
-# Whole experts lie along `fsdp` if there are enough: what is gathered is then in one piece.
-RULES = (
-  (r'embedding', P('tensor', SHARD_AXES)),
-  (r'position_embedding', P(None, SHARD_AXES)),
-  (r'head', P(SHARD_AXES, 'tensor')),
-  (r'qkv', P(SHARD_AXES, None, 'tensor', None)),
-  (r'out', P('tensor', None, SHARD_AXES)),
-  (
-    r'experts/(w_in|w_gate)',
-    P(('expert', 'fsdp'), None, 'tensor'),
-    P('expert', 'fsdp', 'tensor'),
-  ),
-  (r'experts/w_out', P(('expert', 'fsdp'), 'tensor', None), P('expert', 'tensor', 'fsdp')),
-  (r'(w_in|w_gate)', P(SHARD_AXES, 'tensor')),
-  (r'w_out', P('tensor', SHARD_AXES)),
-  (r'(conv_kernel|w_delta)', P(None, 'tensor')),
-  (r'(w_select|a_log)', P('tensor', None)),
-  (r'(conv_bias|delta_bias|skip)', P('tensor')),
-  (r'.*', P()),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,29 +99,9 @@ def state_shardings(abstract_state, mesh):
 
   def place(path, leaf):
     of_mesh = lambda *axes: math.prod(mesh.shape[axis] for axis in axes)
-    return NamedSharding(mesh, spec(_name(path), leaf.shape, of_mesh))
+    return NamedSharding(mesh, placement.spec(placement.name_of(path), leaf.shape, of_mesh))
 
   return jax.tree_util.tree_map_with_path(place, abstract_state)
-
-
-def gather(block, dtype):
-  """A module whose parameters are whole along SHARD_AXES, and then in `dtype`.
-
-  Called inside the loop over blocks, so that one block's are whole at a time; their gradients are
-  summed into the shards. Left to itself, the partitioner may rather multiply shard by shard, which
-  passes over the activations as many times as there are shards. Experts are left to their layer.
-  """
-
-  def whole(path, leaf):
-    name = _name(path[:-1])  # the last is a field of the Variable
-    lies = spec(name, leaf.shape)
-    if '/experts/' in name or mesh_lib.split_dim(lies, SHARD_AXES) is None:
-      return leaf
-    return mesh_lib.gather(leaf.astype(dtype), lies, SHARD_AXES)
-
-  if mesh_lib.size(*SHARD_AXES) == 1:
-    return block
-  return jax.tree_util.tree_map_with_path(whole, block)
 
 
 def abstract(make, mesh):
@@ -156,38 +112,6 @@ def abstract(make, mesh):
     tree,
     state_shardings(tree, mesh),
   )
-
-
-def _name(path):
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', '')))) for k in path)
-
-
-def spec(name, shape, size=mesh_lib.size):
-  """The PartitionSpec of a parameter.
-
-  Args:
-    name: its path, joined by /.
-    shape: its shape; a dimension that its mesh axes do not divide stays whole.
-    size: function of mesh axes: over how many devices they go; by default on the mesh at hand.
-  """
-  specs = next(specs for rule, *specs in RULES if re.search(f'(^|/){rule}$', name))
-  *preferred, last = (_fit(spec, shape, size) for spec in specs)
-  return next((fitted for fitted, whole in preferred if whole), last[0])
-
-
-def _fit(spec, shape, size):
-  """The spec with the first mesh axes of each entry that divide, and whether that is all of it."""
-  if len(shape) < len(spec):
-    return P(), False
-  wanted = [()] * (len(shape) - len(spec)) + [mesh_lib.names(entry) for entry in spec]
-  fitted = [_dividing(n, axes, size) for n, axes in zip(shape, wanted, strict=True)]
-  return P(*(axes or None for axes in fitted)), fitted == wanted
-
-
-def _dividing(n, axes, size):
-  while n % size(*axes):
-    axes = axes[:-1]
-  return axes
 
 
 def abstract_batch(data_config, mesh):

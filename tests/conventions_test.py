@@ -30,6 +30,7 @@ RANKS = (
   ('evaluate',),
   ('generate',),
   ('train',),
+  ('aot',),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
 USES_TENSORFLOW = 'moejax.data.seqio_loader'

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moejax import sharding, train
-from moejax.ops import mesh as mesh_lib
+from moejax.ops import mesh as mesh_lib, placement
 from tests import tiny
 
 MESHES = {
@@ -134,11 +134,11 @@ def test_experts_too_few_for_fsdp_are_split_by_their_width():
   sizes = {'fsdp': 4, 'expert': 2, 'tensor': 1, 'data': 1}
   of_mesh = lambda *axes: int(np.prod([sizes[axis] for axis in axes]))
   P = jax.sharding.PartitionSpec
-  assert sharding.spec('experts/w_in', (16, 12, 5), of_mesh) == P(
+  assert placement.spec('experts/w_in', (16, 12, 5), of_mesh) == P(
     ('expert', 'fsdp'), None, 'tensor'
   )
-  assert sharding.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
-  assert sharding.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
+  assert placement.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
+  assert placement.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():

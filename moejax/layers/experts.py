@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax import sharding
 from moejax.layers import common
 from moejax.layers.mlp import gated_width
-from moejax.ops import dispatch, expert_loop, expert_parallel, grouped_matmul, mesh, platform
+from moejax.ops import (
+  dispatch,
+  expert_loop,
+  expert_parallel,
+  grouped_matmul,
+  mesh,
+  placement,
+  platform,
+)
 
 # Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
 OUTPUT = 'experts_output'
@@ -79,7 +86,7 @@ class Experts(nnx.Module):
 
 
 def _spec(name, w):
-  return sharding.spec(f'experts/{name}', w.shape)
+  return placement.spec(f'experts/{name}', w.shape)
 
 
 def loops(impl):

@@ -38,30 +38,29 @@ def split_dim(spec, axes):
 
 def gather(a, spec, axes):
   """An array that lies as `spec` says, whole along `axes`; its gradient is in parts again."""
-  dim = split_dim(spec, axes)
-  return a if dim is None else _gather(a, dim, spec[dim], axes)
+  return a if split_dim(spec, axes) is None else _gather(a, spec, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(a, dim, entry, axes):
-  return _constrain(a, dim, tuple(axis for axis in names(entry) if axis not in axes) or None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(a, spec, axes):
+  return jax.lax.with_sharding_constraint(a, _whole(spec, axes))
 
 
-def _gather_forward(a, dim, entry, axes):
-  return _gather(a, dim, entry, axes), None
+def _gather_forward(a, spec, axes):
+  return _gather(a, spec, axes), None
 
 
-def _gather_backward(dim, entry, axes, _, gradient):
-  return (_constrain(gradient, dim, entry),)
+def _gather_backward(spec, axes, _, gradient):
+  gradient = jax.lax.with_sharding_constraint(gradient, _whole(spec, axes))
+  return (jax.lax.with_sharding_constraint(gradient, spec),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _constrain(a, dim, axes):
-  spec: list = [P.UNCONSTRAINED] * a.ndim
-  spec[dim] = axes
-  return jax.lax.with_sharding_constraint(a, P(*spec))
+def _whole(spec, axes):
+  kept = (tuple(axis for axis in names(entry) if axis not in axes) for entry in spec)
+  return P(*(entry or None for entry in kept))
 
 
 def names(entry):

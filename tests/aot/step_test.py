@@ -187,13 +187,14 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
     '--config.mesh.expert=4',
     '--config.data.batch_size=128',
     '--config.model.remat=save_moe',
+    '--config.model.vocab_size=512',
   ]
   report, code = _compiled_for_tpu(tmp_path, *args)
   assert code == 0 and report.fits
   assert 'expert' in {e.axes for e in report.exchanges if e.kind == 'all-to-all'}
   # Nothing but other parameters is gathered: a fraction of the experts' bytes on a chip.
   gathered = sum(e.bytes for e in report.exchanges if e.kind == 'all-gather')
-  assert gathered < 2 * 0.9 * report.params / 4 / 4
+  assert 0 < gathered < 2 * 0.9 * report.params / 4 / 2
 
 
 @pytest.mark.slow
