@@ -143,7 +143,7 @@ def _line(name, report):
     report['topology'],
     mesh,
     f'{report["remat"]}, {report["accumulation"]}',
-    f'{report["params"] / 1e9:.3g}B / {report["active_params"] / 1e6:.3g}M',
+    f'{report["params"] / 1e9:.3g}B / {report["active_params"] / 1e9:.3g}B',
     f'{_gib(sum(report["memory"].values()))} of {report["capacity"] / 2**30:.0f}',
     *(f'{1e3 * seconds[kind]:.3g}' for kind in ('compute', 'memory', 'interconnect')),
     report['bound'],
