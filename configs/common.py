@@ -6,10 +6,11 @@ and variants here, before the fields are derived; `--config.section.field=value`
 fields afterwards.
 """
 
-import difflib
 import types
 
 from ml_collections import ConfigDict
+
+from moejax.text import did_you_mean
 
 # name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
 SIZES = {
@@ -190,9 +191,8 @@ def parse_arg(arg, sizes=SIZES, **options):
         raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
     else:
       known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
-      close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-      hint = f' Did you mean {close[0]!r}?' if close else ''
-      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}.{hint}')
+      hint = did_you_mean(word, known)
+      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}.')
   return types.SimpleNamespace(**values)
 
 

@@ -34,6 +34,8 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from moejax import files
+
 _SHOWN = 10  # differing parameters that an error lists
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 
@@ -115,7 +117,7 @@ class Checkpoints:
       if loader is not None:
         loader.save(data)
       if jax.process_index() == 0:
-        _write_json(folder / 'metadata.json', metadata)
+        files.write(folder / 'metadata.json', json.dumps(metadata))
       tree = traverse_util.unflatten_dict(_by_name(state), sep='/')
       # In a thread of its own, which has no mesh set: under one, jax 0.7 refuses what orbax does to
       # the shards of single devices.
@@ -237,7 +239,7 @@ class Checkpoints:
     self._checkpointer.wait_until_finished()
     if jax.process_index() == 0:
       folder = self._folder(step)
-      _write_json(folder / 'manifest.json', _manifest(folder))
+      files.write(folder / 'manifest.json', json.dumps(_manifest(folder)))
       kept = [s for s in self._steps() if s <= step][-self._keep :]
       for other in self._directory.iterdir():
         if other.name.isdecimal() and int(other.name) not in kept:
@@ -385,13 +387,6 @@ def _checksum(path):
     while chunk := file.read(1 << 20):
       size, crc = size + len(chunk), zlib.crc32(chunk, crc)
   return {'size': size, 'crc32': crc}
-
-
-def _write_json(path, value):
-  """Writes a file that is there entirely or not at all."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value))
-  temporary.replace(path)
 
 
 def _delete(folder):

@@ -8,12 +8,13 @@ import pathlib
 import jax
 import ml_collections
 
+from moejax import files
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
-from moejax.data.config import did_you_mean
 from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
 from moejax.sharding import MeshConfig, batch_shards, process_part
+from moejax.text import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +171,8 @@ def write(config, workdir, corpus=None):
 
   `corpus`, the fingerprint of the text, stands beside its sections for those who read the file.
   """
-  path = pathlib.Path(workdir) / 'config.json'
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps({'corpus': corpus, **config.to_dict()}, indent=2))
-  temporary.replace(path)
+  text = json.dumps({'corpus': corpus, **config.to_dict()}, indent=2)
+  files.write(pathlib.Path(workdir) / 'config.json', text)
 
 
 def read(workdir):

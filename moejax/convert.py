@@ -20,7 +20,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from moejax import (
   cli,
   config as config_lib,
   evaluate,
+  files,
   hf_mamba,
   model as model_lib,
   train,
@@ -53,7 +53,7 @@ def to_safetensors(workdir, output):
     'step': str(step),
     'tokenizer': stages.tokenizer.fingerprint,
   }
-  with _whole(output) as path:
+  with _output(output) as path:
     _write(tensors, metadata, path)
   return f'written to {output}: {len(tensors)} tensors of step {step}'
 
@@ -89,7 +89,7 @@ def to_hf(workdir, output):
   stages, step, params, _ = evaluate.load_run(workdir)
   options = hf_mamba.export_options(stages.model, stages.tokenizer)
   tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
-  with _whole(output) as path:
+  with _output(output) as path:
     path.mkdir()
     _write(tensors, {'format': 'pt'}, path / 'model.safetensors')
     (path / 'config.json').write_text(json.dumps(options, indent=2))
@@ -192,7 +192,7 @@ def write_run(config, stages, params, workdir):
     'corpus': None,  # nothing was read
     'tokenizer': stages.tokenizer.fingerprint,
   }
-  with _whole(workdir) as path:
+  with _output(workdir) as path:
     path.mkdir()
     config_lib.write(config, path)
     checkpoints = checkpoint.Checkpoints(config_lib.checkpoint_dir(path))
@@ -213,13 +213,10 @@ def _free(path):
 
 
 @contextlib.contextmanager
-def _whole(target):
-  """Gives a path to write to, which becomes `target` at the end; after an error nothing is left."""
-  with checkpoint.explain(f'cannot write {target}'):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.convert-', dir=target.parent) as folder:
-      yield pathlib.Path(folder) / target.name
-      (pathlib.Path(folder) / target.name).replace(target)
+def _output(target):
+  """`files.atomic_output`, with one line for what goes wrong."""
+  with checkpoint.explain(f'cannot write {target}'), files.atomic_output(target) as temporary:
+    yield temporary
 
 
 def _command(convert, needs_config=False, optional=(), **texts):

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import moejax
+from moejax import files, text
 
 _FILE = 'metrics.jsonl'
 
@@ -34,10 +35,9 @@ class MetricsWriter:
       start_step: the step that the run resumes from: later lines are dropped. 0: all are.
     """
     path = pathlib.Path(workdir) / _FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     first = start_step + 1 if start_step else 0
     kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
-    _write_atomically(path, ''.join(map(_line, kept)))
+    files.write(path, ''.join(map(_line, kept)))
     self._lines = path.open('a')
     self._events = tensorboardX.SummaryWriter(  # a file name per second is too few for short runs
       str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
@@ -125,31 +125,11 @@ def progress_line(
     f'loss {loss:.3f}' if abs(loss) < 1000 else f'loss {loss:.2e}',
     f'grad {grad_norm:.2g}' if grad_norm is not None else '',
     f'dropped {100 * dropped:.1f}%' if dropped is not None else '',
-    f'{_short(tokens_per_second)} tok/s',
+    f'{text.short(tokens_per_second)} tok/s',
     f'MFU {100 * mfu:.1f}%' if mfu is not None else '',
-    f'{_duration(seconds_left)} left',
+    f'{text.duration(seconds_left)} left',
   ]
   return '  '.join(filter(None, parts))
-
-
-def _short(number):
-  for unit in ('', 'k', 'M', 'G'):
-    if number < 999.95:
-      return f'{number:.1f}{unit}' if unit else f'{number:.0f}'
-    number /= 1000
-  return f'{number:.1f}T'
-
-
-def _duration(seconds):
-  """'45s', '3m12s', '2h05m' or '4d03h'."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  days, hours = divmod(hours, 24)
-  if days:
-    return f'{days}d{hours:02d}h'
-  if hours:
-    return f'{hours}h{minutes:02d}m'
-  return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
 
 
 def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
@@ -180,7 +160,8 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
     axes.legend(frameon=False)
   axes.grid(color='0.9')
   axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path)
+  with files.atomic_output(path) as temporary:
+    figure.savefig(temporary)
 
 
 def plot_router(load, path) -> None:
@@ -199,7 +180,8 @@ def plot_router(load, path) -> None:
   label = f'load over fair share (largest {load.max():.2f}, {(load == 0).sum()} dead)'
   figure.colorbar(image, label='load / fair share', extend='max')
   axes.set_title(label, fontsize='medium', loc='left')
-  figure.savefig(path)
+  with files.atomic_output(path) as temporary:
+    figure.savefig(temporary)
 
 
 def running_mean(values) -> np.ndarray:
@@ -253,8 +235,8 @@ def git_commit() -> str | None:
 
 def write_summary(workdir, summary: dict) -> None:
   """Writes summary.json, whole or not at all."""
-  text = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
-  _write_atomically(pathlib.Path(workdir) / 'summary.json', text + '\n')
+  content = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
+  files.write(pathlib.Path(workdir) / 'summary.json', content + '\n')
 
 
 def _line(entry):
@@ -270,9 +252,3 @@ def _plain(value):
   if hasattr(value, 'tolist'):
     return _plain(value.tolist())
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(path, text):
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(text)
-  temporary.replace(path)

@@ -5,14 +5,13 @@ r"""Trains a SentencePiece tokenizer on the training split of a corpus.
 `data.tokenizer` of the config does not matter here; `--config.data.*` chooses the corpus.
 """
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
 from absl import flags
 
-from moejax import cli, data
+from moejax import cli, data, files
 from moejax.data import corpus, tokenizer as tokenizer_lib
 
 
@@ -37,7 +36,10 @@ def train(
   documents = list(_first_bytes(_texts(config), max_megabytes * 10**6))
   model = tokenizer_lib.train_sentencepiece(documents, vocab_size)
   path = pathlib.Path(output).expanduser()
-  _write(path, model)
+  try:
+    files.write(path, model)
+  except OSError as error:
+    raise ValueError(f'--output: cannot write {path}: {error}.') from error
   num_bytes = sum(map(len, documents))
   trained = tokenizer_lib.SentencePieceTokenizer(path)
   sample = list(_first_bytes(documents, 10**6))
@@ -66,18 +68,6 @@ def _first_bytes(texts: Iterable[bytes], limit: int) -> Iterator[bytes]:
     limit -= len(text)
     if limit <= 0:
       return
-
-
-def _write(path: pathlib.Path, model: bytes) -> None:
-  temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(model)
-    os.replace(temporary, path)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise ValueError(f'--output: cannot write {path}: {error}.') from error
 
 
 def main(config):

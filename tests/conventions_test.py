@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / 'moejax').rglob('*.py'))
 
 # A module may import modules of its own rank or below. Whatever is not named is a program, on top.
 RANKS = (
-  ('', 'ops'),  # '' is moejax/__init__.py
+  ('', 'ops', 'text', 'files'),  # '' is moejax/__init__.py
   ('layers',),
   ('model',),
   ('cli', 'distributed', 'sharding', 'optimizer', 'data', 'metrics', 'checkpoint', 'flops')

@@ -11,12 +11,11 @@ latencies: a real step takes longer. Exit code 0: it fits; 1: it does not.
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 from absl import flags
 
-from moejax import cli
+from moejax import cli, files
 from moejax.aot import search, step, topologies
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -44,7 +43,7 @@ def main(config):
   if _JSON.value:
     numbers = dataclasses.asdict(report)
     numbers |= {'step_seconds': report.step_seconds, 'bound': report.bound, 'mfu': report.mfu}
-    pathlib.Path(_JSON.value).write_text(json.dumps(numbers, indent=2))
+    files.write(_JSON.value, json.dumps(numbers, indent=2))
   return cli.OK if report.fits else cli.FAILED
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from moejax.text import short, short_time, size
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -60,36 +62,39 @@ class Report:
       ('topology', f'{self.topology}, {self.chips} chips'),
       ('mesh', ', '.join(f'{axis} {n}' for axis, n in self.mesh.items()) or 'one device'),
       ('remat', f'{self.remat}, accumulation {self.accumulation}'),
-      ('parameters', f'{_short(self.params)}, {_short(self.active_params)} active'),
-      ('memory of a chip', f'{_gib(self.capacity)}'),
-      *((f'  {kind}', _gib(number)) for kind, number in self.memory.items()),
+      ('parameters', f'{short(self.params)}, {short(self.active_params)} active'),
+      ('memory of a chip', f'{size(self.capacity)}'),
+      *((f'  {kind}', size(number)) for kind, number in self.memory.items()),
     ]
     if self.needed:
       rows.append(('', self.needed))
     if self.flops:
       redone = f'{self.flops / self.model_flops:.2f} of the model'
       rows += [
-        ('a step of a chip', f'{_short(self.tokens / self.chips)} tokens'),
-        ('  products', f'{_time(self.seconds["compute"])}: {self.flops:.3g} FLOPs, {redone}'),
-        ('  memory', f'{_time(self.seconds["memory"])}: {_gib(self.memory_traffic)}'),
-        ('  interconnect', _time(self.seconds['interconnect'])),
+        ('a step of a chip', f'{short(self.tokens / self.chips)} tokens'),
+        (
+          '  products',
+          f'{short_time(self.seconds["compute"])}: {self.flops:.3g} FLOPs, {redone}',
+        ),
+        ('  memory', f'{short_time(self.seconds["memory"])}: {size(self.memory_traffic)}'),
+        ('  interconnect', short_time(self.seconds['interconnect'])),
         *(
           (
             f'    {exchange.kind}',
-            f'{_time(exchange.seconds)}: {exchange.count} along {exchange.axes}, '
-            f'{_gib(exchange.bytes)}',
+            f'{short_time(exchange.seconds)}: {exchange.count} along {exchange.axes}, '
+            f'{size(exchange.bytes)}',
           )
           for exchange in self.exchanges
         ),
         (
           'estimate',
-          f'{_time(self.step_seconds)}, bound by {self.bound}, if all three go on at once; '
-          f'{_time(sum(self.seconds.values()))} one after the other',
+          f'{short_time(self.step_seconds)}, bound by {self.bound}, if all three go on at once; '
+          f'{short_time(sum(self.seconds.values()))} one after the other',
         ),
         (
           '',
           f'MFU at most {100 * self.mfu:.0f}%, '
-          f'{_short(self.tokens / self.step_seconds)} tokens per second',
+          f'{short(self.tokens / self.step_seconds)} tokens per second',
         ),
       ]
     rows += [
@@ -106,13 +111,13 @@ class Report:
     if spread < self.chips:
       yield (
         f'mesh.fsdp (now {config.mesh.fsdp}), or mesh.expert: parameters and optimizer take '
-        f'{_gib(state)} on each chip, of which {_gib(state * spread / self.chips)} stay if every '
+        f'{size(state)} on each chip, of which {size(state * spread / self.chips)} stay if every '
         'chip holds a part of its own (mesh.fsdp=-1 with mesh.data=1).'
       )
     if config.model.remat != 'full':
       yield (
         f'model.remat=full (now {config.model.remat}): keeps about '
-        f'{_gib(memory["saved activations"])} less of activations, for about a third more FLOPs.'
+        f'{size(memory["saved activations"])} less of activations, for about a third more FLOPs.'
       )
     shards = math.prod(n for axis, n in self.mesh.items() if axis != 'tensor')
     passes = config.data.batch_size // config.optimizer.accumulation
@@ -124,21 +129,3 @@ class Report:
     if not config.model.loss_chunk:
       yield f'model.loss_chunk={config.data.sequence_length // 8}: an eighth of the logits at once.'
     yield 'more chips, or chips with more memory; --search tries meshes, remat and accumulation.'
-
-
-def _gib(num_bytes):
-  for unit, size in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
-    if num_bytes >= size:
-      return f'{num_bytes / size:.3g} {unit}'
-  return f'{num_bytes:.0f} B'
-
-
-def _short(number):
-  for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
-    if number >= size:
-      return f'{number / size:.4g}{unit}'
-  return f'{number:.4g}'
-
-
-def _time(seconds):
-  return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{seconds:.3g} s'

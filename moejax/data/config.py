@@ -1,7 +1,8 @@
 """The `data` section of a config."""
 
 import dataclasses
-import difflib
+
+from moejax.text import did_you_mean
 
 SOURCES = ('stdlib', 'text', 'jsonl', 'tokens', 'seqio')
 _READS_FILES = ('text', 'jsonl', 'tokens')
@@ -51,9 +52,3 @@ class DataConfig:
         raise ValueError(f'data.{field}: expected at least 1, got {getattr(self, field)}.')
     if self.seed < 0:
       raise ValueError(f'data.seed: expected 0 or more, got {self.seed}.')
-
-
-def did_you_mean(name: str, known) -> str:
-  """Returns '; did you mean ...?' with the closest known name, or ''."""
-  close = difflib.get_close_matches(name, list(known), n=1)
-  return f'; did you mean {close[0]!r}?' if close else ''

@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from moejax.data import config as config_lib, corpus, loader, tokenizer as tokenizer_lib
+from moejax.text import did_you_mean
 
 # Tasks that need no registration: text of a tensorflow-datasets corpus. The first version that is
 # prepared is read. c4/en 3.0.1 is what others prepared over the years (the library can read it but
@@ -204,7 +205,7 @@ def _find_task(config, tokenizer) -> tuple[Any, str]:
     return _text_task(config, name, dataset, tokenizer or tokenizer_lib.BytesTokenizer()), dataset
   known = {*registered, *TFDS_TASKS}
   raise ValueError(
-    f'data.task: no task or mixture {name!r}{config_lib.did_you_mean(name, known)}. Known: '
+    f'data.task: no task or mixture {name!r}{did_you_mean(name, known)}. Known: '
     f'{", ".join(difflib.get_close_matches(name, known, n=10, cutoff=0))}. '
     "Write 'module:task' to import the module that registers it."
   )

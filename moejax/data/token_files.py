@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from moejax import files
 from moejax.data import config as config_lib, corpus, tokenizer as tokenizer_lib
 
 _INDEX = 'index.json'
@@ -50,16 +50,12 @@ def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[s
   if directory.exists():
     raise ValueError(f'--output: {directory} exists already; remove it or name another directory.')
   tokenizer = tokenizer_lib.make_tokenizer(config)
-  temporary = directory.with_name(f'{directory.name}.tmp-{os.getpid()}')
   try:
-    temporary.mkdir(parents=True)
-    index = _write_into(temporary, config, tokenizer)
-    os.rename(temporary, directory)
+    with files.atomic_output(directory) as temporary:
+      temporary.mkdir()
+      return _write_into(temporary, config, tokenizer)
   except OSError as error:
     raise ValueError(f'--output: cannot write {directory}: {error}.') from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  return index
 
 
 def read_index(config: config_lib.DataConfig) -> dict[str, Any]:
@@ -126,9 +122,9 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
     split: {'documents': 0, 'tokens': 0, 'bytes': 0, 'max_id': 0} for split in corpus.SPLITS
   }
   with contextlib.ExitStack() as stack:
-    files = {split: stack.enter_context(open(directory / f'{split}.bin', 'wb')) for split in splits}
+    outputs = {s: stack.enter_context(open(directory / f'{s}.bin', 'wb')) for s in splits}
     for document in tqdm.tqdm(documents, unit=' documents', disable=None):
-      files[document.split].write(document.ids.astype(dtype).tobytes())
+      outputs[document.split].write(document.ids.astype(dtype).tobytes())
       counts = splits[document.split]
       counts['documents'] += 1
       counts['tokens'] += len(document.ids)

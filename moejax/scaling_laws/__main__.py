@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, text
 
 _FLAGS = flags.FLAGS
 
@@ -79,14 +79,14 @@ def _define_grid():
 
 def grid():
   """Writes a grid of runs; with coefficients, the losses they predict too."""
-  from moejax.scaling_laws import grid as grid_lib, plots, report
+  from moejax.scaling_laws import grid as grid_lib, report
 
   coefficients = report.load(_FLAGS.coefficients) if _FLAGS.coefficients else None
   cells = grid_lib.make(_FLAGS.preset, coefficients)
   grid_lib.write(cells, _FLAGS.output)
   total = sum(cell.flops for cell in cells)
   tokens = sum(cell.tokens for cell in cells)
-  print(f'{len(cells)} cells, {total:.3g} FLOPs, {plots.short(tokens)} tokens, in {_FLAGS.output}')
+  print(f'{len(cells)} cells, {total:.3g} FLOPs, {text.short(tokens)} tokens, in {_FLAGS.output}')
   for cell in cells:
     if cell.predicted_loss:
       print(f'{cell.name:24} predicted loss {cell.predicted_loss:.4f}')
@@ -146,7 +146,6 @@ def fit(paths):
   else:
     fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
   folder = pathlib.Path(_FLAGS.output)
-  folder.mkdir(parents=True, exist_ok=True)
   report.save(fits, folder / 'fit.json')
   used = {name for one in fits.values() for name in one.used}
   collect.write_table([run for run in runs if run.name in used], folder / 'runs.csv')

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 
+from moejax import files
 from moejax.scaling_laws import laws
 
 
@@ -147,7 +148,7 @@ def _usual_flops(params, tokens, expansion_rate, granularity):
 
 def write_table(runs, path):
   """Writes runs as CSV, one column per field."""
-  with pathlib.Path(path).open('w', newline='') as file:
+  with files.atomic_output(path) as temporary, temporary.open('w', newline='') as file:
     table = csv.DictWriter(file, _COLUMNS)
     table.writeheader()
     table.writerows(map(dataclasses.asdict, runs))

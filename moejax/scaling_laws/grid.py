@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from moejax import files
 from moejax.scaling_laws import laws
 
 
@@ -181,7 +182,7 @@ def _command(recipe, shape, expansion_rate, granularity, steps):
 def write(cells, path):
   """Writes cells as JSON."""
   text = json.dumps([dataclasses.asdict(cell) for cell in cells], indent=1)
-  pathlib.Path(path).write_text(text + '\n')
+  files.write(path, text + '\n')
 
 
 def read(path):

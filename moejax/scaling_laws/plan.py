@@ -2,7 +2,7 @@
 
 from moejax import flops
 from moejax.scaling_laws import grid, laws, optimal
-from moejax.scaling_laws.plots import short
+from moejax.text import short
 
 
 def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):

@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib import colormaps, ticker
 from matplotlib.figure import Figure
 
+from moejax import files
 from moejax.scaling_laws import laws, optimal
+from moejax.text import short
 
 _SPARSE_COLOURS = 'viridis'
 _DENSE_COLOUR = '#d1495b'
@@ -28,7 +30,6 @@ def plot(coefficients, expansion_rate, runs, folder):
     The paths of the figures.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   sparse, dense = coefficients.get(expansion_rate), coefficients.get(1)
   runs = [run for run in runs if run.expansion_rate in {1, expansion_rate} & coefficients.keys()]
   budgets = _budgets(runs)
@@ -41,9 +42,11 @@ def plot(coefficients, expansion_rate, runs, folder):
   if runs:
     figures['residuals'] = _residuals(sparse, dense, runs)
   for name, (figure, header, rows) in figures.items():
-    figure.savefig(folder / f'{name}.png', dpi=_DPI)
-    with (folder / f'{name}.csv').open('w', newline='') as file:
-      csv.writer(file).writerows([header, *rows])
+    with files.atomic_output(folder / f'{name}.png') as temporary:
+      figure.savefig(temporary, dpi=_DPI)
+    with files.atomic_output(folder / f'{name}.csv') as temporary:
+      with temporary.open('w', newline='') as file:
+        csv.writer(file).writerows([header, *rows])
   return [folder / f'{name}.png' for name in figures]
 
 
@@ -243,12 +246,3 @@ def _granularity_ticks(axis, last):
   axis.set_major_locator(ticker.FixedLocator(_powers_of_two(last)))
   axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   axis.set_minor_locator(ticker.NullLocator())
-
-
-def short(number):
-  """'4.37B': three digits and a unit."""
-  for unit in ('', 'k', 'M', 'B'):
-    if number < 999.5:
-      return f'{number:.3g}{unit}'
-    number /= 1000
-  return f'{number:.3g}T'

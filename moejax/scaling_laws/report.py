@@ -4,13 +4,14 @@ import dataclasses
 import json
 import pathlib
 
+from moejax import files
 from moejax.scaling_laws import laws
 
 
 def save(fits, path):
   """Writes a dict of expansion rate to `Fit` as JSON; 1 is the dense law."""
   text = json.dumps({f'{rate:g}': _as_dict(one) for rate, one in fits.items()}, indent=2)
-  pathlib.Path(path).write_text(text + '\n')
+  files.write(path, text + '\n')
 
 
 def _as_dict(one):

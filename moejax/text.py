@@ -1,0 +1,44 @@
+"""Words for people: short numbers, sizes and times, and what was probably meant."""
+
+import difflib
+
+
+def did_you_mean(name: str, known) -> str:
+  """'; did you mean ...?' with the closest known name, or ''."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f'; did you mean {close[0]!r}?' if close else ''
+
+
+def short(number: float) -> str:
+  """'4.37B': three digits and a unit."""
+  for unit in ('', 'k', 'M', 'B'):
+    if number < 999.5:
+      return f'{number:.3g}{unit}'
+    number /= 1000
+  return f'{number:.3g}T'
+
+
+def size(num_bytes: float) -> str:
+  """'1.5 GiB': three digits and a unit."""
+  for unit in ('B', 'KiB', 'MiB'):
+    if num_bytes < 999.5:
+      return f'{num_bytes:.3g} {unit}'
+    num_bytes /= 1024
+  return f'{num_bytes:.3g} GiB' if num_bytes < 999.5 else f'{num_bytes:.0f} GiB'
+
+
+def duration(seconds: float) -> str:
+  """'45s', '3m12s', '2h05m' or '4d03h'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days}d{hours:02d}h'
+  if hours:
+    return f'{hours}h{minutes:02d}m'
+  return f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+
+
+def short_time(seconds: float) -> str:
+  """'12.5 ms' or '3.21 s': of something that is repeated, such as a step."""
+  return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{seconds:.3g} s'

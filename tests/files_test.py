@@ -1,0 +1,29 @@
+"""Writing files whole."""
+
+import pytest
+
+from moejax import files
+
+
+def test_a_file_and_a_folder_appear_in_folders_that_were_not_there(tmp_path):
+  files.write(tmp_path / 'a' / 'b' / 'text', 'é\n')
+  assert (tmp_path / 'a' / 'b' / 'text').read_bytes() == b'\xc3\xa9\n'
+  files.write(tmp_path / 'a' / 'b' / 'text', b'\0')
+  with files.atomic_output(tmp_path / 'new' / 'folder') as temporary:
+    temporary.mkdir()
+    files.write(temporary / 'x', '1')
+  assert sorted(p.name for p in tmp_path.rglob('*')) == ['a', 'b', 'folder', 'new', 'text', 'x']
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_after_an_error_what_was_there_is_still_there_and_nothing_else(tmp_path, folder):
+  files.write(tmp_path / 'x', 'before')
+  with pytest.raises(KeyboardInterrupt):
+    with files.atomic_output(tmp_path / 'x') as temporary:
+      if folder:
+        files.write(temporary / 'part', '')
+      else:
+        temporary.write_text('half')
+      raise KeyboardInterrupt
+  assert [p.name for p in tmp_path.iterdir()] == ['x']
+  assert (tmp_path / 'x').read_text() == 'before'
