@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import pathlib
@@ -60,7 +61,11 @@ def collect(paths, expansion_rate=0.0):
 
 def _read(path, expansion_rate):
   """Yields (name, Run or the reason why there is none)."""
-  if path.suffix == '.csv':
+  if not path.exists():
+    raise ValueError(f'{path} does not exist.')
+  if not path.is_dir():
+    if path.suffix.lower() != '.csv':
+      raise ValueError(f'{path} is neither a folder of runs nor a .csv file.')
     yield from _read_table(path, expansion_rate)
     return
   folders = [path] if _is_run(path) else sorted(filter(_is_run, path.glob('*')))
@@ -68,10 +73,17 @@ def _read(path, expansion_rate):
     raise ValueError(f'{path} holds no run: neither it nor a folder in it has a config.json.')
   for folder in folders:
     summary = folder / 'summary.json'
-    if summary.exists():
-      yield folder.name, from_summary(folder.name, json.loads(summary.read_text()))
-    else:
+    if not summary.exists():
       yield folder.name, 'unfinished or diverged: it has no summary.json'
+      continue
+    try:
+      yield folder.name, from_summary(folder.name, json.loads(_text(summary)))
+    except KeyError as error:
+      raise ValueError(f'{summary} has no field {error}, which a law needs.') from error
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+      raise ValueError(f'{summary} is not a summary that training wrote: {error}.') from error
+    except ValueError as error:
+      raise ValueError(f'{summary}: {error}.') from error
 
 
 def _is_run(folder):
@@ -79,7 +91,11 @@ def _is_run(folder):
 
 
 def from_summary(name, summary):
-  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it."""
+  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it.
+
+  Raises:
+    KeyError, TypeError, ValueError: a field that a law needs is missing, or is not what it must be.
+  """
   model, by_kind = summary['config']['model'], summary['parameters']['by_kind']
   sublayers = {sublayer for pattern, _ in model['blocks'] for sublayer in pattern}
   if sublayers == {'attention', 'moe'}:
@@ -89,54 +105,125 @@ def from_summary(name, summary):
   else:
     return f'its blocks are of {", ".join(sorted(sublayers))}: neither all dense nor all sparse'
   d_model, blocks = model['d_model'], sum(repeats for _, repeats in model['blocks'])
-  tokens, loss = summary['tokens_seen'], summary['validation']['loss']
+  tokens = _positive('tokens_seen', summary['tokens_seen'])
   config = json.dumps(summary['config'], sort_keys=True)
   return Run(
     name=name,
-    params=sum(by_kind.get(kind, 0) for kind in _WEIGHTS),
+    params=_positive('parameters', sum(by_kind.get(kind, 0) for kind in _WEIGHTS)),
     tokens=tokens,
     granularity=granularity,
     expansion_rate=expansion_rate,
     flops=laws.flops_per_token(d_model, blocks, expansion_rate, granularity) * tokens,
-    loss=math.nan if loss is None else loss,
-    data=f'{summary["corpus"]}/{summary["tokenizer"]}',
+    loss=_loss('validation.loss', summary['validation']['loss']),
+    data='/'.join(filter(None, (summary.get('corpus'), summary.get('tokenizer')))),
     config_hash=hashlib.sha256(config.encode()).hexdigest()[:12],
   )
 
 
 def _read_table(path, expansion_rate):
-  with path.open(newline='') as file:
-    rows = csv.DictReader(file)
-    missing = [name for name in _NEEDED if name not in (rows.fieldnames or ())]
-    if missing:
-      raise ValueError(f'{path}: its first line names no column {", ".join(missing)}.')
-    for number, row in enumerate(rows, start=2):
-      name = row.get('name') or f'{path.name}:{number}'
-      try:
+  rows = csv.DictReader(io.StringIO(_text(path), newline=None), skipinitialspace=True, strict=True)
+  try:
+    rows.fieldnames = _columns(rows.fieldnames)
+    for row in rows:
+      if any(row.values()):  # spreadsheets leave lines of nothing but commas
+        name = row.get('name') or f'{path.name}:{rows.line_num}'
         yield name, _from_row(name, row, expansion_rate)
-      except ValueError as error:
-        raise ValueError(f'{path}, line {number}: {error}.') from error
+  except (ValueError, csv.Error) as error:
+    raise ValueError(f'{path}, line {max(1, rows.line_num)}: {error}.') from error
+  if rows.line_num < 2:
+    raise ValueError(f'{path} has no rows below its first line, the names of the columns.')
+
+
+def _text(path):
+  """What a file holds; a byte order mark, which Excel writes, is not part of it."""
+  content = path.read_bytes()
+  try:
+    text = content.decode('utf-8-sig')
+    if '\0' not in text:
+      return text
+    place = text.index('\0')
+  except UnicodeDecodeError as error:
+    place = error.start
+  line = content[:place].count(b'\n') + 1
+  raise ValueError(f'{path}, line {line}: not UTF-8 text. Save it as "CSV UTF-8" or the like.')
+
+
+def _columns(names):
+  """The names of a table's columns, checked."""
+  names = [name.strip() for name in names or ()]
+  twice = [name for name in _COLUMNS if names.count(name) > 1]
+  if twice:
+    raise ValueError(f'two columns are called {twice[0]}; leave one')
+  missing = [name for name in _NEEDED if name not in names]
+  if missing:
+    hint = '; columns are separated by commas' if len(names) == 1 else ''
+    raise ValueError(f'no column {", ".join(missing)} in {", ".join(names) or "nothing"}{hint}')
+  return names
 
 
 def _from_row(name, row, expansion_rate):
-  params, tokens = float(row['params']), float(row['tokens'])
-  granularity = int(row['granularity'])
-  rate = float(row.get('expansion_rate') or expansion_rate)
-  if granularity == laws.DENSE:
-    rate = 1
-  elif not rate:
-    raise ValueError('there is no expansion_rate; add the column, or give --expansion_rate')
+  if None in row or None in row.values():
+    raise ValueError('it has more or fewer values than the first line has columns')
+  params, tokens = _positive('params', row['params']), _positive('tokens', row['tokens'])
+  granularity = _granularity(row['granularity'])
+  rate = _expansion_rate(granularity, row.get('expansion_rate'), expansion_rate)
+  flops = row.get('flops')
   return Run(
     name=name,
     params=params,
     tokens=tokens,
     granularity=granularity,
     expansion_rate=rate,
-    flops=float(row.get('flops') or _usual_flops(params, tokens, rate, granularity)),
-    loss=float(row['loss'] or 'nan'),
+    flops=_positive('flops', flops) if flops else _usual_flops(params, tokens, rate, granularity),
+    loss=_loss('loss', row['loss'] or 'nan'),
     data=row.get('data') or '',
     config_hash=row.get('config_hash') or '',
   )
+
+
+def _number(value):
+  """A float of a table's text or a JSON value; NaN of what is none."""
+  try:
+    return math.nan if isinstance(value, bool) else float(value)
+  except (OverflowError, TypeError, ValueError):
+    return math.nan
+
+
+def _positive(field, value):
+  if not 0 < _number(value) < math.inf:
+    raise ValueError(f'{field} = {value!r}: expected a finite number above 0')
+  return _number(value)
+
+
+def _granularity(value):
+  if not (_number(value) >= 0 and _number(value).is_integer()):
+    raise ValueError(
+      f'granularity = {value!r}: expected a whole number, {laws.DENSE} for a dense model'
+    )
+  return int(_number(value))
+
+
+def _expansion_rate(granularity, value, default):
+  """That of a row; `default` is what --expansion_rate says, 0 if it is not given."""
+  if granularity == laws.DENSE:
+    if value and _number(value) != 1:
+      raise ValueError(
+        f'expansion_rate = {value!r}, but granularity 0 is a dense model, whose rate is 1'
+      )
+    return 1
+  if not value and not default:
+    raise ValueError('there is no expansion_rate; add the column, or give --expansion_rate')
+  rate = _number(value) if value else default
+  if not 1 <= rate < math.inf:
+    raise ValueError(f'expansion_rate = {value!r}: expected a finite number from 1 on')
+  return rate
+
+
+def _loss(field, value):
+  """NaN where the run diverged: of no value, NaN and infinity."""
+  if value is None or str(value).strip().lower() in ('nan', 'inf', 'infinity'):
+    return math.nan
+  return _positive(field, value)
 
 
 def _usual_flops(params, tokens, expansion_rate, granularity):

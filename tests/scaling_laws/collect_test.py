@@ -73,19 +73,127 @@ def test_four_columns_are_enough(tmp_path):
     collect.collect([path])
 
 
+_HEADER = 'params,tokens,granularity,expansion_rate,loss'
+
+
+def _with(**changed):
+  """A table of a good row and of one that is good but for these values, in line 3."""
+  row = {'params': '4e7', 'tokens': '1e9', 'granularity': '2', 'expansion_rate': '8', 'loss': '3'}
+  return '\n'.join([_HEADER, ','.join(row.values()), ','.join((row | changed).values())]) + '\n'
+
+
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('params,tokens,loss\n1,2,3\n', 'no column granularity'),
-    ('params,tokens,granularity,loss\n1,2,0,x\n', 'line 2: could not convert'),
+    (_with(tokens='0'), "line 3: tokens = '0': expected a finite number above 0"),
+    (_with(tokens=''), "line 3: tokens = '': expected"),
+    (_with(params='nan'), "line 3: params = 'nan'"),
+    (_with(params='inf'), "line 3: params = 'inf'"),
+    (_with(params='1e400'), "line 3: params = '1e400'"),
+    (_with(tokens='-5'), "line 3: tokens = '-5'"),
+    (_with(tokens='"1,5"'), "line 3: tokens = '1,5'"),
+    (_with(granularity='1.5'), "line 3: granularity = '1.5': expected a whole number, 0 for"),
+    (_with(granularity='-1'), "line 3: granularity = '-1'"),
+    (_with(granularity='inf'), "line 3: granularity = 'inf'"),
+    (_with(granularity='0'), "line 3: expansion_rate = '8', but granularity 0 is a dense model"),
+    (_with(expansion_rate='0.5'), "line 3: expansion_rate = '0.5': expected"),
+    (_with(expansion_rate='nan'), "line 3: expansion_rate = 'nan': expected"),
+    (_with(loss='0'), "line 3: loss = '0': expected a finite number above 0"),
+    (_with(loss='-1'), "line 3: loss = '-1'"),
+    (_with(loss='x'), "line 3: loss = 'x'"),
+    (_with(loss='3,4'), 'line 3: it has more or fewer values than the first line has columns'),
+    (f'{_HEADER}\n4e7,1e9\n', 'line 2: it has more or fewer values'),
+    (f'{_HEADER}\n4e7,1e9,2,8,"3\n', 'unexpected end of data'),
+    ('', 'line 1: no column params, tokens, granularity, loss in nothing'),
+    (f'{_HEADER}\n', 'has no rows below its first line'),
+    ('params,tokens,loss\n1,2,3\n', 'line 1: no column granularity in params, tokens, loss'),
+    (_HEADER.replace(',', ';'), 'columns are separated by commas'),
+    (f'{_HEADER},loss\n4e7,1e9,2,8,3,4\n', 'line 1: two columns are called loss'),
     ('name,params,tokens,granularity,loss\na,1,2,0,3\na,1,2,0,3\n', 'several runs are called a'),
   ],
 )
 def test_bad_tables(tmp_path, text, message):
   path = tmp_path / 'runs.csv'
   path.write_text(text)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError) as caught:
     collect.collect([path])
+  assert message in str(caught.value)
+  assert 'runs are called' in message or str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-32-be', 'latin-1'])
+def test_tables_in_other_encodings(tmp_path, encoding):
+  path = tmp_path / 'runs.csv'
+  path.write_bytes(f'name,{_HEADER}\nd\xe9j\xe0,4e7,1e9,2,8,3\n'.encode(encoding))
+  with pytest.raises(ValueError, match=r'runs.csv, line [12]: not UTF-8 text'):
+    collect.collect([path])
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+  """Excel: a byte order mark, empty lines of commas; pandas: an index, decimals; old Macs: CR."""
+  path = tmp_path / 'RUNS.CSV'
+  text = 'params, tokens,granularity,expansion_rate,loss\r4e7,1000.0,2.0,8.0,3\r,,,,\r\r'
+  path.write_bytes(b'\xef\xbb\xbf' + text.encode())
+  (run,), _ = collect.collect([path])
+  assert (run.params, run.tokens, run.granularity, run.expansion_rate) == (4e7, 1000, 2, 8)
+  assert isinstance(run.granularity, int)
+  pandas = tmp_path / 'pandas.csv'
+  pandas.write_text(f',{_HEADER}\n0,4e7,1e9,2.0,8.0,3.0\n1,12e6,1e9,0.0,,\n')
+  runs, excluded = collect.collect([pandas])
+  assert [run.granularity for run in runs] == [2] and list(excluded) == ['pandas.csv:3']
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda s: s.pop('tokens_seen'), "has no field 'tokens_seen'"),
+    (lambda s: s['parameters'].pop('by_kind'), "has no field 'by_kind'"),
+    (lambda s: s.update(tokens_seen=0), 'tokens_seen = 0: expected a finite number above 0'),
+    (lambda s: s.update(tokens_seen='many'), "tokens_seen = 'many'"),
+    (lambda s: s['validation'].update(loss=0.0), 'validation.loss = 0.0'),
+    (lambda s: s.update(validation=[]), 'is not a summary that training wrote'),
+    (lambda s: s['config']['model'].update(blocks=3), 'is not a summary that training wrote'),
+  ],
+)
+def test_bad_summaries(tmp_path, change, message):
+  _summary(tmp_path / 'a')
+  path = tmp_path / 'a' / 'summary.json'
+  summary = json.loads(path.read_text())
+  change(summary)
+  path.write_text(json.dumps(summary))
+  with pytest.raises(ValueError) as caught:
+    collect.collect([tmp_path])
+  assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'{"config": {"mo', b'[]', b'\xff\xfe{\0}\0'])
+def test_summaries_that_are_none(tmp_path, content):
+  _summary(tmp_path / 'a')
+  (tmp_path / 'a' / 'summary.json').write_bytes(content)
+  with pytest.raises(ValueError, match='summary.json'):
+    collect.collect([tmp_path])
+
+
+def test_a_summary_of_before_fields_that_no_law_needs(tmp_path):
+  _summary(tmp_path / 'a')
+  path = tmp_path / 'a' / 'summary.json'
+  summary = json.loads(path.read_text())
+  for field in ('corpus', 'tokenizer'):
+    del summary[field]
+  del summary['config']['model']['moe']
+  path.write_text(json.dumps(summary))
+  (run,), _ = collect.collect([tmp_path])
+  assert (run.loss, run.data) == (2.0, '')
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [('nowhere', 'does not exist'), ('nowhere.csv', 'does not exist'), ('runs.txt', 'nor a .csv')],
+)
+def test_paths_that_hold_nothing_to_read(tmp_path, name, message):
+  (tmp_path / 'runs.txt').write_text(_with())
+  with pytest.raises(ValueError, match=message):
+    collect.collect([tmp_path / name])
 
 
 def test_runs_on_different_data_are_refused_and_listed(tmp_path):
