@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
-from moejax.ops import cross_entropy, mesh, placement, routing
+from moejax.ops import cross_entropy, routing
+from moejax.sharding import exchange, rules
 
 
 def _moe(c, init, rngs, d_in=None, d_out=None):
@@ -73,7 +74,7 @@ _CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
 # the experts only hidden activations, their widest arrays, are computed again. Tokens of packed
 # plans are gathered again: those of all devices would be kept.
 _EXPERTS = jax.checkpoint_policies.save_only_these_names(
-  routing.CHOICE, mesh.RECEIVED, experts.OUTPUT
+  routing.CHOICE, exchange.RECEIVED, experts.OUTPUT
 )
 
 REMAT = {
@@ -368,7 +369,7 @@ class LanguageModel(nnx.Module):
 
       def body(x_BLD, block_and_key):
         block, key = block_and_key
-        block = placement.gather(block, self.config.dtype)
+        block = rules.gather(block, self.config.dtype)
         return block(x_BLD, tokens._replace(key=key))
 
       body = REMAT[self.config.remat](body)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from moejax import config as config_lib, sharding, train
-from moejax.ops import platform
+from moejax.sharding import platform
 from tests import tiny
 
 # JAX's name of a platform: ours.

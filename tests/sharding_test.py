@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moejax import sharding, train
-from moejax.ops import mesh as mesh_lib, placement
+from moejax.sharding import mesh as mesh_lib, rules
 from tests import tiny
 
 MESHES = {
@@ -134,11 +134,9 @@ def test_experts_too_few_for_fsdp_are_split_by_their_width():
   sizes = {'fsdp': 4, 'expert': 2, 'tensor': 1, 'data': 1}
   of_mesh = lambda *axes: int(np.prod([sizes[axis] for axis in axes]))
   P = jax.sharding.PartitionSpec
-  assert placement.spec('experts/w_in', (16, 12, 5), of_mesh) == P(
-    ('expert', 'fsdp'), None, 'tensor'
-  )
-  assert placement.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
-  assert placement.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
+  assert rules.spec('experts/w_in', (16, 12, 5), of_mesh) == P(('expert', 'fsdp'), None, 'tensor')
+  assert rules.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
+  assert rules.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
@@ -216,9 +214,9 @@ def test_parts_that_overlap_are_refused(monkeypatch):
   ],
 )
 def test_slices_lie_along_an_outer_axis(shape, slices, inside, between):
-  assert sharding._by_slices(shape, slices) == (inside, between)
+  assert mesh_lib._by_slices(shape, slices) == (inside, between)
 
 
 def test_slices_that_fit_no_axis_are_refused():
   with pytest.raises(ValueError, match='the 2 slices must divide mesh.data or mesh.fsdp'):
-    sharding._by_slices((1, 1, 32, 1), 2)
+    mesh_lib._by_slices((1, 1, 32, 1), 2)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moejax import config as config_lib, flops, model as model_lib, sharding, train
 from moejax.aot import step, topologies
-from moejax.ops import platform
+from moejax.sharding import platform
 
 # Work over that of the model's products, by policy: what is kept must be written and read.
 _WORK = {'none': 1.15, 'dots': 1.1, 'save_moe': 1.25, 'full': 4 / 3}

@@ -15,7 +15,7 @@ from moejax import config as config_lib, flops, model as model_lib, sharding, tr
 from moejax.aot import hlo, topologies
 from moejax.aot.report import Exchange, Report
 from moejax.data import tokenizer
-from moejax.ops import platform
+from moejax.sharding import platform
 
 
 def compile_step(config, topology: topologies.Topology):

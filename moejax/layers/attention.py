@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.ops import platform
+from moejax.sharding import platform
 
 
 class Attention(nnx.Module):

@@ -13,10 +13,8 @@ from moejax.ops import (
   expert_loop,
   expert_parallel,
   grouped_matmul,
-  mesh,
-  placement,
-  platform,
 )
+from moejax.sharding import exchange, platform, rules
 
 # Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
 OUTPUT = 'experts_output'
@@ -53,7 +51,7 @@ class Experts(nnx.Module):
     """C rows for each expert: y_ECD in the dtype of x."""
     weights = self._weights(x_ECD.dtype)
     weights = {
-      name: mesh.gather(w, _spec(name, w), (expert_parallel.FSDP_AXIS,))
+      name: exchange.gather(w, _spec(name, w), (expert_parallel.FSDP_AXIS,))
       for name, w in weights.items()
     }
     return _rows(self.activation, x_ECD, None, weights)
@@ -86,7 +84,7 @@ class Experts(nnx.Module):
 
 
 def _spec(name, w):
-  return placement.spec(f'experts/{name}', w.shape)
+  return rules.spec(f'experts/{name}', w.shape)
 
 
 def loops(impl):

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.layers import common, experts, mlp
-from moejax.ops import groups, routing
+from moejax.ops import routing
+from moejax.sharding import groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.layers import common, experts
-from moejax.ops import groups, mixing, routing
+from moejax.ops import mixing, routing
+from moejax.sharding import groups
 
 _COLDEST = 1e-6  # temperature at the end of annealing
 

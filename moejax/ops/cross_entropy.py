@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moejax.ops import mesh
+from moejax.sharding import mesh
 
 
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):

@@ -26,8 +26,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from moejax.ops import dispatch, mesh, routing
-from moejax.ops.mesh import BATCH_AXES
+from moejax.ops import dispatch, routing
+from moejax.sharding import exchange, mesh
+from moejax.sharding.mesh import BATCH_AXES
 
 EXPERT_AXIS = 'expert'
 FSDP_AXIS = 'fsdp'
@@ -104,14 +105,14 @@ def _gather(w, dim):
 
 
 def _all_to_all(experts, x_TD, plan, weights):
-  def exchange(a, split_axis, concat_axis):
+  def swap(a, split_axis, concat_axis):
     a = jax.lax.all_to_all(a, EXPERT_AXIS, split_axis, concat_axis, tiled=True)
-    return checkpoint_name(a, mesh.RECEIVED)
+    return checkpoint_name(a, exchange.RECEIVED)
 
-  to_experts = functools.partial(exchange, split_axis=0, concat_axis=1)
+  to_experts = functools.partial(swap, split_axis=0, concat_axis=1)
   rows_ECD, weight_EC = to_experts(dispatch.dispatch(x_TD, plan)), to_experts(plan.weight)
   rows = experts.rows(rows_ECD, weight_EC, weights)
-  return dispatch.combine(exchange(rows, split_axis=1, concat_axis=0), plan)
+  return dispatch.combine(swap(rows, split_axis=1, concat_axis=0), plan)
 
 
 def _ring(make_plan, experts, x_GTD, logits_GTE, valid_GT, weights):

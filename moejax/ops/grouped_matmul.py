@@ -19,7 +19,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from moejax.ops import platform
+from moejax.sharding import platform
 
 
 def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):

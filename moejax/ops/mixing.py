@@ -1,8 +1,8 @@
 """Mixture of Tokens (arXiv:2310.15961): weighted mixtures of the tokens of a group.
 
-A group is M tokens at one position of M examples; there are C of them (`moejax.ops.groups`), and
-each of E experts sees one mixture of every group. Nothing moves along positions, so a mixture at
-position l holds only tokens at position l: causal, but examples of one group see each other.
+A group is M tokens at one position of M examples; there are C of them (moejax/sharding/groups.py),
+and each of E experts sees one mixture of every group. Nothing moves along positions, so a mixture
+at position l holds only tokens at position l: causal, but examples of one group see each other.
 
 The groups lead in all arrays but those of the experts: the products are then batched products of
 matrices as they lie in memory, and a device that holds some of the groups needs no others.

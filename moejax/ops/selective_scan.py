@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.ops import mesh, platform
+from moejax.sharding import mesh, platform
 
 CHANNEL_AXIS = 'tensor'  # of the mesh, along which channels may lie
 

@@ -12,8 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.test_util import check_grads
 
 from moejax import sharding
-from moejax.ops import mesh as mesh_lib, selective_scan as scan_lib
+from moejax.ops import selective_scan as scan_lib
 from moejax.ops.selective_scan import selective_scan, step
+from moejax.sharding import mesh as mesh_lib
 from tests import shapes
 
 B, I, N = 2, 6, 3

@@ -9,13 +9,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.ops import (
-  mesh as mesh_lib,
-  platform,
-  selective_scan as scan_lib,
-  selective_scan_tpu,
-)
+from moejax.ops import selective_scan as scan_lib, selective_scan_tpu
 from moejax.ops.selective_scan import selective_scan
+from moejax.sharding import mesh as mesh_lib, platform
 from tests import shapes
 from tests.ops import selective_scan_test as scans
 from tests.ops.sparse_layer import QUICK_TO_COMPILE

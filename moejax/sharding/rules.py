@@ -5,8 +5,8 @@ import re
 import jax
 from jax.sharding import PartitionSpec as P
 
-from moejax.ops import mesh
-from moejax.ops.mesh import SHARD_AXES
+from moejax.sharding import exchange, mesh
+from moejax.sharding.mesh import SHARD_AXES
 
 # First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
 # the leading axis of stacked blocks stays whole. Of several, the first whose mesh axes all divide.
@@ -77,7 +77,7 @@ def gather(block, dtype):
     lies = spec(name, leaf.shape)
     if '/experts/' in name or mesh.split_dim(lies, SHARD_AXES) is None:
       return leaf
-    return mesh.gather(leaf.astype(dtype), lies, SHARD_AXES)
+    return exchange.gather(leaf.astype(dtype), lies, SHARD_AXES)
 
   if mesh.size(*SHARD_AXES) == 1:
     return block

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import sharding
-from moejax.ops import groups
+from moejax.sharding import groups
 
 B, L, M = 8, 5, 4
 MESHES = {

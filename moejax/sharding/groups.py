@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from moejax.ops import mesh
-from moejax.ops.mesh import BATCH_AXES
+from moejax.sharding import exchange, mesh
+from moejax.sharding.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Groups:
     def on_a_device(a, order_B):
       if swapped:
         a = jax.lax.all_to_all(a, swapped, split_axis=1, concat_axis=0, tiled=True)
-        a = checkpoint_name(a, mesh.RECEIVED)
+        a = checkpoint_name(a, exchange.RECEIVED)
       if order_B is not None:
         a = a[order_B]
       by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
@@ -124,4 +124,4 @@ def _swap_experts(a_ECD, before, after, axes):
     return a_ECD
   swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
   received = jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
-  return checkpoint_name(received, mesh.RECEIVED)
+  return checkpoint_name(received, exchange.RECEIVED)

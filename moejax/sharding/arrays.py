@@ -1,0 +1,81 @@
+"""Where arrays live: the train state by the rules of names, and the batch."""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from moejax.sharding import rules
+from moejax.sharding.mesh import BATCH
+
+
+def replicated(mesh):
+  """The sharding of an array that is whole on every device."""
+  return NamedSharding(mesh, P())
+
+
+def state_shardings(abstract_state, mesh):
+  """A NamedSharding for every array of the train state; optimizer moments lie as their parameters.
+
+  A dimension that its mesh axis does not divide stays whole.
+  """
+
+  def place(path, leaf):
+    of_mesh = lambda *axes: math.prod(mesh.shape[axis] for axis in axes)
+    return NamedSharding(mesh, rules.spec(rules.name_of(path), leaf.shape, of_mesh))
+
+  return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def abstract(make, mesh):
+  """Shapes, dtypes and shardings of what `make()` returns, without making it."""
+  tree = jax.eval_shape(make)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    state_shardings(tree, mesh),
+  )
+
+
+def abstract_batch(data_config, mesh):
+  """Shapes, dtypes and shardings of a global batch."""
+  shape = (data_config.batch_size, data_config.sequence_length)
+  leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
+  return dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
+
+
+def place_batch(batch, mesh):
+  """This process's rows of a batch as global arrays, sharded over the batch axes."""
+  sharding = NamedSharding(mesh, BATCH)
+  place = jax.make_array_from_process_local_data
+  return jax.tree.map(lambda rows: place(sharding, rows), batch)
+
+
+def process_part(mesh, num_rows):
+  """Which rows of a batch of `num_rows` the devices of this process hold: its part of the data.
+
+  Returns:
+    Arguments of `data.make_loader`: the rows, in order; which of how many equal parts they are.
+
+  Raises:
+    ValueError: processes hold parts that differ and overlap.
+  """
+  rows = {}
+  indices = NamedSharding(mesh, BATCH).devices_indices_map((num_rows,))
+  for device, (block,) in indices.items():
+    rows.setdefault(device.process_index, set()).update(range(*block.indices(num_rows)))
+  parts = sorted({tuple(sorted(held)) for held in rows.values()})
+  if sum(map(len, parts)) != num_rows:
+    raise ValueError(
+      f'mesh {dict(mesh.shape)}: the sequences of a batch do not lie in equal parts on the '
+      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
+    )
+  mine = tuple(sorted(rows[jax.process_index()]))
+  return {'rows': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
+
+
+def fetch(tree):
+  """A pytree of arrays as numpy arrays, whole on every process; all processes call it together."""
+  return multihost_utils.process_allgather(tree, tiled=True)

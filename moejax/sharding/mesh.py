@@ -1,0 +1,114 @@
+"""The device mesh: its axes, how it is made, and what code that runs on it may ask about it.
+
+Mesh axes: `data` (replicas), `fsdp` (batch and parameter shards), `expert` (batch, experts, and
+shards of all other parameters), `tensor` (heads, hidden widths, vocabulary).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
+SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts lie in parts along these
+BATCH = P(BATCH_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Section `mesh`: devices along each axis; -1, at most once, takes what the others leave."""
+
+  data: int
+  fsdp: int
+  expert: int
+  tensor: int
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
+      raise ValueError(
+        f'mesh sizes must be positive, with at most one -1 for "the rest"; got '
+        f'{dict(zip(AXES, sizes, strict=True))}.'
+      )
+
+  def shape(self, num_devices):
+    """Sizes of AXES on this many devices."""
+    sizes = dataclasses.astuple(self)
+    known = math.prod(n for n in sizes if n != -1)
+    if num_devices % known or (-1 not in sizes and known != num_devices):
+      raise ValueError(
+        f'mesh {dict(zip(AXES, sizes, strict=True))} does not fit {num_devices} devices: the '
+        'product of its sizes must be the number of devices. Set one of mesh.data, mesh.fsdp, '
+        'mesh.expert, mesh.tensor to -1 to let it take the rest.'
+      )
+    return tuple(num_devices // known if n == -1 else n for n in sizes)
+
+
+def make_mesh(config, devices=None):
+  """A mesh with all AXES over `devices` (default: all there are).
+
+  Several slices of a TPU, which a slower network joins, lie along `data`, or else `fsdp`.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = config.shape(len(devices))
+  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  if slices > 1:
+    sizes = _by_slices(shape, slices)
+    make = functools.partial(mesh_utils.create_hybrid_device_mesh, *sizes)
+  else:
+    make = functools.partial(mesh_utils.create_device_mesh, shape)
+  placed = make(devices, allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _by_slices(shape, slices):
+  """Sizes of AXES inside of a slice, and over slices."""
+  for axis, size in enumerate(shape[:2]):
+    if size % slices == 0:
+      between = [1] * len(shape)
+      between[axis] = slices
+      return [n // m for n, m in zip(shape, between, strict=True)], between
+  raise ValueError(
+    f'mesh {dict(zip(AXES, shape, strict=True))}: the {slices} slices must divide mesh.data or '
+    'mesh.fsdp, along which they lie.'
+  )
+
+
+def batch_shards(mesh):
+  """Over how many devices the batch dimension is split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def size(*axes):
+  """Devices along mesh axes, as far as these are there and still the partitioner's."""
+  current = jax.sharding.get_abstract_mesh()
+  free = () if current.empty else current.auto_axes
+  return math.prod(current.shape[axis] for axis in axes if axis in free)
+
+
+def batch_axes(number):
+  """The batch axes with several devices, as many as divide `number`, to split a leading axis."""
+  axes = ()
+  for axis in BATCH_AXES:
+    if size(axis) > 1 and number % size(*axes, axis) == 0:
+      axes += (axis,)
+  return axes
+
+
+def split_dim(spec, axes):
+  """The dimension of an array of this PartitionSpec that is split along `axes`, or None."""
+  split = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
+  return split[0] if split else None
+
+
+def names(entry):
+  """The mesh axes of an entry of a PartitionSpec, as a tuple."""
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _both(entry, axes):
+  return tuple(axis for axis in names(entry) if axis in axes)
