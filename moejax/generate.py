@@ -9,6 +9,7 @@ therefore influence each other, unless `--mode=unmixed` keeps each by itself.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,16 @@ import numpy as np
 from absl import flags
 
 from moejax import cli, model as model_lib, sharding
+from moejax.distributed import leads
 from moejax.evaluate import decoding, load_run
 from moejax.layers.common import Tokens
 
 
 def generate(model_config, params, prompts, length, *, temperature=0.8, key=None):
-  """Continues prompts together.
+  """Continues prompts together, past the model's context if need be.
+
+  Where prompt and continuation fill the context, their newest half becomes the prompt from which
+  the continuation goes on. A prompt longer than the context begins so.
 
   Args:
     prompts: sequences of token ids; at least one token each.
@@ -33,18 +38,33 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
     One int32 array per prompt: its continuation of `length` tokens.
 
   Raises:
-    ValueError: a prompt is empty, or prompt and continuation exceed the model's context.
+    ValueError: a prompt is empty, or the length is below 1.
   """
-  lengths = np.array([len(p) for p in prompts])
-  if not len(prompts) or lengths.min() < 1:
+  if not len(prompts) or min(map(len, prompts)) < 1:
     raise ValueError('generate: every prompt must have at least one token.')
   if length < 1:
     raise ValueError(f'generate: length must be at least one token, got {length}.')
-  if lengths.max() + length > model_config.max_length:
-    raise ValueError(
-      f'A prompt of {lengths.max()} tokens and {length} new ones exceed the context of '
-      f'{model_config.max_length} (data.sequence_length). Shorten the prompt or --length.'
-    )
+  key = jax.random.key(0) if key is None else key
+  context = model_config.max_length
+  texts = [np.asarray(prompt, np.int32) for prompt in prompts]
+  made = [np.zeros(0, np.int32)] * len(prompts)
+  while length:
+    if max(map(len, texts)) > context:
+      texts = [text[-max(1, context // 2) :] for text in texts]
+    number = min(length, context + 1 - max(map(len, texts)))
+    key, key_now = jax.random.split(key)
+    new = _within_context(model_config, params, texts, number, temperature, key_now)
+    texts, made = (list(map(_join, before, new)) for before in (texts, made))
+    length -= number
+  return made
+
+
+def _join(before, after):
+  return np.concatenate([before, after])
+
+
+def _within_context(model_config, params, prompts, length, temperature, key):
+  lengths = np.array([len(p) for p in prompts])
   # Rows up to a multiple of the group are padding: segment 0 keeps them out of every mixture.
   rows = _full_groups(model_config, len(prompts))
   prompts_BS = np.zeros((rows, lengths.max()), np.int32)
@@ -53,7 +73,6 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   prompt_lengths_B = np.ones(rows, np.int32)
   prompt_lengths_B[: len(prompts)] = lengths
   valid_B = np.arange(rows) < len(prompts)
-  key = jax.random.key(0) if key is None else key
   common, steps = int(lengths.min()), int(lengths.max()) + length - 1
   out_BS = _decode(
     model_config,
@@ -133,6 +152,22 @@ def _until_end(ids, tokenizer):
   return ids[: ends[0]] if len(ends) else ids
 
 
+def _beyond_context(context, longest, length):
+  """What happens to prompts of up to `longest` tokens and `length` new ones, if they do not fit."""
+  half = max(1, context // 2)
+  if longest > context:
+    return (
+      f'warning: a prompt of {longest} tokens is longer than the context of {context} '
+      f'(data.sequence_length): only its last {half} are read.'
+    )
+  if longest + length > context + 1:
+    return (
+      f'note: {longest} + {length} tokens are more than the context of {context} '
+      f'(data.sequence_length): when it is full, the model reads only the newest {half} again.'
+    )
+  return ''
+
+
 def main(overrides):
   args = flags.FLAGS
   if not args.workdir:
@@ -141,6 +176,9 @@ def main(overrides):
   stages, _, params, mesh = load_run(args.workdir, overrides)
   model = decoding(stages.model, args.mode, args.group_size)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+  longest = max(len(stages.tokenizer.encode(prompt)) for prompt in args.prompt)
+  if leads() and (note := _beyond_context(model.max_length, longest, args.length)):
+    print(note, file=sys.stderr)
   with jax.set_mesh(mesh):
     texts = continuations(
       model,

@@ -68,5 +68,41 @@ def test_sampling_is_a_function_of_its_key(trained):
 def test_impossible_requests_are_refused(trained):
   with pytest.raises(ValueError, match='at least one token'):
     _greedy(trained, [[]])
-  with pytest.raises(ValueError, match='exceed the context of 11'):
-    _greedy(trained, [[1] * 9], length=4)
+  with pytest.raises(ValueError, match='length must be at least one'):
+    _greedy(trained, [[1]], length=0)
+
+
+def test_past_the_context_its_newest_half_is_the_prompt(trained):
+  prompts = [[5, 6, 7], [8]] * 2
+  made = _greedy(trained, prompts, length=20)
+  assert [len(m) for m in made] == [20] * 4
+  texts = [np.concatenate([p, m]) for p, m in zip(prompts, made, strict=True)]
+  # The context is 11: the longest prompt has room for 8 tokens and one that is not read any more.
+  first = _greedy(trained, prompts, length=9)
+  np.testing.assert_array_equal([m[:9] for m in made], first)
+  newest = [text[:-11][-5:] for text in texts]
+  np.testing.assert_array_equal([m[9:16] for m in made], _greedy(trained, newest, length=7))
+
+
+def test_a_prompt_longer_than_the_context_counts_from_its_end(trained):
+  long = [3] * 9 + [5, 6, 7, 8, 9]
+  (cut,), (short,) = (_greedy(trained, [p], length=2) for p in (long, long[-5:]))
+  np.testing.assert_array_equal(cut, short)
+
+
+@pytest.mark.parametrize(
+  ('longest', 'length', 'said'),
+  [
+    (4, 61, ''),
+    (4, 62, 'note: 4 + 62 tokens are more than the context of 64'),
+    (64, 1, ''),
+    (65, 1, 'warning: a prompt of 65 tokens is longer than the context of 64'),
+  ],
+)
+def test_what_is_said_of_texts_beyond_the_context(longest, length, said):
+  assert generate._beyond_context(64, longest, length).partition(' (')[0] == said
+
+
+def test_samples_differ_where_a_window_comes_to_the_same_position_again(trained):
+  a = generate.generate(*trained, [[5, 6]] * 4, 24, temperature=100.0)
+  assert not np.array_equal(a[0][-6:], a[0][-12:-6])
