@@ -267,19 +267,20 @@ class MixtureOfExperts(common.Stateless):
 
   def _aux(self, routed, logits_GTE, valid_GT, bias_E):
     config = self.config
+    scores_GTE = routing.normalizing_logits(logits_GTE, config.scores)
     balance = routing.load_balancing_loss(
-      logits_GTE, routed.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
+      scores_GTE, routed.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
     )
     z = routing.z_loss(logits_GTE, valid_GT)
-    loss = config.balance_loss * balance + config.z_loss * z
+    loss = jnp.zeros_like(balance)
+    for weight, value in ((config.balance_loss, balance), (config.z_loss, z)):
+      if weight:  # 0 times an infinite loss is no number
+        loss += weight * value
     load_E = routed.counts_GE.sum(axis=0).astype(jnp.float32)
     load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
     if bias_E is not None:
-      # Of value 0; its gradient is how much more than its share an expert got, and the optimizer
-      # takes the sign of the whole batch's.
-      pull = jnp.sum(bias_E * (load_E - 1))
-      loss += pull - jax.lax.stop_gradient(pull)
-    health = routing.router_health(routed.counts_GE, routed.number_GT, logits_GTE, valid_GT)
+      loss += routing.balance_pull(bias_E, routed.counts_GE)
+    health = routing.router_health(routed.counts_GE, routed.number_GT, scores_GTE, valid_GT)
     health |= {'balance': balance, 'z': z}
     return {f'moe/{name}': value for name, value in health.items()} | {
       'moe/load': load_E,

@@ -12,7 +12,7 @@ from moejax.layers import common, experts
 from moejax.ops import mixing, routing
 from moejax.sharding import groups
 
-_COLDEST = 1e-6  # temperature at the end of annealing
+_COLDEST = 1e-6  # temperature at which the softmax is a one-hot arg-max, and still finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +192,9 @@ class MixtureOfTokens(common.Stateless):
   def _temperature(self, name):
     """[1, 1, E or 1]. A learned one is exp(t - 1), as in the papers' code: never negative."""
     if self.config.learns_temperature:
-      return jnp.exp(getattr(self, name)[...] - 1).reshape(1, 1, -1)
+      log = jnp.clip(getattr(self, name)[...] - 1, math.log(_COLDEST), -math.log(_COLDEST))
+      return jnp.exp(log).reshape(1, 1, -1)
     scale = self.anneal[...] if self.config.temperature_mode == 'annealed' else jnp.ones(())
-    # At the end of annealing, 0, the softmax is a one-hot arg-max.
     return jnp.maximum(self.config.temperature * scale, _COLDEST).reshape(1, 1, 1)
 
   def _aux(self, measured):

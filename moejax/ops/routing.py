@@ -100,14 +100,13 @@ def token_choice(
   valid_GT,
   bias_E=None,
   scores='softmax',
-  softmax_after_top_k=False,
   renormalize=False,
   packed=False,
 ):
   """Every token takes its k best experts.
 
   Switch (arXiv:2101.03961): k=1. llm-random and OLMoE: the defaults. Mixtral: `renormalize`, which
-  equals `softmax_after_top_k`. Balancing without a loss (arXiv:2408.15664): `bias_E`, with
+  is a softmax of the k chosen logits. Balancing without a loss (arXiv:2408.15664): `bias_E`, with
   `scores='sigmoid'` and `renormalize` in DeepSeek-V3.
 
   Who is dropped when more than `capacity` tokens of a group choose an expert: the later ones. Slots
@@ -122,7 +121,6 @@ def token_choice(
     valid_GT: bool; False is padding.
     bias_E: added to the scores for choosing; weights come from the scores without it.
     scores: 'softmax' over the experts, or 'sigmoid' of each logit.
-    softmax_after_top_k: weights are a softmax over the k chosen logits.
     renormalize: weights of a token are divided by their sum.
     packed: layout of the plan; without a capacity it is always packed.
 
@@ -138,13 +136,11 @@ def token_choice(
   ranking_GTE = logits_GTE if bias_E is None else scores_GTE + bias_E[None, None]
   _, choice_GTK = jax.lax.top_k(jax.lax.stop_gradient(ranking_GTE), k)
   choice_GTK = checkpoint_name(choice_GTK, CHOICE)
-  taken_from = logits_GTE if softmax_after_top_k else scores_GTE
-  weight_GTK = jnp.take_along_axis(taken_from, choice_GTK, axis=-1)
-  if softmax_after_top_k:
-    weight_GTK = jax.nn.softmax(weight_GTK)
-  elif renormalize:
-    tiny = jnp.finfo(weight_GTK.dtype).tiny  # k sigmoids can all underflow
-    weight_GTK = weight_GTK / jnp.maximum(weight_GTK.sum(axis=-1, keepdims=True), tiny)
+  if renormalize:  # not divided by their sum: the k scores can all underflow
+    weighed_GTE = normalizing_logits(logits_GTE, scores)
+    weight_GTK = jax.nn.softmax(jnp.take_along_axis(weighed_GTE, choice_GTK, axis=-1))
+  else:
+    weight_GTK = jnp.take_along_axis(scores_GTE, choice_GTK, axis=-1)
   return plan_of_choices(
     choice_GTK,
     weight_GTK,
@@ -153,6 +149,11 @@ def token_choice(
     capacity=capacity,
     packed=packed or capacity is None,
   )
+
+
+def normalizing_logits(logits, scores):
+  """Logits of which a softmax, over any of the experts, has the scores divided by their sum."""
+  return jax.nn.log_sigmoid(logits) if scores == 'sigmoid' else logits
 
 
 def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, packed):
@@ -339,11 +340,12 @@ def _check(condition, message):
 def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='uniform_is_1'):
   """How far the load is from uniform, over the valid tokens of all groups together.
 
-  With f_e the fraction of all choices that went to expert e, before drops, and P_e its mean softmax
-  score, the value is E * sum(f * P): 1 under uniform routing for every k. Only P has a gradient.
+  With f_e the fraction of all choices that went to expert e, before drops, and P_e its mean score,
+  the value is E * sum(f * P): 1 under uniform routing for every k. Only P has a gradient.
 
   Args:
-    logits_GTE: router scores.
+    logits_GTE: their softmax is the scores; `normalizing_logits` of sigmoids, which are divided by
+      their sum over all experts (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
     counts_GE: choices per expert, `Plan.counts_GE`.
     valid_GT: bool; False is padding.
     k: experts per token.
@@ -369,6 +371,33 @@ def z_loss(logits_GTE, valid_GT):
   return _valid_sum(squared_GT, valid_GT) / jnp.maximum(valid_GT.sum(), 1)
 
 
+@jax.custom_vjp
+def balance_pull(bias_E, counts_GE):
+  """A loss of value 0 by which biases learn the load (arXiv:2408.15664).
+
+  The gradient of `bias_E` is the load of each expert above the mean, times E, whatever a sum or
+  mean of losses multiplies this one by: whole numbers, so that they add up over the parts of a
+  batch without rounding, and a load that is exactly the mean has a sign of 0.
+  """
+  del counts_GE
+  return jnp.zeros_like(bias_E, shape=())
+
+
+def _balance_pull_forward(bias_E, counts_GE):
+  load_E = counts_GE.sum(axis=0)
+  mean, rest = jnp.divmod(load_E.sum(), load_E.size)
+  excess_E = (load_E - mean).astype(bias_E.dtype) * load_E.size - rest
+  return balance_pull(bias_E, counts_GE), excess_E
+
+
+def _balance_pull_backward(excess_E, d_loss):
+  del d_loss
+  return excess_E, None
+
+
+balance_pull.defvjp(_balance_pull_forward, _balance_pull_backward)
+
+
 def _wide(a):
   return a.astype(jnp.promote_types(a.dtype, jnp.float32))
 
@@ -383,15 +412,15 @@ def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
   Args:
     counts_GE: choices per expert, before drops.
     number_GT: experts that a token reached.
-    logits_GTE: router scores.
+    logits_GTE: their softmax is the scores.
     valid_GT: bool; False is padding.
 
   Returns:
     A dict of float32: `load_max` (load of the busiest expert over the mean load), `load_cv`
     (standard deviation of the load over its mean), `dead` (fraction of experts without a token),
     all three of the load before drops; `dropped` (fraction of choices that found no slot),
-    `unrouted` (fraction of tokens in no row at all), `entropy` (of the softmax scores, mean over
-    tokens, divided by log E: 1 is undecided, 0 is certain).
+    `unrouted` (fraction of tokens in no row at all), `entropy` (of the scores, mean over tokens,
+    divided by log E: 1 is undecided, 0 is certain).
   """
   logits_GTE = jax.lax.stop_gradient(_wide(logits_GTE))
   E = logits_GTE.shape[-1]

@@ -152,14 +152,19 @@ def _reference(sequences, channels, state_BNI):
 def _step(position, channels, state_BNI):
   x_BI, delta_BI, b_BN, c_BN, gate_BI, keep_B = (v.astype(state_BNI.dtype) for v in position)
   dt_BI = jax.nn.softplus(delta_BI + channels.bias[None])
-  state_BNI = _advance(state_BNI, channels.a.T, dt_BI, dt_BI * x_BI, b_BN, keep_B)
+  kept_BNI = _keep(state_BNI, keep_B)
+  state_BNI = _advance(kept_BNI, channels.a.T, dt_BI, dt_BI * x_BI, b_BN)
   y_BI = jnp.sum(state_BNI * c_BN[..., None], axis=1) + channels.skip[None] * x_BI
   return (y_BI * jax.nn.silu(gate_BI)).astype(position.x.dtype), state_BNI
 
 
-def _advance(state_BNI, a_NI, dt_BI, dx_BI, b_BN, keep_B):
+def _keep(state_BNI, keep_B):
+  """The state, but 0 where a document starts, even if what was before it is infinite."""
+  return jnp.where(keep_B[:, None, None] > 0, state_BNI, 0)
+
+
+def _advance(kept_BNI, a_NI, dt_BI, dx_BI, b_BN):
   """h = exp(dt a) h + dx b, where dx = dt x."""
-  kept_BNI = state_BNI * keep_B[:, None, None]
   return jnp.exp(dt_BI[:, None] * a_NI[None]) * kept_BNI + dx_BI[:, None] * b_BN[..., None]
 
 
@@ -210,7 +215,7 @@ def _forward(tuning, sequences, channels, state_BNI):
 
   def advance(state_BNI, position):
     dt_BI, dx_BI, b_BN, c_BN, keep_B = position
-    state_BNI = _advance(state_BNI, a_NI, dt_BI, dx_BI, b_BN, keep_B)
+    state_BNI = _advance(_keep(state_BNI, keep_B), a_NI, dt_BI, dx_BI, b_BN)
     return state_BNI, _sum_states(tuning, state_BNI, c_BN[..., None])
 
   def chunk(carry, i):
@@ -233,22 +238,23 @@ def _backward(tuning, saved, cotangents):
   a_NI = channels.a.T
 
   def again(state_BNI, position):
-    """The forward pass once more: the state before a position, and what needs that after it."""
+    """The forward pass once more: what a position keeps of the state, and what needs that after."""
     dt_BI, dx_BI, b_BN, c_BN, keep_B, dy_BI = position
-    after_BNI = _advance(state_BNI, a_NI, dt_BI, dx_BI, b_BN, keep_B)
+    kept_BNI = _keep(state_BNI, keep_B)
+    after_BNI = _advance(kept_BNI, a_NI, dt_BI, dx_BI, b_BN)
     dc_BN = _sum_channels(tuning, after_BNI, dy_BI)
-    return after_BNI, (state_BNI, dc_BN, _sum_states(tuning, after_BNI, c_BN[..., None]))
+    return after_BNI, (kept_BNI, dc_BN, _sum_states(tuning, after_BNI, c_BN[..., None]))
 
   def retreat(carry, position):
     """From the gradient of the state after a position to that before it."""
     dstate_BNI, da_BNI = carry
-    dt_BI, dx_BI, b_BN, c_BN, keep_B, dy_BI, before_BNI = position
+    dt_BI, dx_BI, b_BN, c_BN, keep_B, dy_BI, kept_BNI = position
     dafter_BNI = dstate_BNI + c_BN[..., None] * dy_BI[:, None]
     db_BN = _sum_channels(tuning, dafter_BNI, dx_BI)
     ddx_BI = _sum_states(tuning, dafter_BNI, b_BN[..., None])
-    kept_BNI = dafter_BNI * keep_B[:, None, None]
-    dstate_BNI = jnp.exp(dt_BI[:, None] * a_NI[None]) * kept_BNI
-    drate_BNI = dstate_BNI * before_BNI  # the gradient of dt a
+    dkept_BNI = jnp.exp(dt_BI[:, None] * a_NI[None]) * dafter_BNI
+    drate_BNI = dkept_BNI * kept_BNI  # the gradient of dt a
+    dstate_BNI = _keep(dkept_BNI, keep_B)
     ddt_BI = _sum_states(tuning, drate_BNI, a_NI[None])
     return (dstate_BNI, da_BNI + drate_BNI * dt_BI[:, None]), (db_BN, ddx_BI, ddt_BI)
 

@@ -20,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 _TILES = (512, 384, 256, 128)  # channels of a program: the first of these that divides all
 _CHUNK = 128  # positions between two states that are kept
 _ROWS = 16  # positions read at once, and walked without a loop: the sublanes of bfloat16
-_FOREVER = 1e30  # a time after which nothing is left of a state, however slow its decay
 
 
 def chunk_size(num_positions):
@@ -159,17 +158,21 @@ class _Group(NamedTuple):
   raw: Any  # dt is its softplus
   dt: Any
   dx: Any  # dt x
-  time: Any  # dt, but forever where a document starts: the state before it decays to nothing
+  keep: Any  # 0 where a document starts, else 1
   gate: Any
   b: Any  # [N, L]
   c: Any
 
   def decay(self, t, a_NI):
-    return jnp.exp2(self.time[t : t + 1] * a_NI)
+    return jnp.exp2(self.dt[t : t + 1] * a_NI)
 
-  def advance(self, t, a_NI, state_NI):
-    """The state after position t, from that before it, and what y reads from it."""
-    state_NI = self.decay(t, a_NI) * state_NI + self.b[:, t : t + 1] * self.dx[t : t + 1]
+  def kept(self, t, state_NI):
+    """The state, but 0 where a document starts, even if what was before it is infinite."""
+    return jnp.where(self.keep[t : t + 1] > 0, state_NI, 0)
+
+  def advance(self, t, a_NI, kept_NI):
+    """The state after position t, from what it keeps of that before, and what y reads from it."""
+    state_NI = self.decay(t, a_NI) * kept_NI + self.b[:, t : t + 1] * self.dx[t : t + 1]
     return state_NI, jnp.sum(self.c[:, t : t + 1] * state_NI, axis=0, keepdims=True)
 
 
@@ -187,7 +190,7 @@ def _group(rows, sequences, channels):
     raw=raw_LI,
     dt=dt_LI,
     dx=dt_LI * x_LI,
-    time=jnp.where(sequences.keep[rows, :] > 0, dt_LI, _FOREVER),
+    keep=jnp.broadcast_to(sequences.keep[rows, :], dt_LI.shape),
     gate=sequences.gate[rows, :].astype(dtype),
     b=sequences.b[rows, :].T,
     c=sequences.c[rows, :].T,
@@ -207,7 +210,7 @@ def _forward_kernel(sequences, channels, state, y, start, end):
     group = _group(rows, sequences, channels)
     read = []
     for t in range(_ROWS):
-      state_NI, read_1I = group.advance(t, a_NI, state_NI)
+      state_NI, read_1I = group.advance(t, a_NI, group.kept(t, state_NI))
       read.append(read_1I)
     y_LI = jnp.concatenate(read, axis=0) + skip * group.x
     y[rows, :] = (y_LI * jax.nn.silu(group.gate)).astype(y.dtype)
@@ -216,7 +219,7 @@ def _forward_kernel(sequences, channels, state, y, start, end):
   end[...] = jax.lax.fori_loop(0, y.shape[0] // _ROWS, advance, end[...])
 
 
-def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchannels, dstate, before):
+def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchannels, dstate, kept):
   @pl.when(pl.program_id(2) == 0)
   def _():
     dstate[...] = dend[...]
@@ -227,7 +230,7 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
   groups = dout.shape[0] // _ROWS
 
   def again(i, state_NI):
-    """The forward pass once more: the state before every position, and what needs that after it."""
+    """The forward pass once more: what positions keep of the state, and what needs that after."""
     rows = _rows(i)
     group = _group(rows, sequences, channels)
     dout_LI = dout[rows, :].astype(a_NI.dtype)
@@ -235,8 +238,9 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
     dy_LI = dout_LI * group.gate * sigmoid_LI  # of y before the gate
     parts = []
     for t in range(_ROWS):
-      before[i * _ROWS + t] = state_NI
-      state_NI, read_1I = group.advance(t, a_NI, state_NI)
+      kept_NI = group.kept(t, state_NI)
+      kept[i * _ROWS + t] = kept_NI
+      state_NI, read_1I = group.advance(t, a_NI, kept_NI)
       dc_N1 = jnp.sum(state_NI * dy_LI[t : t + 1], axis=1, keepdims=True)
       parts.append((read_1I, dc_N1))
     read, dc = zip(*parts, strict=True)
@@ -258,8 +262,9 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
       dafter_NI = dstate_NI + group.c[:, t : t + 1] * dy_LI[t : t + 1]
       db_N1 = jnp.sum(dafter_NI * group.dx[t : t + 1], axis=1, keepdims=True)
       ddx_1I = jnp.sum(dafter_NI * group.b[:, t : t + 1], axis=0, keepdims=True)
-      dstate_NI = group.decay(t, a_NI) * dafter_NI
-      drate_NI = dstate_NI * before[i * _ROWS + t]  # the gradient of dt a
+      dkept_NI = group.decay(t, a_NI) * dafter_NI
+      drate_NI = dkept_NI * kept[i * _ROWS + t]  # the gradient of dt a
+      dstate_NI = group.kept(t, dkept_NI)
       ddt_1I = jnp.sum(drate_NI * a_NI, axis=0, keepdims=True)
       da_NI = da_NI + drate_NI * group.dt[t : t + 1]
       parts.append((db_N1, ddx_1I, ddt_1I))

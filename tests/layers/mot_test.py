@@ -346,6 +346,23 @@ def test_annealed_to_the_end_routing_is_discrete():
   assert aux['mot/temperature'] < 1e-5
 
 
+@pytest.mark.parametrize('t', [-20.0, -300, 300])
+def test_a_learned_temperature_beyond_all_bounds_is_finite(t):
+  """exp(t - 1) is 1e-9, 0 and infinite: one token per mixture, and the mean of all."""
+  graph, shapes = _abstract(temperature_mode='learned')
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda p: rng.standard_normal(p.shape, 'float32'), shapes)
+  params['temperature'] = jnp.float32(t)
+
+  def loss(params, x_BLD):
+    y_BLD, aux = _bound(graph, params)(x_BLD, _tokens(B, L))
+    return y_BLD.mean(), aux['mot/entropy']
+
+  (_, entropy), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, _x())
+  assert entropy == pytest.approx(float(t > 0), abs=1e-4)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
 def test_a_learned_temperature_starts_as_configured():
   layer = _layer(temperature_mode='learned', temperature=0.5)
   _, aux = _apply(*nnx.split(layer), _x(), _tokens(B, L))

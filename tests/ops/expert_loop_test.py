@@ -15,13 +15,12 @@ D, F, E = 4, 3, 5
 KINDS = ('plain', 'padding', 'ties', 'all to one', 'an idle expert')
 
 
-def _token_choice(k, capacity=None, scores='softmax', softmax_after_top_k=False, renormalize=False):
+def _token_choice(k, capacity=None, scores='softmax', renormalize=False):
   return dict(
     k=k,
     capacity=capacity,
     bias_E=np.linspace(-0.2, 0.2, E) if scores == 'sigmoid' else None,
     scores=scores,
-    softmax_after_top_k=softmax_after_top_k,
     renormalize=renormalize,
   )
 
@@ -30,8 +29,8 @@ TOKEN_CHOICE = {  # and whether plans are packed
   'k1': (_token_choice(1), True),
   'k1 tight': (_token_choice(1, 3), False),
   'k2 ample, renormalized': (_token_choice(2, 99, renormalize=True), False),
-  'k2 one slot, softmax after': (_token_choice(2, 1, softmax_after_top_k=True), False),
-  'k2 packed, softmax after': (_token_choice(2, 4, softmax_after_top_k=True), True),
+  'k2 one slot, renormalized': (_token_choice(2, 1, renormalize=True), False),
+  'k2 packed, renormalized': (_token_choice(2, 4, renormalize=True), True),
   'k3 sigmoid': (_token_choice(3, scores='sigmoid', renormalize=True), True),
   'k3 sigmoid, tight': (_token_choice(3, 3, scores='sigmoid'), False),
   'k3 sigmoid, tight, packed': (_token_choice(3, 3, scores='sigmoid'), True),

@@ -20,9 +20,7 @@ def best_first(scores):
   return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
-def token_choice(
-  logits_GTE, k, capacity, valid_GT, bias_E, scores, softmax_after_top_k, renormalize
-):
+def token_choice(logits_GTE, k, capacity, valid_GT, bias_E, scores, renormalize):
   """Returns [(group, choice, token, expert, weight), ...] of what is kept, the number of choices,
   and a function from the weights' gradients, in the same order, to that of the logits."""
   G, T, E = logits_GTE.shape
@@ -34,9 +32,7 @@ def token_choice(
       if valid_GT[g, t]:
         experts = best_first(ranking_GTE[g, t])[:k]
         values = p_GTE[g, t, experts]
-        if softmax_after_top_k:
-          values = softmax(logits_GTE[g, t, experts], 0)
-        elif renormalize:
+        if renormalize:
           values = values / values.sum()
         chosen[g, t], weights[g, t] = experts, values
   kept = []
@@ -52,18 +48,15 @@ def token_choice(
     d_chosen = {gt: np.zeros(k) for gt in chosen}
     for (g, j, t, _, _), d in zip(kept, d_weights, strict=True):
       d_chosen[g, t][j] += d
-    dlogits_GTE, dp_GTE = np.zeros_like(logits_GTE), np.zeros_like(logits_GTE)
+    dp_GTE = np.zeros_like(logits_GTE)
     for (g, t), experts in chosen.items():
       d, w = d_chosen[g, t], weights[g, t]
-      if softmax_after_top_k:
-        dlogits_GTE[g, t, experts] += w * (d - (w * d).sum())
-      else:
-        if renormalize:
-          d = (d - (w * d).sum()) / p_GTE[g, t, experts].sum()
-        dp_GTE[g, t, experts] += d
+      if renormalize:
+        d = (d - (w * d).sum()) / p_GTE[g, t, experts].sum()
+      dp_GTE[g, t, experts] += d
     if scores == 'softmax':
-      return dlogits_GTE + softmax_gradient(p_GTE, dp_GTE, 2)
-    return dlogits_GTE + dp_GTE * p_GTE * (1 - p_GTE)
+      return softmax_gradient(p_GTE, dp_GTE, 2)
+    return dp_GTE * p_GTE * (1 - p_GTE)
 
   return kept, k * int(valid_GT.sum()), backward
 

@@ -17,7 +17,7 @@ ALL = np.ones((1, 3), bool)
 _jit = functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
 token_choice = _jit(
   routing.token_choice,
-  static_argnames=('k', 'capacity', 'scores', 'softmax_after_top_k', 'renormalize', 'packed'),
+  static_argnames=('k', 'capacity', 'scores', 'renormalize', 'packed'),
 )
 expert_choice = _jit(routing.expert_choice, static_argnames=('capacity', 'softmax_over'))
 
@@ -128,7 +128,7 @@ ROUTERS = {
 @pytest.mark.parametrize('name', ROUTERS)
 def test_token_choice_is_the_loops(name, capacity, packed):
   logits_GTE, valid_GT = _logits(), _valid()
-  options = dict(scores='softmax', softmax_after_top_k=False, renormalize=False) | ROUTERS[name]
+  options = dict(scores='softmax', renormalize=False) | ROUTERS[name]
   plan = token_choice(logits_GTE, capacity=capacity, packed=packed, valid_GT=valid_GT, **options)
   _check_consistent(plan)
   kept, num_choices, _ = oracles.token_choice(
@@ -158,10 +158,26 @@ def test_expert_choice_is_the_loops(softmax_over, capacity):
   assert _rows(plan) == pytest.approx({(g * T + t, e): weight for g, _, t, e, weight in kept})
 
 
-def test_mixtral_is_softmax_after_top_k():
-  after = token_choice(_logits(), 2, None, valid_GT=_valid(), softmax_after_top_k=True)
-  renormalized = token_choice(_logits(), 2, None, valid_GT=_valid(), renormalize=True)
-  assert _rows(after) == pytest.approx(_rows(renormalized))
+@pytest.mark.parametrize('scores', routing.SCORES)
+@pytest.mark.parametrize('level', [0.0, -50, -1e3, 1e3])
+def test_renormalized_weights_where_all_scores_underflow(scores, level):
+  """In float64 by hand: a softmax of log-sigmoids, which far below 0 are the logits themselves."""
+  logits_GTE = _logits(shape=(1, 3, E)).at[0, 1].add(level)
+  bias_E = jnp.array([3.0, 0, 3, 0, 0])  # of a softmax, too, the chosen ones are not the largest
+
+  def weights(logits_GTE):
+    options = dict(bias_E=bias_E, scores=scores, renormalize=True)
+    return routing.token_choice(logits_GTE, 2, None, valid_GT=ALL, **options).weight
+
+  x = np.asarray(logits_GTE, np.float64)[0][:, [0, 2]]
+  log = -np.logaddexp(0, -x) if scores == 'sigmoid' else x
+  p = oracles.softmax(log, 1)
+  np.testing.assert_allclose(weights(logits_GTE), p.T.reshape(-1), rtol=1e-5)
+  slope = np.exp(-np.logaddexp(0, x)) if scores == 'sigmoid' else 1  # of the logarithm
+  expected = np.zeros((3, E))
+  expected[:, [0, 2]] = (np.array([1.0, 0]) - p) * p[:, :1] * slope
+  gradient = jax.jit(jax.grad(lambda logits_GTE: weights(logits_GTE)[:3].sum()))(logits_GTE)
+  np.testing.assert_allclose(gradient[0], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_weights_of_a_token_are_conserved():
@@ -208,6 +224,42 @@ def test_uniform_routing_has_a_balance_loss_of_one(k):
   )
   assert loss() == pytest.approx(1)
   assert loss(convention='uniform_is_k') == pytest.approx(k)
+
+
+def test_balance_of_sigmoids_is_that_of_their_shares(x64):
+  """DeepSeek-V3's, as loops in numpy; the gradient against differences of it."""
+  logits_GTE, valid_GT = np.asarray(_logits(), np.float64), _valid()
+  plan = token_choice(logits_GTE, 2, None, valid_GT=valid_GT, scores='sigmoid')
+  counts = np.asarray(plan.counts_GE, np.float64).sum(axis=0)
+
+  def by_hand(logits_GTE):
+    scores = 1 / (1 + np.exp(-logits_GTE[valid_GT]))
+    shares = scores / scores.sum(axis=1, keepdims=True)
+    return E / 2 * (counts / valid_GT.sum()) @ shares.mean(axis=0)
+
+  def loss(logits_GTE):
+    logits_GTE = routing.normalizing_logits(logits_GTE, 'sigmoid')
+    return routing.load_balancing_loss(logits_GTE, plan.counts_GE, valid_GT, k=2)
+
+  value, gradient = jax.value_and_grad(loss)(logits_GTE)
+  assert value == pytest.approx(by_hand(logits_GTE), rel=1e-12)
+  for at in np.ndindex(G, T, E):
+    step = np.zeros((G, T, E))
+    step[at] = 1e-5
+    slope = (by_hand(logits_GTE + step) - by_hand(logits_GTE - step)) / 2e-5
+    assert gradient[at] == pytest.approx(slope, abs=1e-9)
+
+
+def test_a_load_that_is_the_mean_does_not_pull():
+  """Also where rounding, or a sum over parts of a batch, makes the mean a hair off."""
+  pull = jax.jit(jax.grad(lambda b, c, scale: scale * routing.balance_pull(b, c).astype('float32')))
+  for mean in (3, 49, 1_000_003):
+    parts = [np.array([[mean, mean + 3, mean - 3, mean, mean, mean, mean]]) + i for i in (0, 1, -1)]
+    parts[1][0, :3] += [1, -4, 3]
+    parts[2][0, :3] -= [1, -4, 3]
+    total = sum(pull(jnp.zeros(7), jnp.asarray(part, jnp.int32), 1 / 3) for part in parts)
+    np.testing.assert_array_equal(np.sign(total), [0, 1, -1, 0, 0, 0, 0])
+  assert np.sign(pull(jnp.zeros(3), jnp.array([[2, 1, 1]]), 1.0)).tolist() == [1, -1, -1]
 
 
 def test_all_to_one_expert_has_a_balance_loss_of_the_number_of_experts():

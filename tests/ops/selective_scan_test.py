@@ -129,6 +129,27 @@ def test_reproduces_mambas_reference_behind_another_document(x64, length):
   assert not np.any(got['state_BNI'])
 
 
+def check_an_infinite_state_ends_with_its_document(run, inputs, border):
+  """What comes after a reset is the same, gradients too, as after a finite state."""
+  infinite = inputs | {'state_BNI': jnp.full_like(inputs['state_BNI'], jnp.inf)}
+  reset_BL = jnp.zeros(inputs['x_BLI'].shape[:2], bool).at[:, border].set(True)
+
+  def after_reset(inputs):
+    (y_BLI, last_BNI), gradients = run(inputs, reset_BL, _cotangents(inputs))
+    after = {name: gradients[name][:, border:] for name in SEQUENCES}
+    shared = gradients if border == 0 else {}  # else they are sums over the first document, too
+    return y_BLI[:, border:], last_BNI, shared | after
+
+  jax.tree.map(np.testing.assert_array_equal, after_reset(infinite), after_reset(inputs))
+
+
+@pytest.mark.parametrize('border', [0, CHUNK + 1])
+@pytest.mark.parametrize('impl', ['reference', 'cpu'])
+def test_an_infinite_state_ends_with_its_document(impl, border):
+  run = functools.partial(_with_gradients, impl=impl)
+  check_an_infinite_state_ends_with_its_document(run, _inputs(CHUNK + 3, 'float32'), border)
+
+
 def test_reproduces_mambas_reference_without_extras(x64):
   """Its bare recurrence is ours with the inverse of softplus, no skip, and a gate of silu = 1."""
   given, cotangents, results, gradients = _case('plain')

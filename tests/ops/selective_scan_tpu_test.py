@@ -60,6 +60,13 @@ def test_narrow_dtypes(interpreted, dtype, tolerance):
   scans._assert_close(got[0][1], expected[0][1], 1e-6)  # the state stays wide
 
 
+@pytest.mark.parametrize('border', [0, CHUNK + 1])
+def test_an_infinite_state_ends_with_its_document(interpreted, border):
+  inputs, _, _ = _case(CHUNK + 3, 'float32')
+  run = functools.partial(_with_gradients, 'tpu_kernel')
+  scans.check_an_infinite_state_ends_with_its_document(run, inputs, border)
+
+
 def test_devices_run_it_on_their_own_part(x64, interpreted):
   inputs, reset_BL, cotangents = _case(CHUNK + 1, 'float64', 2 * LANES, sequences=4)
   reset_BL = jnp.concatenate([reset_BL, ~reset_BL])
