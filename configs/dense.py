@@ -1,9 +1,9 @@
 """The dense baseline of every size: the FLOPs per token of the sparse models' active parameters."""
 
-from configs import common
+from moejax import variants
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, sizes=common.SIZES | common.SCALING_SIZES)
-  c = common.sized(arg.size)
-  return common.shrink(c) if arg.debug else c
+  arg = variants.parse_arg(arg, sizes=variants.SIZES | variants.SCALING_SIZES)
+  c = variants.sized(arg.size)
+  return variants.shrink(c) if arg.debug else c

@@ -9,13 +9,13 @@ the paper's appendix A; configs/dense.py has the dense models of the same names.
 (granularity 4, expansion rate 8) reaches 1.157 nats per byte on held-out files; dense 1.191.
 """
 
-from configs import common
+from moejax import variants
 
 
 def get_config(arg=None):
-  sizes = ('laptop', *common.SCALING_SIZES)
-  arg = common.parse_arg(arg, sizes=sizes, granularity=0, expansion_rate=0)
-  c = common.sized(arg.size)
+  sizes = ('laptop', *variants.SCALING_SIZES)
+  arg = variants.parse_arg(arg, sizes=sizes, granularity=0, expansion_rate=0)
+  c = variants.sized(arg.size)
   laptop = arg.size == 'laptop'
   ((_, blocks),) = c.model.blocks
   c.model.blocks = ((('attention', 'moe'), blocks),)
@@ -26,4 +26,4 @@ def get_config(arg=None):
   c.model.moe.group_size = 16 if laptop else 256
   c.model.moe.balance_loss = 0.0
   c.model.moe.output_norm = True
-  return common.shrink(c) if arg.debug else c
+  return variants.shrink(c) if arg.debug else c

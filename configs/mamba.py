@@ -12,15 +12,15 @@ the authors of Mamba advise, who also keep the residual stream in float32
 (--config.model.residual_float32).
 """
 
-from configs import common
+from moejax import variants
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, sizes=('laptop', *common.MOE_MAMBA_SIZES))
-  c = common.moe_mamba_run(arg.size)
+  arg = variants.parse_arg(arg, sizes=('laptop', *variants.MOE_MAMBA_SIZES))
+  c = variants.moe_mamba_run(arg.size)
   ((_, blocks),) = c.model.blocks
   c.model.blocks = ((('mamba',), 2 * blocks),)
   c.model.positions = 'none'
   if arg.size != 'laptop':
     c.optimizer.peak_lr = 1e-3
-  return common.shrink(c) if arg.debug else c
+  return variants.shrink(c) if arg.debug else c

@@ -10,13 +10,13 @@ miniature of ours. The laptop default (8 experts) reaches 1.190 nats per byte on
 1.162 without drops; its dense baseline 1.191.
 """
 
-from configs import common
+from moejax import variants
 
 
 def get_config(arg=None):
-  sizes = ('laptop', *common.MOE_MAMBA_SIZES)
-  arg = common.parse_arg(arg, sizes=sizes, experts=0, top_k=1, dense=False)
-  c = common.moe_mamba_run(arg.size)
+  sizes = ('laptop', *variants.MOE_MAMBA_SIZES)
+  arg = variants.parse_arg(arg, sizes=sizes, experts=0, top_k=1, dense=False)
+  c = variants.moe_mamba_run(arg.size)
   if arg.size != 'laptop':
     c.model.moe.expansion_rate = 32
     c.model.moe.capacity_factor = 1.0
@@ -25,4 +25,4 @@ def get_config(arg=None):
     c.model.blocks = ((('attention', 'moe'), blocks),)
   c.model.moe.expansion_rate = arg.experts or c.model.moe.expansion_rate
   c.model.moe.experts_per_token = arg.top_k
-  return common.shrink(c) if arg.debug else c
+  return variants.shrink(c) if arg.debug else c

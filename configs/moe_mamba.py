@@ -29,20 +29,20 @@ layer; 1000 steps reach 1.210 nats per byte on held-out files (1.204 without dro
 of Mamba: the experts do not pay yet (docs/LOG.md).
 """
 
-from configs import common
+from moejax import variants
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(
+  arg = variants.parse_arg(
     arg,
-    sizes=('laptop', *common.MOE_MAMBA_SIZES),
+    sizes=('laptop', *variants.MOE_MAMBA_SIZES),
     experts=0,
     parallel=False,
     ratio='',
     inner='',
     every_other=False,
   )
-  c = common.moe_mamba_run(arg.size)
+  c = variants.moe_mamba_run(arg.size)
   c.model.positions = 'none'
   if arg.size != 'laptop':
     c.optimizer.peak_lr = 5e-4
@@ -51,7 +51,7 @@ def get_config(arg=None):
     _inner(c, arg)
   else:
     _outer(c, arg)
-  return common.shrink(c) if arg.debug else c
+  return variants.shrink(c) if arg.debug else c
 
 
 def _outer(c, arg):

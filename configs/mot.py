@@ -9,15 +9,15 @@ is the proof of concept of its first version, 32E/16 in all blocks. The laptop d
 reaches 1.176 nats per byte on held-out files; its dense baseline 1.191.
 """
 
-from configs import common
+from moejax import variants
 
 # Peak learning rates of the paper's runs where they differ from the dense model's.
 PEAK_LR = {'mini': 2e-3, 'base': 2e-4}
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, experts=0, mixtures=0)
-  c = common.sized(arg.size)
+  arg = variants.parse_arg(arg, experts=0, mixtures=0)
+  c = variants.sized(arg.size)
   default_experts, default_mixtures = {'laptop': (8, 8), 'mini': (32, 16)}.get(arg.size, (32, 1))
   experts, mixtures = arg.experts or default_experts, arg.mixtures or default_mixtures
   c.model.mot.group_size = experts
@@ -32,4 +32,4 @@ def get_config(arg=None):
       (('attention', 'mlp'), blocks // 2),
       (('attention', 'mot'), blocks - blocks // 2),
     )
-  return common.shrink(c) if arg.debug else c
+  return variants.shrink(c) if arg.debug else c

@@ -127,13 +127,23 @@ def _parse_with_config(argv):
   argv = [argv[0], *map(_find_config, argv[1:])]
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
+  if {'--help', '-help', '-h', '-?'} & set(argv):
+    _help()
   sys.argv[:] = argv  # config_flags reads overrides from here as well
-  if str(_BUNDLED) not in sys.path:
-    sys.path.append(str(_BUNDLED))  # config files import `configs.common`
   try:
     return _parse(argv)
   except (AttributeError, KeyError, ValueError) as error:
     sys.exit(_fail(_explain(error, argv)))
+
+
+def _help():
+  """Prints what the program does, its flags, and all fields of a config, and exits."""
+  from moejax import config  # importing JAX takes seconds
+
+  app.usage(shorthelp=True, writeto_stdout=True)
+  print('--config=FILE[:VARIANTS] and --config.SECTION.FIELD=VALUE, with these defaults:\n')
+  print(config.reference(), end='')
+  sys.exit(OK)
 
 
 def _find_config(argument):

@@ -4,12 +4,14 @@ import ast
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import ml_collections
 
-from moejax import files
+from moejax import fields, files
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
+from moejax.fields import default
 from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
@@ -18,29 +20,57 @@ from moejax.text import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """Section `train`: what every field means stands in configs/common.py."""
+class TrainConfig(fields.Section):
+  """How long a run trains, and what it does meanwhile."""
 
-  steps: int
-  seed: int
-  log_interval: int
-  eval_interval: int
-  eval_batches: int
-  checkpoint_interval: int
-  keep_checkpoints: int
-  sample_prompt: str
-  sample_length: int
+  PATH = 'train'
 
-  def __post_init__(self):
-    for name in ('steps', 'log_interval', 'eval_interval', 'eval_batches', 'checkpoint_interval'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'train.{name} must be at least 1, got {getattr(self, name)}.')
-    if self.keep_checkpoints < 1:
-      raise ValueError(f'train.keep_checkpoints must be at least 1, got {self.keep_checkpoints}.')
+  steps: int = default(3000, 'at which the run ends', minimum=1)
+  seed: int = default(0, 'of the parameters', minimum=0, maximum=fields.MAX_SEED)
+  log_interval: int = default(10, 'steps between two lines of the log', minimum=1)
+  eval_interval: int = default(250, 'steps between two evaluations', minimum=1)
+  eval_batches: int = default(32, 'batches of an evaluation', minimum=1)
+  checkpoint_interval: int = default(250, 'steps between two checkpoints', minimum=1)
+  keep_checkpoints: int = default(3, 'checkpoints that are kept, the latest', minimum=1)
+  sample_prompt: str = default('def ', 'what the sample at the end of a run begins with')
+  sample_length: int = default(120, 'tokens of that sample; 0: none', minimum=0)
+
+  def conflicts(self):
     if self.sample_length > 0 and not self.sample_prompt:
-      raise ValueError(
-        'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
-      )
+      yield 'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
+
+
+# The sections of a config, from which everything about its fields is made.
+SECTIONS = {
+  'model': ModelConfig,
+  'data': DataConfig,
+  'optimizer': OptimizerConfig,
+  'mesh': MeshConfig,
+  'train': TrainConfig,
+}
+
+
+def baseline() -> Any:
+  """All fields with their defaults: a small dense model on the embedded corpus, locked."""
+  sections = {name: fields.baseline(section) for name, section in SECTIONS.items()}
+  return ml_collections.ConfigDict(sections).lock()
+
+
+def flat_fields():
+  """All fields that there are: 'section.field' -> dataclasses.Field."""
+  return {name: f for section in SECTIONS.values() for name, f in fields.flat(section).items()}
+
+
+def reference():
+  """A list of all fields, in Markdown: `--help`, and the end of docs/configuration.md."""
+  lines, path = [], None
+  for name, f in flat_fields().items():
+    if path != (path := name.rpartition('.')[0]):
+      lines.append(f'\n### {path}\n')
+    values = fields.allowed(f)
+    text = f.metadata['meaning'] + (f' ({values})' if values else '')
+    lines.append(f'- `{f.name} = {f.default!r}`: {text}')
+  return '\n'.join(lines).lstrip() + '\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +223,7 @@ def parse(text):
   fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   fields['optimizer'].setdefault('moment_dtype', '')  # in runs from before there was a choice
+  fields['model']['moe'].pop('balance_convention', None)  # in runs from before it went
   return ml_collections.ConfigDict(fields)
 
 

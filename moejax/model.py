@@ -8,12 +8,12 @@ scan, so compile time does not grow with depth. Around each sublayer stands a pr
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.fields import Section, default, section
 from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
 from moejax.ops import cross_entropy, routing
 from moejax.sharding import exchange, rules
@@ -91,43 +91,62 @@ REMAT = {
 }
 
 
-_SECTIONS = {'mot': mot.MoTConfig, 'moe': moe.MoEConfig, 'mamba': mamba.MambaConfig}
+_DTYPES = ('float32', 'bfloat16', 'float64')
+_MoT = mot.MoTConfig  # by the name of a field, the module cannot be reached in the class
+_MoE = moe.MoEConfig
+_Mamba = mamba.MambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Section `model`: what every field means stands in configs/common.py."""
+class ModelConfig(Section):
+  """The architecture, and how it is computed."""
 
-  blocks: tuple
-  vocab_size: int
-  max_length: int
-  d_model: int
-  num_heads: int
-  d_ff: int
-  activation: str
-  positions: str
-  document_mask: bool
-  norm: str
-  final_norm: bool
-  tie_embeddings: bool
-  init: str
-  init_scale: float
-  dtype: str
-  residual_float32: bool
-  param_dtype: str
-  remat: str
-  loss_chunk: int
-  mot: Any  # mot.MoTConfig, or the mapping that becomes one
-  moe: Any  # moe.MoEConfig, or the mapping that becomes one
-  mamba: Any  # mamba.MambaConfig, likewise
+  PATH = 'model'
 
-  def __post_init__(self):
-    for name, section in _SECTIONS.items():
-      if not isinstance(getattr(self, name), section):
-        object.__setattr__(self, name, section(**getattr(self, name)))
-    problems = list(self._problems())
-    if problems:
-      raise ValueError('\n'.join(problems))
+  blocks: tuple = default(
+    ((('attention', 'mlp'), 4),),
+    'patterns of sublayers and how often each repeats; names joined by + are one sublayer: their '
+    'sum, on the same input',
+  )
+  vocab_size: int = default(0, "0: the tokenizer's; more pads the embedding", minimum=0)
+  max_length: int = dataclasses.field(kw_only=True)  # positions: data.sequence_length
+  d_model: int = default(64, 'width of the stream between sublayers', minimum=1)
+  num_heads: int = default(2, 'of attention', minimum=1)
+  d_ff: int = default(256, 'hidden width of a dense feed-forward', minimum=1)
+  activation: str = default(
+    'relu', 'of feed-forwards and experts', choices=(*common.ACTIVATIONS, 'swiglu')
+  )
+  positions: str = default(
+    'rope', 'how positions are told; learned: absolute', choices=('rope', 'learned', 'none')
+  )
+  document_mask: bool = default(False, 'attention stays inside packed documents')
+  norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
+  final_norm: bool = default(False, 'a norm before the output projection')
+  tie_embeddings: bool = default(False, 'the output projection is the embedding')
+  init: str = default('truncated_normal', 'of the parameters', choices=tuple(common.INITIALIZERS))
+  init_scale: float = default(1.0, 'times the initial parameters', minimum=0)
+  dtype: str = default(
+    'float32',
+    'of activations; routing and norms are as wide as their parameters, the loss is float32',
+    choices=_DTYPES,
+  )
+  residual_float32: bool = default(False, 'the stream between sublayers is float32 in any dtype')
+  param_dtype: str = default(
+    'float32',
+    'of parameters and, by default, optimizer moments; with dtype bfloat16 as well there is no '
+    'float32 copy of anything',
+    choices=_DTYPES,
+  )
+  remat: str = default(
+    'none',
+    'what the backward pass computes again; dots: all but results of matmuls, save_moe: all but '
+    'outputs of experts and what other devices sent',
+    choices=tuple(REMAT),
+  )
+  loss_chunk: int = default(0, 'positions whose logits exist at once; 0: all', minimum=0)
+  mot: _MoT = section(_MoT, 'the Mixture-of-Tokens sublayer')
+  moe: _MoE = section(_MoE, 'the sparse mixture-of-experts sublayer')
+  mamba: _Mamba = section(_Mamba, 'the Mamba sublayer')
 
   @property
   def sublayers(self):
@@ -210,25 +229,7 @@ class ModelConfig:
       changes['routing'] = routing
     return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
 
-  def _problems(self):
-    choices = {
-      'activation': (*common.ACTIVATIONS, 'swiglu'),
-      'positions': ('learned', 'rope', 'none'),
-      'norm': tuple(common.NORMS),
-      'init': tuple(common.INITIALIZERS),
-      'remat': tuple(REMAT),
-      'dtype': ('float32', 'bfloat16', 'float64'),
-      'param_dtype': ('float32', 'bfloat16', 'float64'),
-    }
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        yield f'model.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
-    for name in ('vocab_size', 'max_length', 'd_model', 'num_heads', 'd_ff'):
-      if getattr(self, name) < 1:
-        yield f'model.{name} must be at least 1, got {getattr(self, name)}.'
-        return
-    if self.loss_chunk < 0:
-      yield f'model.loss_chunk must be a number of positions, or 0 for all, got {self.loss_chunk}.'
+  def conflicts(self):
     if self.d_model % self.num_heads:
       yield f'model.num_heads = {self.num_heads} must divide d_model = {self.d_model}.'
     elif self.positions == 'rope' and self.d_model // self.num_heads % 2:

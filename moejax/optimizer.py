@@ -6,52 +6,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moejax.fields import Section, default
+
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """Section `optimizer`: what every field means stands in configs/common.py."""
+class OptimizerConfig(Section):
+  """AdamW, its schedule, and what else changes parameters from step to step."""
 
-  peak_lr: float
-  warmup_steps: int
-  final_lr_fraction: float
-  schedule_start: int
-  b1: float
-  b2: float
-  eps: float
-  moment_dtype: str
-  weight_decay: float
-  decay: str
-  clip_norm: float
-  balance_bias_rate: float
-  anneal_from: int
-  accumulation: int
+  PATH = 'optimizer'
 
-  def __post_init__(self):
-    for name in ('peak_lr', 'eps', 'clip_norm'):
-      if getattr(self, name) <= 0:
-        raise ValueError(f'optimizer.{name} must be positive, got {getattr(self, name)}.')
-    if self.balance_bias_rate < 0:
-      raise ValueError(
-        f'optimizer.balance_bias_rate must not be negative, got {self.balance_bias_rate}.'
-      )
-    if self.anneal_from < 0:
-      raise ValueError(f'optimizer.anneal_from must be a step, 0 or later, got {self.anneal_from}.')
-    if self.accumulation < 1:
-      raise ValueError(f'optimizer.accumulation must be at least 1, got {self.accumulation}.')
-    for name in ('warmup_steps', 'schedule_start'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'optimizer.{name} must not be negative, got {getattr(self, name)}.')
-    if not 0 <= self.final_lr_fraction <= 1:
-      raise ValueError(
-        f'optimizer.final_lr_fraction must be in [0, 1], got {self.final_lr_fraction}.'
-      )
-    if self.moment_dtype not in ('', 'float32', 'bfloat16'):
-      raise ValueError(
-        "optimizer.moment_dtype must be float32, bfloat16 or '' (that of the parameters), got "
-        f'{self.moment_dtype!r}.'
-      )
-    if self.decay not in ('all', 'matrices'):
-      raise ValueError(f'optimizer.decay must be all or matrices, got {self.decay!r}.')
+  peak_lr: float = default(6e-3, 'learning rate after warm-up', above=0)
+  warmup_steps: int = default(50, 'steps in which the rate rises to its peak', minimum=0)
+  final_lr_fraction: float = default(
+    0.1, 'the cosine ends at this fraction of the peak, at train.steps', minimum=0, maximum=1
+  )
+  schedule_start: int = default(
+    0, 'step at which warm-up begins; later in a run that goes on anew', minimum=0
+  )
+  b1: float = default(0.9, 'decay of the first moment', minimum=0, below=1)
+  b2: float = default(0.999, 'decay of the second moment', minimum=0, below=1)
+  eps: float = default(1e-8, 'added to the root of the second moment', above=0)
+  moment_dtype: str = default(
+    '',
+    "of the first moment; '' is that of the parameters, as of the second always",
+    choices=('', 'float32', 'bfloat16'),
+  )
+  weight_decay: float = default(0.1, 'fraction of the rate by which parameters shrink', minimum=0)
+  decay: str = default(
+    'all',
+    "what shrinks; matrices: no norms, biases, nor Mamba's a and skip",
+    choices=('all', 'matrices'),
+  )
+  clip_norm: float = default(0.5, 'of the gradient of all parameters together', above=0)
+  balance_bias_rate: float = default(1e-3, 'step of the biases that balance routers', minimum=0)
+  anneal_from: int = default(
+    0, 'step from which annealed temperatures fall, to 0 at train.steps', minimum=0
+  )
+  accumulation: int = default(
+    1, 'microbatches that a batch is split into; a MoT group lies within one', minimum=1
+  )
 
 
 def make_schedule(config, steps):

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from configs import common, moe as moe_config, moe_mamba, mot
-from moejax import metrics, model
+from configs import moe as moe_config, moe_mamba, mot
+from moejax import metrics, model, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -76,7 +76,7 @@ def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained,
 @pytest.mark.parametrize(
   'args, message',
   [
-    (['--config=configs/mot.py:mediun'], "Did you mean 'medium'?"),
+    (['--config=configs/mot.py:mediun'], "did you mean 'medium'?"),
     (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
     (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
@@ -126,6 +126,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 def test_help_and_print_config_do_not_train(tmp_path):
   printed = _moejax('--config=configs/mot.py:mini', '--print_config', cwd=tmp_path)
   assert printed.returncode == 0 and 'd_model: 256' in printed.stdout
+  explained = _moejax('--help', cwd=tmp_path)
+  assert explained.returncode == 0 and '`d_ff = 256`: hidden width of a' in explained.stdout
   assert not list(tmp_path.iterdir())
 
 
@@ -179,8 +181,8 @@ def test_the_names_of_moe_mamba_become_sizes():
     ('ratio=2', 'expected MAMBAxEXPERT'),
     ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
     ('inner=conv,parallel', 'inner= has no Switch layers'),
-    ('paralel', "Did you mean 'parallel'?"),
-    ('parallel=1', "Did you mean 'parallel'?"),
+    ('paralel', "did you mean 'parallel'?"),
+    ('parallel=1', "did you mean 'parallel'?"),
   ],
 )
 def test_mistakes_in_the_words_of_moe_mamba(words, message):
@@ -189,5 +191,5 @@ def test_mistakes_in_the_words_of_moe_mamba(words, message):
 
 
 def test_unknown_words_are_refused():
-  with pytest.raises(ValueError, match="Did you mean 'experts='"):
-    common.parse_arg('expert=3', experts=1)
+  with pytest.raises(ValueError, match="did you mean 'experts='"):
+    variants.parse_arg('expert=3', experts=1)

@@ -159,8 +159,11 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_pat
     ({'data.files': 'nothing/*.txt', 'data.source': 'text'}, 'data.files'),
     ({'data.tokenizer': 'missing.model'}, 'data.tokenizer'),
     ({'optimizer.peak_lr': -1.0}, 'optimizer.peak_lr must be positive'),
-    ({'optimizer.decay': 'some'}, 'optimizer.decay must be all or matrices'),
-    ({'optimizer.moment_dtype': 'float16'}, 'optimizer.moment_dtype must be float32, bfloat16 or'),
+    ({'optimizer.decay': 'some'}, 'optimizer.decay must be one of all, matrices'),
+    (
+      {'optimizer.moment_dtype': 'float16'},
+      "moment_dtype must be one of '', float32, bf",
+    ),
     ({'train.steps': 0}, 'train.steps must be at least 1'),
     ({'train.sample_prompt': ''}, 'train.sample_prompt must not be empty'),
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.fields import Section, default
 from moejax.layers import common
 from moejax.ops import selective_scan
 
@@ -15,13 +16,17 @@ MIN_STEP, MAX_STEP = 1e-3, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class MambaConfig:
-  """Section `model.mamba`: what every field means stands in configs/common.py."""
+class MambaConfig(Section):
+  """The Mamba sublayer."""
 
-  expand: float
-  state_size: int
-  conv_width: int
-  moe_in: str
+  PATH = 'model.mamba'
+
+  expand: float = default(2.0, 'channels per unit of d_model', above=0)
+  state_size: int = default(16, 'states per channel', minimum=1)
+  conv_width: int = default(4, 'positions that its convolution sees', minimum=2)
+  moe_in: str = default(
+    'conv+gate+out', 'projections with experts in the sublayer moe_in_mamba, joined by +'
+  )
 
   @property
   def sparse_projections(self):
@@ -43,10 +48,6 @@ class MambaConfig:
       yield (
         f'model.mamba.expand = {self.expand} must make at least one channel of d_model = {d_model}.'
       )
-    if self.state_size < 1:
-      yield f'model.mamba.state_size must be at least 1, got {self.state_size}.'
-    if self.conv_width < 2:
-      yield f'model.mamba.conv_width must be at least 2 positions, got {self.conv_width}.'
     sparse, projections = self.sparse_projections, self.projections(d_model)
     if not set(sparse) <= set(projections) or len(set(sparse)) < len(sparse):
       yield (

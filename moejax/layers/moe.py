@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax.fields import Section, default
 from moejax.layers import common, experts, mlp
 from moejax.ops import routing
 from moejax.sharding import groups
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """Section `model.moe`: what every field means stands in configs/common.py.
+class MoEConfig(Section):
+  """The sparse mixture-of-experts sublayer.
 
   Sizes follow arXiv:2402.07871, sections 4 and 6.1: with expansion rate E and granularity G there
   are G * E experts of width d_ff / G, and a token is processed by G of them (on average, under
@@ -26,23 +27,48 @@ class MoEConfig:
   experts are those of the dense layer, for every G.
   """
 
-  router: str
-  expansion_rate: int
-  granularity: int
-  experts_per_token: int
-  capacity_factor: float
-  group_size: int
-  group_by: str
-  scores: str
-  renormalize: bool
-  balance_loss: float
-  balance_convention: str
-  balance_bias: bool
-  z_loss: float
-  jitter: float
-  shared_width: int
-  output_norm: bool
-  impl: str
+  PATH = 'model.moe'
+
+  router: str = default('token_choice', 'who chooses whom', choices=lambda: ROUTERS)
+  expansion_rate: int = default(
+    8, 'parameters of all experts over those of a dense layer', minimum=1
+  )
+  granularity: int = default(
+    1, 'experts are d_ff / granularity wide, this many times as many', minimum=1
+  )
+  experts_per_token: int = default(
+    0, '0: granularity, the FLOPs per token of a dense layer', minimum=0
+  )
+  capacity_factor: float = default(
+    1.25, 'slots of an expert over its fair share; 0: nobody is dropped', minimum=0
+  )
+  group_size: int = default(8, 'sequences that are routed together', minimum=1)
+  group_by: str = default(
+    'auto',
+    'what a routing group holds: whole sequences, or one position of them; auto: what is causal',
+    choices=('auto', 'sequence', 'position'),
+  )
+  scores: str = default(
+    'softmax',
+    'of the router; sigmoid is of token choice, softmax_over_tokens of expert choice',
+    choices=('softmax', 'sigmoid', 'softmax_over_tokens'),
+  )
+  renormalize: bool = default(False, 'weights of a token sum to 1: the softmax after the choice')
+  balance_loss: float = default(0.01, 'weight of the load-balancing loss', minimum=0)
+  balance_bias: bool = default(False, 'balance by a bias instead (optimizer.balance_bias_rate)')
+  z_loss: float = default(0.0, 'weight of the mean squared logsumexp of router scores', minimum=0)
+  jitter: float = default(
+    0.0, "noise of the router's input in training: uniform in 1 +- jitter", minimum=0
+  )
+  shared_width: int = default(
+    0, 'hidden width of an expert that every token passes; 0: none', minimum=0
+  )
+  output_norm: bool = default(False, 'layer norm of the output')
+  impl: str = default(
+    'auto',
+    'loop over experts, or rows of all at once; auto: by device',
+    choices=('auto', 'loop', 'rows'),
+  )
 
   @property
   def num_experts(self):
@@ -90,32 +116,6 @@ class MoEConfig:
 
   def problems(self, d_ff, length):
     """Yields one sentence per impossible value; `length` is that of the sequences."""
-    choices = {
-      'router': tuple(ROUTERS),
-      'group_by': ('auto', 'sequence', 'position'),
-      'scores': ('softmax', 'sigmoid', 'softmax_over_tokens'),
-      'balance_convention': ('uniform_is_1', 'uniform_is_k'),
-      'impl': ('auto', 'loop', 'rows'),
-    }
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        yield f'model.moe.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
-        return
-    for name in ('expansion_rate', 'granularity', 'group_size'):
-      if getattr(self, name) < 1:
-        yield f'model.moe.{name} must be at least 1, got {getattr(self, name)}.'
-        return
-    for name in (
-      'experts_per_token',
-      'capacity_factor',
-      'balance_loss',
-      'z_loss',
-      'jitter',
-      'shared_width',
-    ):
-      if getattr(self, name) < 0:
-        yield f'model.moe.{name} must not be negative, got {getattr(self, name)}.'
-        return
     if d_ff % self.granularity:
       yield (
         f'model.moe.granularity = {self.granularity} must divide model.d_ff = {d_ff}: experts are '
@@ -268,9 +268,7 @@ class MixtureOfExperts(common.Stateless):
   def _aux(self, routed, logits_GTE, valid_GT, bias_E):
     config = self.config
     scores_GTE = routing.normalizing_logits(logits_GTE, config.scores)
-    balance = routing.load_balancing_loss(
-      scores_GTE, routed.counts_GE, valid_GT, k=config.top_k, convention=config.balance_convention
-    )
+    balance = routing.load_balancing_loss(scores_GTE, routed.counts_GE, valid_GT, k=config.top_k)
     z = routing.z_loss(logits_GTE, valid_GT)
     loss = jnp.zeros_like(balance)
     for weight, value in ((config.balance_loss, balance), (config.z_loss, z)):

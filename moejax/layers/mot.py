@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax.fields import Section, default
 from moejax.layers import common, experts
 from moejax.ops import mixing, routing
 from moejax.sharding import groups
@@ -16,24 +17,44 @@ _COLDEST = 1e-6  # temperature at which the softmax is a one-hot arg-max, and st
 
 
 @dataclasses.dataclass(frozen=True)
-class MoTConfig:
-  """Section `model.mot`: what every field means stands in configs/common.py.
+class MoTConfig(Section):
+  """The Mixture-of-Tokens sublayer.
 
   In the paper's names, MoT-Size/kE/m has k = group_size and k * m experts. `group_size` and
   `routing` can change without the parameters, once the width of the experts is given.
   """
 
-  num_experts: int
-  group_size: int
-  expert_width: int
-  routing: str
-  emit: str
-  separate_controllers: bool
-  temperature: float
-  temperature_mode: str
-  separate_temperatures: bool
-  expert_norm: bool
-  grouping: str
+  PATH = 'model.mot'
+
+  num_experts: int = default(64, 'experts of a layer', minimum=1)
+  group_size: int = default(8, 'sequences that are mixed with each other', minimum=1)
+  expert_width: int = default(
+    0, '0: FLOPs per token of a dense layer, d_ff * group_size / num_experts', minimum=0
+  )
+  routing: str = default(
+    'softmax',
+    'how tokens are mixed; discrete: one token per expert, uniform: all alike',
+    choices=('softmax', 'discrete', 'uniform'),
+  )
+  emit: str = default(
+    'same',
+    'weights of outputs on their way back; same: as merged, raw: 1',
+    choices=('same', 'softmax_over_experts', 'raw', 'top_1'),
+  )
+  separate_controllers: bool = default(False, 'emit has scores of its own')
+  temperature: float = default(1.0, 'of the softmax; where it changes, the initial one', above=0)
+  temperature_mode: str = default(
+    'fixed',
+    'how it changes; learned: one for a layer',
+    choices=('fixed', 'annealed', 'learned', 'learned_per_expert'),
+  )
+  separate_temperatures: bool = default(False, 'emit learns a temperature of its own')
+  expert_norm: bool = default(False, 'layer norm before and after the experts')
+  grouping: str = default(
+    'batch',
+    'who is mixed; batch: consecutive sequences, random: shuffled in every layer and step',
+    choices=('batch', 'random'),
+  )
 
   def width(self, d_ff):
     """Hidden width of one expert; E * width / group_size = d_ff matches a dense layer's FLOPs."""
@@ -52,22 +73,6 @@ class MoTConfig:
 
   def problems(self, d_ff):
     """Yields one sentence per impossible value."""
-    choices = {
-      'routing': ('softmax', 'discrete', 'uniform'),
-      'emit': ('same', 'softmax_over_experts', 'raw', 'top_1'),
-      'temperature_mode': ('fixed', 'annealed', 'learned', 'learned_per_expert'),
-      'grouping': ('batch', 'random'),
-    }
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        yield f'model.mot.{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}.'
-        return
-    for name in ('num_experts', 'group_size'):
-      if getattr(self, name) < 1:
-        yield f'model.mot.{name} must be at least 1, got {getattr(self, name)}.'
-        return
-    if self.temperature <= 0:
-      yield f'model.mot.temperature must be positive, got {self.temperature}.'
     if self.separate_temperatures and not self.learns_temperature:
       yield (
         'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
@@ -77,9 +82,7 @@ class MoTConfig:
       for name in ('separate_controllers', 'separate_temperatures'):
         if getattr(self, name):
           yield f'model.mot.{name} has nothing to act on with emit = {self.emit}; set it to False.'
-    if self.expert_width < 0:
-      yield f'model.mot.expert_width must be positive, or 0 to match d_ff, got {self.expert_width}.'
-    elif not self.expert_width and d_ff * self.group_size % self.num_experts:
+    if not self.expert_width and d_ff * self.group_size % self.num_experts:
       yield (
         f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = '
         f'{d_ff * self.group_size} for experts of equal FLOPs; change it or set expert_width.'

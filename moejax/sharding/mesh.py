@@ -12,6 +12,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
+from moejax.fields import Section, default
+
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
 SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts lie in parts along these
@@ -19,18 +21,20 @@ BATCH = P(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Section `mesh`: devices along each axis; -1, at most once, takes what the others leave."""
+class MeshConfig(Section):
+  """Devices along each axis; -1, at most once, takes what the others leave."""
 
-  data: int
-  fsdp: int
-  expert: int
-  tensor: int
+  PATH = 'mesh'
 
-  def __post_init__(self):
+  data: int = default(-1, 'devices that hold replicas; -1: the rest', minimum=-1)
+  fsdp: int = default(1, 'devices that share batch and parameters', minimum=-1)
+  expert: int = default(1, 'devices that share batch and experts', minimum=-1)
+  tensor: int = default(1, 'devices that share heads, hidden widths, vocabulary', minimum=-1)
+
+  def conflicts(self):
     sizes = dataclasses.astuple(self)
-    if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
-      raise ValueError(
+    if 0 in sizes or sizes.count(-1) > 1:
+      yield (
         f'mesh sizes must be positive, with at most one -1 for "the rest"; got '
         f'{dict(zip(AXES, sizes, strict=True))}.'
       )

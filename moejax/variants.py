@@ -1,0 +1,157 @@
+"""What the bundled config files share: sizes, variants and training recipes.
+
+Words after the colon of `--config=configs/mot.py:medium,experts=32,debug` choose sizes and variants
+here, before other fields are derived from them; `--config.section.field=value` overrides single
+fields afterwards.
+"""
+
+import types
+
+from moejax.config import baseline
+from moejax.text import did_you_mean
+
+# name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
+SIZES = {
+  'laptop': (64, 4, 2, 6e-3),
+  'mini': (256, 4, 4, 4e-3),
+  'small': (512, 4, 8, 1e-3),
+  'medium': (512, 8, 8, 7e-4),
+  'base': (768, 12, 12, 4e-4),
+  'large': (1024, 24, 16, 2e-4),
+}
+# The same of the runs behind the scaling laws (arXiv:2402.07871, appendix A), named by the
+# parameters that a token uses. 1B and 3B are of its table 2, which gives no shapes: these are ours.
+SCALING_SIZES = {
+  '3M': (256, 4, 4, 2e-4),
+  '6M': (256, 8, 4, 2e-4),
+  '7M': (384, 4, 6, 2e-4),
+  '13M': (512, 4, 8, 2e-4),
+  '25M': (512, 8, 8, 2e-4),
+  '49M': (640, 10, 10, 2e-4),
+  '85M': (768, 12, 12, 2e-4),
+  '1B': (2048, 20, 16, 2e-4),
+  '3B': (3072, 26, 24, 2e-4),
+}
+# Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
+# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps. The
+# smallest is ours: a miniature on the billion tokens of the paper's ablations.
+MOE_MAMBA_SIZES = {
+  '3M': (256, 4, 4, 5e-4, 64, 15_000),
+  '25M': (512, 8, 8, 5e-4, 64, 150_000),
+  '100M': (768, 16, 12, 2.5e-4, 1024, 30_000),
+}
+
+
+def parse_arg(arg, sizes=SIZES, **options):
+  """Reads 'medium,experts=32,debug' into a namespace with `size`, `debug` and the given options.
+
+  Args:
+    arg: the part of --config after the colon, or None.
+    sizes: names that are a size.
+    **options: name=default of further `name=value` words, of the default's type; a word of default
+      False, as `debug`, is true by its name alone.
+
+  Raises:
+    ValueError: a word is neither a size nor an option.
+  """
+  options = {'debug': False, **options}
+  values = {'size': 'laptop', **options}
+  for word in filter(None, (arg or '').split(',')):
+    name, equals, text = word.partition('=')
+    if name in sizes and not equals:
+      values['size'] = name
+    elif options.get(name) is False and not equals:
+      values[name] = True
+    elif name in options and options[name] is not False and equals:
+      try:
+        values[name] = type(options[name])(text)
+      except ValueError as error:
+        kind = type(options[name]).__name__
+        raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
+    else:
+      known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
+      hint = did_you_mean(word, known)
+      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}.')
+  return types.SimpleNamespace(**values)
+
+
+def sized(name):
+  """The dense model of a size; all but the laptop's follow the papers' runs on C4."""
+  c = baseline()
+  shape = (SIZES | SCALING_SIZES)[name]
+  c.model.d_model, blocks, c.model.num_heads, c.optimizer.peak_lr = shape
+  c.model.d_ff = 4 * c.model.d_model
+  c.model.blocks = ((('attention', 'mlp'), blocks),)
+  if name != 'laptop':
+    c4(c)
+  if name == 'mini':
+    c.train.steps = 250_000  # the proof of concept in the first version of the MoT paper
+  if name in SCALING_SIZES:
+    scaling_law_run(c)
+  return c
+
+
+def c4(c):
+  """C4, context 256, batch 256, 150k steps: the runs of the second version of the MoT paper."""
+  c.model.positions = 'learned'
+  c.model.init_scale = 0.1
+  c.model.dtype = 'bfloat16'
+  c.model.document_mask = True  # packed rows; the papers concatenate documents without a mask
+  c.model.loss_chunk = 32
+  c.model.remat = 'full'
+  c.data.source = 'seqio'
+  c.data.task = 'c4_en'
+  c.data.tokenizer = 'gpt2:gpt2'  # a folder gpt2/ with vocab.json and merges.txt
+  c.data.sequence_length = 256
+  c.data.batch_size = 256
+  c.optimizer.warmup_steps = 2500
+  c.train.steps = 150_000
+  c.train.eval_interval = 1000
+  c.train.eval_batches = 10
+  c.train.checkpoint_interval = 1000
+
+
+def scaling_law_run(c):
+  """Batches of half a million tokens, 33B in all; warm-up 1 % (arXiv:2402.07871, appendix A)."""
+  c.data.batch_size = 2048
+  c.optimizer.accumulation = 8  # a routing group is 256 sequences
+  c.train.steps = 62_500
+  c.optimizer.warmup_steps = 625
+
+
+def moe_mamba_run(size):
+  """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  if size == 'laptop':
+    return baseline()
+  d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
+  c = baseline()
+  c4(c)
+  c.model.positions = 'rope'
+  c.model.d_model, c.model.num_heads, c.model.d_ff = d_model, heads, 4 * d_model
+  c.model.blocks = ((('attention', 'mlp'), blocks),)
+  c.data.sequence_length = 1024
+  c.data.batch_size = batch_size
+  c.optimizer.peak_lr = peak_lr
+  c.optimizer.warmup_steps = steps // 100
+  c.train.steps = steps
+  return c
+
+
+def shrink(c):
+  """The same program in seconds: tiny sizes, every code path; corpora to download become stdlib."""
+  c.model.d_model, c.model.num_heads, c.model.d_ff = 16, 2, 64
+  c.model.blocks = tuple((pattern, min(repeats, 2)) for pattern, repeats in c.model.blocks)
+  c.model.loss_chunk = 12
+  c.model.mot.num_experts, c.model.mot.group_size = 8, 4
+  c.model.moe.expansion_rate, c.model.moe.group_size = 4, 4
+  c.model.moe.granularity = min(c.model.moe.granularity, 2)
+  c.data.source, c.data.tokenizer = 'stdlib', 'bytes'
+  c.data.sequence_length, c.data.batch_size = 32, 16
+  c.optimizer.accumulation = 2
+  c.optimizer.warmup_steps = 2
+  c.train.steps = 6
+  c.train.log_interval = 1
+  c.train.eval_interval = c.train.checkpoint_interval = 3
+  c.train.eval_batches = 2
+  c.train.sample_length = 8
+  return c

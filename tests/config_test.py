@@ -1,0 +1,118 @@
+"""A field of a config is written once, and everything about it is made from there."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from moejax import config as config_lib, fields, variants
+
+PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'configuration.md'
+
+
+def test_the_page_lists_every_field(request):
+  text, heading, listed = PAGE.read_text().partition('## All fields\n\n')
+  if request.config.getoption('--update-golden'):
+    PAGE.write_text(text + heading + config_lib.reference())
+  else:
+    assert listed == config_lib.reference(), 'write it anew with pytest --update-golden'
+
+
+def test_every_field_has_a_meaning_and_a_default_of_its_type():
+  for name, f in config_lib.flat_fields().items():
+    assert f.metadata['meaning'] and type(f.default) is f.type, name
+  for section in config_lib.SECTIONS.values():
+    section(**({'max_length': 8} if section is config_lib.ModelConfig else {}))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  """The section of the page, as if it were one of a config."""
+  page = {'__name__': 'page'}
+  (code,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
+  exec(compile(code, 'configuration.md', 'exec'), page)
+  monkeypatch.setitem(config_lib.SECTIONS, 'toy', page['ToyConfig'])
+  return page['ToyConfig']
+
+
+def test_a_field_is_one_line(toy):
+  c = config_lib.baseline()
+  assert c.toy.to_dict() == {'width': 3, 'shape': 'round'}
+  c.toy.width = 5
+  assert toy(**c.toy) == toy(5, 'round')
+  assert (
+    '- `width = 3`: hidden width of the toy (at least 1)\n'
+    "- `shape = 'round'`: how it looks (one of round, square)"
+  ) in config_lib.reference()
+  with pytest.raises(AttributeError, match='Did you mean "width"'):
+    c.toy.widht = 5
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'width': 0}, 'toy.width must be at least 1, got 0.'),
+    ({'width': 2.0}, 'toy.width must be an integer, got 2.0.'),
+    ({'width': True}, 'toy.width must be an integer, got True.'),
+    (
+      {'shape': 'squar'},
+      "toy.shape must be one of round, square; got 'squar'; did you mean 'square'?.",
+    ),
+    ({'shape': 3}, 'toy.shape must be a text, got 3.'),
+    ({'shape': 'square'}, 'toy.width = 3 must be even with toy.shape = square.'),
+    (
+      {'width': -1, 'shape': ''},
+      "toy.width must be at least 1, got -1.\ntoy.shape must be one of round, square; got ''.",
+    ),
+  ],
+)
+def test_a_bad_value_is_named(toy, values, message):
+  with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+    toy(**values)
+
+
+@pytest.mark.parametrize(
+  ('bounds', 'good', 'bad', 'message'),
+  [
+    ({'minimum': 0, 'maximum': 1}, (0, 1, 0.5), (-0.1, 1.1), 'at least 0 and at most 1'),
+    ({'above': 0, 'below': 1}, (0.1,), (0, 1.0), 'positive and below 1'),
+    ({}, (-1e30, 7), (float('nan'), float('inf'), '1', None), 'a finite number'),
+  ],
+)
+def test_numbers_have_bounds(bounds, good, bad, message):
+  section = dataclasses.make_dataclass(
+    'Toy',
+    [('x', float, fields.default(0.5, 'a number', **bounds))],
+    bases=(fields.Section,),
+    namespace={'PATH': 'toy'},
+    frozen=True,
+  )
+  for value in good:
+    assert type(section(value).x) is float
+  for value in bad:
+    with pytest.raises(ValueError, match=f'toy.x must be {message}, got'):
+      section(value)
+
+
+def test_lists_become_tuples_and_mappings_sections():
+  model = config_lib.ModelConfig(
+    blocks=[[['attention', 'moe'], 2]], vocab_size=9, max_length=8, moe={'granularity': 2}
+  )
+  assert model.blocks == ((('attention', 'moe'), 2),) and model.moe.num_experts == 16
+  with pytest.raises(ValueError, match='model.moe.granularity must be at least 1, got 0'):
+    config_lib.ModelConfig(max_length=8, moe={'granularity': 0})
+
+
+def test_all_problems_come_together():
+  c = variants.baseline()
+  c.model.d_model, c.model.moe.group_size, c.data.batch_size, c.train.seed = 0, 0, 0, 2**32
+  with pytest.raises(ValueError) as raised:
+    config_lib.resolve(c)
+  lines = str(raised.value).splitlines()
+  assert [line.split()[0] for line in lines] == [
+    'data.batch_size',
+    'model.d_model',
+    'model.moe.group_size',
+    'train.seed',
+  ]
