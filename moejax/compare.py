@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from moejax import cli, metrics
+from moejax import cli, metrics, report
 
 _COLUMNS = '{:24} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 
@@ -37,7 +37,7 @@ def compare(runs, output):
   for run in summaries:
     curves[f'{run.name} train'] = metrics.loss_curve(run)
     curves[f'{run.name} validation'] = metrics.loss_curve(run, 'validation/loss')
-  metrics.plot_losses(curves, output)
+  report.plot_losses(curves, output)
   header = 'run parameters active FLOPs/token tokens validation speed-up seconds'
   lines = [_COLUMNS.format(*header.split())]
   steps, loss = curves[f'{next(iter(summaries)).name} validation'][-1]

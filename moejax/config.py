@@ -2,14 +2,12 @@
 
 import ast
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 
-from moejax import fields, files
+from moejax import fields
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
 from moejax.layers.mot import MoTConfig
@@ -196,37 +194,6 @@ def _mesh_problems(stages, mesh):
       )
 
 
-def write(config, workdir, corpus=None):
-  """Writes `config.json`, from which `read` makes the same ConfigDict.
-
-  `corpus`, the fingerprint of the text, stands beside its sections for those who read the file.
-  """
-  text = json.dumps({'corpus': corpus, **config.to_dict()}, indent=2)
-  files.write(pathlib.Path(workdir) / 'config.json', text)
-
-
-def read(workdir):
-  """The ConfigDict of a run.
-
-  Raises:
-    ValueError: there is no run in `workdir`.
-  """
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
-    raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
-  return parse(path.read_text())
-
-
-def parse(text):
-  """The ConfigDict that was written as JSON."""
-  fields = json.loads(text)
-  fields.pop('corpus', None)
-  fields['model']['blocks'] = _tuples(fields['model']['blocks'])
-  fields['optimizer'].setdefault('moment_dtype', '')  # in runs from before there was a choice
-  fields['model']['moe'].pop('balance_convention', None)  # in runs from before it went
-  return ml_collections.ConfigDict(fields)
-
-
 def override(config, texts):
   """Sets fields of a run's config to what the command line says: {'model.mot.group_size': '4'}.
 
@@ -237,7 +204,7 @@ def override(config, texts):
   """
   mot = MoTConfig(**config.model.mot)
   config.model.mot.expert_width = mot.width(config.model.d_ff)
-  known = _flatten(config.to_dict())
+  known = flatten(config.to_dict())
   for name, text in texts.items():
     if name not in known:
       raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}.')
@@ -253,54 +220,9 @@ def override(config, texts):
     config.update_from_flattened_dict({name: value})
 
 
-def checkpoint_dir(workdir):
-  """Where the checkpoints of a run lie."""
-  return pathlib.Path(workdir) / 'checkpoints'
-
-
-def check_tokenizer(metadata, tokenizer):
-  """Raises ValueError if a checkpoint's metadata speak of another tokenizer."""
-  if metadata['tokenizer'] != tokenizer.fingerprint:
-    raise ValueError(
-      f'data.tokenizer: the checkpoint was trained with tokenizer {metadata["tokenizer"]}, but the '
-      f'config names one with fingerprint {tokenizer.fingerprint}. Give the original file.'
-    )
-
-
-# Fields that may change when a run goes on: how it is computed, and where its text lies (that the
-# text is the same, the corpus' fingerprint in the checkpoint tells).
-_FREE = {
-  'model': ('remat', 'loss_chunk', 'moe.impl'),
-  'data': ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer'),
-}
-
-
-def check_same_run(config, workdir):
-  """Raises ValueError if `workdir` holds a run with another model or other data."""
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
-    return
-  old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(config.to_json()))
-  free = {f'{section}.{field}' for section, fields in _FREE.items() for field in fields}
-  differing = [
-    f'{name}: {old.get(name)} there, {new.get(name)} here'
-    for name in sorted(old.keys() | new.keys())
-    if name.startswith(('model.', 'data.')) and name not in free and old.get(name) != new.get(name)
-  ]
-  if differing:
-    raise ValueError(
-      f'--workdir={workdir} holds a run with another configuration; choose another folder, or set\n'
-      + '\n'.join(differing)
-    )
-
-
-def _flatten(tree, prefix=''):
+def flatten(tree, prefix=''):
   flat = {}
   for key, value in tree.items():
     is_section = isinstance(value, dict)
-    flat |= _flatten(value, f'{prefix}{key}.') if is_section else {f'{prefix}{key}': value}
+    flat |= flatten(value, f'{prefix}{key}.') if is_section else {f'{prefix}{key}': value}
   return flat
-
-
-def _tuples(value):
-  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -33,11 +33,11 @@ from moejax import (
   checkpoint,
   cli,
   config as config_lib,
-  evaluate,
   files,
   hf_mamba,
   model as model_lib,
-  train,
+  run_folder,
+  step as step_lib,
 )
 from moejax.optimizer import make_optimizer
 
@@ -45,11 +45,11 @@ from moejax.optimizer import make_optimizer
 def to_safetensors(workdir, output):
   """Writes the newest checkpoint of a run to one file; returns a sentence about it."""
   output = _free(output)
-  stages, step, params, _ = evaluate.load_run(workdir)
+  stages, step, params, _ = run_folder.load_run(workdir)
   tensors = to_tensors(jax.device_get(params))
   metadata = {
     'format': 'moejax',
-    'config': json.dumps(config_lib.read(workdir).to_dict()),
+    'config': json.dumps(run_folder.read(workdir).to_dict()),
     'step': str(step),
     'tokenizer': stages.tokenizer.fingerprint,
   }
@@ -70,14 +70,14 @@ def from_safetensors(path, workdir, tokenizer=None):
       f'{path} has no config in its metadata. Expected a file that to_safetensors wrote; from_hf '
       'reads models of transformers.'
     )
-  config = config_lib.parse(metadata['config'])
+  config = run_folder.parse(metadata['config'])
   if tokenizer:
     config.update_from_flattened_dict({'data.tokenizer': tokenizer})
   try:
     stages = config_lib.resolve(config)
   except (AttributeError, TypeError) as error:
     raise ValueError(f'{path} is of another version of moejax: {error}.') from error
-  config_lib.check_tokenizer(metadata, stages.tokenizer)
+  run_folder.check_tokenizer(metadata, stages.tokenizer)
   abstract = abstract_params(stages.model)
   _check(tensors, jax.eval_shape(to_tensors, abstract), path)
   return write_run(config, stages, from_tensors(tensors, abstract), workdir)
@@ -86,7 +86,7 @@ def from_safetensors(path, workdir, tokenizer=None):
 def to_hf(workdir, output):
   """Writes a folder that transformers' MambaForCausalLM loads; returns a sentence about it."""
   output = _free(output)
-  stages, step, params, _ = evaluate.load_run(workdir)
+  stages, step, params, _ = run_folder.load_run(workdir)
   options = hf_mamba.export_options(stages.model, stages.tokenizer)
   tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
   with _output(output) as path:
@@ -186,7 +186,7 @@ def write_run(config, stages, params, workdir):
     workdir: the folder, which must not exist.
   """
   optimizer = make_optimizer(stages.optimizer, stages.train.steps)
-  state = train.start(jax.tree.map(jnp.asarray, params), optimizer)
+  state = step_lib.new_state(jax.tree.map(jnp.asarray, params), optimizer)
   metadata = {
     'config': config.to_dict(),
     'corpus': None,  # nothing was read
@@ -194,8 +194,8 @@ def write_run(config, stages, params, workdir):
   }
   with _output(workdir) as path:
     path.mkdir()
-    config_lib.write(config, path)
-    checkpoints = checkpoint.Checkpoints(config_lib.checkpoint_dir(path))
+    run_folder.write(config, path)
+    checkpoints = checkpoint.Checkpoints(run_folder.checkpoint_dir(path))
     checkpoints.save(0, state, None, metadata)
     checkpoints.close()
   return (

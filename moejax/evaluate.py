@@ -15,7 +15,6 @@ other in a model that mixes them:
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -24,8 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from moejax import cli, config as config_lib, data, metrics, model as model_lib, sharding
-from moejax.checkpoint import Checkpoints
+from moejax import cli, config as config_lib, data, metrics, run_folder, sharding, step as step_lib
 
 MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
 
@@ -68,12 +66,6 @@ def decoding(model_config, mode, group_size=0):
   return model_config.with_mot(routing='discrete') if mode == 'discrete' else model_config
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def eval_step(model_config, params, batch):
-  """Summed nats, number of targets and aux of one batch."""
-  return model_lib.bind(model_config, params).loss(batch)
-
-
 def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
   """Mean loss over the first `num_batches` batches of a loader.
 
@@ -92,12 +84,12 @@ def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
   for batch in batches:
     batch = sharding.place_batch(batch, mesh)
-    nats, tokens, aux = eval_step(model_config, params, batch)
+    nats, tokens, aux = step_lib.eval_step(model_config, params, batch)
     all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
     total['tokens'] += float(tokens)
     if dropless:
-      total['nats_dropless'] += float(eval_step(dropless, params, batch)[0])
+      total['nats_dropless'] += float(step_lib.eval_step(dropless, params, batch)[0])
   result = {'loss': total['nats'] / total['tokens'], 'tokens': int(total['tokens'])}
   if loader.bytes_per_token:
     result['bits_per_byte'] = result['loss'] / math.log(2) / loader.bytes_per_token
@@ -122,34 +114,6 @@ def _among_others(batches, corpus, group_size):
       counted = np.zeros(mixed['segments'].shape, bool)
       counted[places] = True
       yield mixed | {'counted': counted}
-
-
-def load_run(workdir, overrides=None):
-  """What evaluation and generation need of a finished or interrupted run.
-
-  Args:
-    workdir: its folder.
-    overrides: of its config, as `config.override` takes them.
-
-  Returns:
-    (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
-
-  Raises:
-    ValueError: no run, no checkpoint, or a tokenizer that is not the one of the run.
-  """
-  config = config_lib.read(workdir)
-  config_lib.override(config, overrides or {})
-  stages = config_lib.resolve(config)
-  checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise ValueError(f'--workdir={workdir}: the run has not written a checkpoint yet.')
-  config_lib.check_tokenizer(checkpoints.metadata(step), stages.tokenizer)
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
-  init = functools.partial(model_lib.init_params, stages.model, jax.random.key(0))
-  params = checkpoints.restore_params(step, sharding.abstract(init, mesh), config.to_dict())
-  checkpoints.close()
-  return stages, step, params, mesh
 
 
 def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
@@ -191,7 +155,7 @@ def main(overrides):
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
   cli.join_processes()
-  stages, step, params, mesh = load_run(args.workdir, overrides)
+  stages, step, params, mesh = run_folder.load_run(args.workdir, overrides)
   config_lib.check_batch(stages, mesh)
   num_batches = args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, model as model_lib, sharding
+from moejax import cli, model as model_lib, run_folder, sharding
 from moejax.distributed import leads
-from moejax.evaluate import decoding, load_run
+from moejax.evaluate import decoding
 from moejax.layers.common import Tokens
 
 
@@ -173,7 +173,7 @@ def main(overrides):
   if not args.workdir:
     raise ValueError('--workdir is required: the folder of a run.')
   cli.join_processes()
-  stages, _, params, mesh = load_run(args.workdir, overrides)
+  stages, _, params, mesh = run_folder.load_run(args.workdir, overrides)
   model = decoding(stages.model, args.mode, args.group_size)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
   longest = max(len(stages.tokenizer.encode(prompt)) for prompt in args.prompt)

@@ -1,7 +1,6 @@
-"""Training: the state, the step, and the loop that measures, saves and resumes.
+"""Training: the loop that measures, saves and resumes.
 
-Read `train_step` for what is computed and `train` for the order of things. A run is a function of
-its config: data by step from its seed, and nothing random within a step.
+A run is a function of its config: data by step from its seed, noise by step from the same.
 """
 
 import contextlib
@@ -10,8 +9,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from moejax import (
   cli,
@@ -19,148 +16,15 @@ from moejax import (
   data,
   flops,
   metrics as metrics_lib,
-  model as model_lib,
+  report,
+  run_folder,
   sharding,
+  step as step_lib,
 )
 from moejax.checkpoint import Checkpoints
 from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
-from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
-
-
-def init_state(model_config, optimizer, key):
-  """A fresh train state: a pure dict of arrays."""
-  return start(model_lib.init_params(model_config, key), optimizer)
-
-
-def fresh_state(stages):
-  """A function that makes the state a run begins with."""
-  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
-  return lambda: init_state(stages.model, optimizer, jax.random.key(stages.train.seed))
-
-
-def start(params, optimizer):
-  """The train state of step 0 with these parameters."""
-  return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
-
-
-def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
-  """One optimizer step.
-
-  Args:
-    state: `init_state`'s dict; donate it.
-    batch: int32 arrays [B, L]: inputs, targets, segments, positions.
-    model_config, optimizer, schedule: static; what to train and how.
-    accumulation: passes the batch is split into, as consecutive blocks of sequences.
-    key: of the noise in training; that of a step is folded in from it.
-
-  Returns:
-    The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
-    'learning_rate', and under 'aux' float32 arrays with one row per sublayer that measures it.
-  """
-  num_targets = jnp.sum(batch['segments'] > 0)
-  keys = jax.random.split(jax.random.fold_in(key, state['step']), accumulation)
-
-  def objective(params, part, key):
-    nats, _, aux = model_lib.bind(model_config, params).loss(part, key)
-    mean_nats = nats / num_targets
-    auxiliary = aux['auxiliary_loss'].mean() / accumulation if 'auxiliary_loss' in aux else 0.0
-    return mean_nats + auxiliary, (mean_nats, aux)
-
-  def add_part(total, part_and_key):
-    gradients, (nats, aux) = jax.grad(objective, has_aux=True)(state['params'], *part_and_key)
-    return jax.tree.map(jnp.add, total, (nats, gradients)), aux
-
-  parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
-  zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
-  (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, (parts, keys))
-  updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
-  new_state = {
-    'params': optax.apply_updates(state['params'], updates),
-    'optimizer': optimizer_state,
-    'step': state['step'] + 1,
-  }
-  measured = {
-    'loss': mean_nats,
-    'grad_norm': gradient_norm(gradients),
-    'learning_rate': schedule(state['step']),
-    'aux': jax.tree.map(lambda a: a.mean(0), aux),
-  }
-  return new_state, measured
-
-
-def lower_train_step(stages, abstract_state, mesh, platforms=None):
-  """`train_step` of a run, `step(state, batch)` donating the state, ready to be compiled.
-
-  Args:
-    stages: the run's.
-    abstract_state: its state, as `sharding.abstract` describes it.
-    mesh: where it lies; set it (`jax.set_mesh`) around this call.
-    platforms: what to lower for, as JAX names them, where the devices of the mesh are not there.
-  """
-
-  def step(state, batch):
-    return train_step(
-      state,
-      batch,
-      model_config=stages.model,
-      optimizer=make_optimizer(stages.optimizer, stages.train.steps),
-      schedule=make_schedule(stages.optimizer, stages.train.steps),
-      accumulation=stages.optimizer.accumulation,
-      key=jax.random.key(stages.train.seed),
-    )
-
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  everywhere = sharding.replicated(mesh)  # every process reads the metrics
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-  traced = jitted.trace(abstract_state, sharding.abstract_batch(stages.data, mesh))
-  return traced.lower(lowering_platforms=platforms)
-
-
-class Window:
-  """Metrics since the last log line, and the time they took without evaluation and saving.
-
-  A run that goes on takes up the totals of the one before it: its log lines are the same.
-  """
-
-  def __init__(self, sums=None, count=0):
-    self._sums, self._count, self._taken_up = dict(sums or {}), count, count
-    self._unread = None
-    self._started = time.monotonic()
-
-  def add(self, measured):
-    """Takes in a step just dispatched; reads the one before while the device works on this."""
-    self._read()
-    self._unread = measured
-
-  def skip(self, seconds):
-    self._started += seconds
-
-  def totals(self):
-    """The arguments that make the same window again, as JSON can hold them."""
-    self._read()
-    return {'sums': self._sums, 'count': self._count}
-
-  def means(self):
-    self._read()
-    seconds = time.monotonic() - self._started
-    means = {name: total / self._count for name, total in self._sums.items()}
-    return means | {'seconds_per_step': seconds / (self._count - self._taken_up)}
-
-  def _read(self):
-    if self._unread is not None:
-      for name, value in flat_metrics(self._unread).items():
-        self._sums[name] = self._sums.get(name, 0.0) + value
-      self._count += 1
-      self._unread = None
-
-
-def flat_metrics(measured):
-  """Device metrics as floats, those of sublayers as by `metrics.flatten_aux`."""
-  measured = jax.device_get(measured)
-  flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
-  return flat | metrics_lib.flatten_aux(measured['aux'])
 
 
 def train(config, workdir, start=None):
@@ -183,11 +47,11 @@ def train(config, workdir, start=None):
   stages = config_lib.resolve(config)
   mesh = sharding.make_mesh(stages.mesh)
   config_lib.check_mesh(stages, mesh)
-  config_lib.check_same_run(config, workdir)
+  run_folder.check_same_run(config, workdir)
   part = sharding.process_part(mesh, stages.data.batch_size)
   loader = data.make_loader(stages.data, 'train', **part)
   eval_loader = data.make_loader(stages.data, 'validation', **part)
-  checkpoints = Checkpoints(config_lib.checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  checkpoints = Checkpoints(run_folder.checkpoint_dir(workdir), stages.train.keep_checkpoints)
   if stages.model.leaks():
     print(
       'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
@@ -215,12 +79,12 @@ class Run:
       'corpus': loader.fingerprint,
       'tokenizer': stages.tokenizer.fingerprint,
     }
-    self.window = Window()
+    self.window = metrics_lib.MetricAverager()
     latest = checkpoints.latest_step()
     self.state = self._restore_or_init(latest, start)
     self.step = int(self.state['step'])
     if leads():
-      config_lib.write(config, workdir, loader.fingerprint)
+      run_folder.write(config, workdir, loader.fingerprint)
     self.writer = metrics_lib.make_writer(workdir, self.step)
     self.eval_result = {}
     if start and latest is None:
@@ -237,7 +101,7 @@ class Run:
     )
 
   def _restore_or_init(self, step, start):
-    init = fresh_state(self.stages)
+    init = step_lib.fresh_state(self.stages)
     abstract = sharding.abstract(init, self.mesh)
     self.checkpoints.make_writable(
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
@@ -247,19 +111,19 @@ class Run:
       metadata = self.checkpoints.metadata(step)
       self._check_same_text(metadata)
     started = time.monotonic()
-    self.train_step = lower_train_step(self.stages, abstract, self.mesh).compile()
+    self.train_step = step_lib.lower_train_step(self.stages, abstract, self.mesh).compile()
     print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
     if step is None and start:
       return start(self, abstract)
     if step is None:
       return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     print(f'resuming from step {step}')
-    self.window = Window(**metadata.get('window', {}))
+    self.window = metrics_lib.MetricAverager(**metadata.get('window', {}))
     loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
     return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
 
   def _check_same_text(self, metadata):
-    config_lib.check_tokenizer(metadata, self.stages.tokenizer)
+    run_folder.check_tokenizer(metadata, self.stages.tokenizer)
     if metadata['corpus'] not in (None, self.loader.fingerprint):
       raise ValueError(
         f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
@@ -277,7 +141,7 @@ class Run:
       self.window.add(measured)
       if self.step % train.log_interval == 0 or self.step == train.steps:
         self._log(self.window.means())
-        self.window = Window()
+        self.window = metrics_lib.MetricAverager()
       pause = time.monotonic()
       if self.step % train.eval_interval == 0 or self.step == train.steps:
         self._evaluate()
@@ -310,7 +174,7 @@ class Run:
     }
     self.writer.write(self.step, means)
     print(
-      metrics_lib.progress_line(
+      report.progress_line(
         step=self.step,
         steps=self.stages.train.steps,
         loss=means['loss'],
@@ -334,8 +198,8 @@ class Run:
     measured = self.eval_result | metrics_lib.flatten_aux(aux)
     self.writer.write(self.step, measured, prefix='validation')
     if leads() and 'moe/load' in aux:
-      metrics_lib.plot_router(aux['moe/load'], self.workdir / 'router.png')
-    print(f'step {self.step}: validation {_describe(self.eval_result)}', flush=True)
+      report.plot_router(aux['moe/load'], self.workdir / 'router.png')
+    print(f'step {self.step}: validation {report.describe(self.eval_result)}', flush=True)
 
   def finish(self):
     """Writes the summary and the plot, and prints a sample and where everything is."""
@@ -346,11 +210,11 @@ class Run:
       'train': metrics_lib.loss_curve(self.workdir),
       'validation': metrics_lib.loss_curve(self.workdir, 'validation/loss'),
     }
-    metrics_lib.plot_losses(curves, self.workdir / 'loss.png')
-    metrics_lib.write_summary(self.workdir, self._summary(sample))
+    report.plot_losses(curves, self.workdir / 'loss.png')
+    report.write_summary(self.workdir, self._summary(sample))
     if sample:
       print(f'sample: {self.stages.train.sample_prompt}{sample}')
-    print(f'final validation {_describe(self.eval_result)}')
+    print(f'final validation {report.describe(self.eval_result)}')
     print(f'written to {self.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
 
   def _sample(self):
@@ -376,20 +240,11 @@ class Run:
       'train_loss': self.train_loss,
       'validation': self.eval_result,
       'sample': sample,
-      'commit': metrics_lib.git_commit(),
-      'versions': metrics_lib.versions(),
+      'commit': report.git_commit(),
+      'versions': report.versions(),
     }
 
 
 def _mean_of(means, prefix):
   values = [value for name, value in means.items() if name.startswith(prefix)]
   return sum(values) / len(values)
-
-
-def _describe(result):
-  parts = [f'loss {result["loss"]:.4f} nats per token']
-  if 'bits_per_byte' in result:
-    parts.append(f'{result["bits_per_byte"]:.4f} bits per byte')
-  if 'loss_dropless' in result:
-    parts.append(f'{result["loss_dropless"]:.4f} nats without drops')
-  return ', '.join(parts)

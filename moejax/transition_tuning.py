@@ -18,7 +18,16 @@ import re
 import jax
 from absl import flags
 
-from moejax import cli, config as config_lib, metrics, sharding, train
+from moejax import (
+  cli,
+  config as config_lib,
+  metrics,
+  report as report_lib,
+  run_folder,
+  sharding,
+  step as step_lib,
+  train,
+)
 from moejax.checkpoint import Checkpoints
 from moejax.distributed import leads
 from moejax.evaluate import evaluate
@@ -121,20 +130,20 @@ class Source:
   """The run to start from, at its last checkpoint."""
 
   def __init__(self, folder):
-    self.config = config_lib.read(folder)
+    self.config = run_folder.read(folder)
     self.stages = config_lib.resolve(self.config)
-    self.checkpoints = Checkpoints(config_lib.checkpoint_dir(folder))
+    self.checkpoints = Checkpoints(run_folder.checkpoint_dir(folder))
     step = self.checkpoints.latest_step()
     if step is None:
       raise ValueError(f'--from={folder}: the run has not written a checkpoint yet.')
-    config_lib.check_tokenizer(self.checkpoints.metadata(step), self.stages.tokenizer)
+    run_folder.check_tokenizer(self.checkpoints.metadata(step), self.stages.tokenizer)
     self.step: int = step
 
   def start(self, run, abstract_state, *, moments):
     """The first state of another run, into whose metrics goes the loss before the switch."""
     old, new = self.stages, run.stages
     optimizer = make_optimizer(old.optimizer, old.train.steps)
-    init = functools.partial(train.init_state, old.model, optimizer, jax.random.key(0))
+    init = functools.partial(step_lib.init_state, old.model, optimizer, jax.random.key(0))
     abstract = sharding.abstract(init, run.mesh)
     state = self.checkpoints.restore(self.step, abstract, run.loader, self.config.to_dict())
     num_batches = new.train.eval_batches
@@ -147,7 +156,7 @@ class Source:
 
     def switch(state):
       optimizer = make_optimizer(new.optimizer, new.train.steps)
-      fresh = train.init_state(new.model, optimizer, jax.random.key(new.train.seed))
+      fresh = step_lib.init_state(new.model, optimizer, jax.random.key(new.train.seed))
       fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
       return convert(state, fresh, old.model.mot.temperature)
 
@@ -193,7 +202,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     path = workdir / 'summary.json'
     summary = json.loads(path.read_text())
     summary['transition'] = {'from': str(folder), **report(workdir)}
-    metrics.write_summary(workdir, summary)
+    report_lib.write_summary(workdir, summary)
   return code
 
 

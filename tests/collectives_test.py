@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import model as model_lib, sharding, train
+from moejax import model as model_lib, sharding, step as step_lib
 from moejax.aot import hlo
 from tests import tiny
 
@@ -44,10 +44,10 @@ def _collectives(model, sizes):
   optimizer = optax.adamw(1e-2)
 
   def init():
-    return train.init_state(config, optimizer, jax.random.key(0))
+    return step_lib.init_state(config, optimizer, jax.random.key(0))
 
   def step(state, batch):
-    return train.train_step(
+    return step_lib.train_step(
       state,
       batch,
       model_config=config,

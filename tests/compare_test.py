@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moejax import compare, metrics
+from moejax import compare, metrics, report
 
 
 def _run(folder, corpus='c', loss=1.5):
@@ -22,7 +22,7 @@ def _run(folder, corpus='c', loss=1.5):
     'validation': {'loss': loss},
     'seconds': 60,
   }
-  metrics.write_summary(folder, summary)
+  report.write_summary(folder, summary)
   return json.loads((folder / 'summary.json').read_text())
 
 

@@ -16,7 +16,15 @@ import pytest
 import safetensors.numpy
 
 from configs import dense, fine_grained, mamba, moe, mot, run
-from moejax import cli, config as config_lib, convert, evaluate, hf_mamba, model as model_lib, train
+from moejax import (
+  cli,
+  config as config_lib,
+  convert,
+  hf_mamba,
+  model as model_lib,
+  run_folder,
+  train,
+)
 from moejax.layers.common import Tokens
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +39,7 @@ def _config(module=mamba, **changes):
 
 
 def _params(workdir):
-  return jax.device_get(evaluate.load_run(workdir)[2])
+  return jax.device_get(run_folder.load_run(workdir)[2])
 
 
 def _assert_same(tree, other):
@@ -73,7 +81,7 @@ def from_hf(tmp_path_factory):
 
 
 def _logits(workdir, dtype, ids):
-  stages, _, params, _ = evaluate.load_run(workdir)
+  stages, _, params, _ = run_folder.load_run(workdir)
   config = dataclasses.replace(stages.model, dtype=dtype, param_dtype=dtype)
   params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), params)
   positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
@@ -274,7 +282,7 @@ def test_there_and_back_is_bitwise(kind, tmp_path):
   convert.to_safetensors(tmp_path / 'run', tmp_path / 'model.safetensors')
   convert.from_safetensors(tmp_path / 'model.safetensors', tmp_path / 'new')
   _assert_same(_params(tmp_path / 'new'), params)
-  assert config_lib.read(tmp_path / 'new') == config_lib.read(tmp_path / 'run')
+  assert run_folder.read(tmp_path / 'new') == run_folder.read(tmp_path / 'run')
 
 
 def test_the_file_names_every_block(mot_file):
@@ -352,7 +360,7 @@ def test_a_tokenizer_that_moved_is_found_by_its_flag(mot_file, tmp_path):
   with pytest.raises(ValueError, match="data.tokenizer: .*'elsewhere.model'"):
     convert.from_safetensors(tmp_path / 'moved', tmp_path / 'run')
   convert.from_safetensors(tmp_path / 'moved', tmp_path / 'run', 'bytes')
-  assert config_lib.read(tmp_path / 'run').data.tokenizer == 'bytes'
+  assert run_folder.read(tmp_path / 'run').data.tokenizer == 'bytes'
 
 
 def test_nothing_is_overwritten(mot_file, tmp_path):
@@ -373,7 +381,7 @@ def test_a_full_disk_leaves_nothing(mot_file, tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(config_lib, 'write', fail)
+    patch.setattr(run_folder, 'write', fail)
     with pytest.raises(ValueError, match='cannot write .*run: .*No space left'):
       convert.from_safetensors(mot_file, tmp_path / 'run')
   with monkeypatch.context() as patch:
@@ -404,7 +412,7 @@ def test_the_program(from_hf, tmp_path):
   args = [f'--model={HF}', '--workdir=run', '--config=configs/mamba.py', '--config.data.seed=7']
   done = call('from_hf', *args)
   assert done.returncode == cli.OK and 'a run at step 0' in done.stdout, done.stderr
-  assert config_lib.read(tmp_path / 'run').data.seed == 7
+  assert run_folder.read(tmp_path / 'run').data.seed == 7
   _assert_same(_params(tmp_path / 'run'), _params(from_hf))
   again = call('from_hf', *args)
   assert again.returncode == cli.USAGE and 'exists and is not overwritten' in again.stderr

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import cli, distributed, evaluate, metrics
+from moejax import cli, distributed, metrics, run_folder
 from moejax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,7 +76,7 @@ class Processes:
 
 
 def _params_of(workdir):
-  _, step, params, _ = evaluate.load_run(workdir)
+  _, step, params, _ = run_folder.load_run(workdir)
   return step, jax.device_get(params)
 
 

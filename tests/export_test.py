@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import common
-from moejax import config as config_lib, sharding, train
+from moejax import config as config_lib, sharding, step as step_lib
 from moejax.sharding import platform
 from tests import tiny
 
@@ -27,8 +27,8 @@ def _lowered(target, model_config, sizes):
   stages = dataclasses.replace(config_lib.resolve(fields), model=model_config)
   mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
   with jax.set_mesh(mesh), platform.compiling_for(PLATFORMS[target]):
-    state = sharding.abstract(train.fresh_state(stages), mesh)
-    return train.lower_train_step(stages, state, mesh, (target,)).as_text()
+    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
+    return step_lib.lower_train_step(stages, state, mesh, (target,)).as_text()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from moejax import metrics
+from moejax import metrics, report
 
 
 def write(workdir, start_step, steps):
@@ -100,7 +100,7 @@ def test_no_metrics_yet(tmp_path):
 
 
 def test_progress_line():
-  line = metrics.progress_line(
+  line = report.progress_line(
     step=1200,
     steps=3000,
     loss=1.832,
@@ -117,7 +117,7 @@ def test_progress_line():
 @pytest.mark.parametrize('loss', [0.0, 1e30, -math.inf, math.nan])
 @pytest.mark.parametrize('seconds', [0, 59.6, 3600, 86_399.7, 9e8])
 def test_progress_line_fits(loss, seconds):
-  line = metrics.progress_line(
+  line = report.progress_line(
     step=1,
     steps=10_000_000,
     loss=loss,
@@ -134,16 +134,16 @@ def test_progress_line_fits(loss, seconds):
   [(0.4, '0s'), (59.6, '1m00s'), (192, '3m12s'), (7500, '2h05m'), (356_400, '4d03h')],
 )
 def test_time_left(seconds, text):
-  line = metrics.progress_line(step=1, steps=2, loss=1.0, tokens_per_second=1, seconds_left=seconds)
+  line = report.progress_line(step=1, steps=2, loss=1.0, tokens_per_second=1, seconds_left=seconds)
   assert line.endswith(f'  {text} left')
 
 
 def test_running_mean_follows_the_curve_without_the_noise():
   values = np.arange(1000.0)
-  np.testing.assert_allclose(metrics.running_mean(values)[25:-25], values[25:-25])
+  np.testing.assert_allclose(report.running_mean(values)[25:-25], values[25:-25])
   noise = np.random.default_rng(0).standard_normal(1000)
-  assert np.std(metrics.running_mean(noise)) < 0.2
-  assert metrics.running_mean([3.0]).tolist() == [3.0]
+  assert np.std(report.running_mean(noise)) < 0.2
+  assert report.running_mean([3.0]).tolist() == [3.0]
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_running_mean_follows_the_curve_without_the_noise():
   ],
 )
 def test_plot_is_a_png(tmp_path, curves):
-  metrics.plot_losses(curves, tmp_path / 'loss.png')
+  report.plot_losses(curves, tmp_path / 'loss.png')
   assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_summary_is_sorted_plain_json(tmp_path):
-  metrics.write_summary(tmp_path, {'b': np.float32(0.5), 'a': [math.nan, (1, 2)], 'c': {'d': None}})
+  report.write_summary(tmp_path, {'b': np.float32(0.5), 'a': [math.nan, (1, 2)], 'c': {'d': None}})
   text = (tmp_path / 'summary.json').read_text()
   assert json.loads(text) == {'a': [None, [1, 2]], 'b': 0.5, 'c': {'d': None}}
   assert text.startswith('{\n  "a": [')
@@ -169,12 +169,12 @@ def test_summary_is_sorted_plain_json(tmp_path):
 
 
 def test_versions_and_commit_can_be_written(tmp_path):
-  versions = metrics.versions()
+  versions = report.versions()
   assert versions['platform'] == 'cpu' and versions['device_count'] >= 1
   assert {'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'moejax'} < set(versions)
-  commit = metrics.git_commit()
+  commit = report.git_commit()
   assert commit is None or len(commit.removesuffix('-dirty')) == 40
-  metrics.write_summary(tmp_path, {'versions': versions, 'commit': commit})
+  report.write_summary(tmp_path, {'versions': versions, 'commit': commit})
 
 
 def test_no_tensorflow():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import sharding, train
+from moejax import sharding, step as step_lib
 from moejax.sharding import mesh as mesh_lib, rules
 from tests import tiny
 
@@ -32,7 +32,7 @@ def _model_config(model, **changes):
 
 def _state(config, optimizer):
   """A train state large enough that every path matters, on no device yet."""
-  init = functools.partial(train.init_state, config, optimizer, jax.random.key(0))
+  init = functools.partial(step_lib.init_state, config, optimizer, jax.random.key(0))
   rng = np.random.default_rng(0)
   noise = lambda leaf: (0.5 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
   return jax.tree.map(noise, jax.eval_shape(init))
@@ -41,7 +41,7 @@ def _state(config, optimizer):
 def _traced(config, sizes, optimizer):
   """A step on a mesh, and its arguments."""
   step = functools.partial(
-    train.train_step,
+    step_lib.train_step,
     model_config=config,
     optimizer=optimizer,
     schedule=lambda step: jnp.float32(0),

@@ -11,7 +11,17 @@ import optax
 import pytest
 
 from configs import common, dense, fine_grained, moe, mot
-from moejax import cli, config as config_lib, evaluate, generate, metrics, train
+from moejax import (
+  cli,
+  config as config_lib,
+  evaluate,
+  generate,
+  metrics,
+  model as model_lib,
+  run_folder,
+  step as step_lib,
+  train,
+)
 from moejax.checkpoint import Checkpoints
 from tests import tiny
 
@@ -28,7 +38,7 @@ def _debug_config(module=mot, **changes):
 
 
 def _params_of(workdir):
-  _, step, params, _ = evaluate.load_run(workdir)
+  _, step, params, _ = run_folder.load_run(workdir)
   return step, jax.device_get(params)
 
 
@@ -58,7 +68,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   with monkeypatch.context() as patch:
     patch.setattr(train, 'Interrupt', lambda: _StopAfter(4))
     assert train.train(_debug_config(), tmp_path) == cli.INTERRUPTED
-  assert Checkpoints(config_lib.checkpoint_dir(tmp_path)).latest_step() == 4  # between log lines
+  assert Checkpoints(run_folder.checkpoint_dir(tmp_path)).latest_step() == 4  # between log lines
   assert train.train(_debug_config(), tmp_path) == cli.OK
   (step, params), (other_step, other_params) = _params_of(finished), _params_of(tmp_path)
   assert step == other_step == 6
@@ -80,7 +90,7 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   summary = json.loads((finished / 'summary.json').read_text())
   assert summary['tokens_seen'] == 6 * 16 * 32
   assert json.loads((finished / 'config.json').read_text())['corpus'] == summary['corpus']
-  assert config_lib.read(finished).to_dict() == _debug_config().to_dict()
+  assert run_folder.read(finished).to_dict() == _debug_config().to_dict()
   assert summary['parameters']['total'] > summary['parameters']['active'] > 0
   assert 0 < summary['validation']['loss'] < 7
   nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
@@ -97,7 +107,7 @@ def test_running_a_finished_run_again_changes_nothing(finished):
 
 
 def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
-  stages, _, params, mesh = evaluate.load_run(finished)
+  stages, _, params, mesh = run_folder.load_run(finished)
   from moejax import data
 
   loader = data.make_loader(stages.data, 'validation')
@@ -107,7 +117,7 @@ def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
 
 
 def test_generation_of_a_run(finished):
-  stages, _, params, _ = evaluate.load_run(finished)
+  stages, _, params, _ = run_folder.load_run(finished)
   texts = generate.continuations(stages.model, params, stages.tokenizer, ['def ', 'x'], 8)
   assert len(texts) == 2
 
@@ -130,7 +140,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import loader
 
   monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
-  monkeypatch.setattr(train, 'lower_train_step', None)  # not even compiled
+  monkeypatch.setattr(step_lib, 'lower_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 
@@ -140,7 +150,7 @@ def test_another_tokenizer_is_refused(finished, monkeypatch):
 
   monkeypatch.setattr(tokenizer, '_fingerprint', lambda *parts: 'another')
   with pytest.raises(ValueError, match='data.tokenizer: the checkpoint was trained with'):
-    evaluate.load_run(finished)
+    run_folder.load_run(finished)
 
 
 def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_path):
@@ -206,10 +216,10 @@ def test_all_problems_are_reported_together():
 
 def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None):
   optimizer = optimizer or optax.adamw(learning_rate)
-  state = jax.jit(lambda key: train.init_state(config, optimizer, key))(jax.random.key(0))
+  state = jax.jit(lambda key: step_lib.init_state(config, optimizer, key))(jax.random.key(0))
   step = jax.jit(
     functools.partial(
-      train.train_step,
+      step_lib.train_step,
       model_config=config,
       optimizer=optimizer,
       schedule=lambda step: jnp.float32(learning_rate),
@@ -272,14 +282,14 @@ def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
   fields = common.baseline().optimizer.to_dict()
   optimizer = make_optimizer(OptimizerConfig(**fields), 10)
   step = functools.partial(
-    train.train_step,
+    step_lib.train_step,
     model_config=config,
     optimizer=optimizer,
     schedule=make_schedule(OptimizerConfig(**fields), 10),
     accumulation=1,
     key=jax.random.key(0),
   )
-  state = jax.eval_shape(lambda: train.init_state(config, optimizer, jax.random.key(0)))
+  state = jax.eval_shape(lambda: step_lib.init_state(config, optimizer, jax.random.key(0)))
   after, measured = jax.eval_shape(step, state, tiny.batch())
   assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
   assert {a.dtype for a in jax.tree.leaves(state)} == {jnp.dtype('bfloat16'), jnp.dtype('int32')}
@@ -321,7 +331,7 @@ def test_the_first_moment_can_be_narrower_than_the_parameters(tmp_path):
 def test_the_first_moment_can_be_wider_than_the_parameters():
   config = tiny.model_config(dtype='bfloat16', param_dtype='bfloat16')
   optimizer = _optimizer(moment_dtype='float32')
-  init = lambda: train.init_state(config, optimizer, jax.random.key(0))
+  init = lambda: step_lib.init_state(config, optimizer, jax.random.key(0))
 
   def update(state):
     gradients = jax.tree.map(jnp.ones_like, state['params'])
@@ -342,7 +352,7 @@ def test_a_run_from_before_a_field_existed_is_still_read(finished, tmp_path):
   fields = json.loads((finished / 'config.json').read_text())
   del fields['optimizer']['moment_dtype']
   (tmp_path / 'config.json').write_text(json.dumps(fields))
-  assert config_lib.read(tmp_path).to_dict() == _debug_config().to_dict()
+  assert run_folder.read(tmp_path).to_dict() == _debug_config().to_dict()
 
 
 def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
@@ -366,7 +376,7 @@ def test_decay_of_matrices_spares_the_recurrence_of_mamba():
 
   fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0, 'decay': 'matrices'}
   config = tiny.model_config(**tiny.MODELS['moe in mamba'])
-  shapes = jax.eval_shape(lambda: train.model_lib.init_params(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
   params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
   optimizer = make_optimizer(OptimizerConfig(**fields), 10)
   zeros = jax.tree.map(np.zeros_like, params)

@@ -12,10 +12,11 @@ from configs import common, dense, mot
 from moejax import (
   cli,
   config as config_lib,
-  evaluate,
   generate,
   metrics,
   model as model_lib,
+  run_folder,
+  step as step_lib,
   train,
   transition_tuning,
 )
@@ -62,14 +63,14 @@ def runs(tmp_path_factory):
 
 def _restore(folder, step):
   """The train state of a checkpoint, as numpy arrays."""
-  stages = config_lib.resolve(config_lib.read(folder))
+  stages = config_lib.resolve(run_folder.read(folder))
   optimizer = make_optimizer(stages.optimizer, stages.train.steps)
-  init = functools.partial(train.init_state, stages.model, optimizer, jax.random.key(0))
+  init = functools.partial(step_lib.init_state, stages.model, optimizer, jax.random.key(0))
   on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one_device), jax.eval_shape(init)
   )
-  checkpoints = Checkpoints(config_lib.checkpoint_dir(folder))
+  checkpoints = Checkpoints(run_folder.checkpoint_dir(folder))
   state = jax.device_get(checkpoints.restore(step, abstract))
   checkpoints.close()
   return state
@@ -88,7 +89,7 @@ def test_nothing_is_initialised_anew(runs):
 
 def test_the_run_goes_on_and_reports_the_switch(runs):
   old, new = runs
-  assert Checkpoints(config_lib.checkpoint_dir(new)).latest_step() == 8
+  assert Checkpoints(run_folder.checkpoint_dir(new)).latest_step() == 8
   transition = json.loads((new / 'summary.json').read_text())['transition']
   assert [transition[k]['step'] for k in ('before', 'at_the_switch', 'after')] == [6, 6, 8]
   before = json.loads((old / 'summary.json').read_text())['validation']['loss']
@@ -99,7 +100,7 @@ def test_the_run_goes_on_and_reports_the_switch(runs):
 
 
 def test_the_new_run_decodes_one_request_alone(runs):
-  stages, step, params, _ = evaluate.load_run(runs[1])
+  stages, step, params, _ = run_folder.load_run(runs[1])
   assert step == 8 and stages.model.mixed_sequences == 1
   (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['def '], 3)
   assert isinstance(text, str)

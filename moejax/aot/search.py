@@ -9,7 +9,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from moejax import config as config_lib, flops, model as model_lib, sharding, train
+from moejax import config as config_lib, flops, model as model_lib, sharding, step as step_lib
 from moejax.aot import step, topologies
 from moejax.sharding import platform
 
@@ -76,7 +76,7 @@ def _candidates(config, topology):
   for sizes in _mesh_shapes(topology.num_chips, experts):
     names = {f'mesh.{axis}': n for axis, n in zip(sharding.AXES, sizes, strict=True)}
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
-    state = step.shard_bytes(sharding.abstract(train.fresh_state(stages), mesh))
+    state = step.shard_bytes(sharding.abstract(step_lib.fresh_state(stages), mesh))
     for policy, bytes_by_sequence in saved.items():
       for accumulation in _powers_of_two(stages.data.batch_size):
         changes = names | {'model.remat': policy, 'optimizer.accumulation': accumulation}

@@ -11,7 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib, flops, model as model_lib, sharding, train
+from moejax import config as config_lib, flops, model as model_lib, sharding, step as step_lib
 from moejax.aot import hlo, topologies
 from moejax.aot.report import Exchange, Report
 from moejax.data import tokenizer
@@ -28,11 +28,11 @@ def compile_step(config, topology: topologies.Topology):
   mesh = sharding.make_mesh(stages.mesh, topologies.devices(topology))
   config_lib.check_mesh(stages, mesh)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
-    state = sharding.abstract(train.fresh_state(stages), mesh)
+    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
     rows = stages.data.batch_size // stages.optimizer.accumulation
     saved = saved_bytes(stages, rows) / sharding.batch_shards(mesh)
     platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
-    lowered = train.lower_train_step(stages, state, mesh, platforms)
+    lowered = step_lib.lower_train_step(stages, state, mesh, platforms)
   started = time.monotonic()
   compiled, needed = _compile(lowered)
   compile_seconds = time.monotonic() - started

@@ -1,0 +1,161 @@
+"""What a run tells people: the progress line, plots, and summary.json."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import subprocess
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+import moejax
+from moejax import files, metrics, text
+
+
+def progress_line(
+  *,
+  step: int,
+  steps: int,
+  loss: float,
+  tokens_per_second: float,
+  seconds_left: float,
+  grad_norm: float | None = None,
+  mfu: float | None = None,
+  dropped: float | None = None,
+) -> str:
+  """One line of at most 100 columns; None is left out.
+
+  `mfu` is a fraction of the peak, `dropped` of the choices of experts.
+  """
+  parts = [
+    f'step {step:>{len(str(steps))}}/{steps}',
+    f'{100 * step / steps:5.1f}%',
+    f'loss {loss:.3f}' if abs(loss) < 1000 else f'loss {loss:.2e}',
+    f'grad {grad_norm:.2g}' if grad_norm is not None else '',
+    f'dropped {100 * dropped:.1f}%' if dropped is not None else '',
+    f'{text.short(tokens_per_second)} tok/s',
+    f'MFU {100 * mfu:.1f}%' if mfu is not None else '',
+    f'{text.duration(seconds_left)} left',
+  ]
+  return '  '.join(filter(None, parts))
+
+
+def describe(result: dict) -> str:
+  """What an evaluation measured, in words."""
+  parts = [f'loss {result["loss"]:.4f} nats per token']
+  if 'bits_per_byte' in result:
+    parts.append(f'{result["bits_per_byte"]:.4f} bits per byte')
+  if 'loss_dropless' in result:
+    parts.append(f'{result["loss_dropless"]:.4f} nats without drops')
+  return ', '.join(parts)
+
+
+def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
+  """Draws loss curves into a PNG file.
+
+  Args:
+    curves: (step, loss in nats per token) by label. A label that ends in 'validation' is drawn with
+      markers; any other is training, drawn thin, with its running mean thick. 'x train' and
+      'x validation', or 'x' alone, share a colour.
+    path: of the file.
+  """
+  arrays = {label: np.array(points, float) for label, points in curves.items() if points}
+  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
+  axes = figure.add_subplot(xlabel='step', ylabel='loss (nats per token)', axisbelow=True)
+  colours = {}
+  for label, points in arrays.items():
+    run = re.sub(r'\s*(train|validation)$', '', label)
+    colour = colours.setdefault(run, f'C{len(colours)}')
+    if label.endswith('validation'):
+      style = {'marker': 'o', 'markersize': 6, 'markeredgecolor': 'white', 'linestyle': '--'}
+      axes.plot(*points.T, color=colour, linewidth=1, zorder=3, label=label, **style)
+    else:
+      steps, losses = points.T
+      axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
+      axes.plot(steps, running_mean(losses), color=colour, linewidth=2, label=label)
+  if arrays:
+    axes.set_ylim(*_limits(arrays.values()))
+    axes.legend(frameon=False)
+  axes.grid(color='0.9')
+  axes.spines[['top', 'right']].set_visible(False)
+  with files.atomic_output(path) as temporary:
+    figure.savefig(temporary)
+
+
+def plot_router(load, path) -> None:
+  """Draws the load of experts (columns) by sparse layer (rows) into a PNG file.
+
+  Args:
+    load: [layers, experts], 1 is a fair share.
+    path: of the file.
+  """
+  load = np.asarray(load)
+  figure = Figure(figsize=(8, 1.5 + 0.3 * len(load)), dpi=120, layout='constrained')
+  axes = figure.add_subplot(xlabel='expert', ylabel='sparse layer')
+  image = axes.imshow(load, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='nearest')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(MaxNLocator(integer=True))
+  label = f'load over fair share (largest {load.max():.2f}, {(load == 0).sum()} dead)'
+  figure.colorbar(image, label='load / fair share', extend='max')
+  axes.set_title(label, fontsize='medium', loc='left')
+  with files.atomic_output(path) as temporary:
+    figure.savefig(temporary)
+
+
+def running_mean(values) -> np.ndarray:
+  """The mean of a window around every point, a twentieth of all wide, cut off at both ends."""
+  values = np.asarray(values, float)
+  index, half = np.arange(len(values)), len(values) // 40
+  first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  return (sums[end] - sums[first]) / (end - first)
+
+
+def _limits(curves):
+  """Lowest and highest loss to show: the first twentieth of the steps may lie above."""
+  last = max(points[-1, 0] for points in curves)
+  settled = [points[points[:, 0] >= 0.05 * last, 1] for points in curves]
+  losses = np.concatenate(settled)
+  low, high = losses.min(), np.percentile(losses, 99.5)
+  margin = 0.05 * (high - low) or 0.1
+  return low - margin, high + margin
+
+
+def versions() -> dict:
+  """What else decides a run's numbers: versions of programs, and the devices they run on."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax')
+  device = jax.devices()[0]
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in packages},
+    'orbax': importlib.metadata.version('orbax-checkpoint'),
+    'moejax': moejax.__version__,
+    'platform': device.platform,
+    'device_kind': device.device_kind,
+    'device_count': jax.device_count(),
+  }
+
+
+def git_commit() -> str | None:
+  """The commit of the source tree, with '-dirty' if files differ from it; None outside of git."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  if not (root / '.git').exists():  # an installed copy may lie inside somebody else's repository
+    return None
+  command = 'git describe --always --dirty --abbrev=40 --exclude=*'.split()
+  try:
+    result = subprocess.run(
+      command, cwd=root, capture_output=True, text=True, timeout=10, check=True
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return result.stdout.strip()
+
+
+def write_summary(workdir, summary: dict) -> None:
+  """Writes summary.json, whole or not at all."""
+  content = json.dumps(metrics.plain(summary), indent=2, sort_keys=True, allow_nan=False)
+  files.write(pathlib.Path(workdir) / 'summary.json', content + '\n')
