@@ -15,14 +15,16 @@ from moejax import variants
 
 def get_config(arg=None):
   sizes = ('laptop', *variants.MOE_MAMBA_SIZES)
-  arg = variants.parse_arg(arg, sizes=sizes, experts=0, top_k=1, dense=False)
+  arg = variants.parse_arg(arg, sizes=sizes, experts=0, top_k=0, dense=False)
   c = variants.moe_mamba_run(arg.size)
   if arg.size != 'laptop':
     c.model.moe.expansion_rate = 32
     c.model.moe.capacity_factor = 1.0
+  if arg.dense and (arg.experts or arg.top_k):
+    raise ValueError('--config=...:dense has no experts that experts= or top_k= could mean.')
   if not arg.dense:
     ((_, blocks),) = c.model.blocks
     c.model.blocks = ((('attention', 'moe'), blocks),)
   c.model.moe.expansion_rate = arg.experts or c.model.moe.expansion_rate
-  c.model.moe.experts_per_token = arg.top_k
+  c.model.moe.experts_per_token = arg.top_k or 1
   return variants.shrink(c) if arg.debug else c

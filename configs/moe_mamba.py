@@ -47,6 +47,8 @@ def get_config(arg=None):
   if arg.size != 'laptop':
     c.optimizer.peak_lr = 5e-4
     c.model.moe.capacity_factor = 1.0
+  if arg.every_other and not arg.inner:
+    raise ValueError('--config=...:every_other is of experts inside of Mamba: inner=conv+out.')
   if arg.inner:
     _inner(c, arg)
   else:

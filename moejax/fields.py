@@ -37,7 +37,11 @@ def default(
   """
   bounds = {'at least': minimum, 'above': above, 'at most': maximum, 'below': below}
   bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-  metadata = {'meaning': meaning, 'choices': choices, 'bounds': bounds}
+  metadata = {
+    'meaning': meaning,
+    'choices': choices if callable(choices) else lambda: choices or (),
+    'bounds': bounds,
+  }
   return dataclasses.field(default=value, metadata=metadata)
 
 
@@ -92,16 +96,11 @@ def flat(kind):
 
 def allowed(f):
   """Which values a field takes, such as 'at least 1', or '' for all of its type."""
-  choices = _choices(f)
+  choices = f.metadata['choices']()
   if choices:
     return 'one of ' + ', '.join(choice or "''" for choice in choices)
   bounds = f.metadata['bounds'].items()
   return ' and '.join(f'{words} {bound}' for words, bound in bounds).replace('above 0', 'positive')
-
-
-def _choices(f: Any):
-  choices = f.metadata['choices']
-  return tuple((choices() if callable(choices) else choices) or ())
 
 
 def _checked(path, f, value: Any):
@@ -115,7 +114,7 @@ def _checked(path, f, value: Any):
     value = tuples(value)
   if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
     raise ValueError(f'{name} must be {_KINDS[f.type]}, got {value!r}.')
-  choices = _choices(f)
+  choices = f.metadata['choices']()
   if choices and value not in choices:
     hint = did_you_mean(value, choices)
     raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}.')

@@ -49,30 +49,42 @@ def parse_arg(arg, sizes=SIZES, **options):
     arg: the part of --config after the colon, or None.
     sizes: names that are a size.
     **options: name=default of further `name=value` words, of the default's type; a word of default
-      False, as `debug`, is true by its name alone.
+      False, as `debug`, is true by its name alone. 0 and '' are defaults that nobody can write.
 
   Raises:
-    ValueError: a word is neither a size nor an option.
+    ValueError: a word is neither a size nor an option, has no such value, or comes twice.
   """
   options = {'debug': False, **options}
-  values = {'size': 'laptop', **options}
+  given = {}
   for word in filter(None, (arg or '').split(',')):
-    name, equals, text = word.partition('=')
+    name, equals, _ = word.partition('=')
     if name in sizes and not equals:
-      values['size'] = name
+      name, value = 'size', name
     elif options.get(name) is False and not equals:
-      values[name] = True
+      value = True
     elif name in options and options[name] is not False and equals:
-      try:
-        values[name] = type(options[name])(text)
-      except ValueError as error:
-        kind = type(options[name]).__name__
-        raise ValueError(f'--config=...:{word}: expected {name}=<{kind}>, got {text!r}.') from error
+      value = _value(word, type(options[name]))
     else:
       known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
       hint = did_you_mean(word, known)
       raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}.')
-  return types.SimpleNamespace(**values)
+    if name in given:
+      raise ValueError(f'--config=...:{word}: {name} is {given[name]} already.')
+    given[name] = value
+  return types.SimpleNamespace(**{'size': 'laptop', **options, **given})
+
+
+def _value(word, kind):
+  """The value of a word name=value: a text that is not empty, or a number from 1."""
+  name, _, text = word.partition('=')
+  try:
+    value = kind(text)
+  except ValueError:
+    value = None
+  if not value or (kind is int and value < 1):
+    what = {int: 'a whole number from 1', str: 'a text'}[kind]
+    raise ValueError(f'--config=...:{word}: expected {name}=<{what}>, got {text!r}.')
+  return value
 
 
 def sized(name):

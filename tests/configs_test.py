@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from configs import moe as moe_config, moe_mamba, mot
+from configs import fine_grained, moe as moe_config, moe_mamba, mot
 from moejax import metrics, model, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained,
   'args, message',
   [
     (['--config=configs/mot.py:mediun'], "did you mean 'medium'?"),
-    (['--config=configs/mot.py:experts=x'], 'expected experts=<int>'),
+    (['--config=configs/mot.py:experts=x'], 'expected experts=<a whole number from 1>'),
     (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
     (['--config.model.num_head=3'], "no field 'num_head'; did you mean 'num_heads'?"),
     (['--config.model.mot.qqq=1'], "no field 'qqq'; --print_config shows"),
@@ -181,6 +181,8 @@ def test_the_names_of_moe_mamba_become_sizes():
     ('ratio=2', 'expected MAMBAxEXPERT'),
     ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
     ('inner=conv,parallel', 'inner= has no Switch layers'),
+    ('every_other', 'every_other is of experts inside of Mamba'),
+    ('inner=', "expected inner=<a text>, got ''"),
     ('paralel', "did you mean 'parallel'?"),
     ('parallel=1', "did you mean 'parallel'?"),
   ],
@@ -188,6 +190,24 @@ def test_the_names_of_moe_mamba_become_sizes():
 def test_mistakes_in_the_words_of_moe_mamba(words, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     moe_mamba.get_config(words)
+
+
+@pytest.mark.parametrize(
+  ('module', 'words', 'message'),
+  [
+    (fine_grained, 'granularity=0', "granularity=<a whole number from 1>, got '0'"),
+    (fine_grained, 'expansion_rate=-1', "expansion_rate=<a whole number from 1>, got '-1'"),
+    (mot, 'experts=0', "experts=<a whole number from 1>, got '0'"),
+    (mot, 'mixtures=1.5', "mixtures=<a whole number from 1>, got '1.5'"),
+    (mot, 'experts=4,experts=8', 'experts=8: experts is 4 already'),
+    (mot, 'small,experts=4,medium', 'medium: size is small already'),
+    (moe_config, 'top_k=0', "top_k=<a whole number from 1>, got '0'"),
+    (moe_config, 'dense,experts=4', 'dense has no experts'),
+  ],
+)
+def test_no_word_silently_means_something_else(module, words, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    module.get_config(words)
 
 
 def test_unknown_words_are_refused():
