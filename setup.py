@@ -22,6 +22,7 @@ setuptools.setup(
     'orbax-checkpoint>=0.11.25,<1',
     'sentencepiece>=0.2.2',
     'safetensors>=0.5.0',
+    'scipy>=1.14',
     'seqio>=0.0.20',
     'tensorboardX>=2.6.4',
     'tensorflow>=2.20',

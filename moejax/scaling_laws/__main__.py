@@ -123,7 +123,7 @@ def _define_fit():
     'moe: of the sparse runs, and with its c of the dense ones. Others: of the dense runs.',
   )
   flags.DEFINE_float('c', None, 'The value of c; default: it is fitted.')
-  flags.DEFINE_integer('starts', 50, 'Starting points of every optimisation.', lower_bound=1)
+  flags.DEFINE_integer('starts', 8, 'Starting points of every optimisation.', lower_bound=1)
   flags.DEFINE_integer('repeats', 100, 'Bootstrap resamplings.', lower_bound=0)
   flags.DEFINE_float('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
   flags.DEFINE_float('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)

@@ -182,25 +182,26 @@ def _from_row(name, row, expansion_rate):
 
 
 def _number(value):
-  """A float of a table's text or a JSON value; NaN of what is none."""
+  """A table's text or a JSON value as an int or a float; NaN of what is no number."""
   try:
-    return math.nan if isinstance(value, bool) else float(value)
+    number = math.nan if isinstance(value, bool) else float(value)
   except (OverflowError, TypeError, ValueError):
     return math.nan
+  return int(number) if number.is_integer() else number
 
 
 def _positive(field, value):
-  if not 0 < _number(value) < math.inf:
+  number = _number(value)
+  if not 0 < number < math.inf:
     raise ValueError(f'{field} = {value!r}: expected a finite number above 0')
-  return _number(value)
+  return number
 
 
 def _granularity(value):
-  if not (_number(value) >= 0 and _number(value).is_integer()):
-    raise ValueError(
-      f'granularity = {value!r}: expected a whole number, {laws.DENSE} for a dense model'
-    )
-  return int(_number(value))
+  number = _number(value)
+  if not (isinstance(number, int) and number >= 0):
+    raise ValueError(f'granularity = {value!r}: expected a whole number, 0 for a dense model')
+  return number
 
 
 def _expansion_rate(granularity, value, default):

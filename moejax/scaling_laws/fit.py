@@ -1,30 +1,27 @@
-"""Fitting a law to runs: Huber loss, many starts, held-out runs, bootstrap intervals.
+"""Fitting a law to runs: Huber loss, several starts, held-out runs, bootstrap intervals.
 
-The mean over runs of Huber(predicted - measured loss) is minimised. The scales c, a, b and g are
-searched through their logarithms, the exponents as they are; N, D and G are divided by their
-geometric means meanwhile, without which a scale and its exponent are nearly the same direction.
-Levenberg-Marquardt with exact derivatives in float64 solves every start of every resampling, all at
-once by `vmap`.
+scipy's least squares minimises the mean over runs of Huber(predicted - measured loss), with exact
+slopes. The scales c, a, b and g are searched through their logarithms, the exponents as they are;
+N, D and G are divided by their geometric means meanwhile, without which a scale and its exponent
+are nearly the same direction.
 """
 
-import contextlib
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
 from moejax.scaling_laws import laws
 
 SCALES = ('c', 'a', 'b', 'g')
 INTERVAL = (10, 90)  # percentiles of the bootstrap repeats, as in Table 6
-DRAWN = (
-  0.8  # of the runs, with replacement, as in the paper: drawing all gives intervals too narrow
-)
-DIVERGED = 0.2  # nats above the law that the other runs follow
-_ITERATIONS = 100
+DRAWN = 0.8  # of the runs, with replacement, as in the paper: of all, intervals are too narrow
+DIVERGED = 0.2  # nats off the law that the other runs follow: six times the spread of seeds
+_TOLERANCES = dict.fromkeys(('ftol', 'xtol', 'gtol'), 1e-10)  # seven digits of the coefficients
+_ZERO = math.log(1e-9)  # of a scale, whose logarithm is searched: none can be exactly 0
 _NOISE_FLOOR = 1e-3  # nats; runs agree no better than this, however well a law fits them
 
 
@@ -59,14 +56,15 @@ class Fit:
   warnings: tuple[str, ...]
 
 
-def fit(runs, form, *, c=None, starts=50, repeats=100, held_out=0.2, penalty=0.0, seed=0):
+def fit(runs, form, *, c=None, starts=8, repeats=100, held_out=0.2, penalty=0.0, seed=0):
   """Fits one law.
 
   Args:
     runs: `collect.Run`s, all sparse with one expansion rate for `moe`, all dense otherwise.
     form: a key of FORMS.
     c: the value of c if it is known, None if it is fitted too.
-    starts: random starting points of every optimisation; the best result counts.
+    starts: random starting points of every optimisation; the best result counts. Nearly all end in
+      the same place. (That of all runs is no start for a resampling: with a c near 0 it is flat.)
     repeats: bootstrap resamplings. 0: no intervals.
     held_out: fraction of the runs, those of lowest loss, that the validation fit does not see.
     penalty: weight of the sum of squares of exponents and logarithms of scales. The paper's 5e-4
@@ -74,42 +72,41 @@ def fit(runs, form, *, c=None, starts=50, repeats=100, held_out=0.2, penalty=0.0
     seed: of starts and resamplings.
 
   Raises:
-    ValueError: there are too few runs.
+    ValueError: there are too few runs, or c is not below their losses.
   """
   law = FORMS[form]
   names = tuple(name for name in law.names if name != 'c' or c is None)
   _check_number(len(runs), form, names)
+  if c is not None and not 0 <= c < min(run.loss for run in runs):
+    lowest = min(run.loss for run in runs)
+    raise ValueError(f'--c={c}: expected 0, or more and below the lowest loss, {lowest:.4g}.')
   problem = _problem(runs, law, names, c, penalty)
-  rng = np.random.default_rng(seed)
-  start = _starts(rng, names, starts, problem.loss.mean())
+  start = _starts(names, starts, np.median(problem.loss), seed)
 
-  def solve(kept):
-    """For all runs kept, for all but those held out, and for every repeat: coefficients."""
-    weights = np.stack([kept, _seen(problem.loss, kept, held_out), *_draw(rng, kept, repeats)])
-    return _solve(law, names, problem, weights.astype(np.float64), start)
+  def solve(draw):
+    """Coefficients by the runs as often as they are in `draw`: centred, and natural."""
+    theta = _minimise(problem, draw, start)
+    return theta, _coefficients(problem, theta)
 
-  natural = functools.partial(_coefficients, names, problem)
   kept = np.full(len(runs), True)
-  thetas = solve(kept)
-  excluded = _diverged(runs, errors(natural(thetas[0]), runs))
+  theta, found = solve(kept)
+  excluded = _off_the_law(runs, errors(found, runs))
   if excluded:
     kept = np.array([run.name not in excluded for run in runs])
     _check_number(kept.sum(), form, names)
-    thetas = solve(kept)
-  theta, validation_theta, *others = thetas
+    theta, found = solve(kept)
   seen = _seen(problem.loss, kept, held_out)
   validated = seen.sum() > len(names) and (kept & ~seen).any()
+  others = [solve(draw)[1] for draw in _draw(kept, repeats, seed)]
   return Fit(
     form=form,
-    coefficients=natural(theta),
-    intervals=_intervals(names, [natural(other) for other in others]),
-    rmse=_rms(errors(natural(theta), runs)[kept]),
-    held_out_rmse=_rms(errors(natural(validation_theta), runs)[kept & ~seen])
-    if validated
-    else None,
+    coefficients=found,
+    intervals=_intervals(names, others),
+    rmse=_rms(errors(found, runs)[kept]),
+    held_out_rmse=_rms(errors(solve(seen)[1], runs)[kept & ~seen]) if validated else None,
     used=tuple(run.name for run in runs if run.name not in excluded),
     excluded=excluded,
-    warnings=tuple(_unidentified(law, names, problem, theta, kept)),
+    warnings=tuple(_unidentified(problem, theta, kept)),
   )
 
 
@@ -118,20 +115,10 @@ def _seen(loss, kept, held_out):
   return kept & (loss > np.quantile(loss[kept], held_out)) if held_out else kept
 
 
-def _draw(rng, kept, repeats):
+def _draw(kept, repeats, seed):
   """[repeats, runs]: how often each run is in each bootstrap sample."""
+  rng = np.random.default_rng(seed)
   return rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
-
-
-@contextlib.contextmanager
-def _float64():
-  """`jax.enable_x64`, which jax has from 0.8 on."""
-  before = jnp.result_type(float) == jnp.float64
-  jax.config.update('jax_enable_x64', True)
-  try:
-    yield
-  finally:
-    jax.config.update('jax_enable_x64', before)
 
 
 def fit_moe_and_dense(sparse, dense, *, c: float | None = None, **options):
@@ -140,6 +127,10 @@ def fit_moe_and_dense(sparse, dense, *, c: float | None = None, **options):
   Returns a dict of expansion rate to `Fit`; the arguments are those of `fit`.
   """
   moe = fit(sparse, 'moe', c=c, **options)
+  if dense and sparse[0].expansion_rate == 1:
+    raise ValueError(
+      'the sparse runs have expansion rate 1, which is that of dense models: fit one'
+    )
   fits = {sparse[0].expansion_rate: moe}
   if dense:
     fits[1] = fit(dense, 'dense', c=moe.coefficients.c, **options)
@@ -162,13 +153,14 @@ def errors(coefficients, runs):
   return loss - laws.loss(coefficients, *sizes)
 
 
-def _diverged(runs, excess):
-  """Why runs whose loss lies far above the law that the others follow are not used, by name."""
+def _off_the_law(runs, excess):
+  """Why runs whose loss lies far from the law that the others follow are not used, by name."""
   limit = max(DIVERGED, 10 * np.median(np.abs(excess)))
   return {
-    run.name: f'diverged: its loss of {run.loss:.3f} is {more:.3f} above the law of the others'
+    run.name: f'{"diverged" if more > 0 else "too good"}: its loss of {run.loss:.3f} is '
+    f'{abs(more):.3f} {"above" if more > 0 else "below"} the law of the others'
     for run, more in zip(runs, excess, strict=True)
-    if more > limit
+    if abs(more) > limit
   }
 
 
@@ -181,25 +173,29 @@ def _intervals(names, repeats):
   return spread
 
 
-def _unidentified(law, names, problem, theta, kept):
+def _unidentified(problem, theta, kept):
   """Yields a sentence per coefficient that these runs leave open.
 
   The measure is its standard error, from the slopes of the law at the optimum, were every loss
-  wrong by the error of fit: more than half of an exponent, or more than a factor of e^(1/2).
+  wrong by the error of fit: more than half of c or an exponent, more than a factor of e^(1/2) of
+  the other scales.
   """
-  with _float64():
-    residuals = functools.partial(_residuals, law, names, problem)
-    error, slope = np.asarray(residuals(theta))[kept], np.asarray(jax.jacfwd(residuals)(theta))
-  length = np.maximum(np.linalg.norm(slope[kept], axis=0), 1e-9)
-  _, size, directions = np.linalg.svd(slope[kept] / length, full_matrices=False)
+  values = problem.raw @ theta
+  error, slope = (of_runs[kept] for of_runs in _residuals(problem, theta))
+  if 'c' in problem.names:  # by c itself: near 0 its logarithm changes nothing
+    column = problem.names.index('c')
+    slope[:, column] /= np.exp(values[column])
+    values[column] = _coefficients(problem, theta).c
+  length = np.maximum(np.linalg.norm(slope, axis=0), 1e-9)
+  _, size, directions = np.linalg.svd(slope / length, full_matrices=False)
   root = problem.raw @ (directions / length).T / np.maximum(size, 1e-9)  # of the covariance
-  floor = _NOISE_FLOOR / problem.loss.mean() if law.log_loss else _NOISE_FLOOR
+  floor = _NOISE_FLOOR / problem.loss.mean() if problem.law.log_loss else _NOISE_FLOOR
   deviation = max(_rms(error), floor) * np.linalg.norm(root, axis=1)
-  for name, value, spread in zip(names, problem.raw @ theta, deviation, strict=True):
-    if name in SCALES and spread > 0.5:
+  for name, value, spread in zip(problem.names, values, deviation, strict=True):
+    if name in ('a', 'b', 'g') and spread > 0.5:
       factor = f'{np.exp(spread):.2g}' if spread < 5 else 'more than 100'
       yield f'{name} is known only to a factor of {factor}; {_REMEDY[name]}'
-    elif name not in SCALES and spread > 0.5 * abs(value):
+    elif name not in ('a', 'b', 'g') and spread > 0.5 * abs(value):
       yield f'{name} = {value:.3g} is known only to +-{spread:.2g}; {_REMEDY[name]}'
 
 
@@ -217,6 +213,8 @@ _REMEDY = {
 class _Problem(NamedTuple):
   """The runs as arrays: logarithms less their means over the runs, and how to undo that."""
 
+  law: Form
+  names: tuple[str, ...]  # of the coefficients that are free
   params: np.ndarray
   tokens: np.ndarray
   granularity: np.ndarray
@@ -245,98 +243,82 @@ def _problem(runs, law, names, c, penalty):
     if scale in names:
       raw[names.index(scale), names.index(exponent)] = mean
   loss = np.array([run.loss for run in runs], np.float64)
-  return _Problem(params, tokens, granularity, loss, raw, 0.0 if c is None else c, penalty)
+  return _Problem(
+    law, names, params, tokens, granularity, loss, raw, 0.0 if c is None else c, penalty
+  )
 
 
-def _residuals(law, names, problem, theta):
-  """[runs]: predicted less measured, at centred coefficients."""
-  k = dict(zip(names, theta, strict=True))
-  c = jnp.exp(k['c']) if 'c' in k else problem.c
-  predicted = c + jnp.exp(k['a'] - k['alpha'] * problem.params)
-  predicted += jnp.exp(k['b'] - k['beta'] * problem.tokens)
+def _residuals(problem, theta):
+  """[runs]: predicted less measured, at centred coefficients; [runs, coefficients]: its slopes."""
+  k = dict(zip(problem.names, theta, strict=True))
+  c = np.full_like(problem.loss, np.exp(k['c']) if 'c' in k else problem.c)
+  of_size = np.exp(k['a'] - k['alpha'] * problem.params)
+  of_tokens = np.exp(k['b'] - k['beta'] * problem.tokens)
+  of_experts = np.zeros_like(c)
   if 'g' in k:
     finer = k['alpha'] * problem.params + k['gamma'] * problem.granularity
-    predicted += jnp.exp(k['g'] - finer)
-  if law.log_loss:
-    return jnp.log(predicted) - jnp.log(problem.loss)
-  return predicted - problem.loss
+    of_experts = np.exp(k['g'] - finer)
+  slopes = {
+    'c': c,
+    'a': of_size,
+    'alpha': -(of_size + of_experts) * problem.params,
+    'b': of_tokens,
+    'beta': -of_tokens * problem.tokens,
+    'g': of_experts,
+    'gamma': -of_experts * problem.granularity,
+  }
+  slope = np.stack([slopes[name] for name in problem.names], axis=1)
+  predicted = c + of_size + of_tokens + of_experts
+  if problem.law.log_loss:
+    return np.log(predicted / problem.loss), slope / predicted[:, None]
+  return predicted - problem.loss, slope
 
 
-def _starts(rng, names, number, mean_loss):
-  """[starts, coefficients]: exponents in [0.03, 1], terms that share the mean loss at random."""
+def _starts(names, number, usual_loss, seed):
+  """[starts, coefficients]: exponents in [0.03, 1], terms that share the usual loss at random."""
+  rng = np.random.default_rng(seed)
   columns = {}
   for name, shares in zip(SCALES, rng.dirichlet(np.ones(len(SCALES)), number).T, strict=True):
-    columns[name] = np.log(mean_loss * shares)
+    columns[name] = np.log(usual_loss * shares)
   for name in ('alpha', 'beta', 'gamma'):
     columns[name] = np.exp(rng.uniform(np.log(0.03), 0.0, number))
   return np.stack([columns[name] for name in names], axis=1)
 
 
-class _State(NamedTuple):
-  """Of one optimisation."""
+def _minimise(problem, draw, starts):
+  """[coefficients]: the best centred ones, where run i counts draw[i] times."""
+  rows = np.repeat(np.arange(len(draw)), draw)
+  penalty = np.sqrt(2 * problem.penalty * len(rows)) * problem.raw  # the cost is a sum of halves
 
-  theta: jax.Array
-  cost: jax.Array
-  damping: jax.Array
-  iterations: jax.Array
-  done: jax.Array
+  def residuals(theta):
+    return np.append(_residuals(problem, theta)[0][rows], penalty @ theta)
 
+  def slopes(theta):
+    return np.vstack([_residuals(problem, theta)[1][rows], penalty])
 
-def _minimise(law, names, problem, weights, start):
-  """Levenberg-Marquardt; Huber's loss as a square reweighted at every step."""
-  share = weights / weights.sum()
-  penalty = problem.penalty * problem.raw.T @ problem.raw
-  residuals = functools.partial(_residuals, law, names, problem)
-
-  def cost_at(theta):
-    size = jnp.abs(residuals(theta))
-    huber = jnp.where(size < law.huber, size**2 / 2, law.huber * (size - law.huber / 2))
-    return share @ huber + theta @ penalty @ theta
-
-  def iterate(state):
-    theta = state.theta
-    error, slope = residuals(theta), jax.jacfwd(residuals)(theta)
-    weight = share * law.huber / jnp.maximum(jnp.abs(error), law.huber)
-    gradient = (weight * error) @ slope + 2 * penalty @ theta
-    curvature = (slope.T * weight[None]) @ slope + 2 * penalty
-    # The constant holds coefficients still that the runs do not determine at all.
-    damped = curvature + jnp.diag(state.damping * jnp.diag(curvature) + 1e-12)
-    step = jnp.linalg.solve(damped, gradient)
-    cost = cost_at(theta - step)
-    better = cost < state.cost
-    return _State(
-      theta=jnp.where(better, theta - step, theta),
-      cost=jnp.where(better, cost, state.cost),
-      damping=jnp.where(better, state.damping / 5, state.damping * 4).clip(1e-9),
-      iterations=state.iterations + 1,
-      done=gradient @ step < 1e-10 * state.cost + 1e-24,
-    )
-
-  first = _State(start, cost_at(start), jnp.array(1e-2), jnp.array(0), jnp.array(False))
-  last = jax.lax.while_loop(lambda s: ~s.done & (s.iterations < _ITERATIONS), iterate, first)
-  return last.theta, last.cost
+  loss = functools.partial(_huber, len(rows))
+  with np.errstate(over='ignore', divide='ignore', invalid='ignore'):  # such steps are taken back
+    found = [
+      optimize.least_squares(
+        residuals, start, slopes, loss=loss, f_scale=problem.law.huber, **_TOLERANCES
+      )
+      for start in starts
+    ]
+  return min(found, key=lambda result: result.cost).x
 
 
-@functools.partial(jax.jit, static_argnames=('law', 'names'))
-def _best(law, names, problem, weights, starts):
-  one = functools.partial(_minimise, law, names, problem)
-  theta, cost = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(weights, starts)
-  best = jnp.nanargmin(cost, axis=1)
-  return theta[jnp.arange(len(best)), best]
+def _huber(num_runs, squares):
+  """As scipy's loss 'huber', but what follows the runs' residuals, a penalty, stays square."""
+  size = np.sqrt(np.maximum(squares, 1))
+  size[num_runs:] = 1
+  values = np.where(size > 1, 2 * size - 1, squares)
+  return np.stack([values, 1 / size, np.where(size > 1, -0.5 / size**3, 0)])
 
 
-def _solve(law, names, problem, weights, starts):
-  """[resamplings, coefficients]: the best centred coefficients for each row of `weights`."""
-  with _float64():
-    return np.asarray(_best(law, names, problem, weights, starts))
-
-
-def _natural(names, raw):
-  return [np.exp(v) if name in SCALES else v for name, v in zip(names, raw, strict=True)]
-
-
-def _coefficients(names, problem, theta):
-  values = dict(zip(names, map(float, _natural(names, problem.raw @ theta)), strict=True))
+def _coefficients(problem, theta):
+  values = {}
+  for name, value in zip(problem.names, map(float, problem.raw @ theta), strict=True):
+    values[name] = value if name not in SCALES else 0.0 if value < _ZERO else math.exp(value)
   return laws.Coefficients(**({'c': problem.c} | values))
 
 

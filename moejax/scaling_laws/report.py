@@ -60,7 +60,7 @@ def describe(fits, excluded):
 
 
 def _digits(value):
-  return f'{value if abs(value) > 1e-9 else 0:10.4g}'  # a scale is searched through its logarithm
+  return f'{value:10.4g}'
 
 
 def _held_out(one):
