@@ -1,15 +1,17 @@
 """Text to token ids and back.
 
-Every tokenizer keeps the same three ids free: 0 is padding, 1 ends a document, 2 is unknown. No
-text encodes to 0 or 1, so padding can always be told from data.
+Every tokenizer keeps the same three ids free: 0 is nothing (a batch says in `segments` what is
+padding), 1 ends a document, 2 is unknown. No text encodes to 0 or 1.
 """
 
+import functools
 import hashlib
 import io
 import json
 import pathlib
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +25,9 @@ _GPT2_PREFIX = 'gpt2:'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
 # The pre-tokenizer of GPT-2: contractions, words, numbers, signs (each with the space before it).
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# A sentence of the trainer is a line of text; longer ones (minified code, data) are left out.
+# tiktoken's regular expression panics on a longer run of whitespace.
+_LONGEST_WHITESPACE = 999_000
+# A sentence of the trainer is a line of text, or a part of one (minified code, flattened books).
 _MAX_SENTENCE_BYTES = 16_384
 
 
@@ -45,7 +49,20 @@ class Tokenizer(Protocol):
     ...
 
   def decode(self, ids: Any) -> str:
-    """Returns the text of ids; special ids and ids beyond the vocabulary have none."""
+    """Returns the text of ids; special ids and ids beyond the vocabulary have none.
+
+    The ids are taken to follow others, so that texts of successive ids can be joined: the space
+    that some SentencePiece models put before a whole text comes back.
+    """
+    ...
+
+  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
+    """Counts the bytes of UTF-8 that each target stands for, int32 like `targets`.
+
+    `inputs` are the ids before the targets: after the end of a document (or padding, with which
+    seqio begins one), the space that a model puts before a whole text is not part of the text.
+    Special ids count 0, and so does the unknown id, whose text is lost.
+    """
     ...
 
 
@@ -67,11 +84,33 @@ class BytesTokenizer:
     return np.frombuffer(data, np.uint8).astype(np.int32) + NUM_SPECIAL
 
   def decode(self, ids: Any) -> str:
-    data = _text_ids(ids, NUM_SPECIAL, self.vocab_size) - NUM_SPECIAL
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    data = ids[(ids >= NUM_SPECIAL) & (ids < self.vocab_size)] - NUM_SPECIAL
     return data.astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
+  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
+    return (np.asarray(targets) >= NUM_SPECIAL).astype(np.int32)
 
-class SentencePieceTokenizer:
+
+class _Pieces:
+  """What tokenizers share whose ids stand for bytes: `_bytes` of every id, b'' of special ones."""
+
+  _bytes: list[bytes]
+
+  def decode(self, ids: Any) -> str:
+    ids, known = np.asarray(ids, np.int64).reshape(-1).tolist(), len(self._bytes)
+    return b''.join(self._bytes[i] for i in ids if 0 <= i < known).decode('utf-8', 'replace')
+
+  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
+    del inputs
+    return self._lengths[targets]
+
+  @functools.cached_property
+  def _lengths(self) -> np.ndarray:
+    return np.array([len(data) for data in self._bytes], np.int32)
+
+
+class SentencePieceTokenizer(_Pieces):
   """A SentencePiece model.
 
   A model trained with pad 0, end of sentence 1, unknown 2 (ours, T5's) keeps its ids. Any other
@@ -108,17 +147,40 @@ class SentencePieceTokenizer:
   def encode_bytes(self, data: bytes) -> np.ndarray:
     return self.encode(data.decode('utf-8', 'replace'))
 
-  def decode(self, ids: Any) -> str:
-    # With unshifted ids the unknown piece is one of the model's own and prints as such.
-    first = NUM_SPECIAL if self.shift else UNK_ID
-    return self._processor.decode((_text_ids(ids, first, self.vocab_size) - self.shift).tolist())
+  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
+    first = (np.asarray(inputs) == EOS_ID) | (np.asarray(inputs) == PAD_ID)
+    return self._lengths[targets] - (first & self._begins_with_space[targets] & self._adds_space)
+
+  @functools.cached_property
+  def _bytes(self) -> list[bytes]:
+    processor = self._processor
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    return [b''] * self.shift + [self._piece_bytes(i, piece) for i, piece in enumerate(pieces)]
+
+  def _piece_bytes(self, i: int, piece: str) -> bytes:
+    if self._processor.is_byte(i):
+      return bytes([int(piece[3:-1], 16)])  # <0x0A>
+    if self._processor.is_control(i) or self._processor.is_unknown(i):
+      return b''
+    return piece.replace('\u2581', ' ').encode()
+
+  @functools.cached_property
+  def _begins_with_space(self) -> np.ndarray:
+    return np.array([data.startswith(b' ') for data in self._bytes])
+
+  @functools.cached_property
+  def _adds_space(self) -> bool:
+    """Whether the model puts a space before a text."""
+    pieces = self._processor.encode('a', out_type=str)
+    return bool(pieces) and pieces[0].startswith('\u2581')
 
 
-class Gpt2Tokenizer:
-  """GPT-2's byte-level BPE from a local vocab.json and merges.txt, ids moved up by 3.
+class Gpt2Tokenizer(_Pieces):
+  """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids moved up by 3.
 
   GPT-2 uses id 0 for '!' and its last id, <|endoftext|>, for the end of a document; here they are
-  id 3 and an id that never occurs, and the end of a document is id 1.
+  id 3 and an id that never occurs, and the end of a document is id 1. So it is with the special
+  tokens of other vocabularies (RoBERTa's), wherever they stand.
   """
 
   keeps_bytes = False
@@ -132,23 +194,30 @@ class Gpt2Tokenizer:
     except ModuleNotFoundError as error:
       raise ValueError('needs the package tiktoken: pip install tiktoken') from error
     vocab, merges = vocab_path.read_bytes(), merges_path.read_bytes()
-    ids = json.loads(vocab)
+    ids = _gpt2_vocabulary(vocab)
+    tokens = _gpt2_tokens(merges)
+    if missing := [token for token in tokens if token not in ids]:
+      raise ValueError(f'vocab.json lacks {len(missing)} tokens of merges.txt, e.g. {missing[0]!r}')
+    to_byte = _gpt2_alphabet()
+    data = [bytes(to_byte[c] for c in token) for token in tokens]
+    ranks = {token: rank for rank, token in enumerate(data)}
     self._encoding = tiktoken.Encoding(
-      'gpt2', pat_str=_GPT2_PATTERN, mergeable_ranks=_gpt2_ranks(ids, merges), special_tokens={}
+      'gpt2', pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     self.vocab_size = max(ids.values()) + 1 + NUM_SPECIAL
+    self._ids = np.array([ids[token] + NUM_SPECIAL for token in tokens], np.int32)  # by rank
+    self._bytes = [b''] * self.vocab_size
+    for i, token in zip(self._ids, data, strict=True):
+      self._bytes[i] = token
     self.fingerprint = _fingerprint(b'gpt2', vocab, merges)
 
   def encode(self, text: str) -> np.ndarray:
     text = to_bytes(text).decode('utf-8', 'replace')
-    return np.asarray(self._encoding.encode_ordinary(text), np.int32) + np.int32(NUM_SPECIAL)
+    encode = self._encoding.encode_ordinary
+    return self._ids[[rank for part in _whitespace_cut(text) for rank in encode(part)]]
 
   def encode_bytes(self, data: bytes) -> np.ndarray:
     return self.encode(data.decode('utf-8', 'replace'))
-
-  def decode(self, ids: Any) -> str:
-    ids = _text_ids(ids, NUM_SPECIAL, self._encoding.max_token_value + 1 + NUM_SPECIAL)
-    return self._encoding.decode((ids - NUM_SPECIAL).tolist())
 
 
 def make_tokenizer(config) -> Tokenizer:
@@ -245,10 +314,11 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
   import sentencepiece
 
   lines = (line for text in texts for line in text.decode('utf-8', 'replace').split('\n') if line)
+  sentences = (sentence for line in lines for sentence in _sentences(line))
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=lines,
+      sentence_iterator=sentences,
       model_writer=model,
       vocab_size=vocab_size,
       model_type='bpe',
@@ -266,9 +336,22 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
       minloglevel=2,
     )
   except RuntimeError as error:
-    reason = str(error).rpartition('] ')[2]  # after the place in its source and the condition
+    # After the place in its source and the condition.
+    reason = str(error).rpartition('] ')[2] or 'there is too little text'
     raise ValueError(f'--vocab_size: {vocab_size} does not fit these texts: {reason}') from error
   return model.getvalue()
+
+
+def _sentences(line: str) -> Iterator[str]:
+  """Cuts a line that is too long for the trainer, before spaces where it has any."""
+  is_long, size = len(line.encode()) > _MAX_SENTENCE_BYTES, _MAX_SENTENCE_BYTES // 4  # characters
+  start = 0
+  while is_long and start + size < len(line):
+    space = line.rfind(' ', start + 1, start + size)
+    end = start + size if space < 0 else space
+    yield line[start:end]
+    start = end
+  yield line[start:]
 
 
 def _fingerprint(*parts: bytes) -> str:
@@ -286,33 +369,43 @@ def to_bytes(text: str) -> bytes:
     return text.encode('utf-8', 'surrogatepass')
 
 
-def _text_ids(ids: Any, first: int, end: int) -> np.ndarray:
-  ids = np.asarray(ids, np.int64).reshape(-1)
-  return ids[(ids >= first) & (ids < end)]
+def _whitespace_cut(text: str) -> Iterator[str]:
+  """Yields a text in parts without a run of whitespace that is too long; mostly the whole text."""
+  start = 0
+  if len(text) > _LONGEST_WHITESPACE:
+    for run in re.finditer(r'\s+', text):
+      for end in range(run.start() + _LONGEST_WHITESPACE, run.end(), _LONGEST_WHITESPACE):
+        yield text[start:end]
+        start = end
+  yield text[start:]
 
 
-def _gpt2_ranks(ids: dict[str, int], merges: bytes) -> dict[bytes, int]:
-  """Returns {bytes of a token: its id}, which is also its priority in merging.
+def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
+  """Returns the content of vocab.json; raises ValueError if it is not {token: id}."""
+  ids = json.loads(vocab)
+  if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
+    raise ValueError('vocab.json: expected an object of tokens and their ids')
+  if min(ids.values()) < 0 or len(set(ids.values())) < len(ids):
+    raise ValueError('vocab.json: expected ids from 0, each of one token')
+  return ids
 
-  Raises ValueError where the order of the ids is not the order of the merges.
-  """
-  to_byte = _gpt2_alphabet()
-  tokens = list(to_byte)
-  lines = merges.decode('utf-8').split('\n')
+
+def _gpt2_tokens(merges: bytes) -> list[str]:
+  """Returns the tokens in the order of merging: the alphabet, then those of merges.txt."""
+  alphabet = _gpt2_alphabet()
+  tokens = dict.fromkeys(alphabet)
+  lines = merges.decode('utf-8-sig').replace('\r\n', '\n').split('\n')
   if lines[0].startswith('#version'):
     lines = lines[1:]
   for line in filter(None, lines):
-    left, separator, right = line.rstrip('\r').partition(' ')
-    if not separator:
+    parts = line.split(' ')
+    if len(parts) != 2 or not all(parts) or not alphabet.keys() >= set(parts[0] + parts[1]):
       raise ValueError(f'merges.txt: expected two tokens in a line, got {line!r}')
-    tokens.append(left + right)
-  missing = [token for token in tokens if token not in ids]
-  if missing:
-    raise ValueError(f'vocab.json lacks {len(missing)} tokens of merges.txt, e.g. {missing[0]!r}')
-  merged = [ids[token] for token in tokens[len(to_byte) :]]
-  if merged != sorted(set(merged)):
-    raise ValueError('the ids of vocab.json are not in the order of merges.txt')
-  return {bytes(to_byte[c] for c in token): ids[token] for token in tokens}
+    token = parts[0] + parts[1]
+    if token in tokens:
+      raise ValueError(f'merges.txt makes {token!r} twice')
+    tokens[token] = None
+  return list(tokens)
 
 
 def _gpt2_alphabet() -> dict[str, int]:

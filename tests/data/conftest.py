@@ -46,10 +46,7 @@ def train_foreign():
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(text),
       model_prefix=str(path.with_suffix('')),
-      vocab_size=45,
-      model_type='bpe',
-      minloglevel=2,
-      **options,
+      **{'vocab_size': 45, 'model_type': 'bpe', 'minloglevel': 2} | options,
     )
     return path
 

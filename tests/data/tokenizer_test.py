@@ -75,8 +75,45 @@ def test_foreign_sentencepiece_models_are_shifted(make_config, tmp_path, train_f
   ids = tokenizer.encode('the quick dog')
   assert ids.min() >= 3
   assert ids.max() < 48
-  assert tokenizer.decode(ids) == 'the quick dog'
+  assert tokenizer.decode(ids) == ' the quick dog'  # with the space that the model puts before it
   assert tokenizer.encode('dog 漢').tolist()[-1] == 2  # unknown
+
+
+def test_texts_of_successive_ids_can_be_joined(make_config, foreign_file, tmp_path, train_foreign):
+  unshifted = train_foreign(tmp_path / 't5.model', pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+  for path in (foreign_file, unshifted):
+    tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=str(path)))
+    ids, n = tokenizer.encode('the quick fox'), len(tokenizer.encode('the'))
+    assert 'the' + tokenizer.decode(ids[n:]) == 'the quick fox'
+
+
+def _direct_bytes(tokenizer, texts):
+  """Bytes per target of a stream of documents, counted from the texts."""
+  ids = np.concatenate([[1], *(np.append(tokenizer.encode(t), 1) for t in texts)])
+  counted = tokenizer.num_bytes(ids[:-1], ids[1:])
+  assert counted.dtype == np.int32
+  ends = np.flatnonzero(ids[1:] == 1)
+  assert (counted[ends] == 0).all()
+  return [part.sum() for part in np.split(counted, ends + 1)[:-1]]
+
+
+def test_bytes_of_ids_are_those_of_the_text(
+  make_config, sentencepiece_file, gpt2_folder, foreign_file, tmp_path, train_foreign
+):
+  for name in ('bytes', str(sentencepiece_file), f'gpt2:{gpt2_folder}'):
+    tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=name))
+    assert _direct_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
+  # Models that put a space before a text, which is no byte of it; Llama's kind falls back to bytes.
+  llama = train_foreign(tmp_path / 'llama.model', byte_fallback=True, vocab_size=320)
+  keeps_spaces = train_foreign(tmp_path / 'spaces.model', remove_extra_whitespaces=False)
+  texts = ['the quick dog', 'dog', 'jugs again the']
+  for path in (foreign_file, llama, keeps_spaces):
+    tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=str(path)))
+    assert _direct_bytes(tokenizer, texts) == [len(t.encode()) for t in texts]
+  tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=str(llama)))
+  assert _direct_bytes(tokenizer, ['dog 漢', '漢字 the']) == [7, 10]
+  tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=str(foreign_file)))
+  assert _direct_bytes(tokenizer, ['dog 漢']) == [4]  # the text of the unknown id is lost
 
 
 def test_sentencepiece_replaces_invalid_bytes(make_config, sentencepiece_file):
@@ -98,13 +135,65 @@ def test_gpt2_from_local_files(make_config, gpt2_folder):
     assert tokenizer.decode([0, *ids, 1, 263, 300]) == text
 
 
-def test_gpt2_files_that_disagree(make_config, gpt2_folder):
-  pytest.importorskip('tiktoken')
-  (gpt2_folder / 'merges.txt').write_text('r e\nl o\n')
-  with pytest.raises(ValueError, match=r'data\.tokenizer: .*not in the order of merges\.txt'):
-    tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{gpt2_folder}'))
-  (gpt2_folder / 'merges.txt').write_text('x y\n')
-  with pytest.raises(ValueError, match=r"lacks 1 tokens of merges\.txt, e\.g\. 'xy'"):
+def _gpt2(folder):
+  return tokenizer_lib.Gpt2Tokenizer(folder / 'vocab.json', folder / 'merges.txt')
+
+
+def test_special_tokens_and_gaps_anywhere(gpt2_folder):
+  """As RoBERTa (whose ids are not in the order of merging) and Hugging Face's trainer write it."""
+  plain = _gpt2(gpt2_folder)
+  vocab = json.loads((gpt2_folder / 'vocab.json').read_text())
+  ids = {token: 4 + 2 * i for i, token in enumerate(reversed(vocab))}
+  ids |= {'<s>': 0, '<pad>': 1, '</s>': 2, '<mask>': max(ids.values()) + 5}
+  (gpt2_folder / 'vocab.json').write_text(json.dumps(ids))
+  tokenizer = _gpt2(gpt2_folder)
+  assert tokenizer.vocab_size == ids['<mask>'] + 1 + 3
+  for text in TEXTS:
+    names = [list(vocab)[i - 3] for i in plain.encode(text)]
+    assert tokenizer.encode(text).tolist() == [ids[name] + 3 for name in names]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  everything = np.arange(-1, tokenizer.vocab_size + 1)
+  assert len(''.join(tokenizer.decode([i]) for i in everything)) > 256  # none fails
+  for special in ('<s>', '<mask>', '<|endoftext|>'):
+    assert tokenizer.decode([ids[special] + 3]) == ''
+
+
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
+@pytest.mark.parametrize('end', ['', '\n', '\n\n'])
+def test_gpt2_files_saved_on_windows(gpt2_folder, mark, end):
+  expected = _gpt2(gpt2_folder).encode(TEXTS[1]).tolist()
+  merges = (gpt2_folder / 'merges.txt').read_text().rstrip('\n') + end
+  (gpt2_folder / 'merges.txt').write_bytes(mark + merges.replace('\n', '\r\n').encode())
+  vocab = (gpt2_folder / 'vocab.json').read_bytes()
+  (gpt2_folder / 'vocab.json').write_bytes(mark + vocab)
+  assert _gpt2(gpt2_folder).encode(TEXTS[1]).tolist() == expected
+
+
+@pytest.mark.parametrize('space', [' ', '\n', ' \t'])
+def test_a_long_run_of_whitespace(gpt2_folder, space):
+  tokenizer = _gpt2(gpt2_folder)
+  text = 'a lore' + space * 1_200_000 + ' lore' + space * 5 + 'b'
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  np.testing.assert_array_equal(ids[:3], tokenizer.encode('a lore' + space)[:3])
+  np.testing.assert_array_equal(ids[-7:], tokenizer.encode(' lore' + space * 5 + 'b')[-7:])
+
+
+@pytest.mark.parametrize(
+  ('file', 'content', 'message'),
+  [
+    ('merges.txt', 'x y\n', r"lacks 1 tokens of merges\.txt, e\.g\. 'xy'"),
+    ('merges.txt', 'l o\nxyz\n', "expected two tokens in a line, got 'xyz'"),
+    ('merges.txt', 'l o\nr e\nl o\n', "merges.txt makes 'lo' twice"),
+    ('vocab.json', '["a"]', 'expected an object of tokens and their ids'),
+    ('vocab.json', '{"a": "0"}', 'expected an object of tokens and their ids'),
+    ('vocab.json', '{"a": 0, "b": 0}', 'each of one token'),
+    ('vocab.json', '{"a"', 'cannot use'),
+  ],
+)
+def test_gpt2_files_that_cannot_be(make_config, gpt2_folder, file, content, message):
+  (gpt2_folder / file).write_text(content)
+  with pytest.raises(ValueError, match=f'data.tokenizer: .*{message}'):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{gpt2_folder}'))
 
 
@@ -141,6 +230,20 @@ def test_program_trains_on_the_training_split(make_config, text_folder, tmp_path
   first = output.read_bytes()
   program.train(config, 290, output, max_megabytes=1)
   assert output.read_bytes() == first
+
+
+def test_documents_without_line_breaks_are_trained_on():
+  texts = [(f'{i} ' + 'a sentence without a line break. ' * 3000).encode() for i in range(3)]
+  short = [line.encode() + b'\n' for text in texts for line in text.decode().split('. ')]
+  model = tokenizer_lib.train_sentencepiece(texts, 300)
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+  assert len(pieces.encode('a sentence without a line break.')) < 12
+  assert len(pieces.encode(short[1].decode())) < 12
+  cut = list(tokenizer_lib._sentences(texts[0].decode()))
+  assert ''.join(cut) == texts[0].decode() and max(map(len, cut)) <= 16_384
+  assert all(part.startswith(' ') for part in cut[1:])
+  assert list(tokenizer_lib._sentences('é' * 8192)) == ['é' * 8192]
+  assert ''.join(tokenizer_lib._sentences('漢' * 10_000)) == '漢' * 10_000
 
 
 def test_program_errors(make_config, text_folder, tmp_path):
