@@ -20,10 +20,20 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, config as config_lib, data, metrics, run_folder, sharding, step as step_lib
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  metrics,
+  model as model_lib,
+  run_folder,
+  sharding,
+  step as step_lib,
+)
 
 MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
 
@@ -66,33 +76,55 @@ def decoding(model_config, mode, group_size=0):
   return model_config.with_mot(routing='discrete') if mode == 'discrete' else model_config
 
 
-def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
-  """Mean loss over the first `num_batches` batches of a loader.
+@jax.jit
+def _num_bytes(batch):
+  """The bytes of text behind the targets of a batch that count."""
+  return jnp.sum(batch['bytes'] * model_lib.counted(batch))
 
-  `corpus`, another loader: every sequence is mixed with sequences of that one alone.
+
+def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
+  """Mean loss over the first `num_batches` batches of a loader, or all; never over one twice.
+
+  Args:
+    model_config, params: the model.
+    loader: of the validation split.
+    num_batches: how many at most; None: as many as there are.
+    mesh: where the parameters lie.
+    corpus: another loader; every sequence is mixed with sequences of that one alone.
 
   Returns:
-    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' where the loader knows the bytes,
-    'tokens', and for models that drop tokens 'loss_dropless'; and aux, the measurements of the
-    sublayers, as numpy arrays [sublayers that measure it, ...].
+    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' (of the text of the targets that
+    were evaluated), 'tokens', and for models that drop tokens 'loss_dropless'; and aux, the
+    measurements of the sublayers, as numpy arrays [sublayers that measure it, ...].
+
+  Raises:
+    ValueError: the split is smaller than one batch.
   """
   dropless = model_config.dropless()
-  total = {'nats': 0.0, 'tokens': 0.0, 'nats_dropless': 0.0}
+  total = {'nats': 0.0, 'tokens': 0.0, 'bytes': 0, 'nats_dropless': 0.0}
   all_aux = []
-  batches = map(loader.batch, range(num_batches))
+  batches = map(loader.batch, itertools.count())
+  batches = itertools.islice(batches, num_batches)
   if corpus:
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
   for batch in batches:
-    batch = sharding.place_batch(batch, mesh)
+    sizes = loader.tokenizer.num_bytes(batch['inputs'], batch['targets'])
+    batch = sharding.place_batch(batch | {'bytes': sizes}, mesh)
+    num_bytes = _num_bytes(batch)
     nats, tokens, aux = step_lib.eval_step(model_config, params, batch)
+    if not tokens:  # of any process: the split has been gone through
+      break
     all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
     total['tokens'] += float(tokens)
+    total['bytes'] += int(num_bytes)
     if dropless:
       total['nats_dropless'] += float(step_lib.eval_step(dropless, params, batch)[0])
+  if not all_aux:
+    raise ValueError('data.batch_size: the validation split is smaller than one batch; lower it.')
   result = {'loss': total['nats'] / total['tokens'], 'tokens': int(total['tokens'])}
-  if loader.bytes_per_token:
-    result['bits_per_byte'] = result['loss'] / math.log(2) / loader.bytes_per_token
+  if total['bytes']:
+    result['bits_per_byte'] = total['nats'] / math.log(2) / total['bytes']
   if dropless:
     result['loss_dropless'] = total['nats_dropless'] / total['tokens']
   return result, jax.tree.map(lambda *values: np.mean(values, axis=0), *all_aux)
@@ -157,7 +189,7 @@ def main(overrides):
   cli.join_processes()
   stages, step, params, mesh = run_folder.load_run(args.workdir, overrides)
   config_lib.check_batch(stages, mesh)
-  num_batches = args.batches or stages.train.eval_batches
+  num_batches = None if args.batches < 0 else args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
     rows = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)
   for row in rows:
@@ -168,7 +200,9 @@ def main(overrides):
 if __name__ == '__main__':
   cli.define_process_flags()
   flags.DEFINE_string('workdir', None, 'Folder of the run to evaluate.')
-  flags.DEFINE_integer('batches', 0, 'Validation batches; 0: train.eval_batches.')
+  flags.DEFINE_integer(
+    'batches', 0, 'Validation batches; 0: train.eval_batches; -1: all.', lower_bound=-1
+  )
   flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed: {", ".join(MODES)}.')
   flags.DEFINE_multi_integer(
     'group_size', [0], 'Sequences mixed with each other; may be repeated. 0: as in training.'

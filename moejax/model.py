@@ -119,7 +119,7 @@ class ModelConfig(Section):
   positions: str = default(
     'rope', 'how positions are told; learned: absolute', choices=('rope', 'learned', 'none')
   )
-  document_mask: bool = default(False, 'attention stays inside packed documents')
+  document_mask: bool = default(False, 'tokens see only their own document; else all of their row')
   norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
   final_norm: bool = default(False, 'a norm before the output projection')
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
@@ -334,6 +334,12 @@ class Block(nnx.Module):
     return x_BD, new_state
 
 
+def counted(batch):
+  """Which targets of a batch count, bool [B, L]."""
+  counted_BL = batch['segments'] > 0
+  return counted_BL & batch['counted'] if 'counted' in batch else counted_BL
+
+
 class LanguageModel(nnx.Module):
   """A decoder-only language model; stateless, its parameters go in with `bind`."""
 
@@ -385,12 +391,13 @@ class LanguageModel(nnx.Module):
     `key` is of the noise that some layers add in training; None: none. `batch['counted']`, bool
     [B, L], is optional: the targets that count; other sequences are only there to be mixed with.
     """
-    tokens = common.Tokens(batch['segments'], batch['positions'], key)
+    positions_BL = batch['positions']
+    if not self.config.document_mask:  # rows are one text, whatever documents they are cut from
+      L = positions_BL.shape[1]
+      positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
+    tokens = common.Tokens(batch['segments'], positions_BL, key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
-    counted_BL = batch['segments'] > 0
-    if 'counted' in batch:
-      counted_BL &= batch['counted']
-    weights_BL = counted_BL.astype(jnp.float32)
+    weights_BL = counted(batch).astype(jnp.float32)
     nats = cross_entropy.chunked_cross_entropy(
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )

@@ -6,9 +6,11 @@ import types
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from configs import mot as mot_config
-from moejax import cli, config as config_lib, evaluate, model as model_lib, sharding
+from moejax import cli, config as config_lib, data, evaluate, model as model_lib, sharding
+from moejax.data import token_files, tokenizer
 from tests import tiny
 
 
@@ -80,7 +82,7 @@ def test_expert_choice_chooses_in_other_groups():
 
 def _loader(seed):
   batches = [tiny.batch(seed=seed + i) for i in range(2 * tiny.M)]
-  return types.SimpleNamespace(batch=batches.__getitem__, bytes_per_token=None)
+  return types.SimpleNamespace(batch=batches.__getitem__, tokenizer=tokenizer.BytesTokenizer())
 
 
 def test_every_sequence_stands_once_among_sequences_of_the_corpus():
@@ -108,6 +110,55 @@ def test_the_loss_among_the_corpus_is_of_the_own_sequences():
     picked = np.take_along_axis(np.asarray(logits), batch['targets'][..., None], axis=-1)[..., 0]
     nats -= picked[batch['counted']].sum()
   np.testing.assert_allclose(result['loss'], nats / result['tokens'], rtol=1e-5)
+
+
+def _evaluate_text(num_batches, **changes):
+  """The loss over the validation split of a folder of texts, and its loader."""
+  section = mot_config.get_config('debug').data.to_dict() | {'batch_size': 4, 'sequence_length': 8}
+  loader = data.make_loader(data.DataConfig(**section | changes), 'validation')
+  vocab_size = loader.tokenizer.vocab_size
+  config = tiny.model_config(vocab_size=vocab_size, blocks=tiny.DENSE)
+  params = jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+  mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
+  with jax.set_mesh(mesh):
+    return evaluate.evaluate(config, params, loader, num_batches, mesh)[0], loader
+
+
+@pytest.mark.parametrize('source', ['text', 'tokens'])
+def test_bits_per_byte_are_of_the_text_that_was_evaluated(tmp_path, source):
+  for i in range(80):
+    (tmp_path / f'{i}.txt').write_text(
+      f'in the house of {i}, naïve\n' * (1 + i % 5) + 'x ' * (i % 7)
+    )
+  documents = [f'in the house of {i}, naïve\n' * 5 for i in range(40)]
+  model = tokenizer.train_sentencepiece([d.encode() for d in documents], 300)
+  (tmp_path / 'tok.model').write_bytes(model)
+  text = {'source': 'text', 'files': f'{tmp_path}/*.txt', 'tokenizer': f'{tmp_path}/tok.model'}
+  changes = text
+  if source == 'tokens':
+    config = mot_config.get_config('debug').data.to_dict() | text
+    token_files.write(data.DataConfig(**config), tmp_path / 'tokens')
+    changes = text | {'source': 'tokens', 'files': str(tmp_path / 'tokens')}
+  result, loader = _evaluate_text(2, **changes)
+  ids = np.concatenate([loader.batch(step)['targets'].reshape(-1) for step in range(2)])
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+  text = pieces.decode(ids.tolist())
+  assert (ids == 1).any() and result['tokens'] == 64 and len(text.encode()) > len(text) > 64
+  bits = result['loss'] * 64 / np.log(2)
+  np.testing.assert_allclose(result['bits_per_byte'], bits / len(text.encode()), rtol=1e-6)
+
+
+def test_no_row_is_evaluated_twice(tmp_path):
+  for i in range(60):
+    (tmp_path / f'{i}.txt').write_text(''.join(chr(97 + (i * 7 + j) % 26) for j in range(11)))
+  text = {'source': 'text', 'files': f'{tmp_path}/*.txt', 'batch_size': 2}
+  one, loader = _evaluate_text(1, **text)
+  whole, more, everything = (
+    _evaluate_text(n, **text)[0] for n in (loader.num_batches, loader.num_batches + 3, None)
+  )
+  assert loader.num_batches > 1 and one['tokens'] == 16
+  assert whole['tokens'] == loader.num_batches * 16
+  assert whole == more == everything
 
 
 def test_fields_of_a_run_are_flags():

@@ -1,40 +1,18 @@
-"""Batches of tokens.
-
-A batch is a dict of int32 arrays [B, L]: `inputs`, `targets`, `segments` (1, 2, ... for the
-documents packed into a row, 0 for padding) and `positions` (inside the segment). The loss counts
-where `segments > 0`. With several processes, each gets its part of the rows of the global batch.
-"""
+"""Batches cut from the tokens of a corpus; `make_loader` for every source."""
 
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
-from moejax.data import config as config_lib, corpus, token_files, tokenizer as tokenizer_lib
-
-Batch = dict[str, np.ndarray]
-
-
-class Loader(Protocol):
-  """A source of batches."""
-
-  fingerprint: str  # 16 hex digits for corpus and tokenizer, the same in every run
-  bytes_per_token: float | None  # bytes of text per target; None where nobody has counted
-  num_batches: int | None  # full batches in one pass; None likewise
-
-  def batch(self, step: int) -> Batch:
-    """Returns this process's rows of the global batch of a step."""
-    ...
-
-  def save(self, directory: pathlib.Path) -> None:
-    """Writes this process's position into a directory; nothing where the step is the position."""
-    ...
-
-  def load(self, directory: pathlib.Path) -> None:
-    """Continues from what `save` wrote."""
-    ...
+from moejax.data import (
+  batch as batch_lib,
+  config as config_lib,
+  corpus,
+  token_files,
+  tokenizer as tokenizer_lib,
+)
 
 
 def make_loader(
@@ -44,7 +22,7 @@ def make_loader(
   part: int = 0,
   num_parts: int = 1,
   rows: Sequence[int] | None = None,
-) -> Loader:
+) -> batch_lib.Loader:
   """Returns the loader of a split, 'train' or 'validation'.
 
   Args:
@@ -75,25 +53,26 @@ class TokenLoader:
   Documents follow each other, each closed by its end-of-document id, and are cut into chunks of L
   tokens. Row i of the corpus has tokens i*L .. (i+1)*L - 1 as inputs and those one further on as
   targets, so every token but the first is a target once per pass (up to L - 1 at the end are left
-  over). Attention may look across the borders of documents in a row, as in GPT-2: `segments` is 1
-  everywhere, `positions` counts the row.
+  over).
+
+  `segments` counts the documents of a row, `positions` the place in that part of the document
+  which is in the row. The end-of-document id as an input stands at position 0 of the document that
+  follows it, for it is what its first token is predicted from. No text encodes to that id; a seqio
+  task that writes it inside its documents makes several of each.
 
   Training visits the rows of every pass in a pseudo-random order that is a function of seed and
-  pass; validation goes through its full batches in order, again and again. Hence `batch(step)`
-  depends on corpus, seed and step alone: any step at once, the same rows for any number of
-  processes.
+  pass; validation goes through its full batches in order, once. Hence `batch(step)` depends on
+  corpus, seed and step alone: any step at once, the same rows for any number of processes.
   """
 
   def __init__(self, config, split, rows):
+    self.tokenizer = tokenizer_lib.make_tokenizer(config)
     if config.source == 'tokens':
-      index = token_files.read_index(config)
+      index = token_files.read_index(config, self.tokenizer)
       self._tokens = token_files.read(config, index, split)
-      num_bytes, corpus_fingerprint = index['splits'][split]['bytes'], index['fingerprint']
-      tokenizer_fingerprint = index['tokenizer_fingerprint']
+      corpus_fingerprint = index['fingerprint']
     else:
-      tokenizer = tokenizer_lib.make_tokenizer(config)
-      self._tokens, num_bytes, corpus_fingerprint = _read_tokens(config, tokenizer, split)
-      tokenizer_fingerprint = tokenizer.fingerprint
+      self._tokens, corpus_fingerprint = _read_tokens(config, self.tokenizer, split)
     size, length = config.batch_size, config.sequence_length
     if len(self._tokens) <= size * length:
       raise ValueError(
@@ -101,26 +80,29 @@ class TokenLoader:
         f'{size} rows of {length} needs {size * length + 1}; lower data.batch_size or '
         'data.sequence_length, or give more text.'
       )
-    self.fingerprint = fingerprint(corpus_fingerprint, tokenizer_fingerprint)
-    self.bytes_per_token = num_bytes / len(self._tokens) if num_bytes else None
+    self.fingerprint = batch_lib.fingerprint(corpus_fingerprint, self.tokenizer.fingerprint)
     self.num_rows = (len(self._tokens) - 1) // length
     self.num_batches = self.num_rows // size
     self._length, self._size, self._seed = length, size, config.seed
-    self._shuffle = split == 'train'
+    self._is_train = split == 'train'
     self._in_batch = np.array(rows)
 
-  def batch(self, step: int) -> Batch:
+  def batch(self, step: int) -> batch_lib.Batch:
     """Returns this process's rows of the global batch of any step."""
     length = self._length
-    starts = self._rows(step) * length
-    tokens = np.stack([self._tokens[start : start + length + 1] for start in starts])
+    if not self._is_train and step >= self.num_batches:
+      return batch_lib.padding(len(self._in_batch), length)
+    tokens = np.stack([self._tokens[i : i + length + 1] for i in self._rows(step) * length])
     tokens = tokens.astype(np.int32)
-    shape = (len(starts), length)
+    inputs = np.ascontiguousarray(tokens[:, :-1])
+    begins = inputs == self.tokenizer.eos_id
+    begins[:, 0] = True
+    places = np.arange(length, dtype=np.int32)
     return {
-      'inputs': np.ascontiguousarray(tokens[:, :-1]),
+      'inputs': inputs,
       'targets': np.ascontiguousarray(tokens[:, 1:]),
-      'segments': np.ones(shape, np.int32),
-      'positions': np.tile(np.arange(length, dtype=np.int32), (len(starts), 1)),
+      'segments': np.cumsum(begins, axis=1, dtype=np.int32),
+      'positions': places - np.maximum.accumulate(np.where(begins, places, 0), axis=1),
     }
 
   def save(self, directory: pathlib.Path) -> None:
@@ -131,8 +113,8 @@ class TokenLoader:
 
   def _rows(self, step: int) -> np.ndarray:
     """Returns which rows of the corpus this process reads at a step."""
-    if not self._shuffle:
-      return step % self.num_batches * self._size + self._in_batch
+    if not self._is_train:
+      return step * self._size + self._in_batch
     place = step * self._size + self._in_batch
     passes = place // self.num_rows
     rows = np.empty_like(place)
@@ -165,11 +147,6 @@ def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
   return x.astype(np.int64)
 
 
-def fingerprint(*parts: str) -> str:
-  """Returns 16 hex digits for some fingerprints together."""
-  return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
-
-
 def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
   """One pass of the network over numbers of 2 * bits bits."""
   mask = np.uint64(2**bits - 1)
@@ -186,12 +163,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ x >> np.uint64(31)
 
 
-def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, int, str]:
-  """Returns the tokens of a split, its bytes of text, and the fingerprint of the whole corpus."""
+def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
+  """Returns the tokens of a split, and the fingerprint of the whole corpus."""
   digest = hashlib.sha256()
   dtype = token_files.dtype_for(tokenizer.vocab_size)
-  pieces, num_bytes = [np.zeros(0, dtype)], 0
-  for document in corpus.encode(config, tokenizer, digest, splits=(split,)):
-    pieces.append(document.ids.astype(dtype))
-    num_bytes += document.num_bytes
-  return np.concatenate(pieces), num_bytes, corpus.short_digest(digest)
+  documents = corpus.encode(config, tokenizer, digest, splits=(split,))
+  pieces = [np.zeros(0, dtype), *(document.ids.astype(dtype) for document in documents)]
+  return np.concatenate(pieces), corpus.short_digest(digest)

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moejax.data import config as config_lib, corpus, loader, tokenizer as tokenizer_lib
+from moejax.data import batch as batch_lib, config as config_lib, corpus, tokenizer as tokenizer_lib
 from moejax.text import did_you_mean
 
 # Tasks that need no registration: text of a tensorflow-datasets corpus. The first version that is
@@ -39,23 +40,29 @@ class SeqioLoader:
 
   A task's data can only be read in order, so steps must follow each other, from 0 or from the step
   after the saved one; step 0 always starts again from the beginning. Training never ends;
-  validation repeats its split in order.
-  """
+  validation goes through the full batches of its split in order, once.
 
-  bytes_per_token: float | None = None
-  num_batches: int | None = None
+  Raises ValueError for a training split whose position cannot be saved.
+  """
 
   def __init__(self, config, split, part, num_parts):
     self._tf = _modules().tf
     self._sequence_length = config.sequence_length
+    self._rows = config.batch_size // num_parts
     self._part, self._num_parts = part, num_parts
-    tokenizer = tokenizer_lib.make_tokenizer(config)
-    task, name = _find_task(config, tokenizer)
+    self._task = config.task
+    self.tokenizer = tokenizer_lib.make_tokenizer(config)
+    task, name = _find_task(config, self.tokenizer)
     self._make_dataset = functools.partial(_packed, config, task, split, part, num_parts)
-    self.fingerprint = loader.fingerprint('seqio', name, tokenizer.fingerprint)
+    self.fingerprint = batch_lib.fingerprint('seqio', name, self.tokenizer.fingerprint)
     self._restart()
+    if split == 'train':  # told now rather than at the first checkpoint
+      self.batch(0)  # what was never asked for anything can always be saved
+      with tempfile.TemporaryDirectory() as directory:
+        self.save(pathlib.Path(directory))
+      self._restart()
 
-  def batch(self, step: int) -> loader.Batch:
+  def batch(self, step: int) -> batch_lib.Batch:
     """Returns this process's rows of a step, which must be the next one, or 0."""
     if step == 0 and self._next_step != 0:
       self._restart()
@@ -65,7 +72,9 @@ class SeqioLoader:
         'load the saved position first.'
       )
     self._next_step += 1
-    row = next(self._iterator)
+    row = next(self._iterator, None)
+    if row is None:
+      return batch_lib.padding(self._rows, self._sequence_length)
     return {
       'inputs': row['decoder_input_tokens'].numpy(),
       'targets': row['decoder_target_tokens'].numpy(),
@@ -74,10 +83,21 @@ class SeqioLoader:
     }
 
   def save(self, directory: pathlib.Path) -> None:
-    """Writes this process's iterator, buffers included, and the step that comes next."""
+    """Writes this process's iterator, buffers included, and the step that comes next.
+
+    Raises ValueError for a task with an operation whose state TensorFlow cannot save.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    self._tf.train.Checkpoint(iterator=self._iterator).write(str(self._state_path(directory)))
+    try:
+      self._tf.train.Checkpoint(iterator=self._iterator).write(str(self._state_path(directory)))
+    except self._tf.errors.FailedPreconditionError as error:
+      raise ValueError(
+        f'data.task: a run could not resume with {self._task!r}, for TensorFlow cannot save the '
+        'state of one of its operations (Dataset.from_generator, a numpy_function, random numbers '
+        'without a seed of their own). Write the task to files once, with python -m '
+        f"moejax.tokenize, and use data.source='tokens'. ({str(error).splitlines()[0][:200]})"
+      ) from error
     state = {'next_step': self._next_step} | self._identity()
     self._state_path(directory).with_suffix('.json').write_text(json.dumps(state))
 
@@ -279,7 +299,7 @@ def _check_vocabulary(config, task, tokenizer) -> None:
 
 
 def _packed(config, task, split, part, num_parts):
-  """Returns the endless dataset of one process's packed batches."""
+  """Returns the dataset of one process's packed batches, for training without an end."""
   seqio, tf = _modules().seqio, _modules().tf
   length, shuffle = config.sequence_length, split == 'train'
   with _quiet_log(), _clear_errors(config):
@@ -291,7 +311,7 @@ def _packed(config, task, split, part, num_parts):
       shuffle=shuffle,
       seed=config.seed,
       shard_info=seqio.ShardInfo(part, num_parts),
-      num_epochs=None,
+      num_epochs=None if shuffle else 1,
       try_in_mem_cache=False,
     )
   dataset = dataset.map(lambda example: _pieces(example['targets'], length)).unbatch()

@@ -58,7 +58,7 @@ def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[s
     raise ValueError(f'--output: cannot write {directory}: {error}.') from error
 
 
-def read_index(config: config_lib.DataConfig) -> dict[str, Any]:
+def read_index(config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
   """Returns the index of the token files that `data.files` names, checked against the tokenizer.
 
   Raises ValueError if there is none, or if it was written with another tokenizer.
@@ -70,12 +70,14 @@ def read_index(config: config_lib.DataConfig) -> dict[str, Any]:
       f'data.files: expected a directory written by python -m moejax.tokenize, '
       f'but there is no {path.resolve()}.'
     )
-  index = json.loads(path.read_text())
+  try:
+    index = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'data.files: {path} is damaged: {error}; copy it again.') from error
   if index.get('format') != _FORMAT:
     raise ValueError(
       f'data.files: {path} has format {index.get("format")!r}, expected {_FORMAT}; write it again.'
     )
-  tokenizer = tokenizer_lib.make_tokenizer(config)
   remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   max_id = max(split['max_id'] for split in index['splits'].values())
   if max_id >= tokenizer.vocab_size:

@@ -70,18 +70,27 @@ def _equal(first, second):
     np.testing.assert_array_equal(first[key], second[key])
 
 
-def test_packing_loses_no_token(config):
-  validation = data.make_loader(config, 'validation')
-  segments = [s for step in range(40) for s in _segments(validation.batch(step))]
+def test_packing_loses_no_token_and_repeats_none(make_config, config):
+  one_row = make_config(**vars(config) | {'batch_size': 1})
+  validation = data.make_loader(one_row, 'validation')
+  batches = [validation.batch(step) for step in range(100)]
+  found = [s for batch in batches for s in _segments(batch)]
   tokenizer = tokenizer_lib.BytesTokenizer()
   expected = []
   for text in _all_texts('validation'):
     ids = np.append(tokenizer.encode(text), 1)
     expected += [ids[i : i + 32] for i in range(0, len(ids), 32)]
-  assert len(segments) > 2 * len(expected)  # more than one pass, so nothing is left in buffers
   key = lambda ids: tuple(ids.tolist())
-  assert set(map(key, segments)) == set(map(key, expected))
-  assert {key(s) for s in segments[: 2 * len(expected)]} == set(map(key, expected))
+  assert sorted(map(key, found)) == sorted(map(key, expected))
+  assert not any(array.any() for array in batches[-1].values())
+  _equal(validation.batch(0), batches[0])
+
+
+def test_validation_has_full_batches_only(config):
+  validation = data.make_loader(config, 'validation')
+  full = [(validation.batch(step)['segments'] > 0).any(axis=1) for step in range(20)]
+  assert all(rows.all() or not rows.any() for rows in full)
+  assert full[1].all() and not full[-1].any()
 
 
 def test_training_sees_every_document(config):
@@ -197,6 +206,51 @@ def test_position_with_a_wrapped_tokenizer(config, make_config, foreign_file, tm
   resumed = data.make_loader(wrapped, 'train')
   resumed.load(tmp_path / 'state')
   _equal(resumed.batch(1), train.batch(1))
+
+
+@pytest.fixture
+def stateful(tmp_path, monkeypatch):
+  """A module that registers tasks with operations whose state cannot be saved."""
+  (tmp_path / 'stateful_tasks.py').write_text("""
+import functools
+import seqio
+import tensorflow as tf
+
+def rows(split):
+  return tf.data.Dataset.from_tensor_slices({'text': [f'{split} {i}' for i in range(50)]})
+
+def generator(split, shuffle_files=False, seed=None):
+  signature = {'text': tf.TensorSpec([], tf.string)}
+  return tf.data.Dataset.from_generator(lambda: iter([{'text': f'{split}'}] * 50),
+                                        output_signature=signature)
+
+def numpy_function(split, shuffle_files=False, seed=None):
+  def upper(x):
+    return {'text': tf.ensure_shape(tf.numpy_function(bytes.upper, [x['text']], tf.string), [])}
+  return rows(split).map(upper)
+
+def random_filter(split, shuffle_files=False, seed=None):
+  return rows(split).filter(lambda x: tf.random.uniform([]) < 0.9)
+
+for read in (generator, numpy_function, random_filter):
+  if read.__name__ not in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.add(
+      read.__name__, source=seqio.FunctionDataSource(read, splits=['train', 'validation']),
+      preprocessors=[functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'}),
+                     seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+      output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)})
+""")
+  monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['generator', 'numpy_function', 'random_filter'])
+def test_a_task_that_cannot_be_saved_is_refused_at_the_start(make_config, stateful, tmp_path, name):
+  config = make_config(source='seqio', task=f'stateful_tasks:{name}', sequence_length=16)
+  message = f"data.task: .*'stateful_tasks:{name}'.*python -m moejax.tokenize"
+  with pytest.raises(ValueError, match=message):
+    data.make_loader(config, 'train')
+  data.make_loader(config, 'validation').batch(0)
+  assert token_files.write(config, tmp_path / 'tokens')['splits']['train']['documents']
 
 
 def test_tokenize_writes_every_document(config, make_config, tmp_path):

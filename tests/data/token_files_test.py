@@ -41,7 +41,6 @@ def test_files_give_the_batches_of_the_source(source, make_config, tmp_path):
   for split in ('train', 'validation'):
     direct, read = data.make_loader(source, split), data.make_loader(config, split)
     assert read.fingerprint == direct.fingerprint
-    assert read.bytes_per_token == direct.bytes_per_token
     assert read.num_batches == direct.num_batches
     for step in (0, 7):
       for key, value in direct.batch(step).items():
@@ -106,6 +105,9 @@ def test_damaged_directories(make_config, written, tmp_path):
   data.make_loader(config, 'validation')
   _edit_index(written, lambda index: index.update(format=2))
   with pytest.raises(ValueError, match=r'data\.files: .*format 2, expected 1'):
+    data.make_loader(config, 'validation')
+  (written / 'index.json').write_text('{"format": 1, "tok')
+  with pytest.raises(ValueError, match=r'data\.files: .*index\.json is damaged'):
     data.make_loader(config, 'validation')
 
 
