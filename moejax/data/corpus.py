@@ -2,20 +2,29 @@
 
 Who decides about the split:
   stdlib, text: a hash of the file's path below the corpus' root, so that moving the corpus, or
-    changing another file, changes nothing; one file in twenty is validation. Where that leaves a
-    split without any file (a single file, say), the end of every file is validation instead.
+    changing another file, changes nothing; one file in twenty is validation.
   jsonl: a hash of the document's text, so that copies of it stay on one side.
+Where that leaves a split without any document (of a single file, say), the end of every document is
+validation instead.
 """
 
+import bz2
+import codecs
+import contextlib
 import dataclasses
+import functools
 import glob
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import pathlib
+import re
 import sysconfig
-from collections.abc import Iterator
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
@@ -131,13 +140,18 @@ def _stdlib_files() -> tuple[pathlib.Path, list[str]]:
 
 
 def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
-  """Returns the part of a glob before its first wildcard, and the sorted paths below it."""
+  """Returns the part of a glob before its first wildcard, and the sorted paths below it.
+
+  Every real file has one path, its own if that is there, whatever links lead to it.
+  """
   pattern = os.path.abspath(os.path.expanduser(pattern))
-  path = pathlib.Path(pattern)
-  fixed = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), None)
-  root = path.parent if fixed is None else pathlib.Path(*path.parts[:fixed])
-  matches = map(pathlib.Path, glob.glob(pattern, recursive=True))
-  names = sorted(match.relative_to(root).as_posix() for match in matches if match.is_file())
+  root, wild = _parts(pattern)
+  paths = _glob(os.path.join(glob.escape(str(root)), wild)) if wild else [pattern]
+  files = [pathlib.Path(path) for path in paths if os.path.isfile(path)]
+  if broken := [path for path in paths if not os.path.exists(path) and os.path.islink(path)]:
+    logging.warning('Skipped %d links to nothing, the first %s.', len(broken), min(broken))
+  names = _one_per_file(root if wild else root.parent, files)
+  root = root if wild else root.parent
   if not names:
     if not root.is_dir():
       seen = f'the folder {root} does not exist'
@@ -150,38 +164,100 @@ def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
   return root, names
 
 
+def _parts(pattern: str) -> tuple[pathlib.Path, str]:
+  """Cuts a path before its first wildcard; a name with brackets that is there is none."""
+  first, *others = pathlib.Path(pattern).parts
+  fixed = pathlib.Path(first)
+  for i, part in enumerate(others):
+    literal = '*' not in part and '?' not in part and os.path.lexists(fixed / part)
+    if glob.has_magic(part) and not literal:
+      return fixed, os.path.join(*others[i:])
+    fixed /= part
+  return fixed, ''
+
+
+def _glob(pattern: str) -> list[str]:
+  """`glob.glob(pattern, recursive=True)` that enters every real folder below `**` only once."""
+  recursive = re.search(r'/\*\*(/|$)', pattern)
+  if not recursive:
+    return glob.glob(pattern)
+  before, after = pattern[: recursive.start()], pattern[recursive.end() :] or '*'
+  folders = (folder for top in glob.glob(before or '/') for folder in _folders(top))
+  return [p for folder in folders for p in _glob(os.path.join(glob.escape(folder), after))]
+
+
+def _folders(top: str) -> Iterator[str]:
+  """Yields a folder and those below it, but none twice: links come after all others."""
+  seen, pending = set(), [top]
+  for link in pending:
+    for folder, subfolders, _ in os.walk(link):
+      status = os.stat(folder)
+      if (status.st_dev, status.st_ino) in seen:
+        subfolders.clear()
+        continue
+      seen.add((status.st_dev, status.st_ino))
+      yield folder
+      subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
+      paths = (os.path.join(folder, name) for name in subfolders)
+      pending += [path for path in paths if os.path.islink(path)]
+
+
+def _one_per_file(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+  """Returns the sorted paths below `root`, for files with several the one without links."""
+  real_path = functools.cache(os.path.realpath)  # of folders; asked for once
+  name_of = {}
+  for path in files:
+    name, status = path.relative_to(root).as_posix(), path.stat()
+    real = os.path.realpath(os.path.join(real_path(path.parent), path.name))
+    file = (status.st_dev, status.st_ino) if status.st_nlink > 1 else real
+    is_link = os.path.join(real_path(root), name) != real
+    name_of[file] = min(name_of.get(file, (True, name)), (is_link, name))
+  return sorted(name for _, name in name_of.values())
+
+
 def _from_files(root: pathlib.Path, names: list[str]) -> Iterator[Document]:
   """Yields one document per file, or two where the files themselves must be split."""
   splits = [_split_of(name.encode('utf-8', 'surrogateescape')) for name in names]
-  whole_files = set(splits) == set(SPLITS)
-  for name, split in zip(names, splits, strict=True):
-    data = _read(root / name)
-    if whole_files:
-      yield Document(name, split, data)
-    else:
-      cut = _cut(data)
-      yield Document(name, 'train', data[:cut])
-      yield Document(name, 'validation', data[cut:])
+  documents = (
+    Document(name, split, _read(root / name)) for name, split in zip(names, splits, strict=True)
+  )
+  return documents if set(splits) == set(SPLITS) else _halves(documents)
 
 
 def _from_json_lines(root: pathlib.Path, names: list[str], field: str) -> Iterator[Document]:
+  """Yields one document per line, or two where the lines themselves must be split."""
+  splits = set()
+  for document in _json_documents(root, names, field):
+    splits.add(document.split)
+    if len(splits) == len(SPLITS):
+      return _json_documents(root, names, field)
+  return _halves(_json_documents(root, names, field))
+
+
+def _halves(documents: Iterable[Document]) -> Iterator[Document]:
+  """Yields the beginning of every document as training text, and its end as validation."""
+  for document in documents:
+    cut = _cut(document.data)
+    yield dataclasses.replace(document, split='train', data=document.data[:cut])
+    yield dataclasses.replace(document, split='validation', data=document.data[cut:])
+
+
+def _json_documents(root: pathlib.Path, names: list[str], field: str) -> Iterator[Document]:
   for name in names:
-    try:
-      with open(root / name, 'rb') as file:
-        for number, line in enumerate(file, 1):
-          if line.strip():
-            data = _json_text(line, field, f'{root / name}, line {number}')
-            yield Document(f'{name}:{number}', _split_of(data), data)
-    except OSError as error:
-      raise ValueError(f'data.files: cannot read {root / name}: {error.strerror}.') from error
+    with _open(root / name) as file:
+      for number, line in enumerate(file, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+          data = _json_text(line, field, f'{root / name}, line {number}')
+          yield Document(f'{name}:{number}', _split_of(data), data)
 
 
 def _json_text(line: bytes, field: str, place: str) -> bytes:
   """Returns one field of a JSON object as bytes; bytes that are not UTF-8 pass through."""
   try:
     record = json.loads(line.decode('utf-8', 'surrogateescape'))
-  except json.JSONDecodeError as error:
-    raise ValueError(f'data.files: {place} is not JSON: {error}.') from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'data.files: {place} is not JSON in UTF-8: {error}.') from error
   if not isinstance(record, dict):
     raise ValueError(f'data.files: {place}: expected a JSON object, got a {type(record).__name__}.')
   if field not in record:
@@ -211,8 +287,39 @@ def _cut(data: bytes) -> int:
   return cut
 
 
+# How files begin that hold compressed text, and how they are opened.
+_COMPRESSED = {b'\x1f\x8b\x08': gzip.open, b'\xfd7zXZ\0': lzma.open}
+_COMPRESSED |= {b'BZh%d1AY&SY' % level: bz2.open for level in range(1, 10)}
+# How files begin that hold text in a way that is not read here.
+_NO_TEXT = {
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd; unpack it (zstd -d)',
+  b'\x04\x22\x4d\x18': 'compressed by lz4; unpack it (lz4 -d)',
+  b'PK\x03\x04': 'a zip archive; unpack it',
+  b'7z\xbc\xaf\x27\x1c': 'a 7z archive; unpack it',
+  b'PAR1': 'a Parquet file; write its text as JSON lines',
+  b'\x89HDF': 'an HDF5 file; write its text as JSON lines',
+}
+
+
 def _read(path: pathlib.Path) -> bytes:
+  with _open(path) as file:
+    return file.read()
+
+
+@contextlib.contextmanager
+def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """Opens a text in bytes, unpacked; raises ValueError, naming the file, if it cannot be read."""
   try:
-    return path.read_bytes()
-  except OSError as error:
-    raise ValueError(f'data.files: cannot read {path}: {error.strerror}.') from error
+    with open(path, 'rb') as file:
+      start = file.read(16)
+    unpack = next((how for magic, how in _COMPRESSED.items() if start.startswith(magic)), open)
+    with unpack(path, 'rb') as file:
+      peek = file.peek(512)[:512]
+      what = next((what for magic, what in _NO_TEXT.items() if peek.startswith(magic)), '')
+      what = 'a tar archive; unpack it' if peek[257:262] == b'ustar' else what
+      if what:
+        raise ValueError(f'data.files: {path} is {what}.')
+      yield file
+  except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise ValueError(f'data.files: cannot read {path}: {reason}.') from error

@@ -1,5 +1,8 @@
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import shutil
 import sysconfig
 
@@ -133,20 +136,122 @@ def test_json_lines(make_config, tmp_path):
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
-    ('{"text": ', r'data\.files: .*line 2 is not JSON'),
+    ('{"text": ', r'data\.files: .*a\.jsonl, line 2 is not JSON'),
+    ('{"text": ' + '1' * 5000 + '}', r'data\.files: .*a\.jsonl, line 2 is not JSON'),
+    ('[' * 100_000, r'data\.files: .*a\.jsonl, line 2 is not JSON'),
+    ('\ud800{"text": "x"}', r'data\.files: .*a\.jsonl, line 2 is not JSON'),
     ('[1]', r'data\.files: .*line 2: expected a JSON object, got a list'),
     ('{"body": "x", "id": 1}', r"data\.field: .*line 2 has no field 'text', only 'body', 'id'"),
     ('{"text": 3}', r"data\.field: .*line 2: expected text in 'text', got a int"),
   ],
 )
 def test_bad_json_lines(make_config, tmp_path, line, message):
-  (tmp_path / 'a.jsonl').write_text('{"text": "good"}\n' + line)
+  content = '{"text": "good"}\n' + line
+  (tmp_path / 'a.jsonl').write_bytes(content.encode('utf-8', 'surrogatepass'))
   with pytest.raises(ValueError, match=message):
     list(corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl')))
 
 
 def test_half_an_emoji_in_json(make_config, tmp_path):
   (tmp_path / 'a.jsonl').write_text(r'{"text": "half \ud83c"}')
-  (document,) = corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl'))
+  document, _ = corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl'))
   assert document.data.startswith(b'half ')
   assert corpus.num_invalid(document.data)
+
+
+def test_one_json_document_is_cut(make_config, tmp_path):
+  text = 'a line of a book\n' * 1000
+  (tmp_path / 'a.jsonl').write_text(json.dumps({'text': text}))
+  config = make_config(source='jsonl', files=f'{tmp_path}/a.jsonl')
+  (train,), (validation,) = _texts(config, 'train'), _texts(config, 'validation')
+  assert (train + validation).decode() == text
+  assert 0.05 <= len(validation) / len(text) < 0.06
+
+
+def test_a_byte_order_mark_is_no_json(make_config, tmp_path):
+  lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines), encoding='utf-8-sig')
+  config = make_config(source='jsonl', files=f'{tmp_path}/a.jsonl')
+  assert len(list(corpus.documents(config))) == 100
+
+
+COMPRESS = {
+  '.gz': gzip.compress,
+  '.bz2': bz2.compress,
+  '.xz': lzma.compress,
+  '.two.gz': lambda data: gzip.compress(data[:50]) + gzip.compress(data[50:]),
+}
+
+
+@pytest.mark.parametrize('suffix', COMPRESS)
+def test_compressed_text_is_read(make_config, tmp_path, suffix):
+  lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
+  data = '\n'.join(lines).encode()
+  (tmp_path / f'a.json{suffix}').write_bytes(COMPRESS[suffix](data))
+  config = make_config(source='jsonl', files=f'{tmp_path}/*.json*')
+  assert [d.data.decode() for d in corpus.documents(config)] == [f'text {i}' for i in range(100)]
+  config = make_config(source='text', files=f'{tmp_path}/*.json*')
+  assert b''.join(d.data for d in corpus.documents(config)) == data
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (gzip.compress(b'text ' * 1000)[:-30], 'cannot read .*a.x: .*end-of-stream'),
+    (lzma.compress(b'text ' * 1000)[:-30], 'cannot read .*a.x: .*end-of-stream'),
+    (gzip.compress(bytes(range(256)))[:20] + b'xx' * 50, 'cannot read .*a.x'),
+    (b'\x28\xb5\x2f\xfd....', 'a.x is compressed by zstd; unpack it'),
+    (b'PK\x03\x04....', 'a.x is a zip archive'),
+    (b'PAR1....', 'a.x is a Parquet file; write its text as JSON lines'),
+    (gzip.compress(b'a' * 257 + b'ustar  \0' + b'text' * 99), 'a.x is a tar archive'),
+  ],
+)
+@pytest.mark.parametrize('source', ['text', 'jsonl'])
+def test_files_without_readable_text(make_config, tmp_path, source, content, message):
+  (tmp_path / 'a.x').write_bytes(content)
+  with pytest.raises(ValueError, match=f'data.files: .*{message}'):
+    list(corpus.documents(make_config(source=source, files=f'{tmp_path}/a.x')))
+
+
+def _names(config):
+  return [document.name for document in corpus.documents(config)]
+
+
+def test_every_real_file_is_one_document(make_config, text_folder):
+  config = make_config(source='text', files=f'{text_folder}/**/*.txt')
+  names, fingerprint = _names(config), _fingerprint(config)
+  (text_folder / 'self').symlink_to('.')
+  (text_folder / 'Again').symlink_to(text_folder)  # two: without care, 2**40 paths
+  (text_folder / 'Latest').symlink_to('below')
+  (text_folder / '00.txt').symlink_to('3.txt')
+  (text_folder / 'below' / 'up').symlink_to('..')
+  (text_folder / 'zero.txt').hardlink_to(text_folder / '3.txt')
+  (text_folder / 'nothing.txt').symlink_to('nowhere')
+  (text_folder / 'loop.txt').symlink_to('loop.txt')
+  (text_folder / '.hidden').mkdir()
+  (text_folder / '.hidden' / 'x.txt').write_text('x')
+  assert _names(config) == names and _fingerprint(config) == fingerprint
+  flat = make_config(source='text', files=f'{text_folder}/*/*.txt')
+  assert sorted(_names(flat)) == sorted(set(_names(flat)))
+  assert len({d.data for d in corpus.documents(flat)}) == 60
+
+
+def test_folders_that_only_links_lead_to_are_read(make_config, text_folder, tmp_path):
+  outside = tmp_path / 'outside' / 'deep'
+  outside.mkdir(parents=True)
+  (outside / 'new.txt').write_text('new')
+  (text_folder / 'link').symlink_to(outside.parent)
+  (text_folder / 'other').symlink_to(outside.parent)
+  names = _names(make_config(source='text', files=f'{text_folder}/**/*.txt'))
+  assert len(names) == 61 and 'link/deep/new.txt' in names
+  for pattern, number in [('**', 61), ('**/deep/*', 1), ('**/deep/**', 1), ('**/**/*.txt', 61)]:
+    assert len(set(_names(make_config(source='text', files=f'{text_folder}/{pattern}')))) == number
+
+
+@pytest.mark.parametrize('pattern', ['a[1].txt', '*.txt', '**/*.txt', '?[[]1].txt', 'a[[]*'])
+def test_names_with_brackets(make_config, tmp_path, pattern):
+  folder = tmp_path / 'corpus[1]'
+  folder.mkdir()
+  (folder / 'a[1].txt').write_text('some text\n' * 100)
+  config = make_config(source='text', files=f'{folder}/{pattern}')
+  assert set(_names(config)) == {'a[1].txt'}
