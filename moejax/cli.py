@@ -1,22 +1,23 @@
 """The command line of all programs: `--config=FILE[:words]`, overrides, friendly errors."""
 
+import dis
+import inspect
+import os
 import pathlib
 import re
 import sys
-import traceback
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file, optionally FILE:words; fields by --config.section.field=value.'
-)
 _BUNDLED = pathlib.Path(__file__).resolve().parent.parent
 _DEFAULT = 'configs/mot.py'
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+_HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
 def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
@@ -24,15 +25,17 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 
   `takes_overrides` is for programs that take the config of a run: overrides are the texts of flags
   `--config.section.field=text`, by 'section.field', for `config.override`.
-
-  A ValueError that this package raises is the user's to fix: its message, exit code 2. One that
-  comes from elsewhere is a fault, and keeps its traceback.
   """
 
   overrides = {}
 
   def parse(argv):
-    return _parse(_without_overrides(argv, overrides) if takes_overrides else argv)
+    if _HELP.intersection(argv):
+      _print_help(main, takes_overrides)
+      sys.exit(OK)
+    if takes_overrides:
+      argv = _without_overrides(argv, overrides)
+    return _parse_with_config(argv) if needs_config else _parse(argv)
 
   def guarded(argv):
     if not flags.FLAGS['verbosity'].present:
@@ -44,13 +47,31 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
         return main(argv[1:])
       if takes_overrides:
         return main(overrides)
-      return main(_CONFIG.value) if needs_config else main()
-    except ValueError as error:
-      if not _is_ours(error):
-        raise
-      return _fail(str(error))
+      return main(flags.FLAGS.config) if needs_config else main()
+    except (Exception, KeyboardInterrupt) as error:
+      return _exit_code(error)
 
-  app.run(guarded, flags_parser=_parse_with_config if needs_config else parse)
+  if needs_config:
+    config_flags.DEFINE_config_file('config', None, 'FILE or FILE:WORDS, a file of configs/.')
+  sys.stdout, sys.stderr = map(_Output.around, (sys.stdout, sys.stderr))
+  app.run(guarded, flags_parser=parse)
+
+
+def _exit_code(error):
+  """Says what went wrong, and returns the exit code; raises `error` again if it is a fault.
+
+  A ValueError that a `raise` of this package makes is the user's to fix, a RuntimeError is not;
+  both are sentences for people. Those that other code or C code makes are faults: their traceback
+  is shown, and the exit code is FAILED as well.
+  """
+  if isinstance(error, KeyboardInterrupt):
+    return _fail('interrupted; the same command starts again', INTERRUPTED)
+  if isinstance(error, OSError) and error.strerror:  # no such file, no permission, disk full
+    name = error.filename2 or error.filename
+    return _fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
+  if isinstance(error, ValueError | RuntimeError) and _is_raised_here(error):
+    return _fail(str(error), USAGE if isinstance(error, ValueError) else FAILED)
+  raise error
 
 
 class Command(NamedTuple):
@@ -65,6 +86,10 @@ class Command(NamedTuple):
 def run_command(commands):
   """`run` of the Command, in a dict by name, that the first argument names."""
   name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name in _HELP:
+    print(inspect.cleandoc(sys.modules['__main__'].__doc__ or ''))
+    print('\nEach command has its own --help.')
+    sys.exit(OK)
   if name not in commands:
     sys.exit(_fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
   define, main, needs_config, takes_arguments = commands[name]
@@ -89,15 +114,91 @@ def join_processes():
   distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
 
 
-def _is_ours(error):
-  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-  return pathlib.Path(raised_in).is_relative_to(_BUNDLED / 'moejax')
+def path(text):
+  """The path on this machine that a flag or an argument names; `~` is the user's home.
+
+  Raises:
+    ValueError: it is empty, or in a bucket.
+  """
+  if not text:
+    raise ValueError('expected a path, got nothing.')
+  if '://' in text:
+    raise ValueError(
+      f'expected a path on this machine, got {text}. Mount the bucket, as launch/tpu_run.sh does '
+      '(docs/launch.md says how).'
+    )
+  return os.path.expanduser(text)
 
 
-def _fail(message):
+class _PathParser(flags.ArgumentParser):
+  syntactic_help = 'a path'
+  parse = staticmethod(path)
+
+
+class _PathsParser(flags.ListParser):
+  def parse(self, argument):
+    return list(map(path, super().parse(argument)))
+
+
+def define_path(name, default, meaning, required=False):
+  """A flag that holds a path."""
+  serializer = flags.ArgumentSerializer()
+  flags.DEFINE(_PathParser(), name, default, meaning, serializer=serializer, required=required)
+
+
+def define_paths(name, default, meaning, required=False):
+  """A flag that holds a list of paths, separated by commas."""
+  serializer = flags.ListSerializer(',')
+  flags.DEFINE(_PathsParser(), name, default, meaning, serializer=serializer, required=required)
+
+
+class _Output:
+  """A stream to which printing never fails.
+
+  Characters that it cannot show are escaped. When nobody reads it any more (a closed pipe or
+  terminal, a full disk), what is printed is dropped, and the program goes on.
+  """
+
+  def __init__(self, stream):
+    self._stream = stream
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')
+
+  @classmethod
+  def around(cls, stream):
+    """A stream may be None, if it was closed before the program began."""
+    return stream if stream is None or isinstance(stream, cls) else cls(stream)
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def write(self, text):
+    return self._dropping(self._stream.write, text)
+
+  def flush(self):
+    return self._dropping(self._stream.flush)
+
+  def _dropping(self, method, *arguments):
+    try:
+      return method(*arguments)
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # takes what is buffered
+      return method(*arguments)
+
+
+def _is_raised_here(error):
+  """Whether a `raise` of this package made the error: not other code, nor C code called here."""
+  last = error.__traceback__
+  while last.tb_next:
+    last = last.tb_next
+  package, code = last.tb_frame.f_globals.get('__package__') or '', last.tb_frame.f_code.co_code
+  return package.split('.')[0] == __package__ and dis.opname[code[last.tb_lasti]] == 'RAISE_VARARGS'
+
+
+def _fail(message, code=USAGE):
   for line in message.splitlines():
     print(f'error: {line}', file=sys.stderr)
-  return USAGE
+  return code
 
 
 def _parse(argv):
@@ -107,7 +208,41 @@ def _parse(argv):
   except flags.Error as error:
     # ml_collections hands a config file's ValueError on as the text of its traceback.
     _, in_config_file, message = str(error).rpartition('\nValueError: ')
-    sys.exit(_fail(message if in_config_file else str(error)))
+    sys.exit(_fail(message if in_config_file else _plain(str(error))))
+
+
+def _plain(message):
+  """What absl says of a flag, as our own messages are."""
+  missing = re.search('Flag --(.*) must have a value other than None', message)
+  if missing:
+    return f'--{missing[1]} is required: {flags.FLAGS[missing[1]].help}'
+  return message.removeprefix('flag ')
+
+
+def _print_help(main, takes_overrides):
+  """What a program is for, and its own flags with their meanings and defaults."""
+  print(_help_of(main), '\n\nFlags:', sep='')
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    for flag in defined if module == sys.argv[0] or module.startswith('moejax') else ():
+      meaning = ' '.join(flag.help.partition(';\n')[0].split())  # what follows is absl's
+      default = flag.default_as_str if flag.default not in (None, '', False) else ''
+      default = default and f' Default: {default.strip(chr(39))}.'
+      print(textwrap.fill(f'--{flag.name}: {meaning}{default}', 100, subsequent_indent=' ' * 4))
+  if takes_overrides:
+    print("--config.SECTION.FIELD=VALUE: changes a field of the run's config.")
+  if 'config' in flags.FLAGS:
+    from moejax import config  # importing JAX takes seconds
+
+    print(f'--config.SECTION.FIELD=VALUE: a field of the config.\n\n{config.reference()}', end='')
+
+
+def _help_of(main):
+  """The docstring of a program, or of a command and the examples of it in that of the program."""
+  program = inspect.cleandoc(sys.modules[main.__module__].__doc__ or '')
+  if not main.__doc__:
+    return program
+  examples = re.findall(rf'^ *python -m \S+ {main.__name__} .*(?:\\\n.*)*', program, re.MULTILINE)
+  return '\n'.join([inspect.cleandoc(main.__doc__).partition('\n\n')[0], '', *examples])
 
 
 def _without_overrides(argv, overrides):
@@ -127,8 +262,6 @@ def _parse_with_config(argv):
   argv = [argv[0], *map(_find_config, argv[1:])]
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
-  if {'--help', '-help', '-h', '-?'} & set(argv):
-    _help()
   sys.argv[:] = argv  # config_flags reads overrides from here as well
   try:
     return _parse(argv)
@@ -136,29 +269,22 @@ def _parse_with_config(argv):
     sys.exit(_fail(_explain(error, argv)))
 
 
-def _help():
-  """Prints what the program does, its flags, and all fields of a config, and exits."""
-  from moejax import config  # importing JAX takes seconds
-
-  app.usage(shorthelp=True, writeto_stdout=True)
-  print('--config=FILE[:VARIANTS] and --config.SECTION.FIELD=VALUE, with these defaults:\n')
-  print(config.reference(), end='')
-  sys.exit(OK)
-
-
 def _find_config(argument):
   if not argument.startswith('--config='):
     return argument
-  path, colon, words = argument.removeprefix('--config=').partition(':')
-  bundled = _BUNDLED / 'configs' / pathlib.Path(path).name
-  if not pathlib.Path(path).exists() and bundled.exists():
-    path = bundled
-  elif not pathlib.Path(path).exists():
+  given, colon, words = argument.removeprefix('--config=').partition(':')
+  given = os.path.expanduser(given)
+  bundled = _BUNDLED / 'configs' / pathlib.Path(given).name
+  if not pathlib.Path(given).exists() and bundled.exists():
+    given = bundled
+  elif not pathlib.Path(given).exists():
     known = sorted(
       p.name for p in bundled.parent.glob('*.py') if p.stem not in ('__init__', 'common')
     )
-    sys.exit(_fail(f'--config={path}: there is no such file; bundled ones are {", ".join(known)}.'))
-  return f'--config={path}{colon}{words}'
+    sys.exit(
+      _fail(f'--config={given}: there is no such file; bundled ones are {", ".join(known)}.')
+    )
+  return f'--config={given}{colon}{words}'
 
 
 def _explain(error, argv):

@@ -85,6 +85,6 @@ def main():
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('runs', None, 'Folders of finished runs.', required=True)
-  flags.DEFINE_string('output', 'compare.png', 'The plot to write.')
+  cli.define_paths('runs', None, 'Folders of finished runs, with commas between.', required=True)
+  cli.define_path('output', 'compare.png', 'The plot to write.')
   cli.run(main, needs_config=False)

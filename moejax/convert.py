@@ -224,12 +224,13 @@ def _command(convert, needs_config=False, optional=(), **texts):
 
   def define():
     for name, text in texts.items():
-      flags.DEFINE_string(name, None, text, required=name not in optional)
+      cli.define_path(name, None, text, required=name not in optional)
 
   def main(*config):
     print(convert(*config, *(flags.FLAGS[name].value for name in texts)))
     return cli.OK
 
+  main.__name__, main.__doc__ = convert.__name__, convert.__doc__
   return cli.Command(define, main, needs_config)
 
 

@@ -1,7 +1,7 @@
-"""Several processes, one run: they start together, stop together, and one of them speaks.
+"""Several processes in one run: they start together and stop together.
 
 Every process runs the same program on its own devices, reads its own rows of each batch, and takes
-part in every collective; process 0 alone prints and writes what is not a checkpoint.
+part in every collective. Process 0 alone prints, and writes everything but checkpoints.
 """
 
 import ctypes
@@ -16,8 +16,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_SILENCE = 30  # seconds without a sign of life after which jax ends the other processes
-_PARTING = 30  # seconds that a process waits for the others before it exits
+_HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which jax ends the other processes
+_SHUTDOWN_TIMEOUT = 30  # seconds that a process waits for the others before it exits
+_NOT_JOINED = (
+  'the other processes of this run did not join this one (jax says above what happened). Start the '
+  'same command on all hosts; docs/launch.md says how.'
+)
+_LOST = (
+  'the run has lost a process (jax says above which, its own log says why), so this one ends too. '
+  'The same command on all hosts resumes from the last checkpoint.'
+)
 
 
 def initialize(coordinator_address=None, num_processes=None, process_id=None):
@@ -35,36 +43,54 @@ def initialize(coordinator_address=None, num_processes=None, process_id=None):
   Raises:
     ValueError: some of the three are missing, or impossible.
   """
-  timeouts = {'heartbeat_timeout_seconds': _SILENCE}
+  timeouts = {'heartbeat_timeout_seconds': _HEARTBEAT_TIMEOUT}
   if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
-    timeouts['shutdown_timeout_seconds'] = _PARTING  # jax 0.7 always waits 5 minutes
+    timeouts['shutdown_timeout_seconds'] = _SHUTDOWN_TIMEOUT  # jax 0.7 always waits 5 minutes
   join: Any = functools.partial(jax.distributed.initialize, **timeouts)
   given = (coordinator_address, num_processes, process_id)
   if any(value is not None for value in given):
     _check(*given)
+    _explain_abort(_NOT_JOINED)
     join(*given)
-  elif os.environ.get('SLURM_NTASKS') == '1':
-    return  # alone; jax would take one GPU for a task, and leave the others
+  elif _is_alone():
+    return
   else:
+    _explain_abort(_NOT_JOINED)
     try:
       join()
     except ValueError:  # jax knows none of the ways in which processes are started together
+      ctypes.CDLL(None).signal(signal.SIGABRT, None)
       return
-  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+  _explain_abort(_LOST)
   if not leads():
     sys.stdout = open(os.devnull, 'w')
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(number):
-  """What follows when jax has found a process dead and aborts: C++ leaves Python no other place."""
-  del number
-  os.write(
-    2,
-    b'error: the run has lost a process (jax says above which, its own log says why), so this one '
-    b'ends too. The same command on all hosts goes on from the last checkpoint.\n',
-  )
-  os._exit(1)
+def _is_alone():
+  """Whether SLURM or Open MPI, if one of them is there, has started this process alone.
+
+  The variables of a SLURM allocation are also those of a shell in it (salloc, srun --pty); only a
+  step has several processes. Of a single one, jax would use one GPU and leave the others.
+  """
+  if 'OMPI_MCA_orte_hnp_uri' in os.environ:
+    return os.environ.get('OMPI_COMM_WORLD_SIZE', '1') == '1'
+  if 'SLURM_JOB_ID' in os.environ:
+    in_a_shell = sys.stdin is not None and sys.stdin.isatty()  # srun gives a task no terminal
+    return in_a_shell or os.environ.get('SLURM_STEP_NUM_TASKS', '1') == '1'
+  return False
+
+
+def _explain_abort(message):
+  """What to say when jax aborts because of other processes; Python cannot catch that."""
+  global _on_abort  # the C library keeps no reference
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def _on_abort(number):
+    del number
+    os.write(2, f'error: {message}\n'.encode())
+    os._exit(1)
+
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _check(address, num_processes, process_id):

@@ -184,8 +184,6 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
 
 def main(overrides):
   args = flags.FLAGS
-  if not args.workdir:
-    raise ValueError('--workdir is required: the folder of a run.')
   cli.join_processes()
   stages, step, params, mesh = run_folder.load_run(args.workdir, overrides)
   config_lib.check_batch(stages, mesh)
@@ -199,7 +197,7 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  flags.DEFINE_string('workdir', None, 'Folder of the run to evaluate.')
+  cli.define_path('workdir', None, 'Folder of the run to evaluate.', required=True)
   flags.DEFINE_integer(
     'batches', 0, 'Validation batches; 0: train.eval_batches; -1: all.', lower_bound=-1
   )

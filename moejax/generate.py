@@ -170,8 +170,6 @@ def _beyond_context(context, longest, length):
 
 def main(overrides):
   args = flags.FLAGS
-  if not args.workdir:
-    raise ValueError('--workdir is required: the folder of a run.')
   cli.join_processes()
   stages, _, params, mesh = run_folder.load_run(args.workdir, overrides)
   model = decoding(stages.model, args.mode, args.group_size)
@@ -196,7 +194,7 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  flags.DEFINE_string('workdir', None, 'Folder of the run to generate from.')
+  cli.define_path('workdir', None, 'Folder of the run to generate from.', required=True)
   flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')
   flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)

@@ -6,14 +6,16 @@ python -m moejax.main --config=configs/mot.py:medium,experts=32 --workdir=runs/m
 On several hosts: the same command on each of them (docs/launch.md).
 """
 
+import contextlib
 import datetime
+import itertools
 import pathlib
 
 from absl import flags
 
 from moejax import cli
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default: a dated one in runs/.')
+cli.define_path('workdir', None, 'Folder of the run; without it, a new one in runs/.')
 cli.define_process_flags()
 _PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and stop.')
 
@@ -22,16 +24,34 @@ def main(config):
   if _PRINT_CONFIG.value:
     print(config)
     return cli.OK
-  workdir = _WORKDIR.value or f'runs/{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
-  if '://' in workdir:
-    raise ValueError(
-      f'--workdir={workdir}: expected a folder. Mount the bucket, as launch/tpu_run.sh does '
-      '(docs/launch.md says how).'
-    )
   cli.join_processes()
   from moejax import train  # after the flags are known to be good: importing JAX takes seconds
 
-  return train.train(config, pathlib.Path(workdir).absolute())
+  workdir = flags.FLAGS.workdir
+  with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
+    return train.train(config, pathlib.Path(folder).absolute())
+
+
+@contextlib.contextmanager
+def _new_folder():
+  """A folder in runs/ that no other run has, called after the time; it goes if it stays empty."""
+  import jax
+
+  if jax.process_count() > 1:
+    raise ValueError('--workdir is required for a run of several processes: the same for all.')
+  started = f'{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
+  for name in itertools.chain([started], (f'{started}-{i}' for i in itertools.count(2))):
+    folder = pathlib.Path('runs', name)
+    try:
+      folder.mkdir(parents=True)
+      break
+    except FileExistsError:
+      continue
+  try:
+    yield folder
+  finally:
+    with contextlib.suppress(OSError):
+      folder.rmdir()
 
 
 def run():

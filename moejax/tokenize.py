@@ -36,5 +36,5 @@ def main(config):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('output', None, 'The directory to write; must not exist.', required=True)
+  cli.define_path('output', None, 'The directory to write; must not exist.', required=True)
   cli.run(main)

@@ -77,7 +77,7 @@ def main(config):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('output', None, 'The model file to write.', required=True)
+  cli.define_path('output', None, 'The model file to write.', required=True)
   flags.DEFINE_integer('vocab_size', 4096, 'Number of token ids.', lower_bound=1)
   flags.DEFINE_integer('max_megabytes', 100, 'Most text to train on, in MB.', lower_bound=1)
   cli.run(main)

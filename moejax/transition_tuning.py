@@ -209,8 +209,6 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
 def main(overrides):
   args = flags.FLAGS
   folder = args['from'].value
-  if not folder or not args.workdir:
-    raise ValueError('--from and --workdir are required: the folders of the old and the new run.')
   cli.join_processes()
   options = {'steps': args.steps, 'moments': args.optimizer, 'schedule': args.schedule}
   code = tune(folder, args.workdir, args.router, fields=overrides, **options)
@@ -221,8 +219,8 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  flags.DEFINE_string('from', None, 'Folder of the Mixture-of-Tokens run to start from.')
-  flags.DEFINE_string('workdir', None, 'Folder of the new run.')
+  cli.define_path('from', None, 'Folder of the Mixture-of-Tokens run to start from.', required=True)
+  cli.define_path('workdir', None, 'Folder of the new run.', required=True)
   flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'What the controller becomes.')
   flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
   flags.DEFINE_enum(

@@ -30,7 +30,7 @@ CHANGES = {
   'train.sample_length': 4,
 }
 # As main, but a dead process is missed sooner.
-PROGRAM = 'from moejax import distributed, main; distributed._SILENCE = 5; main.run()'
+PROGRAM = 'from moejax import distributed, main; distributed._HEARTBEAT_TIMEOUT = 5; main.run()'
 
 
 class Processes:
@@ -152,9 +152,36 @@ def test_where_jax_finds_no_others_a_process_is_alone(monkeypatch):
   monkeypatch.setattr(jax.distributed, 'initialize', nothing_found)
   distributed.initialize()
   assert len(asked) == 1 and asked[0]['heartbeat_timeout_seconds'] < 60
-  monkeypatch.setenv('SLURM_NTASKS', '1')  # jax would take one GPU of several
+
+
+SLURM_STEP = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
+OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:1'}
+
+
+@pytest.mark.parametrize(
+  ('environment', 'terminal', 'alone'),
+  [
+    ({**SLURM_STEP, 'SLURM_STEP_NUM_TASKS': '8'}, False, False),
+    ({**SLURM_STEP, 'SLURM_STEP_NUM_TASKS': '1'}, False, True),  # salloc with an interactive step
+    ({**SLURM_STEP, 'SLURM_STEP_NUM_TASKS': '8'}, True, True),  # srun --pty bash
+    (SLURM_STEP, False, True),  # in the script of sbatch
+    ({**OPEN_MPI, 'OMPI_COMM_WORLD_SIZE': '2'}, True, False),
+    ({**OPEN_MPI, 'OMPI_COMM_WORLD_SIZE': '1'}, True, True),
+    (OPEN_MPI, True, True),
+    ({**SLURM_STEP, **OPEN_MPI, 'OMPI_COMM_WORLD_SIZE': '2'}, False, False),
+  ],
+)
+def test_only_processes_of_one_step_wait_for_each_other(monkeypatch, environment, terminal, alone):
+  joined = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: joined.append(1))
+  monkeypatch.setattr(sys.stdin, 'isatty', lambda: terminal, raising=False)
+  monkeypatch.setattr(distributed, '_explain_abort', lambda message: None)
+  for name in [n for n in os.environ if n.startswith(('SLURM_', 'OMPI_'))]:
+    monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
   distributed.initialize()
-  assert len(asked) == 1
+  assert bool(joined) != alone
 
 
 def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer('slices', 1, 'How many slices of a TPU, joined by the network.')
 _SEARCH = flags.DEFINE_bool('search', False, 'Try meshes, model.remat and accumulation.')
 _NUM_COMPILED = flags.DEFINE_integer('num_compiled', 6, 'How many of them a search compiles.')
-_JSON = flags.DEFINE_string('json', None, 'File for the numbers of the report.')
+cli.define_path('json', None, 'File for the numbers of the report.')
 
 
 def main(config):
@@ -40,10 +40,10 @@ def main(config):
     print(report.describe())
     if not report.fits:
       print('\n'.join(['', 'What would help:', *(f'  {line}' for line in report.advice(config))]))
-  if _JSON.value:
+  if flags.FLAGS.json:
     numbers = dataclasses.asdict(report)
     numbers |= {'step_seconds': report.step_seconds, 'bound': report.bound, 'mfu': report.mfu}
-    files.write(_JSON.value, json.dumps(numbers, indent=2))
+    files.write(flags.FLAGS.json, json.dumps(numbers, indent=2))
   return cli.OK if report.fits else cli.FAILED
 
 

@@ -5,8 +5,6 @@ python -m moejax.scaling_laws grid --preset=laptop --output=grid.json
 python -m moejax.scaling_laws run --grid=grid.json --workdir=runs/grid
 python -m moejax.scaling_laws fit runs/grid --output=law
 python -m moejax.scaling_laws plot --coefficients=law/fit.json --runs=law/runs.csv --output=law
-
-Each has --help.
 """
 
 import json
@@ -21,7 +19,7 @@ _FLAGS = flags.FLAGS
 
 
 def _define_coefficients(default: str | None = 'printed'):
-  flags.DEFINE_string(
+  cli.define_path(
     'coefficients',
     default,
     'printed or four_digits (of the paper), or the fit.json of a fit.',
@@ -74,7 +72,7 @@ def plan():
 def _define_grid():
   _define_coefficients(default=None)
   flags.DEFINE_string('preset', 'laptop', 'paper, laptop or laptop_larger.')
-  flags.DEFINE_string('output', 'grid.json', 'The file to write.')
+  cli.define_path('output', 'grid.json', 'The file to write.')
 
 
 def grid():
@@ -94,7 +92,7 @@ def grid():
 
 
 def _define_run():
-  flags.DEFINE_string('grid', 'grid.json', 'A file that `grid` wrote.')
+  cli.define_path('grid', 'grid.json', 'A file that `grid` wrote.')
   flags.DEFINE_string('workdir', None, 'The folder for all cells.', required=True)
   flags.DEFINE_string(
     'launch',
@@ -109,7 +107,7 @@ def run():
 
   cells = grid_lib.read(_FLAGS.grid)
   if _FLAGS.launch is None:
-    return run_lib.run(cells, pathlib.Path(_FLAGS.workdir).absolute())
+    return run_lib.run(cells, pathlib.Path(cli.path(_FLAGS.workdir)).absolute())
   print('\n'.join(run_lib.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))
   return cli.OK
 
@@ -127,7 +125,7 @@ def _define_fit():
   flags.DEFINE_integer('repeats', 100, 'Bootstrap resamplings.', lower_bound=0)
   flags.DEFINE_float('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
   flags.DEFINE_float('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)
-  flags.DEFINE_string('output', 'law', 'The folder to write fit.json and runs.csv to.')
+  cli.define_path('output', 'law', 'The folder to write fit.json and runs.csv to.')
 
 
 def fit(paths):
@@ -136,7 +134,7 @@ def fit(paths):
 
   if not paths:
     raise ValueError('fit needs folders of runs, or CSV files: fit runs/grid --output=law.')
-  runs, excluded = collect.collect(paths, _FLAGS.expansion_rate or 0)
+  runs, excluded = collect.collect(map(cli.path, paths), _FLAGS.expansion_rate or 0)
   sparse, dense = collect.by_kind(runs)
   names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
   options: Any = {name: _FLAGS[name].value for name in names}
@@ -157,8 +155,8 @@ def fit(paths):
 def _define_plot():
   _define_coefficients()
   _define_expansion_rate("Of the sparse law to draw; default: the coefficients' largest")
-  flags.DEFINE_list('runs', [], 'Runs to draw as well: folders or CSV files.')
-  flags.DEFINE_string('output', 'law', 'The folder to write to.')
+  cli.define_paths('runs', [], 'Runs to draw as well: folders or CSV files.')
+  cli.define_path('output', 'law', 'The folder to write to.')
 
 
 def plot():

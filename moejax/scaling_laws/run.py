@@ -172,7 +172,8 @@ def launch_commands(cells, workdir, template):
     ValueError: the template has other braces, or no {command}.
   """
   for cell in cells:
-    command = shlex.quote(f'{cell.command} --workdir={workdir.rstrip("/")}/{cell.name}')
+    folder = shlex.quote(f'--workdir={workdir.rstrip("/")}/{cell.name}')
+    command = shlex.quote(f'{cell.command} {folder}')
     try:
       launch = template.format(name=cell.name, command=command)
     except (KeyError, IndexError, ValueError) as error:

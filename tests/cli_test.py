@@ -1,0 +1,125 @@
+"""What every program does alike: flags, errors and their exit codes, help, and what is printed."""
+
+import errno
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moejax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _error_of(source, package='moejax'):
+  """The error of a program text, as if it stood in a package."""
+  try:
+    exec(compile(source, 'program', 'exec'), {'__package__': package})
+  except BaseException as error:
+    return error
+  raise AssertionError('no error')
+
+
+IN_A_WITH = """
+import contextlib
+with contextlib.suppress(KeyError):
+  try:
+    raise ValueError('data.files: no such file')
+  finally:
+    pass
+"""
+OF_ANOTHER = """
+try:
+  int('x')
+except ValueError as error:
+  raise ValueError('data.files: no number') from error
+"""
+HANDED_ON = """
+try:
+  int('x')
+except ValueError:
+  raise
+"""
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'said'),
+  [
+    (_error_of("raise ValueError('steps: too few')"), cli.USAGE, 'error: steps: too few\n'),
+    (_error_of("raise ValueError('a\\nb')", 'moejax.data'), cli.USAGE, 'error: a\nerror: b\n'),
+    (_error_of(IN_A_WITH), cli.USAGE, 'error: data.files: no such file\n'),
+    (_error_of(OF_ANOTHER), cli.USAGE, 'error: data.files: no number\n'),
+    (_error_of("raise RuntimeError('no loss')"), cli.FAILED, 'error: no loss\n'),
+    (_error_of("open('/no/such')"), cli.FAILED, 'error: /no/such: No such file or directory\n'),
+    (OSError(errno.ENOSPC, 'No space left on device'), cli.FAILED, 'error: No space left on'),
+    (KeyboardInterrupt(), cli.INTERRUPTED, 'error: interrupted'),
+  ],
+)
+def test_what_people_can_mend_is_one_sentence(capsys, error, code, said):
+  assert cli._exit_code(error) == code
+  assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    _error_of("'é'.encode('ascii')"),  # a ValueError of C code
+    _error_of('round(float("nan"))'),
+    _error_of(HANDED_ON),
+    _error_of("raise ValueError('a fault of somebody else')", 'numpy'),
+    _error_of("import json; json.loads('{')"),
+    _error_of("{}['x']"),
+    _error_of("raise OSError('no reason known')", 'other'),
+  ],
+)
+def test_faults_keep_their_traceback(error):
+  with pytest.raises(type(error)):
+    cli._exit_code(error)
+
+
+def _python(*arguments, env=None, **options):
+  environment = os.environ | {'PYTHONPATH': str(ROOT)} | (env or {})
+  return subprocess.Popen([sys.executable, *arguments], env=environment, **options)
+
+
+PRINTS = """
+import sys
+from moejax import cli
+def main():
+  for i in range(9):
+    print('\\N{SNOWMAN}' * 9999, flush=True)
+  open('done', 'w')
+cli.run(main, needs_config=False)
+"""
+
+
+def test_printing_never_fails(tmp_path):
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'cwd': tmp_path}
+  with _python('-c', PRINTS, env={'PYTHONIOENCODING': 'ascii'}, **pipes) as ascii_only:
+    out, error = ascii_only.communicate()
+  assert (ascii_only.returncode, error) == (0, b'')
+  assert out.startswith(b'\\u2603\\u2603')
+
+  (tmp_path / 'done').unlink()
+  with _python('-c', PRINTS, **pipes) as closed_early:
+    closed_early.stdout.close()
+    assert closed_early.stderr.read() == b''
+  assert closed_early.returncode == 0
+  assert (tmp_path / 'done').exists()
+
+  with open('/dev/full', 'w') as full:
+    with _python('-c', PRINTS, cwd=tmp_path, stdout=full, stderr=full) as to_a_full_disk:
+      assert to_a_full_disk.wait() == 0
+
+
+def test_a_path_is_on_this_machine(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  assert cli.path('~/my runs/a') == '/home/me/my runs/a'
+  assert cli.path('runs/~a') == 'runs/~a'
+  for text in ('gs://bucket/run', 's3://bucket'):
+    with pytest.raises(ValueError, match=f'expected a path on this machine, got {text}. Mount'):
+      cli.path(text)
+  with pytest.raises(ValueError, match='expected a path, got nothing'):
+    cli.path('')
