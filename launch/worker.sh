@@ -21,7 +21,7 @@ install() {
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   # Images of older generations have a Python that is too old.
   [[ -x $RUN/venv/bin/python ]] || uv venv --quiet --python 3.12 "$RUN/venv"
-  uv pip install --quiet --python "$RUN/venv/bin/python" --editable "${CODE}[tpu]"
+  uv pip install --quiet --python "$RUN/venv/bin/python" --editable "${CODE}[tpu,seqio]"
 }
 
 # Makes a bucket a folder. Nothing is cached: the hosts must see each other's files at once.

@@ -13,8 +13,10 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_BUNDLED = pathlib.Path(__file__).resolve().parent.parent
-_DEFAULT = 'configs/mot.py'
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+# The bundled config files: of the installed package, or of the checkout around it.
+_BUNDLED = next(p for p in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if p.is_dir())
+_DEFAULT = 'mot.py'
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 _HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
@@ -265,6 +267,11 @@ def _parse_with_config(argv):
   sys.argv[:] = argv  # config_flags reads overrides from here as well
   try:
     return _parse(argv)
+  except ImportError as error:
+    if (error.name or '').split('.')[0] != 'configs':
+      raise
+    advice = 'what configs/common.py held is in the package: from moejax import variants as common.'
+    sys.exit(_fail(f'--config: {error}; {advice}'))
   except (AttributeError, KeyError, ValueError) as error:
     sys.exit(_fail(_explain(error, argv)))
 
@@ -273,18 +280,16 @@ def _find_config(argument):
   if not argument.startswith('--config='):
     return argument
   given, colon, words = argument.removeprefix('--config=').partition(':')
-  given = os.path.expanduser(given)
-  bundled = _BUNDLED / 'configs' / pathlib.Path(given).name
-  if not pathlib.Path(given).exists() and bundled.exists():
-    given = bundled
-  elif not pathlib.Path(given).exists():
-    known = sorted(
-      p.name for p in bundled.parent.glob('*.py') if p.stem not in ('__init__', 'common')
-    )
+  path = pathlib.Path(os.path.expanduser(given))
+  bundled = _BUNDLED / path.name
+  if not path.exists() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
+    path = bundled
+  elif not path.exists():
+    known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem not in ('__init__', 'common'))
     sys.exit(
       _fail(f'--config={given}: there is no such file; bundled ones are {", ".join(known)}.')
     )
-  return f'--config={given}{colon}{words}'
+  return f'--config={path}{colon}{words}'
 
 
 def _explain(error, argv):
@@ -292,6 +297,8 @@ def _explain(error, argv):
   text = str(error).splitlines()[-1].strip('\'"')
   if isinstance(error, ValueError):
     return text
+  if text.endswith("no attribute 'get_config"):
+    return '--config: the file must have a function get_config(arg=None) that returns a config.'
   match = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
   known, unknown = match.groups() if match else (None, text)
   flag = next((a for a in argv if f'.{unknown}' in a), unknown)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, model as model_lib, run_folder, sharding
+from moejax import cli, fields, model as model_lib, run_folder, sharding
 from moejax.distributed import leads
 from moejax.evaluate import decoding
 from moejax.layers.common import Tokens
@@ -199,7 +199,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')
   flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)
   flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 takes the likeliest token.', lower_bound=0)
-  flags.DEFINE_integer('seed', 0, 'Of sampling.')
+  flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_bound=fields.MAX_SEED)
   flags.DEFINE_enum(
     'mode',
     'mixed',

@@ -177,8 +177,8 @@ def _modules() -> SimpleNamespace:
           tf.config.set_visible_devices([], kind)
   except ModuleNotFoundError as error:
     raise ValueError(
-      f"data.source: 'seqio' needs the package {error.name}: pip install seqio "
-      'tensorflow-datasets; or write the task to files once with python -m moejax.tokenize on '
+      f"data.source: 'seqio' needs the package {error.name}: pip install 'moejax[seqio]'; "
+      'or write the task to files once with python -m moejax.tokenize on '
       "another machine and use data.source='tokens' here."
     ) from error
   return SimpleNamespace(seqio=seqio, tf=tf, tfds=tfds)

@@ -189,10 +189,8 @@ class Gpt2Tokenizer(_Pieces):
 
   def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
     """Reads the two files; raises ValueError if they do not fit together."""
-    try:
-      import tiktoken
-    except ModuleNotFoundError as error:
-      raise ValueError('needs the package tiktoken: pip install tiktoken') from error
+    import tiktoken
+
     vocab, merges = vocab_path.read_bytes(), merges_path.read_bytes()
     ids = _gpt2_vocabulary(vocab)
     tokens = _gpt2_tokens(merges)
