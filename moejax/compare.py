@@ -10,7 +10,7 @@ from absl import flags
 
 from moejax import cli, metrics, report
 
-_COLUMNS = '{:24} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
+_COLUMNS = '{:{width}} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 
 
 def compare(runs, output):
@@ -20,31 +20,49 @@ def compare(runs, output):
   the first run than that did.
 
   Args:
-    runs: their folders.
+    runs: their folders. A run is called by as much of the end of its path as no other run has; one
+      that is given twice counts once.
     output: the PNG file to write.
 
   Raises:
     ValueError: a folder holds no finished run, or the runs are on different data.
   """
-  summaries = {pathlib.Path(run): _summary(run) for run in runs}
+  runs = [pathlib.Path(run).absolute() for run in runs]
+  runs = list({run.resolve(): run for run in reversed(runs)}.values())[::-1]
+  names = {run: _name(run, runs) for run in runs}
+  summaries = {name: _summary(run) for run, name in names.items()}
   corpora = {(s['corpus'], s['tokenizer']) for s in summaries.values()}
   if len(corpora) > 1:
     raise ValueError(
       'the runs were trained on different corpora or tokenizers, so their losses do not compare: '
       + ', '.join(f'{run} on {s["corpus"]}/{s["tokenizer"]}' for run, s in summaries.items())
     )
-  curves = {}
-  for run in summaries:
-    curves[f'{run.name} train'] = metrics.loss_curve(run)
-    curves[f'{run.name} validation'] = metrics.loss_curve(run, 'validation/loss')
+  curves, validation = {}, {}
+  for run, name in names.items():
+    validation[name] = metrics.loss_curve(run, 'validation/loss')
+    if not validation[name]:
+      raise ValueError(f'--runs: {run} has no validation loss in its metrics.jsonl.')
+    curves[f'{name} train'] = metrics.loss_curve(run)
+    curves[f'{name} validation'] = validation[name]
   report.plot_losses(curves, output)
   header = 'run parameters active FLOPs/token tokens validation speed-up seconds'
-  lines = [_COLUMNS.format(*header.split())]
-  steps, loss = curves[f'{next(iter(summaries)).name} validation'][-1]
-  for run, summary in summaries.items():
-    needed = steps_to_reach(loss, curves[f'{run.name} validation'])
-    lines.append(_row(run.name, summary, steps / needed if needed else None))
+  width = max(24, *map(len, summaries))
+  lines = [_COLUMNS.format(*header.split(), width=width)]
+  steps, loss = next(iter(validation.values()))[-1]
+  for name, summary in summaries.items():
+    needed = steps_to_reach(loss, validation[name])
+    cells = _cells(summary, steps / needed if needed else None)
+    lines.append(_COLUMNS.format(name, *cells, width=width))
   return '\n'.join(lines)
+
+
+def _name(run, runs):
+  """As many of the last parts of a folder's path as no other run ends in."""
+  for number in range(1, len(run.parts) + 1):
+    end = run.parts[-number:]
+    if sum(other.parts[-number:] == end for other in runs) == 1:
+      return str(pathlib.Path(*end))
+  raise AssertionError(f'{run} is given twice')
 
 
 def steps_to_reach(loss, curve):
@@ -63,12 +81,16 @@ def _summary(run):
   path = pathlib.Path(run) / 'summary.json'
   if not path.exists():
     raise ValueError(f'--runs: {run} holds no finished run: {path} does not exist.')
-  return json.loads(path.read_text())
+  try:
+    summary = json.loads(path.read_text())
+    _cells(summary, None), summary['corpus'], summary['tokenizer']
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'--runs: {path} is cut off or of another version ({error!r}).') from error
+  return summary
 
 
-def _row(name, summary, speed_up):
-  return _COLUMNS.format(
-    name,
+def _cells(summary, speed_up):
+  return (
     f'{summary["parameters"]["total"] / 1e6:.2f}M',
     f'{summary["parameters"]["active"] / 1e6:.2f}M',
     f'{summary["flops_per_token"]["model"] / 1e6:.2f}M',

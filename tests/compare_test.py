@@ -1,6 +1,7 @@
 """Comparing runs."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -63,3 +64,49 @@ def test_runs_on_different_data_are_refused(tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
   with pytest.raises(ValueError, match='nothing holds no finished run'):
     compare.compare([tmp_path / 'nothing'], tmp_path / 'both.png')
+
+
+def _column(table, index):
+  return [line.split()[index] for line in table.splitlines()[1:]]
+
+
+def test_runs_with_the_same_last_name_are_two(tmp_path):
+  for name, loss in {'a/dense': 1.5, 'b/dense': 1.25, 'b/mot': 1.0, 'c/x/mot': 1.0}.items():
+    _run(tmp_path / name, loss=loss)
+  folders = [tmp_path / name for name in ('a/dense', 'b/dense', 'b/mot', 'c/x/mot')]
+  table = compare.compare(folders, tmp_path / 'all.png')
+  assert _column(table, 0) == ['a/dense', 'b/dense', 'b/mot', 'x/mot']
+  assert _column(table, -3) == ['1.5000', '1.2500', '1.0000', '1.0000']
+  assert table == compare.compare(folders, tmp_path / 'new' / 'folder' / 'all.png')
+
+
+def test_a_path_that_ends_as_another_one_is_told_from_it():
+  paths = [pathlib.Path(p) for p in ('/runs/dense', '/old/runs/dense', '/old')]
+  assert [compare._name(p, paths) for p in paths] == ['/runs/dense', 'old/runs/dense', 'old']
+
+
+def test_a_run_given_twice_counts_once_by_its_first_name(tmp_path, monkeypatch):
+  _run(tmp_path / 'dense')
+  (tmp_path / 'latest').symlink_to('dense')
+  monkeypatch.chdir(tmp_path)
+  runs = ['latest', './dense/', tmp_path / 'dense', 'nothing/../dense']
+  assert _column(compare.compare(runs, 'both.png'), 0) == ['latest']
+  monkeypatch.chdir(tmp_path / 'dense')
+  assert _column(compare.compare(['.'], 'both.png'), 0) == ['dense']
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{"corpus": "c"', '[]', '{"corpus": "c", "tokenizer": "t", "parameters": 3}', '\xff']
+)
+def test_a_summary_that_is_cut_off_or_older_is_named(tmp_path, text):
+  _run(tmp_path / 'a')
+  (tmp_path / 'a' / 'summary.json').write_text(text)
+  with pytest.raises(ValueError, match='a/summary.json is cut off or of another version'):
+    compare.compare([tmp_path / 'a'], tmp_path / 'both.png')
+
+
+def test_a_run_without_its_metrics_is_named(tmp_path):
+  _run(tmp_path / 'a')
+  (tmp_path / 'a' / 'metrics.jsonl').unlink()
+  with pytest.raises(ValueError, match='a has no validation loss in its metrics.jsonl'):
+    compare.compare([tmp_path / 'a'], tmp_path / 'both.png')
