@@ -304,3 +304,17 @@ def _explain(error, argv):
   flag = next((a for a in argv if f'.{unknown}' in a), unknown)
   advice = f'did you mean {known!r}?' if known else '--print_config shows those that it has.'
   return f'{flag}: the config has no field {unknown!r}; {advice}'
+
+
+def config_of(arguments):
+  """The ConfigDict that a program with these arguments, `--config=` among them, would run."""
+  values = flags.FlagValues()
+  argv = ['', *map(_find_config, arguments)]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    values(argv, known_only=True)
+  except flags.Error as error:
+    raise ValueError(str(error).rpartition('\nValueError: ')[2]) from error
+  except (AttributeError, KeyError, ValueError) as error:
+    raise ValueError(_explain(error, argv)) from error
+  return values.config

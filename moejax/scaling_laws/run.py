@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shlex
@@ -12,7 +13,7 @@ import threading
 
 import tqdm
 
-from moejax import cli, metrics
+from moejax import cli, config as config_lib, metrics, run_folder
 
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, whatever its model
@@ -24,15 +25,20 @@ def run(cells, workdir):
 
   On CPUs as many cells run at once as there are cores for and half of the memory allows; anywhere
   else one, because a process takes the whole accelerator. What was interrupted goes on from its
-  checkpoint; a cell that fails does not stop the others.
+  checkpoint; a cell that fails does not stop the others. A folder belongs to a cell by its run's
+  config, not by its name alone.
 
   Returns:
     The exit code.
 
   Raises:
-    ValueError: another program is training in `workdir`.
+    ValueError: another program is training in `workdir`, or a run of other settings has the name of
+      a cell there, or cells are not told apart by name or by settings.
   """
   workdir = pathlib.Path(workdir)
+  settings = {cell.name: _settings(cell) for cell in cells}
+  _check_distinct(cells, settings)
+  _check_same_runs(settings, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   with _lock(workdir) as lock:
     scheduler = _Scheduler(cells, workdir, lock)
@@ -46,6 +52,50 @@ def run(cells, workdir):
   done = sum(_is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
   return cli.FAILED if failed else cli.OK
+
+
+def _settings(cell):
+  """The config of a cell's command as a flat dict."""
+  words = shlex.split(cell.command)
+  if words[1:3] != ['-m', 'moejax.main']:
+    raise ValueError(f'{cell.name}: expected a command python -m moejax.main, got {cell.command}.')
+  try:
+    return _flat(cli.config_of(words[3:]))
+  except ValueError as error:
+    raise ValueError(f'{cell.name}: {error}') from error
+
+
+def _flat(config):
+  return config_lib.flatten(json.loads(config.to_json()))
+
+
+def _check_distinct(cells, settings):
+  names = [cell.name for cell in cells]
+  for number, name in enumerate(names):
+    if name in names[:number]:
+      raise ValueError(f'two cells are called {name}, which is the name of one folder.')
+    for other in names[:number]:
+      if settings[other] == settings[name]:
+        raise ValueError(f'{other} and {name} are one run: their commands set the same.')
+
+
+def _check_same_runs(settings, workdir):
+  problems = []
+  for name, wanted in settings.items():
+    if (workdir / name / 'summary.json').exists() and not (workdir / name / 'config.json').exists():
+      problems.append(f'{name}: it has a summary.json, but no config.json that tells of what')
+    elif (workdir / name / 'config.json').exists():
+      there = _flat(run_folder.read(workdir / name))
+      problems += [
+        f'{name}: {field} = {there.get(field)!r} there, {wanted.get(field)!r} in the grid'
+        for field in sorted(there.keys() | wanted.keys())
+        if there.get(field) != wanted.get(field)
+      ]
+  if problems:
+    raise ValueError(
+      f'--workdir={workdir} holds runs of another grid; choose another folder, or remove theirs.\n'
+      + '\n'.join(problems)
+    )
 
 
 def _is_done(workdir, cell):
