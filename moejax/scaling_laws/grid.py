@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from moejax import files
@@ -192,8 +193,18 @@ def read(path):
     ValueError: there is no such file, or it holds something else.
   """
   try:
-    return [Cell(**fields) for fields in json.loads(pathlib.Path(path).read_text())]
+    cells = [Cell(**fields) for fields in json.loads(pathlib.Path(path).read_text('utf-8'))]
   except FileNotFoundError as error:
     raise ValueError(f'--grid={path}: there is no such file; `grid` writes one.') from error
-  except (TypeError, json.JSONDecodeError) as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f'--grid={path} is not a file that `grid` wrote: {error}.') from error
+  for cell in cells:
+    name = cell.name
+    if not isinstance(name, str) or not name or name.startswith('.') or '/' in name:
+      raise ValueError(f'--grid={path}: name = {name!r}: expected the name of a folder.')
+    if not isinstance(cell.command, str):
+      raise ValueError(f'--grid={path}, {name}: command = {cell.command!r}: expected text.')
+    for field in ('steps', 'params', 'flops'):
+      if not isinstance(value := getattr(cell, field), int | float) or not 0 < value < math.inf:
+        raise ValueError(f'--grid={path}, {name}: {field} = {value!r}: expected a number above 0.')
+  return cells

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from moejax import files
@@ -27,14 +28,21 @@ def load(name):
   if name in laws.PUBLISHED:
     return laws.PUBLISHED[name]
   try:
-    fits = json.loads(pathlib.Path(name).read_text())
-    return {float(rate): laws.Coefficients(**one['coefficients']) for rate, one in fits.items()}
+    fits = json.loads(pathlib.Path(name).read_text('utf-8'))
+    return {float(rate): _coefficients(one['coefficients']) for rate, one in fits.items()}
   except OSError as error:
     raise ValueError(
       f'--coefficients={name}: expected {" or ".join(laws.PUBLISHED)}, or a file that `fit` wrote.'
     ) from error
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'--coefficients={name} is not a file that `fit` wrote: {error!r}.') from error
+
+
+def _coefficients(fields):
+  for name, value in fields.items():
+    if value is not None and not math.isfinite(value):
+      raise ValueError(f'{name} = {value}')
+  return laws.Coefficients(**fields)
 
 
 def describe(fits, excluded):

@@ -132,10 +132,24 @@ def test_fits_survive_the_disk(tmp_path):
   assert report.load(tmp_path / 'fit.json') == {64: fits[64].coefficients, 1: fits[1].coefficients}
   text = report.describe(fits, {'lost': 'unfinished'})
   assert 'from 78 runs' in text and 'from 22 runs' in text and 'not used: lost' in text
-  (tmp_path / 'other.json').write_text('[]')
-  for name in ('nowhere.json', 'other.json'):
-    with pytest.raises(ValueError, match='--coefficients'):
-      report.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    None,
+    b'[]',
+    b'\xff\xfe{\0}\0',
+    b'{"64": {"coefficients": {"c": "1", "a": 1, "alpha": 1, "b": 1, "beta": 1}}}',
+    b'{"64": {"coefficients": {"c": NaN, "a": 1, "alpha": 1, "b": 1, "beta": 1}}}',
+    b'{"64": {"coefficients": {"c": 1}}}',
+  ],
+)
+def test_files_that_hold_no_law(tmp_path, content):
+  if content:
+    (tmp_path / 'law.json').write_bytes(content)
+  with pytest.raises(ValueError, match='--coefficients=.*law.json'):
+    report.load(tmp_path / 'law.json')
 
 
 @pytest.mark.slow

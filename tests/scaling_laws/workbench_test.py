@@ -124,6 +124,35 @@ def test_the_laptop_s_grid():
     grid.make('desk')
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda cell: cell.pop('steps'), 'is not a file that `grid` wrote: .*steps'),
+    (lambda cell: cell.update(rate=1), 'is not a file that `grid` wrote: .*rate'),
+    (lambda cell: cell.update(steps='many'), "d32x2-dense-200: steps = 'many': expected a number"),
+    (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number above 0'),
+    (lambda cell: cell.update(command=None), 'command = None: expected text'),
+    (lambda cell: cell.update(name='../a'), "name = '../a': expected the name of a folder"),
+  ],
+)
+def test_grids_that_were_spoilt(tmp_path, change, message):
+  path = tmp_path / 'grid.json'
+  grid.write(grid.make('laptop'), path)
+  cells = json.loads(path.read_text())
+  change(cells[0])
+  path.write_text(json.dumps(cells))
+  with pytest.raises(ValueError, match=message):
+    grid.read(path)
+
+
+@pytest.mark.parametrize('content', [b'', b'[1]', b'{"name": 1}', b'[{"name"', b'\xff\xfe[\0'])
+def test_files_that_are_no_grid(tmp_path, content):
+  path = tmp_path / 'grid.json'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match='grid.json is not a file that `grid` wrote'):
+    grid.read(path)
+
+
 def test_commands_set_fields_that_the_config_has():
   """A dense cell's flags, applied as the command line would."""
   (cell,) = [c for c in grid.make('laptop') if c.name == 'd96x2-dense-800']
