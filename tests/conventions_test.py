@@ -27,12 +27,11 @@ RANKS = (
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'checkpoint', 'flops') + ('hf_mamba',),
   ('config', 'variants'),
   ('cli',),
-  ('scaling_laws',),
   ('step', 'run_folder'),
   ('evaluate',),
   ('generate',),
   ('train',),
-  ('aot',),
+  ('aot', 'scaling_laws'),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
 USES_TENSORFLOW = 'moejax.data.seqio_loader'
