@@ -87,7 +87,7 @@ def to_hf(workdir, output):
   """Writes a folder that transformers' MambaForCausalLM loads; returns a sentence about it."""
   output = _free(output)
   stages, step, params, _ = run_folder.load_run(workdir)
-  options = hf_mamba.export_options(stages.model, stages.tokenizer)
+  options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
   tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
   with _output(output) as path:
     path.mkdir()
@@ -107,7 +107,7 @@ def from_hf(config, model, workdir):
   workdir = _free(workdir)
   folder = hf_mamba.folder(model)
   options = hf_mamba.read_options(folder / 'config.json')
-  hf_mamba.import_options(options, config.model)
+  hf_mamba.import_options(options, config)
   stages = config_lib.resolve(config)
   abstract = abstract_params(stages.model)
   export = lambda params: hf_mamba.export_tensors(to_tensors(params), stages.model)
@@ -206,7 +206,7 @@ def write_run(config, stages, params, workdir):
 
 def _free(path):
   """The absolute path of what is to be written; ValueError if something is there."""
-  path = pathlib.Path(path).absolute()
+  path = pathlib.Path(path).expanduser().absolute()
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
     raise ValueError(f'{path} exists and is not overwritten. Choose another name.')
   return path

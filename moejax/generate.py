@@ -127,8 +127,6 @@ def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B
 
 def _sample(logits_BV, temperature, key):
   noise_BV = jax.random.gumbel(key, logits_BV.shape)
-  # Padding (id 0) is never a continuation.
-  logits_BV = logits_BV.at[:, 0].set(-jnp.inf)
   return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)
 
 

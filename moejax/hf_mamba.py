@@ -42,7 +42,11 @@ _DEFAULTS = {
   'use_conv_bias': True,
   'tie_word_embeddings': True,
   'residual_in_fp32': True,
+  'bos_token_id': 0,
+  'eos_token_id': 0,
+  'pad_token_id': 0,
 }
+_SPECIAL = ('bos', 'eos', 'pad')
 
 
 def export_tensors(tensors, model):
@@ -78,11 +82,16 @@ def _layers(model):
         yield f'stack_{stack}.{block}.{i}_{kind}'
 
 
-def export_options(model, tokenizer):
+def export_options(model, data, tokenizer):
   """The content of their config.json.
 
+  Args:
+    model: a ModelConfig.
+    data: the DataConfig, which keeps the special ids of a converted model.
+    tokenizer: whose ids they are otherwise.
+
   Raises:
-    ValueError: the ModelConfig `model` is not a Mamba as theirs.
+    ValueError: `model` is not a Mamba as theirs.
   """
   problems = []
   needed = {'positions': 'none', 'norm': 'rms_norm', 'final_norm': True}
@@ -96,7 +105,8 @@ def export_options(model, tokenizer):
   if problems:
     heading = 'transformers has no such Mamba. Train a run with the fields that it needs:'
     raise ValueError('\n'.join([heading, *problems]))
-  return _FIXED | {
+  return {
+    **_FIXED,
     'architectures': ['MambaForCausalLM'],
     'model_type': 'mamba',
     'dtype': model.param_dtype,
@@ -110,10 +120,16 @@ def export_options(model, tokenizer):
     'use_conv_bias': True,
     'tie_word_embeddings': model.tie_embeddings,
     'residual_in_fp32': model.residual_float32 or model.dtype == 'float32',
-    'pad_token_id': tokenizer.pad_id,
-    'eos_token_id': tokenizer.eos_id,
-    'bos_token_id': None,
+    **_special_ids(data, tokenizer),
   }
+
+
+def _special_ids(data, tokenizer):
+  """Their options for ids that are no text."""
+  kept = {name: getattr(data, f'{name}_id') for name in _SPECIAL}
+  if set(kept.values()) == {-1}:
+    kept |= {'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
+  return {f'{name}_token_id': None if i < 0 else i for name, i in kept.items()}
 
 
 def read_options(path):
@@ -144,8 +160,13 @@ def read_options(path):
   return options
 
 
-def import_options(options, section):
-  """Sets the section `model` of a config to what `read_options` returned."""
+def import_options(options, config):
+  """Sets the model of a config, and its special ids, to what `read_options` returned."""
+  for name in _SPECIAL:
+    ids = options[f'{name}_token_id']  # of several ends of a text, the first
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    config.data[f'{name}_id'] = -1 if first in (None, []) else first
+  section = config.model
   section.update(
     blocks=((('mamba',), options['num_hidden_layers']),),
     vocab_size=options['vocab_size'],

@@ -38,6 +38,8 @@ def parse(text):
   fields.pop('corpus', None)
   fields['model']['blocks'] = _tuples(fields['model']['blocks'])
   fields['optimizer'].setdefault('moment_dtype', '')  # in runs from before there was a choice
+  for name in ('eos_id', 'bos_id', 'pad_id'):
+    fields['data'].setdefault(name, -1)
   fields['model']['moe'].pop('balance_convention', None)  # in runs from before it went
   return ml_collections.ConfigDict(fields)
 

@@ -20,6 +20,7 @@ from moejax import (
   cli,
   config as config_lib,
   convert,
+  generate,
   hf_mamba,
   model as model_lib,
   run_folder,
@@ -112,10 +113,46 @@ def test_the_way_back_is_bitwise(from_hf, tmp_path):
   convert.to_hf(from_hf, tmp_path / 'hf')
   assert {path.name for path in (tmp_path / 'hf').iterdir()} == {'config.json', 'model.safetensors'}
   theirs, ours = (json.loads((f / 'config.json').read_text()) for f in (HF, tmp_path / 'hf'))
-  tokens = {name: ours.pop(f'{name}_token_id') for name in ('pad', 'eos', 'bos')}
-  assert tokens == {'pad': 0, 'eos': 1, 'bos': None}
   assert ours == {name: theirs[name] for name in ours}
   _assert_same(_hf_tensors(tmp_path / 'hf'), _hf_tensors())
+
+
+@pytest.mark.parametrize(
+  'theirs, ours',
+  [
+    ({'bos': 5, 'eos': 7, 'pad': 0}, {'bos': 5, 'eos': 7, 'pad': 0}),
+    ({'bos': None, 'eos': [3, 0], 'pad': None}, {'bos': None, 'eos': 3, 'pad': None}),
+    ({}, {'bos': 0, 'eos': 0, 'pad': 0}),  # what transformers takes them for
+  ],
+)
+def test_special_ids_are_kept(tmp_path, theirs, ours):
+  options = json.loads((HF / 'config.json').read_text())
+  for name in ours:
+    options.pop(f'{name}_token_id')
+  options |= {f'{name}_token_id': i for name, i in theirs.items()}
+  (tmp_path / 'config.json').write_text(json.dumps(options))
+  config = _config()
+  hf_mamba.import_options(hf_mamba.read_options(tmp_path / 'config.json'), config)
+  stages = config_lib.resolve(config)
+  assert stages.tokenizer.eos_id == ours['eos']
+  back = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
+  assert {name: back[f'{name}_token_id'] for name in ours} == ours
+
+
+def test_a_run_of_our_own_says_its_tokenizers_ids():
+  config = _config(**{'model.norm': 'rms_norm', 'model.final_norm': True})
+  stages = config_lib.resolve(config)
+  options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
+  ids = [options[f'{name}_token_id'] for name in ('bos', 'eos', 'pad')]
+  assert ids == [None, 1, 0]
+
+
+def test_generation_of_an_imported_model_ends_at_its_own_id(from_hf, monkeypatch):
+  stages, _, params, _ = run_folder.load_run(from_hf)
+  said = np.array([70, 1, 71, 0, 72])  # 1 ends a text of ours, 0 one of theirs
+  monkeypatch.setattr(generate, 'generate', lambda *args, **options: [said])
+  (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['x'], 5)
+  assert text == 'CD'
 
 
 @pytest.mark.slow
@@ -241,7 +278,7 @@ def test_a_name_on_the_hub(monkeypatch):
 def test_other_runs_are_no_mamba_of_transformers():
   stages = config_lib.resolve(_config(mot, **{'model.mamba.expand': 1.5}))
   with pytest.raises(ValueError) as error:
-    hf_mamba.export_options(stages.model, stages.tokenizer)
+    hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
   _, *problems = str(error.value).splitlines()
   fields = ['positions', 'norm', 'final_norm', 'blocks', 'mamba.expand']
   assert [p.split(' must')[0] for p in problems] == [f'model.{field}' for field in fields]

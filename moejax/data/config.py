@@ -20,6 +20,15 @@ class DataConfig(Section):
   task: str = default('', 'seqio: c4_en, a registered task or mixture, or MODULE:TASK to import')
   tfds_data_dir: str = default('', "seqio: where tensorflow-datasets look; '' is their default")
   tokenizer: str = default('bytes', 'bytes, a SentencePiece .model file, or gpt2:FOLDER')
+  eos_id: int = default(
+    -1, 'ends a document and a continuation; -1: the id of the tokenizer', minimum=-1
+  )
+  bos_id: int = default(
+    -1, 'kept of a converted model, for moejax.convert to_hf; -1: none', minimum=-1
+  )
+  pad_id: int = default(
+    -1, 'kept likewise; nothing here is told by an id to be padding', minimum=-1
+  )
   sequence_length: int = default(64, 'tokens of a sequence', minimum=1)
   batch_size: int = default(32, 'sequences per step, over all devices', minimum=1)
   seed: int = default(0, 'of the order of the training data', minimum=0, maximum=MAX_SEED)

@@ -253,9 +253,12 @@ def vocabulary(tokenizer: tokenizer_lib.Tokenizer):
   which is slower.
   """
   seqio, tf = _modules().seqio, _modules().tf
-  if isinstance(tokenizer, tokenizer_lib.BytesTokenizer):
+  same_end = tokenizer.eos_id == tokenizer_lib.EOS_ID
+  if isinstance(tokenizer, tokenizer_lib.BytesTokenizer) and same_end:
     return seqio.ByteVocabulary()
-  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer) and not tokenizer.shift:
+  if (
+    isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer) and not tokenizer.shift and same_end
+  ):
     return seqio.SentencePieceVocabulary(tokenizer.path)
 
   def encode(text):  # bytes in a graph, an array of one object outside

@@ -85,21 +85,28 @@ class BytesTokenizer:
 
   def decode(self, ids: Any) -> str:
     ids = np.asarray(ids, np.int64).reshape(-1)
-    data = ids[(ids >= NUM_SPECIAL) & (ids < self.vocab_size)] - NUM_SPECIAL
-    return data.astype(np.uint8).tobytes().decode('utf-8', 'replace')
+    return (
+      (ids[self._is_byte(ids)] - NUM_SPECIAL).astype(np.uint8).tobytes().decode('utf-8', 'replace')
+    )
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    return (np.asarray(targets) >= NUM_SPECIAL).astype(np.int32)
+    return self._is_byte(np.asarray(targets)).astype(np.int32)
+
+  def _is_byte(self, ids: np.ndarray) -> np.ndarray:
+    return (ids >= NUM_SPECIAL) & (ids < 256 + NUM_SPECIAL) & (ids != self.eos_id)
 
 
 class _Pieces:
   """What tokenizers share whose ids stand for bytes: `_bytes` of every id, b'' of special ones."""
 
   _bytes: list[bytes]
+  vocab_size: int
+  eos_id: int
 
   def decode(self, ids: Any) -> str:
-    ids, known = np.asarray(ids, np.int64).reshape(-1).tolist(), len(self._bytes)
-    return b''.join(self._bytes[i] for i in ids if 0 <= i < known).decode('utf-8', 'replace')
+    ids, end = np.asarray(ids, np.int64).reshape(-1), len(self._bytes)
+    ids = ids[(ids >= 0) & (ids < end) & (ids != self.eos_id)].tolist()
+    return b''.join(self._bytes[i] for i in ids).decode('utf-8', 'replace')
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
     del inputs
@@ -107,7 +114,10 @@ class _Pieces:
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
-    return np.array([len(data) for data in self._bytes], np.int32)
+    lengths = np.zeros(self.vocab_size, np.int32)
+    lengths[: len(self._bytes)] = [len(data) for data in self._bytes]
+    lengths[self.eos_id] = 0
+    return lengths
 
 
 class SentencePieceTokenizer(_Pieces):
@@ -148,8 +158,10 @@ class SentencePieceTokenizer(_Pieces):
     return self.encode(data.decode('utf-8', 'replace'))
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    first = (np.asarray(inputs) == EOS_ID) | (np.asarray(inputs) == PAD_ID)
-    return self._lengths[targets] - (first & self._begins_with_space[targets] & self._adds_space)
+    if not self._adds_space:
+      return self._lengths[targets]
+    first = np.isin(inputs, (self.eos_id, self.pad_id))
+    return self._lengths[targets] - (first & self._begins_with_space[targets])
 
   @functools.cached_property
   def _bytes(self) -> list[bytes]:
@@ -166,7 +178,9 @@ class SentencePieceTokenizer(_Pieces):
 
   @functools.cached_property
   def _begins_with_space(self) -> np.ndarray:
-    return np.array([data.startswith(b' ') for data in self._bytes])
+    begins = np.zeros(self.vocab_size, bool)
+    begins[: len(self._bytes)] = [data.startswith(b' ') for data in self._bytes]
+    return begins
 
   @functools.cached_property
   def _adds_space(self) -> bool:
@@ -222,12 +236,20 @@ def make_tokenizer(config) -> Tokenizer:
   """Returns the tokenizer that `data.tokenizer` names.
 
   Args:
-    config: a DataConfig.
+    config: a DataConfig; `eos_id`, where it is not -1, takes the place of the tokenizer's own.
 
   Raises:
     ValueError: a file is missing or is not what its name says.
   """
-  name = config.tokenizer
+  tokenizer = _tokenizer_named(config.tokenizer)
+  if config.eos_id not in (-1, tokenizer.eos_id):
+    tokenizer.eos_id = config.eos_id
+    tokenizer.vocab_size = max(tokenizer.vocab_size, config.eos_id + 1)
+    tokenizer.fingerprint = _fingerprint(tokenizer.fingerprint.encode(), b'%d' % config.eos_id)
+  return tokenizer
+
+
+def _tokenizer_named(name: str) -> Tokenizer:
   if name == 'bytes':
     return BytesTokenizer()
   paths = tokenizer_files(name)
