@@ -13,6 +13,7 @@
 #   --keep            do not delete the slice at the end
 #   --max_failures=N  give up after as many in a row (default 3); being preempted is none
 #   --dry_run         print the commands
+#   --help            print this
 #
 # Exit codes: 0 done, 1 given up, 2 usage or config error.
 set -euo pipefail
@@ -26,10 +27,15 @@ usage() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
+help() {
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' launch/tpu_run.sh
+  exit 0
+}
 
 parse() {
   action=run name='' zone='' type='' project='' spot=0 keep=0 dry_run=0 max_failures=3 args=()
   case ${1-} in
+    help) help ;;
     run | logs | delete) action=$1 && shift ;;
     [!-]*) usage "expected run, logs or delete, got '$1'." ;;
   esac
@@ -41,6 +47,7 @@ parse() {
       --spot) spot=1 ;;
       --keep) keep=1 ;;
       --dry_run) dry_run=1 ;;
+      --help | -h) help ;;
       --*) args+=("$flag") ;;
       *) usage "unexpected argument '$flag'; flags are written --name=value." ;;
     esac
@@ -63,6 +70,19 @@ parse() {
     [[ " ${args[*]}" == *' --workdir='* ]] ||
       usage '--workdir is missing: a folder that all hosts share, for example gs://BUCKET/run.'
   fi
+}
+
+# Ends with code 2 if the config has a mistake, before there are costs. Where the program is not
+# installed, the hosts will find it.
+check_config() {
+  local python configs=() flag
+  for python in python .venv/bin/python; do
+    "$python" -c 'import ml_collections' 2>/dev/null && break
+  done || return 0
+  for flag in "${args[@]}"; do
+    if [[ $flag == --config[.=]* ]]; then configs+=("$flag"); fi
+  done
+  "$python" -m moejax.main "${configs[@]}" --print_config >/dev/null || exit 2
 }
 
 # Runs a command, or only prints it.
@@ -196,7 +216,7 @@ train() {
 
 parse "$@"
 case $action in
-  run) train ;;
+  run) check_config; train ;;
   logs) worker 0 follow ;;
   delete) delete ;;
 esac

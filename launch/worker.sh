@@ -47,11 +47,11 @@ start() {
   if is_alive; then return; fi
   local flag flags=()
   for flag in "$@"; do
-    # tensorflow-datasets reads buckets itself.
-    if [[ $flag == *=gs://* && $flag != --config.data.tfds_data_dir=* ]]; then
-      mount_bucket "$(cut -d/ -f3 <<<"$flag")"
-      flag=${flag/=gs:\/\//=$BUCKETS/}
-    fi
+    # tensorflow-datasets reads buckets itself. A flag may name several, as in gpt2:gs://BUCKET/gpt2.
+    while [[ $flag =~ gs://([a-z0-9][a-z0-9._-]*) && $flag != --config.data.tfds_data_dir=* ]]; do
+      mount_bucket "${BASH_REMATCH[1]}"
+      flag=${flag/gs:\/\//$BUCKETS/}
+    done
     flags+=("$flag")
   done
   mkdir -p "$RUN"

@@ -54,10 +54,18 @@ GCLOUD = f"""\
 """
 
 
+# In place of the program, which has no variant `bsae`.
+PYTHON = """\
+  #!/usr/bin/env bash
+  if [[ "$*" == *:bsae* ]]; then echo 'error: not one of small, base' >&2 && exit 2; fi
+"""
+
+
 @pytest.fixture
 def tpu_run(tmp_path):
   """`tpu_run(*flags, verb=answers, ...)` gives the finished launcher, and its calls of gcloud."""
   _script(tmp_path / 'gcloud', GCLOUD)
+  _script(tmp_path / 'python', PYTHON)
 
   def go(*flags, **plan):
     (tmp_path / 'plan').write_text(json.dumps(plan))
@@ -99,6 +107,20 @@ def test_a_slice_is_made_used_and_deleted(tpu_run):
   assert all({'--zone=z', '--project=p'} <= set(call) for call in calls)
   command = next(a for a in start if a.startswith('--command='))
   assert command.endswith('--config=configs/mot.py:base --workdir=gs://bucket/mot')
+
+
+def test_a_mistake_in_the_config_is_found_before_the_slice_is_asked_for(tpu_run):
+  done, calls = tpu_run(*RUN, '--config=configs/mot.py:bsae')
+  assert (done.returncode, calls) == (2, [])
+  assert done.stderr == 'error: not one of small, base\n'
+
+
+@pytest.mark.parametrize('flags', [['--help'], ['help'], [*RUN, '-h']])
+def test_help(tpu_run, flags):
+  done, calls = tpu_run(*flags)
+  assert (done.returncode, calls, done.stderr) == (0, [], '')
+  assert done.stdout.startswith('Trains on a Cloud TPU slice') and '--max_failures=N' in done.stdout
+  assert done.stdout.endswith('usage or config error.\n')
 
 
 def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tpu_run):
@@ -237,6 +259,23 @@ def test_a_host_runs_once_and_hands_on_the_code(host, code):
   assert followed.stdout.splitlines() == ['-u', '-m', 'moejax.main', workdir, flags[1]]
   (mount,) = (host.home / 'mounts').read_text().splitlines()
   assert mount.endswith(f' bucket {host.home}/gs/bucket')
+
+
+def test_buckets_anywhere_in_a_flag_become_folders(host):
+  (host.home / 'go').write_text('0')
+  flags = [
+    '--config.data.tokenizer=gpt2:gs://one/gpt2',
+    '--config.data.files=gs://two/a,gs://one/b',
+  ]
+  host('start', '--workdir=/shared/gs', *flags)
+  folder = f'{host.home}/gs'
+  assert host('follow').stdout.splitlines()[3:] == [
+    '--workdir=/shared/gs',
+    f'--config.data.tokenizer=gpt2:{folder}/one/gpt2',
+    f'--config.data.files={folder}/two/a,{folder}/one/b',
+  ]
+  mounts = (host.home / 'mounts').read_text().splitlines()
+  assert [line.split()[-2] for line in mounts] == ['one', 'two', 'one']
 
 
 def test_a_host_kills_what_is_left(host):
