@@ -53,7 +53,7 @@ class Case:
   k: int
   target: str
   factor: float | None = None  # capacity factor; None is dropless
-  packed: bool = True
+  ragged: bool = True
   loop: bool = True  # dispatch, experts and combine in one loop, or in three steps
   group: int | None = None
   tokens: int = 4096
@@ -68,7 +68,7 @@ def _expert_choice(granularity, expansion_rate=64):
     width=1024 // granularity,
     k=granularity,
     group=256,
-    packed=False,
+    ragged=False,
     target='1.3 x (dense + router)',
   )
 
@@ -78,13 +78,13 @@ ON_CPU = (
   Case('8x1 dropless', 8, 1024, 1, '1.35'),
   Case('32x8', 32, 128, 8, '1.6', factor=1.25),
   Case('32x8 dropless', 32, 128, 8, '1.6'),
-  Case('512x8', 512, 128, 8, '2.2', factor=1.25, packed=False),
+  Case('512x8', 512, 128, 8, '2.2', factor=1.25, ragged=False),
   Case('512x8 dropless', 512, 128, 8, '1.3 x with capacity'),
-  Case('512x8 packed', 512, 128, 8, '-', factor=1.25),
-  Case('512x8 three steps', 512, 128, 8, '-', factor=1.25, packed=False, loop=False),
+  Case('512x8 ragged', 512, 128, 8, '-', factor=1.25),
+  Case('512x8 three steps', 512, 128, 8, '-', factor=1.25, ragged=False, loop=False),
   *(_expert_choice(granularity) for granularity in (1, 2, 4, 8, 16, 32)),
 )
-_GPU = dict(tokens=32768, d_model=1024, dtype='bfloat16', packed=False, loop=False, target='1.67')
+_GPU = dict(tokens=32768, d_model=1024, dtype='bfloat16', ragged=False, loop=False, target='1.67')
 ON_GPU = (
   Case('64x1', 64, 4096, 1, factor=1.25, **_GPU),
   Case('64x8', 64, 512, 8, factor=1.25, **_GPU),
@@ -117,7 +117,7 @@ def route(case, logits_TE):
     capacity = routing.expert_capacity(T, case.k, case.num_experts, case.factor or 1.0)
   if case.group:
     return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT)
-  return routing.token_choice(logits_GTE, case.k, capacity, valid_GT=valid_GT, packed=case.packed)
+  return routing.token_choice(logits_GTE, case.k, capacity, valid_GT=valid_GT, ragged=case.ragged)
 
 
 def experts(case, x_TD, plan, *w):

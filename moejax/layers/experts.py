@@ -8,12 +8,7 @@ from flax import nnx
 
 from moejax.layers import common
 from moejax.layers.mlp import gated_width
-from moejax.ops import (
-  dispatch,
-  expert_loop,
-  expert_parallel,
-  grouped_matmul,
-)
+from moejax.ops import expert_loop, grouped_matmul
 from moejax.sharding import exchange, platform, rules
 
 # Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
@@ -49,66 +44,46 @@ class Experts(nnx.Module):
 
   def __call__(self, x_ECD):
     """C rows for each expert: y_ECD in the dtype of x."""
-    weights = self._weights(x_ECD.dtype)
+    weights = self.weights(x_ECD.dtype)
     weights = {
-      name: exchange.gather(w, _spec(name, w), (expert_parallel.FSDP_AXIS,))
-      for name, w in weights.items()
+      name: exchange.gather(weights[name], spec, ('fsdp',)) for name, spec in specs(weights).items()
     }
-    return _rows(self.activation, x_ECD, None, weights)
+    return feed_forward(self.activation, x_ECD, None, weights)
 
-  def route(self, make_plan, x_GTD, logits_GTE, valid_GT, impl='auto') -> expert_parallel.Routed:
-    """Every token through its experts: [.., d_out], summed with the weights of the plan.
-
-    `make_plan(logits_GTE, valid_GT, packed=...)` is the router. `impl`: 'loop' goes expert by
-    expert and is the fastest on a CPU; 'rows' moves all rows at once, for accelerators; 'auto'
-    chooses by the platform.
-    """
-    weights = self._weights(x_GTD.dtype)
-    return expert_parallel.route_groups(
-      make_plan,
-      expert_parallel.Experts(
-        route=functools.partial(_route, self.activation, impl),
-        rows=functools.partial(_rows, self.activation),
-      ),
-      x_GTD,
-      logits_GTE,
-      valid_GT,
-      weights,
-      {name: _spec(name, w) for name, w in weights.items()},
-      packed=loops(impl),
-    )
-
-  def _weights(self, dtype):
+  def weights(self, dtype):
+    """{name: [E, ...]}, as `feed_forward` takes them."""
     names = ('w_in', 'w_out', 'w_gate') if self.activation == 'swiglu' else ('w_in', 'w_out')
     return {name: getattr(self, name)[...].astype(dtype) for name in names}
 
 
-def _spec(name, w):
-  return rules.spec(f'experts/{name}', w.shape)
+def specs(weights):
+  """How the mesh shards each of the weights of all experts: {name: PartitionSpec}."""
+  return {name: rules.spec(f'experts/{name}', w.shape) for name, w in weights.items()}
 
 
-def loops(impl):
-  """Whether experts are run one by one; packed plans are the faster ones then."""
+def in_a_loop(impl):
+  """Whether experts run one by one, as a CPU likes it ('loop'), or all rows at once ('rows')."""
   return impl == 'loop' or (impl == 'auto' and platform.current() == 'cpu')
 
 
-def _route(activation, impl, x_TD, plan, weights) -> jax.Array:
-  """What the experts of a plan make of all tokens: y_TD."""
-  if loops(impl):
-    return expert_loop.map_experts(_EXPERT[activation], x_TD, plan, weights)
+def feed_forward(activation, rows, weight, weights, sizes_E=None):
+  """What experts make of their rows.
+
+  Args:
+    activation: name of the nonlinearity.
+    rows: [E, C, D]; or [rows, D], sorted by expert.
+    weight: what a row's output is multiplied by, [E, C] or [rows]; None is 1.
+    weights: {name: [E, ...]}, in the dtype of the rows.
+    sizes_E: int32: how many of the sorted rows each expert has.
+
+  Returns:
+    Rows of the width of `w_out`.
+  """
   product = jnp.matmul
-  if plan.packed:
-    product = functools.partial(_grouped, group_sizes_E=plan.sizes_E)
-  rows = _rows(activation, dispatch.dispatch(x_TD, plan), plan.weight, weights, product)
-  return dispatch.combine(rows, plan)
-
-
-def _rows(activation, rows, weight, weights, product=jnp.matmul):
+  if rows.ndim == 2:
+    impl = grouped_matmul.fastest(platform.current())
+    product = lambda x, w: grouped_matmul.grouped_matmul(x, w, sizes_E, impl)
   return _outer(activation, _inner(rows, weights, product), weight, weights, product)
-
-
-def _grouped(x_TD, w_EDF, group_sizes_E):
-  return grouped_matmul.grouped_matmul(x_TD, w_EDF, group_sizes_E)
 
 
 def _inner(x, weights, product=jnp.matmul):
@@ -130,7 +105,8 @@ def _outer(activation, h, weight, weights, product=jnp.matmul):
   return product(hidden, weights['w_out'])
 
 
-_EXPERT = {
+# By activation: one expert for `expert_loop.map_experts`.
+ONE = {
   name: expert_loop.Expert(_inner, functools.partial(_outer, name))
   for name in (*common.ACTIVATIONS, 'swiglu')
 }

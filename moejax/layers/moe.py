@@ -5,16 +5,18 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from moejax.fields import Section, default
 from moejax.layers import common, experts, mlp
-from moejax.ops import routing
-from moejax.sharding import groups
+from moejax.ops import dispatch, expert_loop, routing
+from moejax.sharding import exchange, groups, mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,7 @@ class MoEConfig(Section):
     return self.router == 'expert_choice' and not self.by_position
 
 
-def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
+def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
   """Every token takes its best experts (Switch, GShard, Mixtral, OLMoE, DeepSeek)."""
   return routing.token_choice(
     logits_GTE,
@@ -164,24 +166,19 @@ def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
     bias_E=bias_E,
     scores=config.scores,
     renormalize=config.renormalize,
-    packed=packed,
+    ragged=ragged,
   )
 
 
-def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, packed):
+def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
   """Every expert takes its best tokens of the group."""
-  del bias_E, packed
+  del bias_E, ragged
   over = 'tokens' if config.scores == 'softmax_over_tokens' else 'experts'
   return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=over)
 
 
 # Name in `model.moe.router` -> function of scores that returns a Plan.
 ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
-
-
-# Slots of an expert from which a loop that leaves out empty ones beats one over several experts at
-# once (benchmarks/moe_layer.py: 320 and 80 slots are faster in slots, 640 packed).
-_WORTH_PACKING = 512
 
 
 class MixtureOfExperts(common.Stateless):
@@ -240,50 +237,132 @@ class MixtureOfExperts(common.Stateless):
       )
     grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
     x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
-    y, aux = self._route(x_GTD, valid_GT, tokens.key, config.capacity(x_GTD.shape[1]))
+    y, aux = self._route(x_GTD, valid_GT, tokens.key, config)
     y = checkpoint_name(grouped.join(y), experts.OUTPUT)
     if self.config.shared_width:
       y += self.shared(x_BLD, tokens)[0]
     return (self.output_norm(y) if self.config.output_norm else y), aux
 
-  def _route(self, x_GTD, valid_GT, key, capacity):
-    config = self.config
+  def _route(self, x_GTD, valid_GT, key, config):
+    """What the experts make of routing groups: y_GTD, and aux."""
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
-
-    def make_plan(logits_GTE, valid_GT, packed):
-      slots = None if capacity is None else len(logits_GTE) * capacity  # of an expert
-      return ROUTERS[config.router](
-        logits_GTE,
-        config=config,
-        capacity=capacity,
-        valid_GT=valid_GT,
-        bias_E=bias_E,
-        packed=slots is None or (packed and slots >= _WORTH_PACKING),
+    weights = self.experts.weights(x_GTD.dtype)
+    specs = experts.specs(weights)
+    body = functools.partial(
+      _on_a_device,
+      config=config,
+      activation=self.experts.activation,
+      devices=mesh.shards(specs['w_in'], 'expert'),
+      fsdp_dims={name: mesh.sharded_dim(spec, ('fsdp',)) for name, spec in specs.items()},
+    )
+    if mesh.size(*mesh.AXES) > 1:
+      rows = mesh.batch_axes(len(x_GTD))
+      by_group = P(rows)
+      width = 'tensor' if mesh.shards(specs['w_in'], 'tensor') > 1 else None
+      body = jax.shard_map(
+        body,
+        in_specs=(by_group, by_group, by_group, P(), specs),
+        out_specs=(P(width, rows), by_group, by_group),
+        check_vma=False,  # loops start from zeros that every device makes for itself
       )
+    choosing_E = None if bias_E is None else jax.lax.stop_gradient(bias_E)
+    y, counts_GE, reached_GT = body(x_GTD, logits_GTE, valid_GT, choosing_E, weights)
+    # Parts of hidden widths add up here, where the gradient of the sum needs no collective.
+    return y.sum(axis=0), self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, bias_E)
 
-    routed = self.experts.route(make_plan, x_GTD, logits_GTE, valid_GT, config.impl)
-    return routed.y, self._aux(routed, logits_GTE, valid_GT, bias_E)
-
-  def _aux(self, routed, logits_GTE, valid_GT, bias_E):
+  def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, bias_E):
     config = self.config
     scores_GTE = routing.normalizing_logits(logits_GTE, config.scores)
-    balance = routing.load_balancing_loss(scores_GTE, routed.counts_GE, valid_GT, k=config.top_k)
+    balance = routing.load_balancing_loss(scores_GTE, counts_GE, valid_GT, k=config.top_k)
     z = routing.z_loss(logits_GTE, valid_GT)
     loss = jnp.zeros_like(balance)
     for weight, value in ((config.balance_loss, balance), (config.z_loss, z)):
       if weight:  # 0 times an infinite loss is no number
         loss += weight * value
-    load_E = routed.counts_GE.sum(axis=0).astype(jnp.float32)
+    load_E = counts_GE.sum(axis=0).astype(jnp.float32)
     load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
     if bias_E is not None:
-      loss += routing.balance_pull(bias_E, routed.counts_GE)
-    health = routing.router_health(routed.counts_GE, routed.number_GT, scores_GTE, valid_GT)
+      loss += routing.balance_pull(bias_E, counts_GE)
+    health = routing.router_health(counts_GE, reached_GT, scores_GTE, valid_GT)
     health |= {'balance': balance, 'z': z}
     return {f'moe/{name}': value for name, value in health.items()} | {
       'moe/load': load_E,
       'auxiliary_loss': loss,
     }
+
+
+def _on_a_device(
+  x_GTD, logits_GTE, valid_GT, bias_E, weights, *, config, activation, devices, fsdp_dims
+):
+  """The way of one device's tokens: plan, exchange or gather, experts, back, combine.
+
+  Left to the partitioner, the sorts and gathers of a plan would collect the whole batch on every
+  device. What a device plans for its own groups is what the plan of the whole batch says of them:
+  results and drops do not depend on the mesh. Where experts are sharded, what travels is either
+
+    slots   every expert's go to its device and come back: two all-to-alls of static size, for plans
+            with fewer slots than all these devices have tokens;
+    tokens  of all groups along the axis, to every device, which plans for its own experts; outputs
+            are summed where the tokens came from: all-gather and reduce-scatter.
+
+  Args:
+    x_GTD, logits_GTE, valid_GT: tokens, router scores, and which tokens are not padding.
+    bias_E: of the scores, for choosing; or None.
+    weights: {name: [E, ...]} of the experts of this device.
+    config: a MoEConfig.
+    activation: of the experts.
+    devices: number of devices among which the experts are sharded.
+    fsdp_dims: {name: the dimension in which weights are sharded along `fsdp`, or None}.
+
+  Returns:
+    y [1, G, T, d_out], of the hidden widths that are here; counts_GE, choices per expert before
+    drops; reached_GT, how many experts a token reached.
+  """
+  loop = experts.in_a_loop(config.impl)
+  weights = exchange.gather_weights(weights, fsdp_dims)
+  plan = _plan(config, logits_GTE, valid_GT, bias_E, loop and devices == 1)
+  counts_GE, reached_GT = plan.counts_GE, plan.rows_per_token_T.reshape(valid_GT.shape)
+
+  x = x_GTD.reshape(-1, x_GTD.shape[-1])
+  slots_travel = devices > 1 and not plan.ragged and plan.token.size <= devices * len(x)
+  tokens_travel = devices > 1 and not slots_travel
+  if tokens_travel:
+    x, *gathered = (exchange.all_gather(a) for a in (x, logits_GTE, valid_GT))
+    number = len(weights['w_in'])
+    first = number * jax.lax.axis_index('expert')
+    plan = routing.own_experts(_plan(config, *gathered, bias_E, loop), first, number)
+  if loop and not slots_travel:
+    y = expert_loop.map_experts(experts.ONE[activation], x, plan, weights)
+  else:
+    rows, weight = dispatch.dispatch(x, plan), plan.weight
+    if slots_travel:
+      rows, weight = exchange.to_experts(rows), exchange.to_experts(weight)
+    rows = experts.feed_forward(activation, rows, weight, weights, plan.sizes_E)
+    if slots_travel:
+      rows = exchange.from_experts(rows)
+    y = dispatch.combine(rows, plan)
+  if tokens_travel:
+    y = exchange.reduce_scatter(y)
+  return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT
+
+
+# Slots of an expert from which a loop that leaves out empty ones beats one over several experts at
+# once (benchmarks/moe_layer.py: 320 and 80 slots are faster in the capacity layout, 640 ragged).
+_WORTH_RAGGED = 512
+
+
+def _plan(config, logits_GTE, valid_GT, bias_E, prefers_ragged):
+  G, T, _ = logits_GTE.shape
+  capacity = config.capacity(T)
+  return ROUTERS[config.router](
+    logits_GTE,
+    config=config,
+    capacity=capacity,
+    valid_GT=valid_GT,
+    bias_E=bias_E,
+    ragged=capacity is None or (prefers_ragged and G * capacity >= _WORTH_RAGGED),
+  )
 
 
 def _jitter(x, amount, key):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def dispatch(x_TD, plan):
-  """Rows of all experts, [E, G*C, D] or packed [rows, D], like `plan.token`.
+  """Rows of all experts, [E, G*C, D] or ragged [rows, D], like `plan.token`.
 
   An empty row holds some token; its weight is 0, and its gradient is never read.
   """
@@ -30,19 +30,19 @@ def combine(rows, plan):
   D = rows.shape[-1]
   rows_RD = rows.reshape(-1, D)
   R = rows_RD.shape[0]
-  last = plan.by_token.shape[0] - 1
+  last = plan.rows_by_token.shape[0] - 1
 
   def add_row(i, y_TD):
-    row_T = plan.by_token[jnp.minimum(plan.first + i, last)]
+    row_T = plan.rows_by_token[jnp.minimum(plan.row_start_T + i, last)]
     next_TD = rows_RD.at[jnp.minimum(row_T, R - 1)].get(mode='promise_in_bounds')
-    return y_TD + jnp.where(((i < plan.number) & (row_T < R))[:, None], next_TD, 0)
+    return y_TD + jnp.where(((i < plan.rows_per_token_T) & (row_T < R))[:, None], next_TD, 0)
 
-  y_TD = jnp.zeros((plan.number.shape[0], D), jnp.promote_types(rows.dtype, jnp.float32))
+  y_TD = jnp.zeros((plan.rows_per_token_T.shape[0], D), jnp.promote_types(rows.dtype, jnp.float32))
   if plan.max_per_token <= 8:  # one fused pass
     for i in range(plan.max_per_token):
       y_TD = add_row(i, y_TD)
   else:
-    y_TD = jax.lax.fori_loop(0, plan.number.max(), add_row, y_TD)
+    y_TD = jax.lax.fori_loop(0, plan.rows_per_token_T.max(), add_row, y_TD)
   return y_TD.astype(rows.dtype)
 
 

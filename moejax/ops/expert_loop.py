@@ -34,15 +34,15 @@ def map_experts(expert, x_TD, plan, weights):
   Args:
     expert: an Expert.
     x_TD: tokens.
-    plan: a Plan; packed leaves out empty slots, which is faster where experts have many.
+    plan: a Plan; a ragged one leaves out empty slots, which is faster where experts have many.
     weights: a pytree of arrays [E, ...]; an expert sees its own [...].
 
   Returns:
     y [T, width of an expert's output], in the dtype of x. Tokens without an expert get 0.
   """
-  if plan.packed:
-    return _map_packed(expert, x_TD, plan.token, plan.weight, plan.sizes_E, weights)
-  return _map_slotted(expert, x_TD, plan.token, plan.weight, plan.used, weights)
+  if plan.ragged:
+    return _map_ragged(expert, x_TD, plan.token, plan.weight, plan.sizes_E, weights)
+  return _map_capacity(expert, x_TD, plan.token, plan.weight, plan.used, weights)
 
 
 def _backward(expert, x_CD, h, weight_C, w, dy):
@@ -77,15 +77,15 @@ def _no_output(expert, x_TD, weights):
   return _zeros(jax.eval_shape(one_expert, x_TD, weights))
 
 
-# Slotted: a scan over experts.
+# Capacity layout: a scan over experts.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_slotted(expert, *args):
-  return _map_slotted_forward(expert, *args)[0]
+def _map_capacity(expert, *args):
+  return _map_capacity_forward(expert, *args)[0]
 
 
-def _map_slotted_forward(expert, x_TD, token, weight, used, weights):
+def _map_capacity_forward(expert, x_TD, token, weight, used, weights):
   def step(y, xs):
     token_EC, weight_EC, used_EC, w = xs
     h = jax.vmap(expert.inner)(_take(x_TD, token_EC), w)
@@ -96,7 +96,7 @@ def _map_slotted_forward(expert, x_TD, token, weight, used, weights):
   return y.astype(x_TD.dtype), (x_TD, xs, h)
 
 
-def _map_slotted_backward(expert, saved, dy):
+def _map_capacity_backward(expert, saved, dy):
   x_TD, xs, h = saved
 
   def step(dx_TD, xs_and_h):
@@ -112,7 +112,7 @@ def _map_slotted_backward(expert, saved, dy):
   return dx_TD.astype(x_TD.dtype), None, d_weight, None, dw
 
 
-_map_slotted.defvjp(_map_slotted_forward, _map_slotted_backward)
+_map_capacity.defvjp(_map_capacity_forward, _map_capacity_backward)
 
 
 _CACHE_BYTES = 2**21  # of a core, more or less
@@ -132,15 +132,15 @@ def _few_at_a_time(tree):
   return jax.tree.map(lambda a: a.reshape(E // together, together, *a.shape[1:]), tree)
 
 
-# Packed: a loop over blocks of rows of one expert, as many as the load of this batch takes.
+# Ragged layout: a loop over blocks of rows of one expert, as many as the load of this batch takes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_packed(expert, *args):
-  return _map_packed_forward(expert, *args)[0]
+def _map_ragged(expert, *args):
+  return _map_ragged_forward(expert, *args)[0]
 
 
-def _map_packed_forward(expert, x_TD, token, weight, sizes_E, weights):
+def _map_ragged_forward(expert, x_TD, token, weight, sizes_E, weights):
   block = _Block(token.shape[0], sizes_E)
   x_CD = jax.ShapeDtypeStruct((block.size, x_TD.shape[1]), x_TD.dtype)
   h_of_a_block = jax.eval_shape(expert.inner, x_CD, jax.tree.map(lambda a: a[0], weights))
@@ -161,7 +161,7 @@ def _map_packed_forward(expert, x_TD, token, weight, sizes_E, weights):
   return y.astype(x_TD.dtype), (x_TD, token, weight, h, sizes_E, weights)
 
 
-def _map_packed_backward(expert, saved, dy):
+def _map_ragged_backward(expert, saved, dy):
   x_TD, token, weight, h, sizes_E, weights = saved
   block = _Block(token.shape[0], sizes_E)
   long_token, long_weight = block.lengthen(token), block.lengthen(weight)
@@ -189,11 +189,11 @@ def _map_packed_backward(expert, saved, dy):
   return dx_TD.astype(x_TD.dtype), None, d_weight[: token.shape[0]], None, dw
 
 
-_map_packed.defvjp(_map_packed_forward, _map_packed_backward)
+_map_ragged.defvjp(_map_ragged_forward, _map_ragged_backward)
 
 
 class _Block:
-  """Block i of the rows of a packed plan.
+  """Block i of the rows of a ragged plan.
 
   A block may reach beyond its group. What it writes there, the first block of the next group
   writes again; arrays are `size` rows longer than the plan, so that the last one has room.

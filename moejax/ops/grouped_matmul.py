@@ -2,7 +2,6 @@
 
 Backends of `grouped_matmul`, all equal by value and gradient:
 
-  reference   masked product of every row with every matrix: E times the FLOPs; says what it means.
   blocked     a loop over blocks of rows of one group, in plain XLA: runs anywhere.
   ragged_dot  `jax.lax.ragged_dot`: grouped on TPU from jax 0.11 (before, its weight gradient is
               not); elsewhere XLA expands it to E times the FLOPs and memory, unless a GPU has a
@@ -19,27 +18,22 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from moejax.sharding import platform
 
-
-def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
+def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl):
   """y_TF with y[t] = x[t] @ w[group of t].
 
   Args:
     x_TD: rows sorted by group, any float dtype.
     w_EDF: one matrix per group, of the same dtype.
     group_sizes_E: int32, rows of each group; a group can be empty. Their sum is at most T.
-    impl: 'auto' or a backend. 'auto' goes by the platform: on TPU 'ragged_dot', or 'megablox'
-      where jax is older than 0.11; on CPU and GPU 'blocked'.
+    impl: a backend, such as `fastest` names for a platform.
 
   Returns:
     y_TF in the dtype of x. Rows beyond the groups are zero, whatever x holds there, even NaN, and
     have no gradient.
   """
-  if impl == 'auto':
-    impl = _fastest()
   if impl not in _BACKENDS:
-    raise ValueError(f'impl must be auto, {", ".join(_BACKENDS)}; got {impl!r}.')
+    raise ValueError(f'impl must be one of {", ".join(_BACKENDS)}; got {impl!r}.')
   if x_TD.dtype != w_EDF.dtype:
     raise ValueError(f'rows and matrices must have one dtype, got {x_TD.dtype} and {w_EDF.dtype}.')
   in_group_T1 = (jnp.arange(x_TD.shape[0]) < group_sizes_E.sum())[:, None]
@@ -49,17 +43,11 @@ def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl='auto'):
   return jnp.where(in_group_T1, y_TF, 0)
 
 
-def _fastest():
-  if platform.current() != 'tpu':
+def fastest(platform):
+  """The backend for 'cpu', 'gpu' or 'tpu'."""
+  if platform != 'tpu':
     return 'blocked'
   return 'ragged_dot' if jax.__version_info__ >= (0, 11) else 'megablox'
-
-
-def _reference(x_TD, w_EDF, group_sizes_E):
-  ends_E1 = jnp.cumsum(group_sizes_E)[:, None]
-  row_1T = jnp.arange(x_TD.shape[0])[None]
-  mask_ET = (row_1T < ends_E1) & (row_1T >= ends_E1 - group_sizes_E[:, None])
-  return jnp.einsum('ET,TD,EDF->TF', mask_ET.astype(x_TD.dtype), x_TD, w_EDF)
 
 
 def _ragged_dot(x_TD, w_EDF, group_sizes_E):
@@ -169,5 +157,4 @@ _BACKENDS = {
   'blocked': _blocked,
   'ragged_dot': _ragged_dot,
   'megablox': _megablox,
-  'reference': _reference,
 }

@@ -15,6 +15,7 @@ takes no slot.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,9 @@ SCORES = ('softmax', 'sigmoid')
     'weight',
     'used',
     'sizes_E',
-    'by_token',
-    'first',
-    'number',
+    'rows_by_token',
+    'row_start_T',
+    'rows_per_token_T',
     'counts_GE',
   ],
   meta_fields=['max_per_token'],
@@ -45,8 +46,8 @@ SCORES = ('softmax', 'sigmoid')
 class Plan:
   """Which token sits in which row of which expert; the only thing a router says.
 
-  Two layouts of rows. *Slotted*: `token` is [E, G*C], C slots per expert and group, those of group
-  g from g*C on; experts are one batched product. *Packed*: `token` is [rows], all rows of expert 0,
+  Two layouts of rows. *Capacity*: `token` is [E, G*C], C slots per expert and group, those of group
+  g from g*C on; experts are one batched product. *Ragged*: `token` is [rows], all rows of expert 0,
   then those of expert 1, and so on; `sizes_E` says how many each has, and rows beyond their sum are
   empty. Experts are a grouped product, and nothing is computed for slots that nobody takes.
 
@@ -57,15 +58,15 @@ class Plan:
   weight: jax.Array  # like token: what the expert's output is multiplied by; 0 in an empty row
   used: jax.Array  # bool, like token: False in an empty row
   sizes_E: jax.Array  # int32: rows in use by each expert
-  by_token: jax.Array  # int32: rows (of the flattened layout) listed token by token; a number
+  rows_by_token: jax.Array  # int32: rows (of the flattened layout), token by token; a number
   #   beyond the layout stands for a row that is not here (`own_experts`)
-  first: jax.Array  # int32 [G*T]: where in `by_token` the rows of a token start
-  number: jax.Array  # int32 [G*T]: how many rows a token has; 0 for padding and dropped tokens
+  row_start_T: jax.Array  # int32 [G*T]: where in `rows_by_token` the rows of a token start
+  rows_per_token_T: jax.Array  # int32 [G*T]; 0 for padding and dropped tokens
   counts_GE: jax.Array  # int32: tokens that chose an expert, or were chosen by it, before drops
-  max_per_token: int  # static bound of number
+  max_per_token: int  # static bound of rows_per_token_T
 
   @property
-  def packed(self):
+  def ragged(self):
     return self.token.ndim == 1
 
 
@@ -101,7 +102,7 @@ def token_choice(
   bias_E=None,
   scores='softmax',
   renormalize=False,
-  packed=False,
+  ragged=False,
 ):
   """Every token takes its k best experts.
 
@@ -122,7 +123,7 @@ def token_choice(
     bias_E: added to the scores for choosing; weights come from the scores without it.
     scores: 'softmax' over the experts, or 'sigmoid' of each logit.
     renormalize: weights of a token are divided by their sum.
-    packed: layout of the plan; without a capacity it is always packed.
+    ragged: layout of the plan; without a capacity it is always ragged.
 
   Returns:
     A Plan.
@@ -147,7 +148,7 @@ def token_choice(
     valid_GT=valid_GT,
     num_experts=E,
     capacity=capacity,
-    packed=packed or capacity is None,
+    ragged=ragged or capacity is None,
   )
 
 
@@ -156,7 +157,7 @@ def normalizing_logits(logits, scores):
   return jax.nn.log_sigmoid(logits) if scores == 'sigmoid' else logits
 
 
-def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, packed):
+def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, ragged):
   """The plan in which every token goes to the experts it chose, while they have slots.
 
   Args:
@@ -166,60 +167,105 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
     num_experts: E.
     capacity: slots per expert and group, given to tokens in the order of the group; None: as many
       as are asked for.
-    packed: layout of the plan.
+    ragged: layout of the plan.
   """
-  # The n = G*T*K choices are sorted, stably, by expert and group.
-  G, T, k = choice_GTK.shape
-  E, n = num_experts, G * T * k
-  bin_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  bins = jnp.where(valid_GT[..., None], bin_GTK, E * G).reshape(n)  # the last bin is padding
-  order = _argsort(bins, E * G + 1)
-  ends = _ends(bins[order], E * G)
-  counts = jnp.diff(ends, prepend=0)
-  place = _argsort(order, n)  # the inverse permutation: where each choice stands in `order`
-  routed = bins < E * G
-  own_bin = jnp.minimum(bins, E * G - 1)  # of padding any bin will do, it is masked
-  rank = place - (ends - counts)[own_bin]
+  G, T, K = choice_GTK.shape
   C = T if capacity is None else min(capacity, T)
-  kept = routed & (rank < C)
-  sizes_E = jnp.minimum(counts, C).reshape(E, G).sum(axis=1)
-  if packed:
-    if C < T:  # close the gaps
-      order = _argsort(jnp.where(kept, own_bin // G, E), E + 1)
-      place = _argsort(order, n)
-    choice_of_row, row = order, place
-    used = jnp.arange(n) < sizes_E.sum()
+  queues = _queue_up(choice_GTK, valid_GT, num_experts, C)
+  if ragged:
+    choice_of_row, row_of_choice, used = _ragged_layout(queues, drops=C < T)
   else:
-    slot = jnp.arange(C, dtype=jnp.int32)
-    place_of_row = jnp.minimum((ends - counts)[:, None] + slot[None], n - 1)
-    choice_of_row = order[place_of_row].reshape(E, G * C)
-    row = own_bin * C + jnp.clip(rank, 0, C - 1)
-    used = (slot[None] < counts[:, None]).reshape(E, G * C)
+    choice_of_row, row_of_choice, used = _capacity_layout(queues, C)
   # Per token: rows of the kept choices first.
-  per_token = lambda a: a.astype(jnp.int32).reshape(G * T, k)
-  lost, by_token = jax.lax.sort((per_token(~kept), per_token(row)), num_keys=1, is_stable=True)
-  return Plan(
-    token=choice_of_row // k,
-    weight=_weight_of_row(weight_GTK.reshape(n), choice_of_row, used, row, kept),
-    used=used,
-    sizes_E=sizes_E,
-    by_token=by_token.reshape(n),
-    first=jnp.arange(G * T, dtype=jnp.int32) * k,
-    number=k - lost.sum(axis=1),
-    counts_GE=counts.reshape(E, G).T,
-    max_per_token=k,
+  per_token = lambda a: a.astype(jnp.int32).reshape(G * T, K)
+  lost, rows_by_token = jax.lax.sort(
+    (per_token(~queues.kept), per_token(row_of_choice)), num_keys=1, is_stable=True
   )
+  weight = weight_GTK.reshape(-1)
+  return Plan(
+    token=choice_of_row // K,
+    weight=_weight_of_row(weight, choice_of_row, used, row_of_choice, queues.kept),
+    used=used,
+    sizes_E=queues.sizes_E,
+    rows_by_token=rows_by_token.reshape(-1),
+    row_start_T=jnp.arange(G * T, dtype=jnp.int32) * K,
+    rows_per_token_T=K - lost.sum(axis=1),
+    counts_GE=queues.length_EG.T,
+    max_per_token=K,
+  )
+
+
+class _Queues(NamedTuple):
+  """All n = G*T*K choices in line for their experts: a queue for every expert and group.
+
+  Tokens stand in the order of their group. Choices, queues and places in line are int32.
+  """
+
+  order: jax.Array  # [n]: choices, queue after queue; padding comes last
+  place: jax.Array  # [n]: where in `order` a choice stands
+  queue: jax.Array  # [n]: expert * G + group of a choice; of padding any
+  rank: jax.Array  # [n]: how many stand before a choice in its queue
+  kept: jax.Array  # [n], bool: who gets a slot
+  start_EG: jax.Array  # where in `order` a queue starts
+  length_EG: jax.Array  # how many stand in it
+  sizes_E: jax.Array  # how many get a slot of an expert
+
+
+def _queue_up(choice_GTK, valid_GT, E, C):
+  """The first C of every queue get a slot."""
+  G, _, _ = choice_GTK.shape
+  n = choice_GTK.size
+  queue_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  queue = jnp.where(valid_GT[..., None], queue_GTK, E * G).reshape(n)  # padding: one of its own
+  order = _argsort(queue, E * G + 1)
+  place = _argsort(order, n)
+  ends = _ends(queue[order], E * G)
+  length = jnp.diff(ends, prepend=0)
+  start = ends - length
+  is_valid, queue = queue < E * G, jnp.minimum(queue, E * G - 1)
+  rank = place - start[queue]
+  length_EG = length.reshape(E, G)
+  return _Queues(
+    order=order,
+    place=place,
+    queue=queue,
+    rank=rank,
+    kept=is_valid & (rank < C),
+    start_EG=start.reshape(E, G),
+    length_EG=length_EG,
+    sizes_E=jnp.minimum(length_EG, C).sum(axis=1),
+  )
+
+
+def _capacity_layout(queues, C):
+  """C rows for every queue: the choice of each row [E, G*C]; the row of each choice; if used."""
+  E, G = queues.length_EG.shape
+  slot_C = jnp.arange(C, dtype=jnp.int32)
+  place = jnp.minimum(queues.start_EG.reshape(-1, 1) + slot_C[None], queues.order.size - 1)
+  used = slot_C[None] < queues.length_EG.reshape(-1, 1)
+  row_of_choice = queues.queue * C + jnp.clip(queues.rank, 0, C - 1)
+  return queues.order[place].reshape(E, G * C), row_of_choice, used.reshape(E, G * C)
+
+
+def _ragged_layout(queues, drops):
+  """A row for every kept choice, sorted by expert, then empty ones: as `_capacity_layout`, [n]."""
+  E, G = queues.length_EG.shape
+  order, place = queues.order, queues.place
+  if drops:  # close the gaps
+    order = _argsort(jnp.where(queues.kept, queues.queue // G, E), E + 1)
+    place = _argsort(order, order.size)
+  return order, place, jnp.arange(order.size) < queues.sizes_E.sum()
 
 
 def own_experts(plan, first, number):
   """The part of a plan that `number` experts from `first` on, an int32 scalar, have in it.
 
   A plan for the same tokens, with rows and sizes of these experts alone; combining adds up what
-  they contribute. In a packed plan their rows come first, and any number of them has room.
+  they contribute. In a ragged plan their rows come first, and any number of them has room.
   """
   own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, number)
   sizes_E = own(plan.sizes_E)
-  if plan.packed:
+  if plan.ragged:
     length = plan.token.shape[0]
     offset = jnp.where(jnp.arange(plan.sizes_E.shape[0]) < first, plan.sizes_E, 0).sum()
     end = sizes_E.sum()
@@ -230,14 +276,14 @@ def own_experts(plan, first, number):
     offset, end = first * plan.token.shape[1], number * plan.token.shape[1]
     used, weight = own(plan.used), own(plan.weight)
   token = own(plan.token)
-  row = plan.by_token - offset
+  row = plan.rows_by_token - offset
   return dataclasses.replace(
     plan,
     token=token,
     weight=weight,
     used=used,
     sizes_E=sizes_E,
-    by_token=jnp.where((0 <= row) & (row < end), row, token.size),
+    rows_by_token=jnp.where((0 <= row) & (row < end), row, token.size),
   )
 
 
@@ -255,7 +301,7 @@ def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
     softmax_over: 'experts' (arXiv:2402.07871) or 'tokens' of the group; weights are these scores.
 
   Returns:
-    A slotted Plan.
+    A Plan with capacity layout.
   """
   G, T, E = logits_GTE.shape
   _check(
@@ -282,17 +328,17 @@ def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
   by_expert = lambda a_GEC: jnp.swapaxes(a_GEC, 0, 1).reshape(E, G * C)
   token, used = by_expert(token_GEC), by_expert(used_GEC)
   owner = jnp.where(used, token, G * T).reshape(-1)  # empty rows sort to the end
-  by_token = _argsort(owner, G * T + 1)
-  ends = _ends(owner[by_token], G * T)
-  number = jnp.diff(ends, prepend=0)
+  rows_by_token = _argsort(owner, G * T + 1)
+  ends = _ends(owner[rows_by_token], G * T)
+  rows_per_token = jnp.diff(ends, prepend=0)
   return Plan(
     token=token,
     weight=jnp.where(used, by_expert(weight_GEC), 0),
     used=used,
     sizes_E=used.sum(axis=1, dtype=jnp.int32),
-    by_token=by_token,
-    first=ends - number,
-    number=number,
+    rows_by_token=rows_by_token,
+    row_start_T=ends - rows_per_token,
+    rows_per_token_T=rows_per_token,
     counts_GE=used_GEC.sum(axis=2, dtype=jnp.int32),
     max_per_token=E,
   )

@@ -103,8 +103,13 @@ def batch_axes(number):
   return axes
 
 
-def split_dim(spec, axes):
-  """The dimension of an array of this PartitionSpec that is split along `axes`, or None."""
+def shards(spec, axis):
+  """The devices along a mesh axis if an array of this PartitionSpec is sharded along it, else 1."""
+  return size(axis) if any(axis in names(entry) for entry in spec) else 1
+
+
+def sharded_dim(spec, axes):
+  """The dimension of an array of this PartitionSpec that is sharded along `axes`, or None."""
   split = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
   return split[0] if split else None
 

@@ -75,7 +75,7 @@ def gather(block, dtype):
   def whole(path, leaf):
     name = name_of(path[:-1])  # the last is a field of the Variable
     lies = spec(name, leaf.shape)
-    if '/experts/' in name or mesh.split_dim(lies, SHARD_AXES) is None:
+    if '/experts/' in name or mesh.sharded_dim(lies, SHARD_AXES) is None:
       return leaf
     return exchange.gather(leaf.astype(dtype), lies, SHARD_AXES)
 

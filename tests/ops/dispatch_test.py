@@ -24,17 +24,17 @@ def _plan(name):
     logits_GTE *= np.arange(1, 8)[:, None]
     route = functools.partial(routing.expert_choice, capacity=3)
   else:
-    k, capacity, packed = {
-      'slotted': (3, 1, False),
-      'packed': (3, 1, True),
+    k, capacity, ragged = {
+      'capacity': (3, 1, False),
+      'ragged': (3, 1, True),
       'dropless': (2, None, True),
       'all experts': (E, None, True),
     }[name]
-    route = functools.partial(routing.token_choice, k=k, capacity=capacity, packed=packed)
+    route = functools.partial(routing.token_choice, k=k, capacity=capacity, ragged=ragged)
   return jax.device_get(_jit(route)(logits_GTE, valid_GT=valid_GT))
 
 
-PLANS = ('slotted', 'packed', 'dropless', 'all experts', 'expert choice')
+PLANS = ('capacity', 'ragged', 'dropless', 'all experts', 'expert choice')
 
 
 _jit = functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
@@ -75,13 +75,13 @@ def test_are_the_loops_by_value_and_gradient(x64, name):
 
 def test_the_plans_are_awkward():
   """Dropped tokens, padding, empty experts, and tokens with more rows than one pass adds."""
-  assert (_plan('slotted').number == 0).any()
-  assert (_plan('slotted').sizes_E < G).any()
-  assert _plan('expert choice').number.max() > 8
+  assert (_plan('capacity').rows_per_token_T == 0).any()
+  assert (_plan('capacity').sizes_E < G).any()
+  assert _plan('expert choice').rows_per_token_T.max() > 8
   assert not _plan('dropless').used.all()
 
 
-@pytest.mark.parametrize('name', ['slotted', 'dropless', 'expert choice'])
+@pytest.mark.parametrize('name', ['capacity', 'dropless', 'expert choice'])
 def test_nothing_is_scattered(name):
   """Scattered additions come in another order from run to run on a GPU."""
   plan = _plan(name)

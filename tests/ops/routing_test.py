@@ -17,14 +17,14 @@ ALL = np.ones((1, 3), bool)
 _jit = functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
 token_choice = _jit(
   routing.token_choice,
-  static_argnames=('k', 'capacity', 'scores', 'renormalize', 'packed'),
+  static_argnames=('k', 'capacity', 'scores', 'renormalize', 'ragged'),
 )
 expert_choice = _jit(routing.expert_choice, static_argnames=('capacity', 'softmax_over'))
 
 
 @_jit
 def health_of(plan, logits_GTE, valid_GT):
-  number_GT = plan.number.reshape(valid_GT.shape)
+  number_GT = plan.rows_per_token_T.reshape(valid_GT.shape)
   return routing.router_health(plan.counts_GE, number_GT, logits_GTE, valid_GT)
 
 
@@ -39,7 +39,7 @@ def _valid():
 def _rows(plan):
   """{(token, expert): weight} of all rows in use."""
   used = np.asarray(plan.used)
-  if plan.packed:
+  if plan.ragged:
     ends = np.cumsum(plan.sizes_E)
     expert = np.searchsorted(ends, np.arange(used.size), side='right')
   else:
@@ -61,27 +61,29 @@ def _check_consistent(plan):
   plan = jax.device_get(plan)
   used, token = np.asarray(plan.used).reshape(-1), np.asarray(plan.token).reshape(-1)
   found = []
-  for t, (first, n) in enumerate(zip(plan.first.tolist(), plan.number.tolist(), strict=True)):
-    rows = np.asarray(plan.by_token)[first : first + n]
+  for t, (first, n) in enumerate(
+    zip(plan.row_start_T.tolist(), plan.rows_per_token_T.tolist(), strict=True)
+  ):
+    rows = np.asarray(plan.rows_by_token)[first : first + n]
     assert n <= plan.max_per_token
     assert np.all(token[rows] == t) and np.all(used[rows])
     found += rows.tolist()
   assert sorted(found) == np.flatnonzero(used).tolist()
   assert not np.any(np.asarray(plan.weight).reshape(-1)[~used])
   assert plan.sizes_E.sum() == used.sum()
-  if not plan.packed:
+  if not plan.ragged:
     np.testing.assert_array_equal(plan.sizes_E, plan.used.sum(axis=1))
-  assert token.min() >= 0 and token.max() < plan.first.shape[0]
+  assert token.min() >= 0 and token.max() < plan.row_start_T.shape[0]
 
 
 # Three tokens, two experts. Token 0 prefers expert 0, tokens 1 and 2 expert 1.
 THREE = jnp.log(jnp.array([[[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]]]))
 
 
-@pytest.mark.parametrize('packed', [False, True])
-def test_who_is_dropped(packed):
+@pytest.mark.parametrize('ragged', [False, True])
+def test_who_is_dropped(ragged):
   """Later tokens, whatever their preference: no token has an influence on earlier ones."""
-  choose = functools.partial(token_choice, THREE, packed=packed, valid_GT=ALL)
+  choose = functools.partial(token_choice, THREE, ragged=ragged, valid_GT=ALL)
   # One choice each, one slot: token 2 comes after token 1.
   assert _rows(choose(1, 1)) == pytest.approx({(0, 0): 0.8, (1, 1): 0.7})
   # Expert 1 is the first choice of token 2 and the second of token 0, which comes first.
@@ -123,13 +125,13 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize(
-  ('capacity', 'packed'), [(1, False), (1, True), (4, False), (4, True), (100, False), (None, True)]
+  ('capacity', 'ragged'), [(1, False), (1, True), (4, False), (4, True), (100, False), (None, True)]
 )
 @pytest.mark.parametrize('name', ROUTERS)
-def test_token_choice_is_the_loops(name, capacity, packed):
+def test_token_choice_is_the_loops(name, capacity, ragged):
   logits_GTE, valid_GT = _logits(), _valid()
   options = dict(scores='softmax', renormalize=False) | ROUTERS[name]
-  plan = token_choice(logits_GTE, capacity=capacity, packed=packed, valid_GT=valid_GT, **options)
+  plan = token_choice(logits_GTE, capacity=capacity, ragged=ragged, valid_GT=valid_GT, **options)
   _check_consistent(plan)
   kept, num_choices, _ = oracles.token_choice(
     np.asarray(logits_GTE, np.float64), capacity=capacity, valid_GT=valid_GT, bias_E=None, **options
@@ -140,8 +142,8 @@ def test_token_choice_is_the_loops(name, capacity, packed):
   assert health['dropped'] == pytest.approx(1 - len(kept) / num_choices, abs=1e-6)
   routed = {token for token, _ in expected}
   assert health['unrouted'] == pytest.approx(1 - len(routed) / valid_GT.sum(), abs=1e-6)
-  if packed:
-    assert plan.packed
+  if ragged:
+    assert plan.ragged
     loads = np.bincount([e for _, e in expected], minlength=E)
     np.testing.assert_array_equal(plan.sizes_E, loads)
 
@@ -367,7 +369,7 @@ def test_names_are_true():
   with shapes.checked():
     for route in (
       lambda logits: routing.token_choice(logits, 2, 3, valid_GT=_valid()),
-      lambda logits: routing.token_choice(logits, 2, 3, valid_GT=_valid(), packed=True),
+      lambda logits: routing.token_choice(logits, 2, 3, valid_GT=_valid(), ragged=True),
       lambda logits: routing.expert_choice(logits, 3, valid_GT=_valid()),
     ):
       plan = jax.eval_shape(route, _logits())

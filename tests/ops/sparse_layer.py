@@ -21,7 +21,7 @@ def swiglu(h, weight):
 
 
 def _in_three_steps(impl, activation, x_TD, plan, w):
-  if plan.packed:
+  if plan.ragged:
     product = lambda x, w: grouped_matmul.grouped_matmul(x, w, plan.sizes_E, impl)
   else:
     product = lambda x, w: jnp.einsum('ECD,EDF->ECF', x, w)
@@ -36,9 +36,9 @@ def _in_a_loop(activation, x_TD, plan, w):
   return expert_loop.map_experts(expert, x_TD, plan, w)
 
 
-# The name of a backend makes a difference for packed plans only.
+# The name of a backend makes a difference for ragged plans only.
 WAYS = {'loop': _in_a_loop} | {
-  impl: functools.partial(_in_three_steps, impl) for impl in ('blocked', 'ragged_dot', 'reference')
+  impl: functools.partial(_in_three_steps, impl) for impl in ('blocked', 'ragged_dot')
 }
 
 
