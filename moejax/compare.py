@@ -84,7 +84,7 @@ def _summary(run):
   try:
     summary = json.loads(path.read_text())
     _cells(summary, None), summary['corpus'], summary['tokenizer']
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, OSError, TypeError, ValueError) as error:
     raise ValueError(f'--runs: {path} is cut off or of another version ({error!r}).') from error
   return summary
 

@@ -200,27 +200,25 @@ def override(config, texts):
   The experts of a Mixture-of-Tokens model keep their width, whatever its groups.
 
   Raises:
-    ValueError: there is no such field, or the text is not of its type.
+    ValueError: there is no such field, or the text is none of its values.
   """
   mot = MoTConfig(**config.model.mot)
   config.model.mot.expert_width = mot.width(config.model.d_ff)
-  known = flatten(config.to_dict())
+  known = flat_fields()
   for name, text in texts.items():
     if name not in known:
       raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}.')
-    kind = type(known[name])
+    kind = known[name].type
     try:
       value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
     except (SyntaxError, ValueError):
-      value = None
-    if kind is float and isinstance(value, int):
-      value = float(value)
-    if type(value) is not kind:
-      raise ValueError(f'--config.{name}: expected a value of type {kind.__name__}, got {text!r}.')
+      value = text
+    value = fields.checked(f'--config.{name}', known[name], value)
     config.update_from_flattened_dict({name: value})
 
 
 def flatten(tree, prefix=''):
+  """Nested dicts as one: {'model.moe.granularity': 1}."""
   flat = {}
   for key, value in tree.items():
     is_section = isinstance(value, dict)

@@ -70,13 +70,10 @@ def from_safetensors(path, workdir, tokenizer=None):
       f'{path} has no config in its metadata. Expected a file that to_safetensors wrote; from_hf '
       'reads models of transformers.'
     )
-  config = run_folder.parse(metadata['config'])
+  config = run_folder.from_saved(run_folder.parse_json(metadata['config'], path), path)
   if tokenizer:
     config.update_from_flattened_dict({'data.tokenizer': tokenizer})
-  try:
-    stages = config_lib.resolve(config)
-  except (AttributeError, TypeError) as error:
-    raise ValueError(f'{path} is of another version of moejax: {error}.') from error
+  stages = config_lib.resolve(config)
   run_folder.check_tokenizer(metadata, stages.tokenizer)
   abstract = abstract_params(stages.model)
   _check(tensors, jax.eval_shape(to_tensors, abstract), path)

@@ -59,7 +59,8 @@ class Section:
     problems = []
     for f in of(type(self)):
       try:
-        object.__setattr__(self, f.name, _checked(self.PATH, f, getattr(self, f.name)))
+        value = checked(f'{self.PATH}.{f.name}', f, getattr(self, f.name))
+        object.__setattr__(self, f.name, value)
       except ValueError as error:
         problems.append(str(error))
     problems = problems or list(self.conflicts())
@@ -103,11 +104,10 @@ def allowed(f):
   return ' and '.join(f'{words} {bound}' for words, bound in bounds).replace('above 0', 'positive')
 
 
-def _checked(path, f, value: Any):
-  """The value of a field, of the field's type."""
+def checked(name, f, value: Any):
+  """A value as the field's type has it; ValueError, which calls the field `name`, if it is none."""
   if is_section(f):
     return value if isinstance(value, f.type) else f.type(**value)
-  name = f'{path}.{f.name}'
   if f.type is float and type(value) is int:
     value = float(value)
   if f.type is tuple:

@@ -3,11 +3,11 @@
 import functools
 import json
 import pathlib
+import sys
 
 import jax
-import ml_collections
 
-from moejax import config as config_lib, files, model as model_lib, sharding
+from moejax import config as config_lib, fields, files, model as model_lib, sharding
 from moejax.checkpoint import Checkpoints
 
 
@@ -21,27 +21,79 @@ def write(config, workdir, corpus=None):
 
 
 def read(workdir):
-  """The ConfigDict of a run.
+  """The ConfigDict of a run, with today's defaults for fields that are newer than the run.
 
   Raises:
-    ValueError: there is no run in `workdir`.
+    ValueError: there is no run in `workdir`, or this version cannot read its config.
   """
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
-  return parse(path.read_text())
+  return from_saved(read_json(path), path)
 
 
-def parse(text):
-  """The ConfigDict that was written as JSON."""
-  fields = json.loads(text)
-  fields.pop('corpus', None)
-  fields['model']['blocks'] = _tuples(fields['model']['blocks'])
-  fields['optimizer'].setdefault('moment_dtype', '')  # in runs from before there was a choice
-  for name in ('eos_id', 'bos_id', 'pad_id'):
-    fields['data'].setdefault(name, -1)
-  fields['model']['moe'].pop('balance_convention', None)  # in runs from before it went
-  return ml_collections.ConfigDict(fields)
+def read_json(path):
+  """The object in a JSON file of a run; ValueError if it cannot be read, or is none."""
+  try:
+    content = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
+  return parse_json(content, path)
+
+
+def parse_json(content, source):
+  """The object that is written in `content`, bytes or text of the file `source`."""
+  try:
+    saved = json.loads(content.decode() if isinstance(content, bytes) else content)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{source} is damaged ({error}). Copy it again, or take a backup.') from error
+  if not isinstance(saved, dict):
+    raise ValueError(f'{source} is damaged: it must hold an object, {{...}}.')
+  return saved
+
+
+# Fields that are gone: the value that every run now has, and what to do about another.
+_GONE = {
+  'model.moe.balance_convention': (
+    'uniform_is_1',
+    'multiply model.moe.balance_loss by the experts of a token',
+  )
+}
+
+
+def from_saved(saved, source):
+  """The ConfigDict of a config that any version saved, as nested dicts, in the file `source`.
+
+  Fields that it lacks have their default. One that is gone is left out if it changes nothing.
+
+  Raises:
+    ValueError: one line for every field that this version does not know, or cannot take.
+  """
+  known, values, problems = config_lib.flat_fields(), {}, []
+  if not saved.keys() & config_lib.SECTIONS.keys():
+    problems.append('this is no config of moejax.')
+  for name, value in config_lib.flatten(saved).items():
+    if name in known:
+      try:
+        values[name] = fields.checked(name, known[name], value)
+      except ValueError as error:
+        problems.append(str(error))
+    elif name in _GONE:
+      now, advice = _GONE[name]
+      if value == now:
+        print(f'note: {source}: {name} is gone; all runs are as it says.', file=sys.stderr)
+      else:
+        problems.append(f'{name} = {value!r} is gone; {advice} and remove it.')
+    elif name != 'corpus':
+      problems.append(
+        f'{name} = {value!r} is not known to this version of moejax. Use the later version that '
+        'wrote it, or remove it if it does not matter.'
+      )
+  if problems:
+    raise ValueError('\n'.join(f'{source}: {problem}' for problem in problems))
+  config = config_lib.baseline()
+  config.update_from_flattened_dict(values)
+  return config
 
 
 def checkpoint_dir(workdir):
@@ -71,7 +123,7 @@ def check_same_run(config, workdir):
   if not (pathlib.Path(workdir) / 'config.json').exists():
     return
   old, new = (config_lib.flatten(json.loads(c.to_json())) for c in (read(workdir), config))
-  free = {f'{section}.{field}' for section, fields in _FREE.items() for field in fields}
+  free = {f'{section}.{field}' for section, names in _FREE.items() for field in names}
   differing = [
     f'{name}: {old.get(name)} there, {new.get(name)} here'
     for name in sorted(old.keys() | new.keys())
@@ -110,7 +162,3 @@ def load_run(workdir, overrides=None):
   params = checkpoints.restore_params(step, sharding.abstract(init, mesh), config.to_dict())
   checkpoints.close()
   return stages, step, params, mesh
-
-
-def _tuples(value):
-  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -182,8 +182,8 @@ def test_fields_of_a_run_can_be_set_anew():
   'name, text, message',
   [
     ('model.mot.group_sise', '4', "no such field; did you mean 'model.mot.group_size'"),
-    ('model.mot.group_size', '4.5', "expected a value of type int, got '4.5'"),
-    ('model.mot.group_size', 'x', "expected a value of type int, got 'x'"),
+    ('model.mot.group_size', '4.5', 'group_size must be an integer, got 4.5'),
+    ('model.mot.group_size', 'x', "group_size must be an integer, got 'x'"),
   ],
 )
 def test_fields_that_cannot_be_set_are_named(name, text, message):

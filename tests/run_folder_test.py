@@ -1,0 +1,130 @@
+"""Runs of other versions open, or say in one sentence why not."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from configs import moe
+from moejax import config as config_lib, fields, run_folder
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A folder of a run, and `change(function)` of what its config.json holds."""
+  run_folder.write(moe.get_config('debug'), tmp_path, corpus='123')
+
+  def change(function):
+    path = tmp_path / 'config.json'
+    saved = json.loads(path.read_text())
+    function(saved)
+    path.write_text(json.dumps(saved))
+    return tmp_path
+
+  return change
+
+
+def test_a_config_is_read_as_it_was_written(run):
+  assert run_folder.read(run(lambda _: None)) == moe.get_config('debug')
+
+
+@pytest.mark.parametrize('name', config_lib.flat_fields())
+def test_a_field_that_came_later_has_its_default(run, name):
+  *sections, last = name.split('.')
+
+  def remove(saved):
+    for section in sections:
+      saved = saved[section]
+    del saved[last]
+
+  folder = run(remove)
+  expected = moe.get_config('debug')
+  expected.update_from_flattened_dict({name: config_lib.flat_fields()[name].default})
+  assert run_folder.read(folder) == expected
+  run_folder.check_same_run(expected, folder)  # it goes on
+
+
+def test_a_section_that_came_later_has_its_defaults(run):
+  config = run_folder.read(run(lambda saved: saved['model'].pop('mamba')))
+  assert config == moe.get_config('debug')
+
+
+def test_another_value_of_a_later_field_is_another_run(run):
+  folder = run(lambda saved: saved['model'].pop('final_norm'))
+  config = moe.get_config('debug')
+  config.model.final_norm = True
+  with pytest.raises(ValueError, match='model.final_norm: False there, True here'):
+    run_folder.check_same_run(config, folder)
+
+
+def test_a_toy_field_does_not_stop_an_older_run(run, monkeypatch):
+  @dataclasses.dataclass(frozen=True)
+  class ToyConfig(config_lib.DataConfig):
+    toy: int = fields.default(3, 'a field of tomorrow')
+
+  folder = run(lambda _: None)
+  monkeypatch.setitem(config_lib.SECTIONS, 'data', ToyConfig)
+  assert run_folder.read(folder).data.toy == 3
+  run_folder.check_same_run(moe.get_config('debug'), folder)
+
+
+def test_a_field_that_is_gone_and_changes_nothing_is_left_out(run, capsys):
+  folder = run(lambda saved: saved['model']['moe'].update(balance_convention='uniform_is_1'))
+  assert run_folder.read(folder) == moe.get_config('debug')
+  assert capsys.readouterr().err == (
+    f'note: {folder}/config.json: model.moe.balance_convention is gone; all runs are as it says.\n'
+  )
+
+
+@pytest.mark.parametrize(
+  ('change', 'messages'),
+  [
+    (
+      lambda saved: saved['model']['moe'].update(balance_convention='uniform_is_k'),
+      ["model.moe.balance_convention = 'uniform_is_k' is gone; multiply model.moe.balance_loss"],
+    ),
+    (
+      lambda saved: saved['model'].update(qk_norm=True, heads={'kv': 2}),
+      ['model.qk_norm = True is not known', 'model.heads.kv = 2 is not known to this version'],
+    ),
+    (lambda saved: saved.update(lora={'rank': 3}), ['lora.rank = 3 is not known']),
+    (lambda saved: saved.update(model=3), ['model = 3 is not known']),
+    (
+      lambda saved: saved['model'].update(d_model='x'),
+      ["model.d_model must be an integer, got 'x'"],
+    ),
+    (lambda saved: saved['model'].update(d_model=None), ['model.d_model must be an integer']),
+    (lambda saved: saved['model'].update(blocks=4), ['model.blocks must be a tuple, got 4']),
+    (lambda saved: saved['model'].update(norm='new_norm'), ["norm must be one of .* 'new_norm'"]),
+    (lambda saved: saved['train'].update(steps=-1), ['train.steps must be at least 1, got -1']),
+    (lambda saved: saved.clear(), ['this is no config of moejax']),
+  ],
+)
+def test_what_this_version_cannot_take_is_named(run, change, messages):
+  folder = run(change)
+  with pytest.raises(ValueError) as raised:
+    run_folder.read(folder)
+  lines = str(raised.value).splitlines()
+  for line, message in zip(lines, messages, strict=True):
+    assert line.startswith(f'{folder}/config.json: ') and re.search(message, line)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'{"model": {"d_mo', b'[]', b'3', b'\xff\xfe{}', b'null', b'[' * 100_000],
+  ids=['empty', 'cut off', 'list', 'number', 'UTF-16', 'null', 'deep'],
+)
+def test_damaged_files_are_named(tmp_path, content):
+  (tmp_path / 'config.json').write_bytes(content)
+  with pytest.raises(ValueError, match=re.escape(f'{tmp_path}/config.json is damaged')) as raised:
+    run_folder.read(tmp_path)
+  assert '\n' not in str(raised.value)
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+  (tmp_path / 'config.json').mkdir()
+  with pytest.raises(ValueError, match='config.json cannot be read: Is a directory'):
+    run_folder.read(tmp_path)
+  with pytest.raises(ValueError, match='holds no run'):
+    run_folder.read(tmp_path / 'nothing')
