@@ -8,6 +8,7 @@ python -m moejax.scaling_laws plot --coefficients=law/fit.json --runs=law/runs.c
 """
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -26,19 +27,31 @@ def _define_coefficients(default: str | None = 'printed'):
   )
 
 
+class _FiniteParser(flags.FloatParser):
+  def convert(self, argument):
+    if not math.isfinite(value := super().convert(argument)):
+      raise ValueError('expected a finite number')
+    return value
+
+
+def _define_number(name, default, meaning, lower_bound=None, upper_bound=None):
+  parser = _FiniteParser(lower_bound, upper_bound)
+  flags.DEFINE(parser, name, default, meaning, serializer=flags.ArgumentSerializer())
+
+
 def _define_expansion_rate(what):
-  flags.DEFINE_float('expansion_rate', None, f'{what}; 1 is dense.', lower_bound=1)
+  _define_number('expansion_rate', None, f'{what}; 1 is dense.', lower_bound=1)
 
 
 def _define_plan():
   _define_coefficients()
   _define_expansion_rate("Of the model to train; default: the coefficients' largest")
-  flags.DEFINE_float('flops', None, 'Training FLOPs to spend.')
-  flags.DEFINE_float('target_loss', None, 'Loss to reach, nats per token.')
-  flags.DEFINE_float('params', None, 'Active parameters to have: 7e9 is the "64x7B" of the paper.')
-  flags.DEFINE_float('tokens', None, 'Tokens to train on.')
+  _define_number('flops', None, 'Training FLOPs to spend.')
+  _define_number('target_loss', None, 'Loss to reach, nats per token.')
+  _define_number('params', None, 'Active parameters to have: 7e9 is the "64x7B" of the paper.')
+  _define_number('tokens', None, 'Tokens to train on.')
   flags.DEFINE_string('chip', None, 'A chip to count hours of, such as v5e, v5p, A100 or H100.')
-  flags.DEFINE_float('mfu', 0.4, 'The fraction of its peak that training reaches.')
+  _define_number('mfu', 0.4, 'The fraction of its peak that training reaches.')
   flags.DEFINE_enum('recipe', 'paper', ['paper', 'laptop'], 'How the model would be trained.')
   flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
@@ -59,7 +72,7 @@ def plan():
   coefficients = report.load(_FLAGS.coefficients)
   result = plan_lib.make(
     coefficients,
-    _FLAGS.expansion_rate or max(coefficients),
+    report.choose_rate(coefficients, _FLAGS.expansion_rate),
     target,
     {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe],
     _FLAGS.chip,
@@ -120,11 +133,11 @@ def _define_fit():
     ['moe', 'dense', 'chinchilla'],
     'moe: of the sparse runs, and with its c of the dense ones. Others: of the dense runs.',
   )
-  flags.DEFINE_float('c', None, 'The value of c; default: it is fitted.')
+  _define_number('c', None, 'The value of c; default: it is fitted.', lower_bound=0)
   flags.DEFINE_integer('starts', 8, 'Starting points of every optimisation.', lower_bound=1)
   flags.DEFINE_integer('repeats', 100, 'Bootstrap resamplings.', lower_bound=0)
-  flags.DEFINE_float('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
-  flags.DEFINE_float('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)
+  _define_number('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
+  _define_number('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)
   cli.define_path('output', 'law', 'The folder to write fit.json and runs.csv to.')
 
 
@@ -164,7 +177,7 @@ def plot():
   from moejax.scaling_laws import collect, plots, report
 
   coefficients = report.load(_FLAGS.coefficients)
-  rate = _FLAGS.expansion_rate or max(coefficients)
+  rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
   runs, _ = collect.collect(_FLAGS.runs, rate)
   for path in plots.plot(coefficients, rate, runs, _FLAGS.output):
     print(path)

@@ -43,7 +43,8 @@ def collect(paths, expansion_rate=0.0):
     The runs, and a dict of those that cannot be used, with the reason.
 
   Raises:
-    ValueError: a path holds no run, two have the same name, or not all are on the same data.
+    ValueError: a path holds no run or a damaged one, two have the same name or config, or not all
+      are on the same data.
   """
   runs, excluded = [], {}
   for path in map(pathlib.Path, paths):
@@ -54,8 +55,8 @@ def collect(paths, expansion_rate=0.0):
         excluded[name] = 'diverged: its loss is not finite'
       else:
         runs.append(found)
-  _check_names(runs)
   _check_data(runs)
+  _check_distinct(runs)
   return runs, excluded
 
 
@@ -216,7 +217,7 @@ def _expansion_rate(granularity, value, default):
     raise ValueError('there is no expansion_rate; add the column, or give --expansion_rate')
   rate = _number(value) if value else default
   if not 1 <= rate < math.inf:
-    raise ValueError(f'expansion_rate = {value!r}: expected a finite number from 1 on')
+    raise ValueError(f'expansion_rate = {value or default!r}: expected a finite number from 1 on')
   return rate
 
 
@@ -242,11 +243,18 @@ def write_table(runs, path):
     table.writerows(map(dataclasses.asdict, runs))
 
 
-def _check_names(runs):
-  names = [run.name for run in runs]
-  twice = sorted({name for name in names if names.count(name) > 1})
-  if twice:
-    raise ValueError(f'several runs are called {", ".join(twice)}; rename their folders or rows.')
+def _check_distinct(runs):
+  names, configs = set(), {}
+  for run in runs:
+    if run.name in names:
+      raise ValueError(f'several runs are called {run.name}; rename their folders or rows.')
+    names.add(run.name)
+    if run.config_hash and run.config_hash in configs:
+      raise ValueError(
+        f'{configs[run.config_hash]} and {run.name} are one run: they have the same configuration. '
+        'Leave one of them out.'
+      )
+    configs[run.config_hash] = run.name
 
 
 def _check_data(runs):

@@ -12,7 +12,6 @@ from scipy import optimize
 from moejax.scaling_laws import laws
 
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-QUANTITIES = ('flops', 'loss', 'active_params', 'tokens')  # what `solve` can be asked for
 _LOG_WIDTH = (math.log(2**2), math.log(2**24))
 _LOG_FLOPS = (math.log(1e6), math.log(1e36))
 
@@ -72,7 +71,7 @@ def _granularities(coefficients):
 
 
 def solve(coefficients, expansion_rate, **target):
-  """The `Optimum` of which one quantity is given, such as `flops=1e21` or `tokens=1e12`.
+  """The `Optimum` with a given `flops`, `loss`, `active_params` or `tokens`, such as `flops=1e21`.
 
   Where the best granularity changes, width and tokens jump, so that no optimum or two may have the
   given value. The answer is the granularity's that is closest to optimal at its own FLOPs.
@@ -81,7 +80,7 @@ def solve(coefficients, expansion_rate, **target):
     ValueError: no budget reaches the value.
   """
   ((quantity, value),) = target.items()
-  if quantity == 'flops':
+  if quantity == 'flops' and _LOG_FLOPS[0] <= math.log(value) <= _LOG_FLOPS[1]:
     return best(coefficients, expansion_rate, value)
   reached = [
     found

@@ -10,21 +10,15 @@ def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
 
   Args:
     coefficients: dict of expansion rate to `laws.Coefficients`.
-    expansion_rate: of the model to train; 1: dense.
-    target: one quantity of optimal.QUANTITIES and its value.
+    expansion_rate: of the model to train, one of theirs; 1: dense.
+    target: one quantity as `optimal.solve` takes it, and its value.
     recipe: a `grid.Recipe`, how the model would be trained.
     chip: such as 'v5e' or 'H100', to say how many hours of one it takes, or None.
     mfu: the fraction of the chip's peak that the model's FLOPs reach.
 
   Raises:
-    ValueError: the law or the chip is not known, or no budget reaches the target.
+    ValueError: the chip is not known, or no budget reaches the target.
   """
-  if expansion_rate not in coefficients:
-    known = ', '.join(f'{rate:g}' for rate in sorted(coefficients))
-    raise ValueError(
-      f'--expansion_rate={expansion_rate:g}: these coefficients are for {known} (1 is dense). '
-      'A law holds for one expansion rate; `fit` finds that of other runs.'
-    )
   best = optimal.solve(coefficients[expansion_rate], expansion_rate, **target)
   result = {
     'flops': best.flops,

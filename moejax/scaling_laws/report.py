@@ -45,6 +45,23 @@ def _coefficients(fields):
   return laws.Coefficients(**fields)
 
 
+def choose_rate(coefficients, expansion_rate=None):
+  """The expansion rate if there are coefficients for it; of None, the largest that there is.
+
+  Raises:
+    ValueError: there are none.
+  """
+  if expansion_rate is None:
+    return max(coefficients)
+  if expansion_rate not in coefficients:
+    known = ', '.join(f'{rate:g}' for rate in sorted(coefficients))
+    raise ValueError(
+      f'--expansion_rate={expansion_rate:g}: these coefficients are for {known} (1 is dense). '
+      'A law holds for one expansion rate; `fit` finds that of other runs.'
+    )
+  return expansion_rate
+
+
 def describe(fits, excluded):
   """What a fit found, for people.
 

@@ -203,6 +203,13 @@ def test_runs_on_different_data_are_refused_and_listed(tmp_path):
     collect.collect([tmp_path])
 
 
+def test_one_run_under_two_names_does_not_count_twice(tmp_path):
+  _summary(tmp_path / 'a')
+  _summary(tmp_path / 'copy_of_a')
+  with pytest.raises(ValueError, match='a and copy_of_a are one run'):
+    collect.collect([tmp_path])
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
   with pytest.raises(ValueError, match='holds no run'):
     collect.collect([tmp_path])

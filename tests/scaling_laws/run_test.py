@@ -142,6 +142,13 @@ def test_launch_commands_are_quoted_and_complete():
   assert words[3].endswith(f"--workdir=gs://bucket/grid/{cells[0].name}'")
 
 
+def test_launch_commands_survive_two_shells():
+  (cell,) = grid.make('laptop')[:1]
+  (line,) = run.launch_commands([cell], "/my runs/it's", 'sh -c {command}')
+  *_, folder = shlex.split(shlex.split(line)[2])
+  assert folder == f"--workdir=/my runs/it's/{cell.name}"
+
+
 @pytest.mark.parametrize('template', ['ssh {name}', 'ssh {host} {command}', 'ssh {} {command}'])
 def test_launch_templates_that_cannot_work(template):
   with pytest.raises(ValueError, match='--launch'):

@@ -41,10 +41,12 @@ def test_a_plan_as_json():
     ((), 'expected one of plan, grid, run, fit, plot'),
     (('plan',), 'give one of --flops'),
     (('plan', '--flops=1e21', '--params=1e9'), 'give one of --flops'),
+    (('plan', '--flops=nan'), 'expected a finite number'),
+    (('plot', '--expansion_rate=32'), '--expansion_rate=32: these coefficients are for 1, 16, 64'),
     (('fit',), 'fit needs folders of runs'),
     (('run', '--workdir=x', '--grid=nowhere.json'), 'there is no such file'),
   ],
-  ids=['nothing', 'no_target', 'two_targets', 'no_runs', 'no_grid'],
+  ids=['nothing', 'no_target', 'two_targets', 'no_number', 'no_law', 'no_runs', 'no_grid'],
 )
 def test_bad_command_lines(arguments, message):
   done = _call(*arguments)
@@ -188,7 +190,7 @@ def test_a_dense_plan():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'expansion_rate': 32}, '--expansion_rate=32.*1, 16, 64'),
+    ({'target': {'flops': 1e40}}, 'no budget between 1e6 and 1e36 FLOPs'),
     ({'chip': 'v99'}, '--chip=v99'),
     ({'chip': 'v5e', 'mfu': 40}, '--mfu=40'),
   ],
