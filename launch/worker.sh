@@ -48,8 +48,8 @@ start() {
   local flag flags=()
   for flag in "$@"; do
     # tensorflow-datasets reads buckets itself. A flag may name several, as in gpt2:gs://BUCKET/gpt2.
-    while [[ $flag =~ gs://([a-z0-9][a-z0-9._-]*) && $flag != --config.data.tfds_data_dir=* ]]; do
-      mount_bucket "${BASH_REMATCH[1]}"
+    while [[ $flag =~ (^|[=:,])gs://([^/,]+) && $flag != --config.data.tfds_data_dir=* ]]; do
+      mount_bucket "${BASH_REMATCH[2]}"
       flag=${flag/gs:\/\//$BUCKETS/}
     done
     flags+=("$flag")

@@ -266,6 +266,7 @@ def test_buckets_anywhere_in_a_flag_become_folders(host):
   flags = [
     '--config.data.tokenizer=gpt2:gs://one/gpt2',
     '--config.data.files=gs://two/a,gs://one/b',
+    '--config.train.sample_prompt=see gs://three',
   ]
   host('start', '--workdir=/shared/gs', *flags)
   folder = f'{host.home}/gs'
@@ -273,6 +274,7 @@ def test_buckets_anywhere_in_a_flag_become_folders(host):
     '--workdir=/shared/gs',
     f'--config.data.tokenizer=gpt2:{folder}/one/gpt2',
     f'--config.data.files={folder}/two/a,{folder}/one/b',
+    flags[-1],
   ]
   mounts = (host.home / 'mounts').read_text().splitlines()
   assert [line.split()[-2] for line in mounts] == ['one', 'two', 'one']

@@ -42,6 +42,12 @@ class DataConfig(Section):
         f'data.files: data.source={self.source!r} reads no files, got {self.files!r}; '
         f'set data.source to one of {", ".join(_READS_FILES)}, or leave data.files empty.'
       )
+    for name in ('files', 'tokenizer'):
+      if '://' in getattr(self, name):
+        yield (
+          f'data.{name}: expected a path on this machine, got {getattr(self, name)!r}. Mount the '
+          'bucket, as launch/tpu_run.sh does (docs/launch.md says how).'
+        )
     if self.source == 'jsonl' and not self.field:
       yield 'data.field: expected the name of the JSON field that holds the text.'
     if self.source == 'seqio' and not self.task:
