@@ -74,6 +74,8 @@ class TokenLoader:
     else:
       self._tokens, corpus_fingerprint = _read_tokens(config, self.tokenizer, split)
     size, length = config.batch_size, config.sequence_length
+    if len(self._tokens) < 2:
+      raise ValueError(f'data.files: there is no text for the {split} split; give more of it.')
     if len(self._tokens) <= size * length:
       raise ValueError(
         f'data.batch_size: the {split} split has {len(self._tokens)} tokens, but one batch of '

@@ -333,7 +333,9 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
   """
   import sentencepiece
 
-  lines = (line for text in texts for line in text.decode('utf-8', 'replace').split('\n') if line)
+  # U+2585 is a mark of the trainer's own: it would leave out every line that has one.
+  split = re.compile('[\n\u2585]').split
+  lines = (line for text in texts for line in split(text.decode('utf-8', 'replace')) if line)
   sentences = (sentence for line in lines for sentence in _sentences(line))
   model = io.BytesIO()
   try:

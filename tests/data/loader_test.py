@@ -177,6 +177,12 @@ def test_a_batch_that_is_just_large_enough(make_config, tmp_path):
   assert data.make_loader(config, 'validation').num_batches == 1  # 21 tokens = 4 * 5 + 1
 
 
+def test_no_text(make_config, tmp_path):
+  (tmp_path / 'a.jsonl').write_text('\n')
+  with pytest.raises(ValueError, match=r'data\.files: there is no text for the train split'):
+    data.make_loader(make_config(source='jsonl', files=f'{tmp_path}/a.jsonl'), 'train')
+
+
 def test_wrong_process_count_or_split(config):
   with pytest.raises(ValueError, match=r'data\.batch_size: expected a multiple of the 3 processes'):
     data.make_loader(config, 'train', num_parts=3)

@@ -232,6 +232,14 @@ def test_program_trains_on_the_training_split(make_config, text_folder, tmp_path
   assert output.read_bytes() == first
 
 
+def test_lines_with_the_trainers_own_mark_are_trained_on():
+  texts = [f'bar ▅▅▅ of number {i} is done\n'.encode() for i in range(300)]
+  pieces = sentencepiece.SentencePieceProcessor(
+    model_proto=tokenizer_lib.train_sentencepiece(texts, 300)
+  )
+  assert len(pieces.encode(' of number 1 is done')) < 10
+
+
 def test_documents_without_line_breaks_are_trained_on():
   texts = [(f'{i} ' + 'a sentence without a line break. ' * 3000).encode() for i in range(3)]
   short = [line.encode() + b'\n' for text in texts for line in text.decode().split('. ')]
