@@ -147,8 +147,9 @@ def layer_programs(B, L, I, N):
 def programs(B, L, I, N):
   """{(name, pass): something to run}."""
   args = arguments(B, L, I, N)
+  fastest = selective_scan.fastest(jax.default_backend(), I)
   ways = {
-    'scan': lambda *args: selective_scan.selective_scan(*args)[0],
+    'scan': lambda *args: selective_scan.selective_scan(*args, impl=fastest)[0],
     'loop': lambda *args: selective_scan.selective_scan(*args, impl='reference')[0],
     'associative': associative,
   }

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.fields import Section, default, section
-from moejax.layers import attention, common, experts, mamba, mlp, moe, mot, parallel
-from moejax.ops import cross_entropy, routing
+from moejax.layers import attention, common, experts, loss, mamba, mlp, moe, mot, parallel
+from moejax.ops import routing
 from moejax.sharding import exchange, rules
 
 
@@ -398,7 +398,7 @@ class LanguageModel(nnx.Module):
     tokens = common.Tokens(batch['segments'], positions_BL, key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
     weights_BL = counted(batch).astype(jnp.float32)
-    nats = cross_entropy.chunked_cross_entropy(
+    nats = loss.next_token_loss(
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )
     return nats, weights_BL.sum(), aux

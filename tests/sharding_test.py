@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moejax import sharding, step as step_lib
-from moejax.sharding import mesh as mesh_lib, rules
+from moejax.sharding import mesh as mesh_lib
 from tests import tiny
 
 MESHES = {
@@ -128,95 +128,3 @@ def test_parameters_and_moments_are_split():
   assert experts.addressable_shards[0].data.size == experts.size // 8
   moment = state['optimizer'][0].mu['stack_1']['1_mot']['layer']['experts']['w_in']
   assert moment.sharding == experts.sharding
-
-
-def test_experts_too_few_for_fsdp_are_split_by_their_width():
-  sizes = {'fsdp': 4, 'expert': 2, 'tensor': 1, 'data': 1}
-  of_mesh = lambda *axes: int(np.prod([sizes[axis] for axis in axes]))
-  P = jax.sharding.PartitionSpec
-  assert rules.spec('experts/w_in', (16, 12, 5), of_mesh) == P(('expert', 'fsdp'), None, 'tensor')
-  assert rules.spec('experts/w_in', (4, 12, 5), of_mesh) == P('expert', 'fsdp', 'tensor')
-  assert rules.spec('experts/w_out', (4, 5, 6), of_mesh) == P('expert', 'tensor', None)
-
-
-def test_a_dimension_that_does_not_divide_stays_whole():
-  mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 8))
-  params = {'head': jax.ShapeDtypeStruct((12, 37), 'float32')}
-  spec = sharding.state_shardings(params, mesh)['head'].spec
-  assert spec == jax.sharding.PartitionSpec(('fsdp', 'expert'), None)
-
-
-@pytest.mark.parametrize(
-  'sizes, message',
-  [
-    ((3, 1, 1, 1), 'does not fit 8 devices'),
-    ((-1, -1, 1, 1), 'at most one -1'),
-    ((0, 1, 1, 1), 'must be positive'),
-    ((-1, 3, 1, 1), 'does not fit 8 devices'),
-  ],
-)
-def test_impossible_meshes_are_refused(sizes, message):
-  with pytest.raises(ValueError, match=message):
-    sharding.make_mesh(sharding.MeshConfig(*sizes))
-
-
-class _Device:
-  """What a mesh needs of a device that belongs to another process."""
-
-  platform = device_kind = 'cpu'
-  client = None
-
-  def __init__(self, number, process):
-    self.id, self.process_index = number, process
-
-
-def _parts(monkeypatch, sizes, processes, num_rows):
-  """`process_part` of every process, for a mesh whose devices lie on these processes in order."""
-  devices = np.array([_Device(i, process) for i, process in enumerate(processes)], object)
-  mesh = jax.sharding.Mesh(devices.reshape(sizes), sharding.AXES)
-  parts = []
-  for process in range(max(processes) + 1):
-    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
-    parts.append(sharding.process_part(mesh, num_rows))
-  return parts
-
-
-@pytest.mark.parametrize(
-  'sizes, processes, rows',
-  [
-    ((4, 1, 1, 1), (0, 0, 1, 1), [(0, 1, 2, 3), (4, 5, 6, 7)]),
-    ((2, 2, 1, 2), (0, 0, 0, 0, 1, 1, 1, 1), [(0, 1, 2, 3), (4, 5, 6, 7)]),
-    # A host of 2x2 chips in rows of 4, as on a TPU.
-    ((8, 1, 1, 1), (0, 0, 1, 1, 0, 0, 1, 1), [(0, 1, 4, 5), (2, 3, 6, 7)]),
-    # Both halves of a tensor dimension need the same sequences.
-    ((2, 1, 1, 2), (0, 1, 0, 1), [range(8), range(8)]),
-    ((2, 1, 1, 2), (0, 1, 2, 3), [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2),
-  ],
-)
-def test_every_process_reads_the_rows_of_its_devices(monkeypatch, sizes, processes, rows):
-  parts = _parts(monkeypatch, sizes, processes, 8)
-  assert [part['rows'] for part in parts] == [tuple(r) for r in rows]
-  distinct = sorted({tuple(r) for r in rows})
-  assert [part['part'] for part in parts] == [distinct.index(tuple(r)) for r in rows]
-  assert {part['num_parts'] for part in parts} == {len(distinct)}
-
-
-def test_parts_that_overlap_are_refused(monkeypatch):
-  with pytest.raises(ValueError, match='do not lie in equal parts on the 2 processes'):
-    _parts(monkeypatch, (3, 1, 1, 2), (0, 0, 0, 1, 1, 1), 6)
-
-
-@pytest.mark.parametrize(
-  'shape, slices, inside, between',
-  [
-    ((8, 2, 4, 1), 4, [2, 2, 4, 1], [4, 1, 1, 1]),
-    ((1, 8, 4, 1), 4, [1, 2, 4, 1], [1, 4, 1, 1]),
-  ],
-)
-def test_slices_lie_along_an_outer_axis(shape, slices, inside, between):
-  assert mesh_lib._by_slices(shape, slices) == (inside, between)
-
-
-def test_slices_that_fit_no_axis_are_refused():
-  with pytest.raises(ValueError, match='the 2 slices must divide mesh.data or mesh.fsdp'):
-    mesh_lib._by_slices((1, 1, 32, 1), 2)

@@ -6,10 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from moejax.fields import Section, default
 from moejax.layers import common
 from moejax.ops import selective_scan
+from moejax.sharding import mesh, platform
 
 # The initial step sizes, softplus(delta_bias): uniform in their logarithm between these.
 MIN_STEP, MAX_STEP = 1e-3, 0.1
@@ -115,7 +117,7 @@ class Mamba(nnx.Module):
     gate_BLI = _project(self.w_gate, x_BLD, through)
     padded = jnp.pad(u_BLI, ((0, 0), (W - 1, 0), (0, 0)))
     x_BLI = self._convolve(padded, tokens.positions)
-    y_BLI, state_BNI = selective_scan.selective_scan(
+    y_BLI, state_BNI = sharded_scan(
       *self._coefficients(x_BLI, gate_BLI), reset_BL=tokens.positions == 0
     )
     y_BLD = _project(self.w_out, y_BLI, through)
@@ -155,6 +157,32 @@ class Mamba(nnx.Module):
     delta = jnp.einsum('...R,RI->...I', low_rank, self.w_delta[...].astype(x.dtype))
     a_IN = -jnp.exp(self.a_log[...])
     return x, delta, a_IN, b, c, self.skip[...], gate, self.delta_bias[...]
+
+
+def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I, *, reset_BL):
+  """`selective_scan.selective_scan`, of its own sequences and channels on every device.
+
+  Left to itself, XLA puts two all-reduces into every step of the backward pass. Only gradients of
+  what devices share (a, skip, bias; b, c) are summed, once, after the scan.
+  """
+  B, _, I = x_BLI.shape
+  rows, devices = mesh.batch_axes(B), mesh.size('tensor')
+  columns = 'tensor' if devices > 1 and I % devices == 0 else None
+  impl = selective_scan.fastest(platform.current(), I // devices if columns else I)
+  scan = lambda *args: selective_scan.selective_scan(*args[:-1], reset_BL=args[-1], impl=impl)
+  if rows or columns:
+    by_both, by_row, by_channel = P(rows, None, columns), P(rows), P(columns)
+    arrays = by_both, by_both, by_channel, by_row, by_row, by_channel, by_both, by_channel, by_row
+    scan = jax.shard_map(
+      scan,
+      in_specs=arrays,
+      out_specs=(by_both, by_both),
+      check_vma=False,  # as kernels need it; the body has no collective
+    )
+  # Small arrays are widened here, so that sums of their gradients over devices are wide, too.
+  widen = lambda v: v.astype(jnp.promote_types(x_BLI.dtype, jnp.float32))
+  a_IN, b_BLN, c_BLN, skip_I, bias_I = map(widen, (a_IN, b_BLN, c_BLN, skip_I, bias_I))
+  return scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I, reset_BL)
 
 
 def _project(w, x, through):

@@ -253,13 +253,13 @@ class MixtureOfExperts(common.Stateless):
       _on_a_device,
       config=config,
       activation=self.experts.activation,
-      devices=mesh.shards(specs['w_in'], 'expert'),
+      devices=mesh.num_shards(specs['w_in'], 'expert'),
       fsdp_dims={name: mesh.sharded_dim(spec, ('fsdp',)) for name, spec in specs.items()},
     )
     if mesh.size(*mesh.AXES) > 1:
       rows = mesh.batch_axes(len(x_GTD))
       by_group = P(rows)
-      width = 'tensor' if mesh.shards(specs['w_in'], 'tensor') > 1 else None
+      width = 'tensor' if mesh.num_shards(specs['w_in'], 'tensor') > 1 else None
       body = jax.shard_map(
         body,
         in_specs=(by_group, by_group, by_group, P(), specs),

@@ -5,12 +5,8 @@ logits of a few positions at a time and computes them again in the backward pass
 their own gradient in one go: what costs time is passing over them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-
-from moejax.sharding import mesh
 
 
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
@@ -36,45 +32,24 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
 
   The last, ragged chunk is padded with weight 0. `chunk=0`, or one that covers the sequence, is the
   plain form.
-
-  On a mesh every device goes through the chunks of its own sequences with the whole head: left to
-  the partitioner, a head in shards is gathered, and its gradient summed over the devices, for every
-  chunk anew.
   """
-  B, L, _ = x_BLD.shape
+  L = x_BLD.shape[1]
   if not 0 < chunk < L:
     return cross_entropy(x_BLD, head_DV, targets_BL, weights_BL)
-  head_DV = head_DV.astype(x_BLD.dtype)  # what travels; each device sums its gradient in float32
-  scan = functools.partial(_over_chunks, chunk)
-  rows = mesh.batch_axes(B)
-  if rows:
-    P = jax.sharding.PartitionSpec
-    scan = jax.shard_map(
-      scan,
-      in_specs=(P(rows), P(), P(rows), P(rows)),
-      out_specs=P(rows),
-      axis_names={*rows},  # the vocabulary stays with the partitioner
-      check_vma=False,  # the sum starts from a zero that every device makes for itself
-    )
-  return scan(x_BLD, head_DV, targets_BL, weights_BL).sum()
-
-
-def _over_chunks(chunk, x_BLD, head_DV, targets_BL, weights_BL):
-  """The sum over all chunks, [1]."""
-  B, L, _ = x_BLD.shape
+  head_DV = head_DV.astype(x_BLD.dtype)  # as precise as the plain form has it
+  head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))  # as is its gradient
   num_chunks = -(-L // chunk)
-  head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))
 
   def split(a):  # [B, L, ...] -> [num_chunks, B, chunk, ...]
     a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - L)] + [(0, 0)] * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(B, num_chunks, chunk, *a.shape[2:]), 1, 0)
+    return jnp.moveaxis(a.reshape(len(a), num_chunks, chunk, *a.shape[2:]), 1, 0)
 
   def add_chunk(total, chunk_arrays):
     x, targets, weights = chunk_arrays
     return total + jnp.sum(_nats(x, head_DV, targets) * weights), None
 
   chunks = (split(x_BLD), split(targets_BL), split(weights_BL))
-  return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0][None]
+  return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]
 
 
 @jax.custom_vjp

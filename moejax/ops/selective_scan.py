@@ -24,10 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.sharding import mesh, platform
-
-CHANNEL_AXIS = 'tensor'  # of the mesh, along which channels may lie
-
 
 def selective_scan(
   x_BLI,
@@ -41,7 +37,7 @@ def selective_scan(
   *,
   state_BNI=None,
   reset_BL=None,
-  impl='auto',
+  impl,
 ):
   """Runs the recurrence over all positions.
 
@@ -52,33 +48,31 @@ def selective_scan(
     skip_I, bias_I: weights of x in y, and of the step size.
     state_BNI: the state before the first position; None is zero.
     reset_BL: bool, true where a document starts: the state before that position is forgotten.
-    impl: an implementation, or 'auto': that of the platform, on TPU the kernel
-      where it can be. Name it when compiling for another platform.
+    impl: an implementation, such as `fastest` names for a platform.
 
   Returns:
     y_BLI in the dtype of x, and the state_BNI after the last position in float32 (float64 where x
     is). The state and all sums have that dtype throughout. Both have gradients.
-
-  Under a mesh, every device scans its own sequences (along `mesh.BATCH_AXES`) and channels (along
-  CHANNEL_AXIS); only gradients of what they share (a, skip, bias; b, c) are summed, once, after the
-  scan.
   """
-  if impl not in ('auto', *_IMPLEMENTATIONS):
-    raise ValueError(f'impl must be auto, {", ".join(_IMPLEMENTATIONS)}; got {impl!r}.')
+  if impl not in _IMPLEMENTATIONS:
+    raise ValueError(f'impl must be one of {", ".join(_IMPLEMENTATIONS)}; got {impl!r}.')
   B, L, I = x_BLI.shape
   dtype = jnp.promote_types(x_BLI.dtype, jnp.float32)
-  # Small arrays are widened here, so that sums of their gradients over devices are wide, too.
   b_BLN, c_BLN = b_BLN.astype(dtype), c_BLN.astype(dtype)
   channels = _Channels(*(v.astype(dtype) for v in (a_IN, skip_I, bias_I)))
   if state_BNI is None:
     state_BNI = jnp.zeros((B, a_IN.shape[1], I), dtype)
   keep_BL = jnp.ones((B, L), dtype) if reset_BL is None else 1 - reset_BL.astype(dtype)
-  return _per_device(
-    functools.partial(_run, impl),
+  return _IMPLEMENTATIONS[impl](
     _Sequences(x_BLI, delta_BLI, b_BLN, c_BLN, gate_BLI, keep_BL),
     channels,
     state_BNI.astype(dtype),
   )
+
+
+def fastest(platform, channels):
+  """The implementation for 'cpu', 'gpu' or 'tpu', and this many channels on a device."""
+  return 'tpu_kernel' if platform == 'tpu' and channels % _LANES == 0 else platform
 
 
 def step(x_BI, delta_BI, a_IN, b_BN, c_BN, skip_I, gate_BI, bias_I, state_BNI, reset_B):
@@ -91,7 +85,7 @@ def step(x_BI, delta_BI, a_IN, b_BN, c_BN, skip_I, gate_BI, bias_I, state_BNI, r
 class _Sequences(NamedTuple):
   """What changes along positions, [B, L, ...], or [B, ...] at one position.
 
-  Arrays, or one thing for each of them: how it is partitioned, what it is padded with.
+  Arrays, or one thing for each of them, such as what it is padded with.
   """
 
   x: Any  # I
@@ -108,35 +102,6 @@ class _Channels(NamedTuple):
   a: Any  # [I, N]
   skip: Any  # [I]
   bias: Any  # [I]
-
-
-def _per_device(scan, sequences, channels, state_BNI):
-  """`scan` of the sequences and channels that a device has: partitioned by hand.
-
-  Left to itself, XLA puts two all-reduces into every step of the backward pass.
-  """
-  rows, tensor = mesh.batch_axes(state_BNI.shape[0]), mesh.size(CHANNEL_AXIS)
-  columns = CHANNEL_AXIS if tensor > 1 and state_BNI.shape[2] % tensor == 0 else None
-  if not rows and not columns:
-    return scan(sequences, channels, state_BNI)
-  P = jax.sharding.PartitionSpec
-  wide, narrow = P(rows, None, columns), P(rows)
-  sequence_specs = _Sequences(wide, wide, narrow, narrow, wide, narrow)
-  channel_specs = _Channels(P(columns), P(columns), P(columns))
-  return jax.shard_map(
-    scan,
-    in_specs=(sequence_specs, channel_specs, wide),
-    out_specs=(wide, wide),
-    check_vma=False,  # as kernels need it; the body has no collective
-  )(sequences, channels, state_BNI)
-
-
-def _run(impl, sequences, channels, state_BNI):
-  if impl == 'auto':
-    impl = platform.current()
-    if impl == 'tpu' and state_BNI.shape[2] % _LANES == 0:
-      impl = 'tpu_kernel'
-  return _IMPLEMENTATIONS[impl](sequences, channels, state_BNI)
 
 
 def _reference(sequences, channels, state_BNI):

@@ -1,4 +1,4 @@
-"""Where arrays live: the train state by the rules of names, and the batch."""
+"""Shardings of the train state and of the batch, and what moves them on and off the devices."""
 
 import math
 
@@ -12,12 +12,12 @@ from moejax.sharding.mesh import BATCH
 
 
 def replicated(mesh):
-  """The sharding of an array that is whole on every device."""
+  """The sharding of a replicated array."""
   return NamedSharding(mesh, P())
 
 
 def state_shardings(abstract_state, mesh):
-  """A NamedSharding for every array of the train state; optimizer moments lie as their parameters.
+  """A NamedSharding for every array of the train state; optimizer moments as their parameters.
 
   A dimension that its mesh axis does not divide stays whole.
   """

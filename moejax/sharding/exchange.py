@@ -12,18 +12,18 @@ from jax.sharding import PartitionSpec as P
 from moejax.sharding import mesh
 
 # Name of arrays that other devices sent, for `jax.checkpoint_policies.save_only_these_names`: a
-# backward pass that computes anew need not send anew.
+# backward pass that recomputes need not send again.
 RECEIVED = 'received'
 
 
 def gather(a, spec, axes):
-  """An array that lies as `spec` says, whole along `axes`; its gradient is in parts again."""
+  """An array sharded by `spec`, gathered along mesh axes; its gradient is sharded again."""
   return a if mesh.sharded_dim(spec, axes) is None else _gather(a, spec, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(a, spec, axes):
-  return jax.lax.with_sharding_constraint(a, _whole(spec, axes))
+  return jax.lax.with_sharding_constraint(a, _without(spec, axes))
 
 
 def _gather_forward(a, spec, axes):
@@ -31,14 +31,14 @@ def _gather_forward(a, spec, axes):
 
 
 def _gather_backward(spec, axes, _, gradient):
-  gradient = jax.lax.with_sharding_constraint(gradient, _whole(spec, axes))
+  gradient = jax.lax.with_sharding_constraint(gradient, _without(spec, axes))
   return (jax.lax.with_sharding_constraint(gradient, spec),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _whole(spec, axes):
+def _without(spec, axes):
   kept = (tuple(axis for axis in mesh.names(entry) if axis not in axes) for entry in spec)
   return P(*(entry or None for entry in kept))
 

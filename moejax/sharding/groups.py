@@ -1,4 +1,4 @@
-"""Mixing groups: the tokens of M sequences at one position, wherever those sequences lie.
+"""Mixing groups: the tokens of M sequences at one position, whichever devices hold them.
 
 Under a mesh every device holds some sequences of the batch. Where a group does not lie on one
 device, batch is traded for sequence: one all-to-all gives each device all the sequences of its
@@ -93,7 +93,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class WholeSequences:
-  """Groups of all tokens of `size` sequences, earlier positions first; they lie where they lay."""
+  """Groups of all tokens of `size` sequences, earlier positions first; no device sends anything."""
 
   size: int
 

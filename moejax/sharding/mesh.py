@@ -16,7 +16,7 @@ from moejax.fields import Section, default
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
-SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts lie in parts along these
+SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts are sharded along these
 BATCH = P(BATCH_AXES)
 
 
@@ -78,24 +78,24 @@ def _by_slices(shape, slices):
       return [n // m for n, m in zip(shape, between, strict=True)], between
   raise ValueError(
     f'mesh {dict(zip(AXES, shape, strict=True))}: the {slices} slices must divide mesh.data or '
-    'mesh.fsdp, along which they lie.'
+    'mesh.fsdp.'
   )
 
 
 def batch_shards(mesh):
-  """Over how many devices the batch dimension is split."""
+  """Over how many devices the batch dimension is sharded."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def size(*axes):
-  """Devices along mesh axes, as far as these are there and still the partitioner's."""
+  """Number of devices along mesh axes; 1 without a mesh, and in the body of a `shard_map`."""
   current = jax.sharding.get_abstract_mesh()
   free = () if current.empty else current.auto_axes
   return math.prod(current.shape[axis] for axis in axes if axis in free)
 
 
 def batch_axes(number):
-  """The batch axes with several devices, as many as divide `number`, to split a leading axis."""
+  """The batch axes with several devices, as many as divide `number`, to shard a leading axis."""
   axes = ()
   for axis in BATCH_AXES:
     if size(axis) > 1 and number % size(*axes, axis) == 0:
@@ -103,15 +103,15 @@ def batch_axes(number):
   return axes
 
 
-def shards(spec, axis):
-  """The devices along a mesh axis if an array of this PartitionSpec is sharded along it, else 1."""
+def num_shards(spec, axis):
+  """Shards of an array of this PartitionSpec along a mesh axis."""
   return size(axis) if any(axis in names(entry) for entry in spec) else 1
 
 
 def sharded_dim(spec, axes):
   """The dimension of an array of this PartitionSpec that is sharded along `axes`, or None."""
-  split = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
-  return split[0] if split else None
+  sharded = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
+  return sharded[0] if sharded else None
 
 
 def names(entry):

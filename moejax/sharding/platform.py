@@ -1,6 +1,6 @@
-"""The platform that programs are compiled for, for ops with an implementation for each.
+"""The platform that programs are compiled for, for layers that choose an implementation by it.
 
-It is the default device's, unless a program is compiled for a machine that is not there.
+It is the default device's, unless a program is compiled ahead of time for another machine.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""One table from the paths of parameters to mesh axes, and how parameters in parts become whole."""
+"""One table from the paths of parameters to mesh axes, and how a block is gathered."""
 
 import re
 
@@ -9,8 +9,8 @@ from moejax.sharding import exchange, mesh
 from moejax.sharding.mesh import SHARD_AXES
 
 # First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
-# the leading axis of stacked blocks stays whole. Of several, the first whose mesh axes all divide.
-# Whole experts lie along `fsdp` if there are enough: what is gathered is then in one piece.
+# the leading axis of stacked blocks is not sharded. Of several, the first whose axes all divide.
+# Experts are sharded along `fsdp` one by one if there are enough: what is gathered is in one piece.
 RULES = (
   (r'embedding', P('tensor', SHARD_AXES)),
   (r'position_embedding', P(None, SHARD_AXES)),
@@ -41,8 +41,8 @@ def spec(name, shape, size=mesh.size):
 
   Args:
     name: its path, joined by /.
-    shape: its shape; a dimension that its mesh axes do not divide stays whole.
-    size: function of mesh axes: over how many devices they go; by default on the mesh at hand.
+    shape: its shape; a dimension that its mesh axes do not divide is replicated.
+    size: function of mesh axes: their number of devices; by default on the current mesh.
   """
   specs = next(specs for rule, *specs in RULES if re.search(f'(^|/){rule}$', name))
   *preferred, last = (_fit(spec, shape, size) for spec in specs)
@@ -65,20 +65,21 @@ def _dividing(n, axes, size):
 
 
 def gather(block, dtype):
-  """A module whose parameters are whole along SHARD_AXES, and then in `dtype`.
+  """A module whose parameters are gathered along SHARD_AXES, in `dtype`.
 
-  Called inside the loop over blocks, so that one block's are whole at a time; their gradients are
-  summed into the shards. Left to itself, the partitioner may rather multiply shard by shard, which
-  passes over the activations as many times as there are shards. Experts are left to their layer.
+  Called inside the loop over blocks, so that one block's are gathered at a time; their gradients
+  are summed into the shards. Left to itself, the partitioner may rather multiply shard by shard,
+  which passes over the activations as many times as there are shards. Experts are left to their
+  layer.
   """
 
-  def whole(path, leaf):
+  def gathered(path, leaf):
     name = name_of(path[:-1])  # the last is a field of the Variable
-    lies = spec(name, leaf.shape)
-    if '/experts/' in name or mesh.sharded_dim(lies, SHARD_AXES) is None:
+    sharded = spec(name, leaf.shape)
+    if '/experts/' in name or mesh.sharded_dim(sharded, SHARD_AXES) is None:
       return leaf
-    return exchange.gather(leaf.astype(dtype), lies, SHARD_AXES)
+    return exchange.gather(leaf.astype(dtype), sharded, SHARD_AXES)
 
   if mesh.size(*SHARD_AXES) == 1:
     return block
-  return jax.tree_util.tree_map_with_path(whole, block)
+  return jax.tree_util.tree_map_with_path(gathered, block)

@@ -1,17 +1,11 @@
 """The kernel for TPU: interpreted against the loop, lowered and compiled without a TPU."""
 
 import functools
-import importlib.util
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from moejax.ops import selective_scan as scan_lib, selective_scan_tpu
-from moejax.ops.selective_scan import selective_scan
-from moejax.sharding import mesh as mesh_lib, platform
 from tests import shapes
 from tests.ops import selective_scan_test as scans
 from tests.ops.sparse_layer import QUICK_TO_COMPILE
@@ -67,19 +61,6 @@ def test_an_infinite_state_ends_with_its_document(interpreted, border):
   scans.check_an_infinite_state_ends_with_its_document(run, inputs, border)
 
 
-def test_devices_run_it_on_their_own_part(x64, interpreted):
-  inputs, reset_BL, cotangents = _case(CHUNK + 1, 'float64', 2 * LANES, sequences=4)
-  reset_BL = jnp.concatenate([reset_BL, ~reset_BL])
-  args = inputs, reset_BL, cotangents
-  names = (*mesh_lib.BATCH_AXES, scan_lib.CHANNEL_AXIS)
-  mesh = jax.make_mesh((2, 2, 1, 2), names, axis_types=(AxisType.Auto,) * 4)
-  expected = _with_gradients('reference', *args)
-  with jax.set_mesh(mesh):
-    got = _with_gradients('tpu_kernel', *jax.device_put(args, NamedSharding(mesh, P())))
-  scans._assert_close(got, expected, 1e-12)
-  assert got[0][0].sharding.spec == P(('data', 'fsdp'), None, 'tensor')
-
-
 def test_names_are_true(interpreted):
   args = jax.eval_shape(lambda: _case(CHUNK + 1, 'float32'))
   with shapes.checked():
@@ -89,18 +70,6 @@ def test_names_are_true(interpreted):
 def test_channels_that_do_not_fill_the_lanes_are_refused():
   with pytest.raises(ValueError, match='multiples of 128, got 130'):
     jax.eval_shape(lambda: _with_gradients('tpu_kernel', *_case(1, 'float32', 130)))
-
-
-@pytest.mark.parametrize(
-  ('channels', 'tensor', 'kernel'),
-  [(128, 1, True), (130, 1, False), (128, 2, False), (256, 2, True)],
-)
-def test_auto_goes_by_the_channels_of_a_device(channels, tensor, kernel):
-  inputs = jax.eval_shape(lambda: scans._inputs(2, 'float32', channels=channels))
-  mesh = jax.make_mesh((tensor,), ('tensor',), axis_types=(AxisType.Auto,))
-  with jax.set_mesh(mesh), platform.compiling_for('tpu'):
-    program = jax.make_jaxpr(lambda inputs: selective_scan(**inputs))(inputs)
-  assert ('pallas_call' in str(program)) == kernel
 
 
 IN_XLA = sorted(scan_lib._IMPLEMENTATIONS.keys() - {'tpu_kernel'})
@@ -115,31 +84,3 @@ def test_lowers_for_accelerators(impl, platform):
   f = jax.jit(functools.partial(_with_gradients.__wrapped__, impl))
   text = jax.export.export(f, platforms=[platform])(*args).mlir_module()
   assert text.count('custom_call @tpu_custom_call') == (2 if impl == 'tpu_kernel' else 0)
-
-
-@pytest.mark.slow  # 10 s each; lowering, where most mistakes show, is tested above
-@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu: extra tpu-aot')
-@pytest.mark.parametrize(
-  ('topology', 'dtype'),
-  [
-    ('v5e:2x2', 'bfloat16'),
-    ('v5e:2x2', 'float32'),
-    ('v5p:2x2x1', 'bfloat16'),
-    ('v6e:2x2', 'bfloat16'),
-  ],
-)
-def test_compiles_for_tpu(monkeypatch, topology, dtype):
-  """For four chips that are not there, with the largest tile."""
-  for name in ('TPU_SKIP_MDS_QUERY', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):
-    monkeypatch.setenv(name, '1')
-  devices = topologies.get_topology_desc(topology, 'tpu').devices
-  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), devices=devices, axis_types=(AxisType.Auto,) * 2)
-  channels = 2 * selective_scan_tpu._TILES[0]
-  args = jax.eval_shape(lambda: _case(300, dtype, channels, states=16))
-  f = jax.jit(
-    functools.partial(_with_gradients.__wrapped__, 'tpu_kernel'),
-    in_shardings=NamedSharding(mesh, P()),
-  )
-  with jax.set_mesh(mesh):
-    text = f.trace(*args).lower(lowering_platforms=('tpu',)).compile().as_text()
-  assert text.count('custom_call_target="tpu_custom_call"') == 2
