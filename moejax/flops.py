@@ -21,13 +21,13 @@ Conventions:
 
 import collections
 import dataclasses
-import re
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax import hardware
 from moejax.layers import mamba, mlp
 
 
@@ -226,51 +226,13 @@ def training_flops_per_token(config, length):
   return {'model': model, 'routing': routing, 'total': model + routing}
 
 
-# Teraflop/s of 16-bit products without sparsity, by device kind, the most specific name first. The
-# values are those of Google Cloud's pages on each TPU version and NVIDIA's data sheets. What JAX
-# calls a device is half a chip of TPU v2, v3 and 7x. V100 and T4 have float16 products only.
-_PEAK_TERAFLOPS = {
-  'TPU v2': 45 / 2,
-  'TPU v3': 123 / 2,
-  'TPU v4': 275,
-  'TPU v5 lite': 197,
-  'TPU v5e': 197,
-  'TPU v5p': 459,
-  'TPU v5': 459,
-  'TPU v6 lite': 918,
-  'TPU v6e': 918,
-  'TPU7x': 2307 / 2,
-  'V100-PCIE': 112,
-  'V100': 125,
-  'T4': 65,
-  'A100': 312,
-  'L4': 121,
-  'H100 PCIe': 756,
-  'H100 NVL': 835,
-  'H100': 989,
-  'H200 NVL': 835,
-  'H200': 989,
-  'B200': 2250,
-}
-
-
 def peak_flops(device, dtype):
   """FLOP/s that the maker of a `jax.Device` states for matrix products, or None if not known.
 
-  Only 16-bit types have an entry. A slice of a partitioned GPU (MIG) has none either.
+  Only 16-bit types have an entry.
   """
-  kind = device.device_kind
-  if jnp.dtype(dtype).itemsize != 2 or 'MIG' in kind:
-    return None
-  return named_peak_flops(kind)
-
-
-def named_peak_flops(kind):
-  """16-bit FLOP/s of a device by its kind, such as 'TPU v5e' or 'H100'; None if not known."""
-  for name, teraflops in _PEAK_TERAFLOPS.items():
-    if re.search(rf'\b{re.escape(name)}\b', kind):
-      return teraflops * 1e12
-  return None
+  chip = hardware.find(device.device_kind) if jnp.dtype(dtype).itemsize == 2 else None
+  return chip and chip.flops
 
 
 def measured_peak_flops(dtype, seconds=0.2):

@@ -1,10 +1,6 @@
-"""Machines that programs can be compiled for without having them: chips, slices, interconnect.
+"""Slices of TPUs and nodes of GPUs that programs can be compiled for ahead of time.
 
-Sizes and speeds are those of Google Cloud's pages on TPU v4, v5e, v5p and v6e
-(docs.cloud.google.com/tpu/docs/v4 and so on) and of NVIDIA's data sheets. A link of a TPU is the
-stated bidirectional bandwidth per chip over its ports and directions (v4: from the bisection
-bandwidth of its pod); the network between slices is the stated data-center bandwidth per chip (v4,
-of which none is stated: v5e's). What NVIDIA calls NVLink bandwidth is both directions.
+What their chips can do stands in moejax/hardware.py.
 """
 
 import dataclasses
@@ -14,38 +10,7 @@ import os
 
 import numpy as np
 
-from moejax import flops
-
-_GIB, _GB = 2**30, 1e9
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Speeds in bytes per second; `link` is one way, of one link of a torus or of all of NVLink."""
-
-  name: str  # as `flops.named_peak_flops` knows it
-  memory: float  # bytes
-  memory_bandwidth: float
-  link: float
-  network: float  # between slices or nodes, of one chip
-
-  @property
-  def flops(self):
-    """Peak FLOP/s of 16-bit products."""
-    peak = flops.named_peak_flops(self.name)
-    assert peak
-    return peak
-
-
-CHIPS = {
-  'v4': Chip('TPU v4', 32 * _GIB, 1200 * _GB, 50 * _GB, 3.125 * _GB),
-  'v5e': Chip('TPU v5e', 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB),
-  'v5p': Chip('TPU v5p', 95 * _GIB, 2765 * _GB, 100 * _GB, 6.25 * _GB),
-  'v6e': Chip('TPU v6e', 32 * _GIB, 1600 * _GB, 100 * _GB, 12.5 * _GB),
-  'a100': Chip('A100', 80 * _GIB, 2039 * _GB, 300 * _GB, 25 * _GB),
-  'h100': Chip('H100', 80 * _GIB, 3350 * _GB, 450 * _GB, 50 * _GB),
-  'h200': Chip('H200', 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
-}
+from moejax import hardware
 
 _SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _CUBES = (
@@ -53,6 +18,7 @@ _CUBES = (
   *('8x8x16', '8x16x16', '16x16x16'),
 )
 _SHAPES = {'v4': _CUBES, 'v5e': _SQUARES, 'v5p': _CUBES, 'v6e': _SQUARES}
+_GPUS = ('a100', 'h100', 'h200')
 _NODE = 8  # GPUs
 _GPU_COUNTS = (1, 2, 4, *(_NODE * 2**i for i in range(9)))
 
@@ -67,7 +33,9 @@ class Topology:
 
   @property
   def chip(self):
-    return CHIPS[self.kind]
+    chip = hardware.find(self.kind)
+    assert chip
+    return chip
 
   @property
   def platform(self):
@@ -121,7 +89,7 @@ def _names():
       topology = Topology(kind, tuple(map(int, text.split('x'))))
       cores = 2 if kind in ('v4', 'v5p') else 1  # of a chip, which the names of slices count
       names[f'{kind}:{text}'] = names[f'{kind}-{cores * topology.num_chips}'] = topology
-  for kind in CHIPS.keys() - _SHAPES.keys():
+  for kind in _GPUS:
     names |= {f'{kind}x{n}': Topology(kind, (n,)) for n in _GPU_COUNTS}
   return names
 
@@ -152,7 +120,7 @@ runtime_version {{ major: {cuda} }}
 device_description_str: "NVIDIA {name}"
 """
 _HOPPER = dict(shared=233472, optin=232448, cores=132, units=128, clock=1.98, major=9)
-_GPUS = {
+_GPU_SIZES = {
   'a100': dict(
     shared=167936, optin=166912, cores=108, units=64, clock=1.41, major=8, cache=41943040
   ),
@@ -209,9 +177,9 @@ def _gpus(topology):
 
   chip = topology.chip
   target = _GPU_TARGET.format(
-    **_GPUS[topology.kind],
+    **_GPU_SIZES[topology.kind],
     cuda=plugin,
-    name=chip.name,
+    name=topology.kind.upper(),
     bandwidth=int(chip.memory_bandwidth),
     memory=int(chip.memory),
   )

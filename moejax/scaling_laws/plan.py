@@ -1,6 +1,6 @@
 """What to train for a budget: the optimum of a law, rounded to a model that can be built."""
 
-from moejax import flops
+from moejax import hardware
 from moejax.scaling_laws import grid, laws, optimal
 from moejax.text import short
 
@@ -79,13 +79,13 @@ def _dense(law, best):
   }
 
 
-def _chip(chip, mfu, training_flops):
-  peak = flops.named_peak_flops(f'TPU {chip}')  # finds GPUs as well
-  if peak is None:
-    raise ValueError(f'--chip={chip}: its FLOP/s are not known; try v5e, v5p, v6e, A100 or H100.')
+def _chip(name, mfu, training_flops):
+  chip = hardware.find(name)
+  if chip is None:
+    raise ValueError(f'--chip={name} is not known; those that are: {", ".join(hardware.CHIPS)}.')
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu={mfu}: expected a fraction of the peak, such as 0.4.')
-  return {'name': chip, 'mfu': mfu, 'hours': training_flops / (peak * mfu) / 3600}
+  return {'name': name, 'mfu': mfu, 'hours': training_flops / (chip.flops * mfu) / 3600}
 
 
 def describe(plan):

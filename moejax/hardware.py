@@ -1,0 +1,68 @@
+"""Chips, and what their makers state of them: the one table for MFU, plans and aot's estimates.
+
+Speeds are those of Google Cloud's pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and
+so on) and of NVIDIA's data sheets. A TPU's link is the stated bidirectional bandwidth per chip over
+its ports and directions (v4: from the bisection bandwidth of its pod); the network between slices
+is the stated data-center bandwidth per chip (v4, of which none is stated: v5e's). What NVIDIA calls
+NVLink bandwidth is both directions.
+"""
+
+import dataclasses
+import re
+
+_GIB, _GB, _TERA = 2**30, 1e9, 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What JAX calls a device: half a chip of TPU v2, v3 and 7x.
+
+  Memory, in bytes, and bandwidths, in bytes per second, are 0 where nothing is estimated for it.
+  """
+
+  flops: float  # per second, of 16-bit products without sparsity
+  memory: float = 0
+  memory_bandwidth: float = 0
+  link: float = 0  # one way, of one link of a torus or of all of NVLink
+  network: float = 0  # between slices or nodes, of one chip
+
+
+_V5E = Chip(197 * _TERA, 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB)
+_V5P = Chip(459 * _TERA, 95 * _GIB, 2765 * _GB, 100 * _GB, 6.25 * _GB)
+_V6E = Chip(918 * _TERA, 32 * _GIB, 1600 * _GB, 100 * _GB, 12.5 * _GB)
+
+# By a word of `jax.Device.device_kind`, the most specific first. V100 and T4 have float16 only.
+CHIPS = {
+  'v2': Chip(45 / 2 * _TERA),
+  'v3': Chip(123 / 2 * _TERA),
+  'v4': Chip(275 * _TERA, 32 * _GIB, 1200 * _GB, 50 * _GB, 3.125 * _GB),
+  'v5 lite': _V5E,
+  'v5e': _V5E,
+  'v5p': _V5P,
+  'v5': _V5P,
+  'v6 lite': _V6E,
+  'v6e': _V6E,
+  'TPU7x': Chip(2307 / 2 * _TERA),
+  'V100-PCIE': Chip(112 * _TERA),
+  'V100': Chip(125 * _TERA),
+  'T4': Chip(65 * _TERA),
+  'A100': Chip(312 * _TERA, 80 * _GIB, 2039 * _GB, 300 * _GB, 25 * _GB),
+  'L4': Chip(121 * _TERA),
+  'H100 PCIe': Chip(756 * _TERA),
+  'H100 NVL': Chip(835 * _TERA),
+  'H100': Chip(989 * _TERA, 80 * _GIB, 3350 * _GB, 450 * _GB, 50 * _GB),
+  'H200 NVL': Chip(835 * _TERA),
+  'H200': Chip(989 * _TERA, 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
+  'B200': Chip(2250 * _TERA),
+}
+
+
+def find(kind):
+  """The Chip of a kind such as 'TPU v5 lite', 'v5e' or 'NVIDIA H100 80GB HBM3'; None if not known.
+
+  A slice of a partitioned GPU (MIG) is not known.
+  """
+  for name, chip in CHIPS.items():
+    if re.search(rf'\b{name}\b', kind, re.IGNORECASE) and 'MIG' not in kind:
+      return chip
+  return None
