@@ -296,7 +296,9 @@ _NO_TEXT = {
   b'\x04\x22\x4d\x18': 'compressed by lz4; unpack it (lz4 -d)',
   b'PK\x03\x04': 'a zip archive; unpack it',
   b'7z\xbc\xaf\x27\x1c': 'a 7z archive; unpack it',
+  b'%PDF': 'a PDF; extract its text',
   b'PAR1': 'a Parquet file; write its text as JSON lines',
+  b'ARROW1': 'an Arrow file; write its text as JSON lines',
   b'\x89HDF': 'an HDF5 file; write its text as JSON lines',
 }
 

@@ -416,12 +416,12 @@ def _gpt2_tokens(merges: bytes) -> list[str]:
   """Returns the tokens in the order of merging: the alphabet, then those of merges.txt."""
   alphabet = _gpt2_alphabet()
   tokens = dict.fromkeys(alphabet)
-  lines = merges.decode('utf-8-sig').replace('\r\n', '\n').split('\n')
-  if lines[0].startswith('#version'):
+  lines = merges.decode('utf-8-sig').splitlines()  # no token holds any kind of white space
+  if lines and lines[0].startswith('#version'):
     lines = lines[1:]
-  for line in filter(None, lines):
-    parts = line.split(' ')
-    if len(parts) != 2 or not all(parts) or not alphabet.keys() >= set(parts[0] + parts[1]):
+  for line in filter(str.strip, lines):
+    parts = line.split()
+    if len(parts) != 2 or not alphabet.keys() >= set(parts[0] + parts[1]):
       raise ValueError(f'merges.txt: expected two tokens in a line, got {line!r}')
     token = parts[0] + parts[1]
     if token in tokens:
