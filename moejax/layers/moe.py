@@ -309,11 +309,8 @@ def _on_a_device(
   Args:
     x_GTD, logits_GTE, valid_GT: tokens, router scores, and which tokens are not padding.
     bias_E: of the scores, for choosing; or None.
-    weights: {name: [E, ...]} of the experts of this device.
-    config: a MoEConfig.
-    activation: of the experts.
-    devices: number of devices among which the experts are sharded.
-    fsdp_dims: {name: the dimension in which weights are sharded along `fsdp`, or None}.
+    weights: {name: [E, ...]} of this device's experts, one in so many `devices`; sharded along
+      `fsdp` in `fsdp_dims`, {name: dimension or None}.
 
   Returns:
     y [1, G, T, d_out], of the hidden widths that are here; counts_GE, choices per expert before

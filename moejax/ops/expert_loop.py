@@ -28,7 +28,7 @@ class Expert(typing.NamedTuple):
   outer: typing.Callable
 
 
-def map_experts(expert, x_TD, plan, weights):
+def map_experts(expert, x_TD, plan, weights) -> jax.Array:
   """The same as combine(expert(dispatch(x_TD, plan)), plan) for all experts.
 
   Args:

@@ -111,17 +111,15 @@ class WholeSequences:
 
 def to_experts(a_ECD):
   """Mixtures to the devices that hold their experts: one all-to-all along mesh axis `expert`."""
-  return _swap_experts(a_ECD, P(None, BATCH_AXES), P('expert', BATCH_AXES[:-1]), (0, 1))
+  return _exchange(exchange.to_experts, a_ECD, P(None, BATCH_AXES), P('expert', BATCH_AXES[:-1]))
 
 
 def from_experts(a_ECD):
   """Outputs of experts back to the devices of their groups."""
-  return _swap_experts(a_ECD, P('expert', BATCH_AXES[:-1]), P(None, BATCH_AXES), (1, 0))
+  return _exchange(exchange.from_experts, a_ECD, P('expert', BATCH_AXES[:-1]), P(None, BATCH_AXES))
 
 
-def _swap_experts(a_ECD, before, after, axes):
+def _exchange(swap, a_ECD, before, after):
   if mesh.size('expert') == 1 or a_ECD.shape[1] % mesh.size(*BATCH_AXES):
     return a_ECD
-  swap = lambda a: jax.lax.all_to_all(a, 'expert', *axes, tiled=True)
-  received = jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)
-  return checkpoint_name(received, exchange.RECEIVED)
+  return jax.shard_map(swap, in_specs=before, out_specs=after)(a_ECD)

@@ -110,14 +110,10 @@ def num_shards(spec, axis):
 
 def sharded_dim(spec, axes):
   """The dimension of an array of this PartitionSpec that is sharded along `axes`, or None."""
-  sharded = [dim for dim, entry in enumerate(spec) if size(*_both(entry, axes)) > 1]
-  return sharded[0] if sharded else None
+  along = lambda entry: size(*(axis for axis in names(entry) if axis in axes))
+  return next((dim for dim, entry in enumerate(spec) if along(entry) > 1), None)
 
 
 def names(entry):
   """The mesh axes of an entry of a PartitionSpec, as a tuple."""
   return entry if isinstance(entry, tuple) else (entry,) if entry else ()
-
-
-def _both(entry, axes):
-  return tuple(axis for axis in names(entry) if axis in axes)

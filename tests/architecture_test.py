@@ -1,0 +1,44 @@
+"""docs/architecture.md and its picture speak of files and names that exist."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = (ROOT / 'docs' / 'architecture.md').read_text()
+PICTURE = (ROOT / 'docs' / 'architecture.svg').read_text()
+
+
+def _names(path):
+  """What a module defines: functions, classes, constants."""
+  for node in ast.parse((ROOT / path).read_text()).body:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      yield node.name
+    elif isinstance(node, ast.Assign):
+      yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def _pairs(page):
+  """(file, name) of every `file`: `name`, and of `NAME` in `file`."""
+  yield from re.findall(r'`([\w/]+\.py)`:\s+`(\w+)`', page)
+  yield from ((path, name) for name, path in re.findall(r'`(\w+)`\s+in\s+`([\w/]+\.py)`', page))
+
+
+def test_files_exist():
+  files = re.findall(r'`([\w/]+(?:\.py|/))`', PAGE)
+  files += [f'moejax/{path}' for path in re.findall(r'[\w/]+\.py\b', PICTURE)]
+  assert len(files) > 40
+  assert [path for path in files if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize('path', sorted({path for path, _ in _pairs(PAGE)}))
+def test_names_exist(path):
+  wanted = {name for other, name in _pairs(PAGE) if other == path}
+  assert wanted <= set(_names(path)), f'docs/architecture.md speaks of {path}: mend the page'
+
+
+def test_links_lead_somewhere():
+  for link in re.findall(r'\]\(([^)#]+)', PAGE):
+    assert (ROOT / 'docs' / link).exists(), link
