@@ -99,7 +99,7 @@ def _moe(config, length, d_in=None, d_out=None):
   moe, D = config.moe, d_in or config.d_model
   E, K = moe.num_experts, moe.top_k
   if moe.router == 'expert_choice':  # every slot is taken
-    group = moe.group_size * (1 if moe.by_position else max(length, 1))
+    group = moe.group_size * (1 if moe.by_position else length)
     K = E * moe.capacity(group) / group
   expert = _feed_forward(D, moe.expert_width(config.d_ff), config.activation, d_out)
   shared = _feed_forward(D, moe.shared_width, config.activation) if moe.shared_width else 0
@@ -177,7 +177,7 @@ def param_counts(config):
     output projection) and `non_embedding`, which add up to it; `active`, the part of
     `non_embedding` that one token uses; and `by_kind`, a dict that adds up to `total`.
   """
-  costs = _costs(config, length=0)
+  costs = _costs(config, config.max_length)
   D = config.d_model
   embeddings = {
     'token_embedding': config.vocab_size * D,

@@ -230,17 +230,17 @@ class ModelConfig(Section):
     return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
 
   def conflicts(self):
-    if self.d_model % self.num_heads:
-      yield f'model.num_heads = {self.num_heads} must divide d_model = {self.d_model}.'
-    elif self.positions == 'rope' and self.d_model // self.num_heads % 2:
+    if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
       yield (
-        'model.positions = rope needs an even head width, got d_model / num_heads = '
-        f'{self.d_model // self.num_heads}.'
+        'model.dtype, model.param_dtype: float64 needs JAX_ENABLE_X64=1 in the environment; '
+        'without it JAX computes in float32.'
       )
     block_problems = list(self._block_problems())
     yield from block_problems
     if block_problems:
       return
+    if self.uses('attention'):
+      yield from self._attention_problems()
     if self.uses('mot'):
       yield from self.mot.problems(self.d_ff)
     if self.uses('moe'):
@@ -251,6 +251,15 @@ class ModelConfig(Section):
       yield (
         f'model.moe.shared_width = {self.moe.shared_width}: the experts of moe_in_mamba have none '
         'that every token passes; set it to 0.'
+      )
+
+  def _attention_problems(self):
+    if self.d_model % self.num_heads:
+      yield f'model.num_heads = {self.num_heads} must divide d_model = {self.d_model}.'
+    elif self.positions == 'rope' and self.d_model // self.num_heads % 2:
+      yield (
+        'model.positions = rope needs an even head width, got d_model / num_heads = '
+        f'{self.d_model // self.num_heads}.'
       )
 
   def _block_problems(self):
@@ -348,9 +357,13 @@ class LanguageModel(nnx.Module):
     init = common.Initializer(config.init, config.init_scale, dtype)
     V, D = config.vocab_size, config.d_model
     self.config = config
-    self.embedding = init(rngs, V, D, fan_in=1)
+    # A tied embedding is the output projection, too. At half the deviation of one (GPT-2's 0.02 is
+    # that of width 625) the first loss is near log V even if a final norm finds little else in the
+    # stream than the token itself. Positions, which are added to it, start as it does.
+    fan_in = 4 * D if config.tie_embeddings else 1
+    self.embedding = init(rngs, V, D, fan_in=fan_in)
     if config.positions == 'learned':
-      self.position_embedding = init(rngs, config.max_length, D, fan_in=1)
+      self.position_embedding = init(rngs, config.max_length, D, fan_in=fan_in)
     self.stacks = tuple(f'stack_{i}' for i in range(len(config.blocks)))
     for name, (pattern, repeats) in zip(self.stacks, config.blocks, strict=True):
       make = functools.partial(_make_block, pattern, config, init)
@@ -459,7 +472,8 @@ class LanguageModel(nnx.Module):
 
   def _project(self, x):
     head_DV = self._head().astype(x.dtype)
-    return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=wide)
 
 
 def _place(empty, filled):

@@ -50,17 +50,19 @@ class OptimizerConfig(Section):
 def make_schedule(config, steps):
   """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it.
 
-  Both begin at `schedule_start`, and the cosine ends at `steps`.
+  Step s after `schedule_start` has (s + 1) / warmup_steps of the peak, so that the first one, too,
+  trains; the cosine begins at step `warmup_steps` and ends at `steps`.
   """
-  steps -= config.schedule_start
-  schedule = optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if config.warmup_steps else config.peak_lr,
-    peak_value=config.peak_lr,
-    warmup_steps=config.warmup_steps,
-    decay_steps=max(steps, config.warmup_steps + 1),
-    end_value=config.peak_lr * config.final_lr_fraction,
+  start, warmup = config.schedule_start, config.warmup_steps
+  cosine = optax.cosine_decay_schedule(
+    config.peak_lr, max(steps - start - warmup, 1), alpha=config.final_lr_fraction
   )
-  return lambda step: schedule(step - config.schedule_start)
+
+  def schedule(step):
+    rising = config.peak_lr * (step - start + 1) / max(warmup, 1)
+    return jnp.where(step - start < warmup, rising, cosine(step - start - warmup))
+
+  return schedule
 
 
 def make_optimizer(config, steps):

@@ -57,7 +57,8 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
     return jax.tree.map(jnp.add, total, (nats, gradients)), aux
 
   parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
-  zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
+  nats = jnp.zeros((), jnp.promote_types(model_config.dtype, jnp.float32))
+  zeros = (nats, jax.tree.map(jnp.zeros_like, state['params']))
   (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, (parts, keys))
   updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
   new_state = {

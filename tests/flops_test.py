@@ -10,6 +10,7 @@ import pytest
 
 from configs import dense, fine_grained, mamba, moe, moe_mamba, mot
 from moejax import flops, model as model_lib
+from moejax.layers import moe as moe_layer
 from tests import tiny
 
 
@@ -119,6 +120,31 @@ def test_counts_are_those_of_the_parameters(changes):
   assert counts['non_embedding'] == counts['total'] - counts['embedding']
   assert sum(counts['by_kind'].values()) == counts['total']
   assert isinstance(counts['active'], int) and 0 < counts['active'] <= counts['non_embedding']
+
+
+@pytest.mark.parametrize('group_by', ['auto', 'sequence', 'position'])
+@pytest.mark.parametrize('router', moe_layer.ROUTERS)
+def test_active_parameters_are_those_of_the_rows_that_experts_get(router, group_by):
+  options = {'moe_router': router, 'moe_group_by': group_by, 'moe_balance_loss': 0.0}
+  factor = 1.3 if router == 'expert_choice' else 0.0  # who is dropped counts, too
+  config = tiny.model_config(blocks=tiny.MOE, moe_capacity_factor=factor, **options)
+  length = 1 if config.moe.by_position else tiny.L
+  logits_GTE = jnp.asarray(np.random.default_rng(0).random((3, tiny.M * length, tiny.E)))
+  plan = moe_layer.ROUTERS[router](
+    logits_GTE,
+    config=config.moe,
+    capacity=config.moe.capacity(tiny.M * length),
+    valid_GT=np.ones(logits_GTE.shape[:2], bool),
+    bias_E=None,
+    packed=False,
+  )
+  rows_per_token = plan.used.sum() / logits_GTE[..., 0].size
+  counts = flops.param_counts(config)
+  experts = counts['by_kind']['experts']
+  unused = experts * (1 - rows_per_token / tiny.E)
+  assert counts['active'] == pytest.approx(counts['non_embedding'] - unused, abs=0.5)
+  forward = flops.forward_flops_per_token(config, tiny.L)
+  assert forward['experts'] == pytest.approx(2 * experts * rows_per_token / tiny.E)
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,42 @@ def test_a_model_in_bfloat16_alone_has_a_float32_loss_and_bfloat16_gradients():
   assert np.abs(got - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
+def test_float64_is_float64(x64):
+  """Parameters, loss, gradients and logits; the loss close to that of float32."""
+  config = tiny.model_config(**tiny.MODELS['moe in mamba'], dtype='float64', param_dtype='float64')
+  params, batch = _random_params(config), tiny.batch()
+  (loss, _), gradients = _loss_and_gradients(config, params, batch)
+  logits = _logits(config, params, batch['inputs'], tiny.tokens(batch))
+  assert {a.dtype for a in jax.tree.leaves((params, loss, gradients, logits))} == {
+    jnp.dtype('float64')
+  }
+  chunked = dataclasses.replace(config, loss_chunk=4)
+  (again, _), _ = _loss_and_gradients(chunked, params, batch)
+  np.testing.assert_allclose(again, loss, rtol=1e-13)
+  narrow = tiny.model_config(**tiny.MODELS['moe in mamba'])
+  (float32, _), _ = _loss_and_gradients(narrow, jax.tree.map(np.float32, params), batch)
+  np.testing.assert_allclose(float32, loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize('final_norm', [False, True])
+@pytest.mark.parametrize('sublayers', [('attention', 'mlp'), ('mamba',)])
+@pytest.mark.parametrize('d_model', [64, 256])
+def test_tied_embeddings_start_at_the_log_of_the_vocabulary(d_model, sublayers, final_norm):
+  sizes = dict(vocab_size=259, max_length=64, d_model=d_model, num_heads=2, d_ff=4 * d_model)
+  config = tiny.model_config(
+    **sizes, blocks=((sublayers, 4),), final_norm=final_norm, tie_embeddings=True
+  )
+  ids = np.random.default_rng(0).integers(259, size=(2, 65), dtype=np.int32)
+  batch = tiny.batch(rows=2, length=64) | {'inputs': ids[:, :-1], 'targets': ids[:, 1:]}
+
+  @jax.jit
+  def first_loss(key):
+    nats, number, _ = model_lib.bind(config, model_lib.init_params(config, key)).loss(batch)
+    return nats / number
+
+  assert first_loss(jax.random.key(0)) == pytest.approx(np.log(259), rel=0.15)
+
+
 def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
   params = _random_params(tiny.model_config())
   inputs, tokens = tiny.batch()['inputs'], tiny.tokens(tiny.batch())
@@ -272,6 +308,8 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
   'changes, message',
   [
     ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
+    ({'dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
+    ({'param_dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
     ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
     ({'blocks': ((('mamba+mo',), 1),)}, "model.blocks: no sublayer 'mo'"),
@@ -308,3 +346,13 @@ def test_impossible_configs_are_refused_by_name(changes, message):
     if any(name.startswith('moe_') for name in changes):
       changes = {'blocks': tiny.MOE} | changes
     tiny.model_config(**changes)
+
+
+def test_sizes_of_what_a_model_does_not_use_are_free():
+  """Mamba has no heads, whatever its width; attention alone no feed-forward to be cut."""
+  tiny.model_config(blocks=tiny.MAMBA, d_model=16, num_heads=3)
+  tiny.model_config(blocks=tiny.MOE_MAMBA, num_heads=5)
+  tiny.model_config(blocks=tiny.DENSE, d_ff=7, moe_granularity=5, mot_expert_width=0)
+  tiny.model_config(blocks=tiny.DENSE, moe_capacity_factor=0.01, mamba_moe_in='nothing')
+  with pytest.raises(ValueError, match='num_heads = 5 must divide d_model = 12'):
+    tiny.model_config(blocks=((('mamba+attention',), 1),), num_heads=5)

@@ -256,8 +256,20 @@ def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction():
 
   fields = common.baseline().optimizer.to_dict() | {'peak_lr': 2.0, 'warmup_steps': 10}
   schedule = make_schedule(OptimizerConfig(**fields), 100)
-  values = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
-  np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.1, 0.2], rtol=1e-5)
+  values = [float(schedule(step)) for step in (0, 4, 9, 10, 55, 100)]
+  np.testing.assert_allclose(values, [0.2, 1.0, 2.0, 2.0, 1.1, 0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize('warmup', [0, 1, 2, 10, 100, 200])
+@pytest.mark.parametrize('start', [0, 50])
+def test_every_step_trains(warmup, start):
+  from moejax.optimizer import OptimizerConfig, make_schedule
+
+  fields = {'warmup_steps': warmup, 'schedule_start': start, 'final_lr_fraction': 0.1}
+  schedule = make_schedule(OptimizerConfig(**fields, peak_lr=2.0), start + 100)
+  rates = np.array([float(schedule(step)) for step in range(start, start + 100)])
+  np.testing.assert_allclose(rates[0], 2 / max(warmup, 1), rtol=1e-5)
+  assert (rates > 0).all() and rates.max() == pytest.approx(min(2, 200 / max(warmup, 1)))
 
 
 def test_weight_decay_reaches_norms_only_if_asked():

@@ -49,7 +49,7 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
     return total + jnp.sum(_nats(x, head_DV, targets) * weights), None
 
   chunks = (split(x_BLD), split(targets_BL), split(weights_BL))
-  return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+  return jax.lax.scan(add_chunk, jnp.zeros((), head_DV.dtype), chunks)[0]
 
 
 @jax.custom_vjp
@@ -71,7 +71,7 @@ def _nats_backward(kept, d_nats_BL):
   d_logits_BLV = (p_BLV - _is_target(targets_BL, head_DV)) * d_nats_BL[..., None]
   d_logits_BLV = d_logits_BLV.astype(x_BLD.dtype)
   d_x_BLD = jnp.einsum('BLV,DV->BLD', d_logits_BLV, head_DV.astype(x_BLD.dtype))
-  d_head_DV = jnp.einsum('BLD,BLV->DV', x_BLD, d_logits_BLV, preferred_element_type=jnp.float32)
+  d_head_DV = jnp.einsum('BLD,BLV->DV', x_BLD, d_logits_BLV, preferred_element_type=head_DV.dtype)
   return d_x_BLD, d_head_DV, None
 
 
@@ -80,7 +80,8 @@ _nats.defvjp(_nats_forward, _nats_backward)
 
 def _logits(x_BLD, head_DV):
   head_DV = head_DV.astype(x_BLD.dtype)
-  return jnp.einsum('BLD,DV->BLV', x_BLD, head_DV, preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(x_BLD.dtype, jnp.float32)
+  return jnp.einsum('BLD,DV->BLV', x_BLD, head_DV, preferred_element_type=wide)
 
 
 def _is_target(targets_BL, head_DV):
