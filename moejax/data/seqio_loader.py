@@ -305,18 +305,9 @@ def _packed(config, task, split, part, num_parts):
   """Returns the dataset of one process's packed batches, for training without an end."""
   seqio, tf = _modules().seqio, _modules().tf
   length, shuffle = config.sequence_length, split == 'train'
-  with _quiet_log(), _clear_errors(config):
-    _check_split(config, task, split)
-    # No sequence_length: tasks would trim their documents to it and lose the rest.
-    dataset = task.get_dataset(
-      sequence_length=None,
-      split=split,
-      shuffle=shuffle,
-      seed=config.seed,
-      shard_info=seqio.ShardInfo(part, num_parts),
-      num_epochs=None if shuffle else 1,
-      try_in_mem_cache=False,
-    )
+  shard, epochs = seqio.ShardInfo(part, num_parts), None if shuffle else 1
+  options = {'shuffle': shuffle, 'seed': config.seed, 'shard_info': shard, 'num_epochs': epochs}
+  dataset = _dataset(config, task, split, **options)
   dataset = dataset.map(lambda example: _pieces(example['targets'], length)).unbatch()
   if shuffle:
     dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
@@ -338,27 +329,22 @@ def _examples(config, tokenizer, splits) -> Iterator[tuple[str, dict[str, Any]]]
   """Yields (split, example as numpy) for every document of a task, in order."""
   seqio = _modules().seqio
   task, _ = _find_task(config, tokenizer)
-  arguments: dict[str, Any] = {'copy_pretokenized': True} if isinstance(task, seqio.Mixture) else {}
+  options = {'copy_pretokenized': True} if isinstance(task, seqio.Mixture) else {}
   for split in splits:
-    with _quiet_log(), _clear_errors(config):
-      _check_split(config, task, split)
-      dataset = task.get_dataset(
-        sequence_length=None,
-        split=split,
-        shuffle=False,
-        num_epochs=1,
-        try_in_mem_cache=False,
-        **arguments,
-      )
+    dataset = _dataset(config, task, split, shuffle=False, num_epochs=1, **options)
     for example in dataset.as_numpy_iterator():
       yield split, example
 
 
-def _check_split(config, task, split) -> None:
-  if split not in task.splits:
-    raise ValueError(
-      f'data.task: {config.task!r} has the splits {sorted(task.splits)}, but no {split!r}.'
-    )
+def _dataset(config, task, split, **options):
+  """Returns the documents of a task or mixture, whole."""
+  with _quiet_log(), _clear_errors(config):
+    if split not in task.splits:
+      raise ValueError(
+        f'data.task: {config.task!r} has the splits {sorted(task.splits)}, but no {split!r}.'
+      )
+    # No sequence_length: tasks would trim their documents to it and lose the rest.
+    return task.get_dataset(sequence_length=None, split=split, try_in_mem_cache=False, **options)
 
 
 def _tfds_directory(config) -> str:

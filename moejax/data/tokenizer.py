@@ -12,7 +12,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,22 +31,24 @@ _LONGEST_WHITESPACE = 999_000
 _MAX_SENTENCE_BYTES = 16_384
 
 
-class Tokenizer(Protocol):
-  """What the rest of the package knows about a tokenizer."""
+class Tokenizer:
+  """A vocabulary of ids that stand for bytes of text."""
 
   vocab_size: int
   fingerprint: str  # 16 hex digits that change with every change of the ids
-  keeps_bytes: bool  # whether bytes that are not UTF-8 survive
-  pad_id: int
-  eos_id: int
+  keeps_bytes = False  # whether bytes that are not UTF-8 survive
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+
+  _bytes: list[bytes]  # of every id; b'' of special ones
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the int32 ids of a text, without an end-of-document id."""
-    ...
+    return self.encode_bytes(to_bytes(text))
 
   def encode_bytes(self, data: bytes) -> np.ndarray:
     """`encode` of UTF-8 bytes; invalid ones become U+FFFD unless `keeps_bytes`."""
-    ...
+    raise NotImplementedError
 
   def decode(self, ids: Any) -> str:
     """Returns the text of ids; special ids and ids beyond the vocabulary have none.
@@ -54,7 +56,9 @@ class Tokenizer(Protocol):
     The ids are taken to follow others, so that texts of successive ids can be joined: the space
     that some SentencePiece models put before a whole text comes back.
     """
-    ...
+    ids, end = np.asarray(ids, np.int64).reshape(-1), len(self._bytes)
+    ids = ids[(ids >= 0) & (ids < end) & (ids != self.eos_id)].tolist()
+    return b''.join(self._bytes[i] for i in ids).decode('utf-8', 'replace')
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
     """Counts the bytes of UTF-8 that each target stands for, int32 like `targets`.
@@ -63,52 +67,6 @@ class Tokenizer(Protocol):
     seqio begins one), the space that a model puts before a whole text is not part of the text.
     Special ids count 0, and so does the unknown id, whose text is lost.
     """
-    ...
-
-
-class BytesTokenizer:
-  """One token per byte of UTF-8: byte b has id b + 3."""
-
-  vocab_size = 256 + NUM_SPECIAL
-  keeps_bytes = True
-  pad_id = PAD_ID
-  eos_id = EOS_ID
-
-  def __init__(self):
-    self.fingerprint = _fingerprint(b'bytes')
-
-  def encode(self, text: str) -> np.ndarray:
-    return self.encode_bytes(to_bytes(text))
-
-  def encode_bytes(self, data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8).astype(np.int32) + NUM_SPECIAL
-
-  def decode(self, ids: Any) -> str:
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    return (
-      (ids[self._is_byte(ids)] - NUM_SPECIAL).astype(np.uint8).tobytes().decode('utf-8', 'replace')
-    )
-
-  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    return self._is_byte(np.asarray(targets)).astype(np.int32)
-
-  def _is_byte(self, ids: np.ndarray) -> np.ndarray:
-    return (ids >= NUM_SPECIAL) & (ids < 256 + NUM_SPECIAL) & (ids != self.eos_id)
-
-
-class _Pieces:
-  """What tokenizers share whose ids stand for bytes: `_bytes` of every id, b'' of special ones."""
-
-  _bytes: list[bytes]
-  vocab_size: int
-  eos_id: int
-
-  def decode(self, ids: Any) -> str:
-    ids, end = np.asarray(ids, np.int64).reshape(-1), len(self._bytes)
-    ids = ids[(ids >= 0) & (ids < end) & (ids != self.eos_id)].tolist()
-    return b''.join(self._bytes[i] for i in ids).decode('utf-8', 'replace')
-
-  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
     del inputs
     return self._lengths[targets]
 
@@ -120,17 +78,27 @@ class _Pieces:
     return lengths
 
 
-class SentencePieceTokenizer(_Pieces):
+class BytesTokenizer(Tokenizer):
+  """One token per byte of UTF-8: byte b has id b + 3."""
+
+  vocab_size = 256 + NUM_SPECIAL
+  keeps_bytes = True
+  _bytes = [b''] * NUM_SPECIAL + [bytes([byte]) for byte in range(256)]
+
+  def __init__(self):
+    self.fingerprint = _fingerprint(b'bytes')
+
+  def encode_bytes(self, data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8).astype(np.int32) + NUM_SPECIAL
+
+
+class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model.
 
   A model trained with pad 0, end of sentence 1, unknown 2 (ours, T5's) keeps its ids. Any other
   (no padding, or Llama's unknown 0) has its ids moved up by 3, so that the first three mean what
   they mean everywhere here; its own unknown id becomes 2.
   """
-
-  keeps_bytes = False
-  pad_id = PAD_ID
-  eos_id = EOS_ID
 
   def __init__(self, path: pathlib.Path):
     """Reads a .model file; raises ValueError if it is not one."""
@@ -150,26 +118,21 @@ class SentencePieceTokenizer(_Pieces):
     self.path, self.model = path, model
     self.fingerprint = _fingerprint(b'sentencepiece', model)
 
-  def encode(self, text: str) -> np.ndarray:
-    ids = np.asarray(self._processor.encode(to_bytes(text).decode('utf-8', 'replace')), np.int32)
+  def encode_bytes(self, data: bytes) -> np.ndarray:
+    ids = np.asarray(self._processor.encode(data.decode('utf-8', 'replace')), np.int32)
     return np.where(ids == self._processor.unk_id(), UNK_ID, ids + self.shift).astype(np.int32)
 
-  def encode_bytes(self, data: bytes) -> np.ndarray:
-    return self.encode(data.decode('utf-8', 'replace'))
-
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    if not self._adds_space:
-      return self._lengths[targets]
     first = np.isin(inputs, (self.eos_id, self.pad_id))
-    return self._lengths[targets] - (first & self._begins_with_space[targets])
+    return np.where(first, self._lengths_at_start[targets], self._lengths[targets])
 
   @functools.cached_property
   def _bytes(self) -> list[bytes]:
-    processor = self._processor
-    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    return [b''] * self.shift + [self._piece_bytes(i, piece) for i, piece in enumerate(pieces)]
+    number = self._processor.get_piece_size()
+    return [b''] * self.shift + [self._piece_bytes(i) for i in range(number)]
 
-  def _piece_bytes(self, i: int, piece: str) -> bytes:
+  def _piece_bytes(self, i: int) -> bytes:
+    piece = self._processor.id_to_piece(i)
     if self._processor.is_byte(i):
       return bytes([int(piece[3:-1], 16)])  # <0x0A>
     if self._processor.is_control(i) or self._processor.is_unknown(i):
@@ -177,29 +140,22 @@ class SentencePieceTokenizer(_Pieces):
     return piece.replace('\u2581', ' ').encode()
 
   @functools.cached_property
-  def _begins_with_space(self) -> np.ndarray:
-    begins = np.zeros(self.vocab_size, bool)
-    begins[: len(self._bytes)] = [data.startswith(b' ') for data in self._bytes]
-    return begins
-
-  @functools.cached_property
-  def _adds_space(self) -> bool:
-    """Whether the model puts a space before a text."""
-    pieces = self._processor.encode('a', out_type=str)
-    return bool(pieces) and pieces[0].startswith('\u2581')
+  def _lengths_at_start(self) -> np.ndarray:
+    """Those of the first piece of a text: without the space, if the model put it there."""
+    adds_space = self._processor.encode('a', out_type=str)[0].startswith('\u2581')
+    begins = [data.startswith(b' ') for data in self._bytes]
+    lengths = self._lengths.copy()
+    lengths[: len(begins)] -= np.array(begins, np.int32) * adds_space
+    return lengths
 
 
-class Gpt2Tokenizer(_Pieces):
+class Gpt2Tokenizer(Tokenizer):
   """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids moved up by 3.
 
   GPT-2 uses id 0 for '!' and its last id, <|endoftext|>, for the end of a document; here they are
   id 3 and an id that never occurs, and the end of a document is id 1. So it is with the special
   tokens of other vocabularies (RoBERTa's), wherever they stand.
   """
-
-  keeps_bytes = False
-  pad_id = PAD_ID
-  eos_id = EOS_ID
 
   def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
     """Reads the two files; raises ValueError if they do not fit together."""
@@ -223,13 +179,9 @@ class Gpt2Tokenizer(_Pieces):
       self._bytes[i] = token
     self.fingerprint = _fingerprint(b'gpt2', vocab, merges)
 
-  def encode(self, text: str) -> np.ndarray:
-    text = to_bytes(text).decode('utf-8', 'replace')
-    encode = self._encoding.encode_ordinary
-    return self._ids[[rank for part in _whitespace_cut(text) for rank in encode(part)]]
-
   def encode_bytes(self, data: bytes) -> np.ndarray:
-    return self.encode(data.decode('utf-8', 'replace'))
+    parts = _whitespace_cut(data.decode('utf-8', 'replace'))
+    return self._ids[[rank for part in parts for rank in self._encoding.encode_ordinary(part)]]
 
 
 def make_tokenizer(config) -> Tokenizer:
