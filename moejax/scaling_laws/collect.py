@@ -146,7 +146,7 @@ def _text(path):
   except UnicodeDecodeError as error:
     place = error.start
   line = content[:place].count(b'\n') + 1
-  raise ValueError(f'{path}, line {line}: not UTF-8 text. Save it as "CSV UTF-8" or the like.')
+  raise ValueError(f'{path}, line {line}: not UTF-8 text; save it in that encoding.')
 
 
 def _columns(names):

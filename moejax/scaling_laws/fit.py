@@ -9,7 +9,7 @@ are nearly the same direction.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -20,7 +20,6 @@ SCALES = ('c', 'a', 'b', 'g')
 INTERVAL = (10, 90)  # percentiles of the bootstrap repeats, as in Table 6
 DRAWN = 0.8  # of the runs, with replacement, as in the paper: of all, intervals are too narrow
 DIVERGED = 0.2  # nats off the law that the other runs follow: six times the spread of seeds
-_TOLERANCES = dict.fromkeys(('ftol', 'xtol', 'gtol'), 1e-10)  # seven digits of the coefficients
 _ZERO = math.log(1e-9)  # of a scale, whose logarithm is searched: none can be exactly 0
 _NOISE_FLOOR = 1e-3  # nats; runs agree no better than this, however well a law fits them
 
@@ -296,12 +295,11 @@ def _minimise(problem, draw, starts):
   def slopes(theta):
     return np.vstack([_residuals(problem, theta)[1][rows], penalty])
 
-  loss = functools.partial(_huber, len(rows))
+  options: Any = {'jac': slopes, 'loss': functools.partial(_huber, len(rows))}
+  options |= dict.fromkeys(('ftol', 'xtol', 'gtol'), 1e-10)  # seven digits of the coefficients
   with np.errstate(over='ignore', divide='ignore', invalid='ignore'):  # such steps are taken back
     found = [
-      optimize.least_squares(
-        residuals, start, slopes, loss=loss, f_scale=problem.law.huber, **_TOLERANCES
-      )
+      optimize.least_squares(residuals, start, f_scale=problem.law.huber, **options)
       for start in starts
     ]
   return min(found, key=lambda result: result.cost).x
