@@ -1,4 +1,4 @@
-"""Compiles the training step of a config for a machine that is not there: does it fit, how fast?
+"""Compiles the training step of a config ahead of time: does it fit a machine, and how fast is it?
 
 python -m moejax.aot --config=configs/mot.py:base --topology=v5e:4x4
 python -m moejax.aot --config=configs/fine_grained.py:25M --topology=v5p-128 --search

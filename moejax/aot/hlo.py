@@ -70,7 +70,7 @@ _COLLECTIVES = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-# Names for what is already there.
+# They move nothing and compute nothing: names for values, views of them, what is known beforehand.
 _FREE = (
   'after-all',
   'bitcast',
@@ -211,21 +211,28 @@ class _Program:
     )
     names, total = {parameter.name}, 0
     for i in instructions:
-      if not names.intersection(i.operands):
-        continue
-      first = i.operands[0] in names
-      if i.opcode == 'bitcast':
-        names.add(i.name)
-      elif i.opcode in _INDEXING and first:
-        total += _bytes(i.shape, anywhere=True)
-      elif i.opcode == 'dynamic-update-slice' and first and i.operands[1] not in names:
-        continue  # written in place
-      elif i.opcode == 'fusion':
-        for inner, name in enumerate(i.operands):
-          total += self._read(_called(i)['calls'], inner) if name in names else 0
-      elif i.opcode != 'tuple':
-        return _bytes(parameter.shape, anywhere=True)
+      if names.intersection(i.operands):
+        taken = self._taken(i, names)
+        if taken is None:
+          return _bytes(parameter.shape, anywhere=True)
+        total += taken
+        if i.opcode == 'bitcast':
+          names.add(i.name)
     return total
+
+  def _taken(self, i, names):
+    """Bytes that an instruction takes of the array of these names; None: all of it."""
+    first = i.operands[0] in names
+    if i.opcode in ('bitcast', 'tuple'):
+      return 0
+    if i.opcode in _INDEXING and first:
+      return _bytes(i.shape, anywhere=True)
+    if i.opcode == 'dynamic-update-slice' and first and i.operands[1] not in names:
+      return 0  # written in place
+    if i.opcode == 'fusion':
+      taken_by = _called(i)['calls']
+      return sum(self._read(taken_by, n) for n, name in enumerate(i.operands) if name in names)
+    return None
 
   def _written(self, computation, shape):
     """Bytes that a fused computation writes, given the shape of its result in the caller."""
@@ -468,24 +475,25 @@ def _reordered(text, everyone):
 
 
 def _groups_of_mesh(text, everyone):
+  """Groups along axes of a mesh: mesh['x'=2,'y'=4] {'x'} are [[0, 4], [1, 5], [2, 6], [3, 7]].
+
+  Every axis is seen as [before, spanned, after]: all of y above is before; a part of an axis,
+  mesh['x'=8] {'x':(2)2}, is the middle of [2, 2, 2]: [[0, 2], [1, 3], [4, 6], [5, 7]].
+  """
   pattern = r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{('.*)\}"
   sizes_text, order, axes_text = _match(pattern, text)
   if order:
     everyone = _reordered(order, everyone).reshape(-1)
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes_text)}
-  parts = {name: [(name, size, True)] for name, size in sizes.items()}  # axis -> pieces of it
-  for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes_text):
-    if not size:
-      parts[name] = [(name, sizes[name], False)]
-      continue
-    pieces = (int(before), int(size), sizes[name] // int(before) // int(size))
-    parts[name] = [(name, n, number != 1) for number, n in enumerate(pieces)]
-  flat = [piece for name in sizes for piece in parts[name]]
-  numbers = everyone.reshape([size for _, size, _ in flat])
-  outside = [position for position, piece in enumerate(flat) if piece[2]]
-  inside = [position for position, piece in enumerate(flat) if not piece[2]]
-  size = math.prod(flat[position][1] for position in inside)
-  return numbers.transpose(*outside, *inside).reshape(-1, size)
+  parts = {name: (size, 1, 1) for name, size in sizes.items()}
+  for name, before, spanned in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes_text):
+    before, spanned = int(before or 1), int(spanned or sizes[name])
+    parts[name] = (before, spanned, sizes[name] // before // spanned)
+  shape = [size for name in sizes for size in parts[name]]
+  dims = range(len(shape))
+  outside = [dim for dim in dims if dim % 3 != 1]
+  numbers = everyone.reshape(shape).transpose(*outside, *dims[1::3])
+  return numbers.reshape(-1, math.prod(shape[1::3]))
 
 
 def _match(pattern, text):

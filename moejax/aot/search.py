@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and accumulation are the fastest on a machine that is not there?
+"""Which mesh, remat policy and accumulation are the fastest on a machine?
 
 All that are possible are ranked by a rough estimate; the first are compiled, and ranked by what the
 compiler makes of them.
@@ -13,9 +13,15 @@ from moejax import config as config_lib, flops, model as model_lib, sharding, st
 from moejax.aot import step, topologies
 from moejax.sharding import platform
 
-# Work over that of the model's products, by policy: what is kept must be written and read.
+# Rough numbers: they only order what is compiled, and a wrong one costs time.
+# Work over that of the model's products, by policy: `full` is one pass beside three, `save_moe` that
+# without the experts; `none` computes nothing again, but writes and reads more than `dots`.
 _WORK = {'none': 1.15, 'dots': 1.1, 'save_moe': 1.25, 'full': 4 / 3}
-_ROOM = 0.6  # of the memory, for parameters, optimizer and saved activations
+# Of the memory, for parameters, optimizer and saved activations; temporaries take the rest. In the
+# steps of docs/pods.json that fit, it is up to 0.55.
+_ROOM = 0.6
+_NOT_OVERLAPPED = 0.3  # of products or exchanges, whichever takes less
+_NARROW = 1.5  # slower: products cut along `tensor`, which also are refused more often
 
 
 class Candidate(NamedTuple):
@@ -129,5 +135,5 @@ def _seconds(stages, topology, sizes, policy, accumulation):
   partial_sums = 4 * len(model.kinds) * width * (tensor - 1) / tensor
   moved = matrices * (gathers + reductions) + exchanged + partial_sums
   moving = moved / chip.link
-  narrow = 1 if tensor == 1 else 1.5  # products of half the width are slower, or refused
-  return narrow * (max(products, moving) + 0.3 * min(products, moving))
+  slower = 1 if tensor == 1 else _NARROW
+  return slower * (max(products, moving) + _NOT_OVERLAPPED * min(products, moving))

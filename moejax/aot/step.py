@@ -1,8 +1,9 @@
-"""Compiles a training step for a machine that is not there, and reads from it what it needs."""
+"""Compiles a training step ahead of time, and reads from it what it needs."""
 
 import collections
 import math
 import re
+import textwrap
 import time
 from typing import Any
 
@@ -96,7 +97,8 @@ def _compile(lowered):
     if memory:
       return None, f'the compiler needs {memory[1]}iB of {memory[2]}iB'
   # On a TPU some meshes give groups of chips that it has no routes for.
-  return None, f'the compiler refuses this mesh: {text.splitlines()[0][:120]}'
+  reason = textwrap.shorten(text.splitlines()[0], 120)  # it can name every chip of a pod
+  return None, f'the compiler refuses this mesh: {reason}'
 
 
 def shard_bytes(tree):
