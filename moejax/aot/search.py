@@ -14,8 +14,8 @@ from moejax.aot import step, topologies
 from moejax.sharding import platform
 
 # Rough numbers: they only order what is compiled, and a wrong one costs time.
-# Work over that of the model's products, by policy: `full` is one pass beside three, `save_moe` that
-# without the experts; `none` computes nothing again, but writes and reads more than `dots`.
+# Work over that of the model's products, by policy: `full` is one pass beside three, `save_moe`
+# that without the experts; `none` computes nothing again, but writes and reads more than `dots`.
 _WORK = {'none': 1.15, 'dots': 1.1, 'save_moe': 1.25, 'full': 4 / 3}
 # Of the memory, for parameters, optimizer and saved activations; temporaries take the rest. In the
 # steps of docs/pods.json that fit, it is up to 0.55.
