@@ -136,7 +136,7 @@ def test_active_parameters_are_those_of_the_rows_that_experts_get(router, group_
     capacity=config.moe.capacity(tiny.M * length),
     valid_GT=np.ones(logits_GTE.shape[:2], bool),
     bias_E=None,
-    packed=False,
+    ragged=False,
   )
   rows_per_token = plan.used.sum() / logits_GTE[..., 0].size
   counts = flops.param_counts(config)
