@@ -161,6 +161,21 @@ def test_no_row_is_evaluated_twice(tmp_path):
   assert whole == more == everything
 
 
+@pytest.mark.parametrize('batches, expected', [(-1, None), (0, 7), (3, 3)])
+def test_how_many_batches(monkeypatch, batches, expected):
+  args = {'workdir': 'run', 'batches': batches, 'modes': ['mixed'], 'group_size': [0]}
+  stages = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7))
+  mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
+  asked = []
+  monkeypatch.setattr(evaluate.flags, 'FLAGS', types.SimpleNamespace(**args))
+  monkeypatch.setattr(evaluate.cli, 'join_processes', lambda: None)
+  monkeypatch.setattr(evaluate.config_lib, 'check_batch', lambda *_: None)
+  monkeypatch.setattr(evaluate.run_folder, 'load_run', lambda *_: (stages, 6, None, mesh))
+  monkeypatch.setattr(evaluate, 'compare_modes', lambda *args: asked.append(args[-1]) or [])
+  evaluate.main({})
+  assert asked == [expected]
+
+
 def test_fields_of_a_run_are_flags():
   overrides = {}
   argv = ['evaluate', '--config.model.mot.group_size=4', '--workdir=a', '--config.data.files=b=c']

@@ -208,7 +208,8 @@ def _one_per_file(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
   name_of = {}
   for path in files:
     name, status = path.relative_to(root).as_posix(), path.stat()
-    real = os.path.realpath(os.path.join(real_path(path.parent), path.name))
+    real = os.path.join(real_path(path.parent), path.name)
+    real = os.path.realpath(real) if os.path.islink(real) else real
     file = (status.st_dev, status.st_ino) if status.st_nlink > 1 else real
     is_link = os.path.join(real_path(root), name) != real
     name_of[file] = min(name_of.get(file, (True, name)), (is_link, name))

@@ -82,6 +82,8 @@ def test_packing_loses_no_token_and_repeats_none(make_config, config):
     expected += [ids[i : i + 32] for i in range(0, len(ids), 32)]
   key = lambda ids: tuple(ids.tolist())
   assert sorted(map(key, found)) == sorted(map(key, expected))
+  sizes = [validation.tokenizer.num_bytes(b['inputs'], b['targets']).sum() for b in batches]
+  assert sum(sizes) == sum(len(text.encode()) for text in _all_texts('validation'))
   assert not any(array.any() for array in batches[-1].values())
   _equal(validation.batch(0), batches[0])
 
