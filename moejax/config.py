@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -97,12 +98,17 @@ def resolve(config):
     except ValueError as error:
       problems.append(str(error))
 
-  data_config = attempt(lambda: DataConfig(**config.data))
+  if not isinstance(config, ml_collections.ConfigDict) or {*config} != {*SECTIONS}:
+    raise ValueError(
+      f'the config must have the sections {", ".join(SECTIONS)}: begin with '
+      'moejax.config.baseline() and change what differs.'
+    )
+  data_config = attempt(lambda: fields.make(DataConfig, config.data))
   tokenizer = data_config and attempt(lambda: make_tokenizer(data_config))
-  model = attempt(lambda: _model_config(config, tokenizer))
-  optimizer = attempt(lambda: OptimizerConfig(**config.optimizer))
-  mesh = attempt(lambda: MeshConfig(**config.mesh))
-  train = attempt(lambda: TrainConfig(**config.train))
+  model = attempt(lambda: _model_config(config.model, data_config, tokenizer))
+  optimizer = attempt(lambda: fields.make(OptimizerConfig, config.optimizer))
+  mesh = attempt(lambda: fields.make(MeshConfig, config.mesh))
+  train = attempt(lambda: fields.make(TrainConfig, config.train))
   if data_config and model and optimizer:
     problems.extend(_batch_problems(data_config, model, optimizer))
   if problems:
@@ -111,19 +117,17 @@ def resolve(config):
   return Stages(model, data_config, optimizer, mesh, train, tokenizer)
 
 
-def _model_config(config, tokenizer):
-  # Of a length below 1, the data section's own error is reported.
-  fields = {**config.model, 'max_length': max(1, config.data.sequence_length)}
-  if tokenizer:
-    if 0 < fields['vocab_size'] < tokenizer.vocab_size:
-      raise ValueError(
-        f'model.vocab_size = {fields["vocab_size"]} is smaller than the {tokenizer.vocab_size} ids '
-        f'of data.tokenizer = {config.data.tokenizer!r}. Raise it, or set 0: as many as needed.'
-      )
-    fields['vocab_size'] = fields['vocab_size'] or tokenizer.vocab_size
-  else:
-    fields['vocab_size'] = fields['vocab_size'] or 1  # the tokenizer's own error is reported
-  return ModelConfig(**fields)
+def _model_config(section, data_config, tokenizer):
+  # Without a length or a tokenizer, their own errors are reported, and none that they would cause.
+  length = data_config.sequence_length if data_config else sys.maxsize
+  needed = tokenizer.vocab_size if tokenizer else 1
+  model = fields.make(ModelConfig, {**section, 'max_length': length})
+  if tokenizer and 0 < model.vocab_size < needed:
+    raise ValueError(
+      f'model.vocab_size = {model.vocab_size} is smaller than the {needed} ids of data.tokenizer = '
+      f'{data_config.tokenizer!r}. Raise it, or set 0: as many as needed.'
+    )
+  return dataclasses.replace(model, vocab_size=model.vocab_size or needed)
 
 
 def _batch_problems(data_config, model, optimizer):

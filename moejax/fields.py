@@ -14,7 +14,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moejax.text import did_you_mean
+from moejax import text
 
 MAX_SEED = 2**32 - 1  # JAX's keys take 32 bits; more would silently be cut off
 _KINDS = {
@@ -72,6 +72,19 @@ class Section:
     return ()
 
 
+def make(kind, values):
+  """A Section of a mapping of its fields; ValueError if it has one that there is not."""
+  known = [f.name for f in dataclasses.fields(kind)]
+  unknown = [
+    f'{kind.PATH}.{name}: there is no such field{text.did_you_mean(name, known)}.'
+    for name in values
+    if name not in known
+  ]
+  if unknown:
+    raise ValueError('\n'.join(unknown))
+  return kind(**values)
+
+
 def of(kind):
   """The fields of a Section that a config has; others are what its owner derives from them."""
   return [f for f in dataclasses.fields(kind) if 'meaning' in f.metadata]
@@ -107,7 +120,7 @@ def allowed(f):
 def checked(name, f, value: Any):
   """A value as the field's type has it; ValueError, which calls the field `name`, if it is none."""
   if is_section(f):
-    return value if isinstance(value, f.type) else f.type(**value)
+    return value if isinstance(value, f.type) else make(f.type, value)
   if f.type is float and type(value) is int:
     value = float(value)
   if f.type is tuple:
@@ -116,7 +129,7 @@ def checked(name, f, value: Any):
     raise ValueError(f'{name} must be {_KINDS[f.type]}, got {value!r}.')
   choices = f.metadata['choices']()
   if choices and value not in choices:
-    hint = did_you_mean(value, choices)
+    hint = text.did_you_mean(value, choices)
     raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}.')
   if not _within(value, f.metadata['bounds']):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')

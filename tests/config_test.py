@@ -104,6 +104,34 @@ def test_lists_become_tuples_and_mappings_sections():
     config_lib.ModelConfig(max_length=8, moe={'granularity': 0})
 
 
+def test_what_the_baseline_does_not_have_is_named():
+  c = config_lib.baseline().unlock()
+  c.model.d_modle, c.model.moe.experts, c.train.step = 3, 4, 5
+  with pytest.raises(ValueError) as raised:
+    config_lib.resolve(c)
+  assert str(raised.value) == (
+    "model.d_modle: there is no such field; did you mean 'd_model'?.\n"
+    "train.step: there is no such field; did you mean 'steps'?."
+  )
+  del c.model.d_modle, c.train.step
+  with pytest.raises(ValueError, match="model.moe.experts: .*; did you mean 'experts_per_token'?"):
+    config_lib.resolve(c)
+  del c.data
+  for other in (c, None, c.to_dict()):
+    with pytest.raises(ValueError, match='must have the sections model, data, optimizer, mesh, tr'):
+      config_lib.resolve(other)
+
+
+def test_the_page_says_where_every_section_is():
+  page = PAGE.read_text()
+  sections = [*config_lib.SECTIONS.values()]
+  for section in sections:
+    sections += [f.type for f in fields.of(section) if fields.is_section(f)]
+    assert f'`{section.__name__}`' in page or f'`{section.__name__}`,' in page, section
+    folder = section.__module__.replace('.', '/')
+    assert f'`{folder}.py`' in page or f'`{pathlib.Path(folder).parent}/`' in page, section
+
+
 def test_all_problems_come_together():
   c = variants.baseline()
   c.model.d_model, c.model.moe.group_size, c.data.batch_size, c.train.seed = 0, 0, 0, 2**32
