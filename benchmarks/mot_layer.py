@@ -25,7 +25,6 @@ from absl import app, flags
 from flax import nnx
 from moe_layer import Program, measure
 
-from configs import common as configs_common
 from moejax.layers import common, mot
 
 TOKENS, LENGTH, M = 4096, 64, 32
@@ -36,10 +35,8 @@ def programs_of(D, E):
   B, C, F = TOKENS // LENGTH, TOKENS // M, 4 * D * M // E
   keys = iter(jax.random.split(jax.random.key(0), 12))
   normal = lambda *shape: jax.random.normal(next(keys), shape) / shape[-2] ** 0.5
-  fields = configs_common.baseline().model.mot.to_dict()
-  fields |= {'num_experts': E, 'group_size': M, 'expert_width': F}
   layer = mot.MixtureOfTokens(
-    mot.MoTConfig(**fields),
+    mot.MoTConfig(num_experts=E, group_size=M, expert_width=F),
     d_model=D,
     d_ff=4 * D,
     activation='relu',

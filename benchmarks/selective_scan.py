@@ -36,7 +36,6 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from configs import common as configs_common
 from moejax.layers import common, mamba
 from moejax.ops import selective_scan
 
@@ -120,8 +119,7 @@ def torch_programs(args):
 
 def layer_programs(B, L, I, N):
   """A layer, and the matrix products in it, forward + backward."""
-  fields = configs_common.baseline().model.mamba.to_dict() | {'state_size': N}
-  config = mamba.MambaConfig(**fields)
+  config = mamba.MambaConfig(state_size=N)
   init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
   layer = mamba.Mamba(config, d_model=I // 2, init=init, rngs=nnx.Rngs(0))
   graph, params = nnx.split(layer)

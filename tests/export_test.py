@@ -6,7 +6,6 @@ import math
 import jax
 import pytest
 
-from configs import common
 from moejax import config as config_lib, sharding, step as step_lib
 from moejax.sharding import platform
 from tests import tiny
@@ -22,7 +21,7 @@ SIZES |= {'mot_num_experts': 8, 'moe_expansion_rate': 4, 'dtype': 'bfloat16', 'r
 
 def _lowered(target, model_config, sizes):
   """The training step on a mesh for one of PLATFORMS, as text."""
-  fields = common.baseline()
+  fields = config_lib.baseline()
   fields.data.sequence_length = model_config.max_length
   stages = dataclasses.replace(config_lib.resolve(fields), model=model_config)
   mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])

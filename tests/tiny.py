@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
+from moejax.fields import baseline
 from moejax.layers.common import Tokens
 from moejax.model import ModelConfig
 
@@ -37,7 +37,7 @@ if jax.__version_info__ < (0, 11):
 
 def model_config(**changes):
   """A tiny ModelConfig with the baseline's defaults; `SECTION_...` goes to its section."""
-  fields = common.baseline().model.to_dict()
+  fields = baseline(ModelConfig)
   fields |= {'vocab_size': V, 'max_length': L, 'd_model': D, 'num_heads': H, 'd_ff': F}
   fields |= {'blocks': MOT, 'positions': 'learned'}
   fields['mot'] |= {'num_experts': E, 'group_size': M, 'expert_width': 16}

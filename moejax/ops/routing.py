@@ -383,11 +383,12 @@ def _check(condition, message):
     raise ValueError(message)
 
 
-def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='uniform_is_1'):
+def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k):
   """How far the load is from uniform, over the valid tokens of all groups together.
 
   With f_e the fraction of all choices that went to expert e, before drops, and P_e its mean score,
   the value is E * sum(f * P): 1 under uniform routing for every k. Only P has a gradient.
+  In llm-random, Mixtral and OLMoE f counts choices per token, and the loss is k times this one.
 
   Args:
     logits_GTE: their softmax is the scores; `normalizing_logits` of sigmoids, which are divided by
@@ -395,20 +396,16 @@ def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k, convention='unifo
     counts_GE: choices per expert, `Plan.counts_GE`.
     valid_GT: bool; False is padding.
     k: experts per token.
-    convention: 'uniform_is_1', or 'uniform_is_k', the same times k: there f counts choices per
-      token and sums to k, as in llm-random, Mixtral and OLMoE. They agree for k = 1 (Switch).
 
   Returns:
     A scalar, float32 at least.
   """
   logits_GTE = _wide(logits_GTE)
-  scale = {'uniform_is_1': 1, 'uniform_is_k': k}
-  _check(convention in scale, f'convention must be one of {", ".join(scale)}; got {convention!r}.')
   E = logits_GTE.shape[-1]
   num_valid = jnp.maximum(valid_GT.sum(), 1)
   probability_E = _valid_sum(jax.nn.softmax(logits_GTE), valid_GT[..., None]) / num_valid
   fraction_E = counts_GE.sum(axis=0) / (k * num_valid)
-  return scale[convention] * E * jnp.sum(fraction_E.astype(logits_GTE.dtype) * probability_E)
+  return E * jnp.sum(fraction_E.astype(logits_GTE.dtype) * probability_E)
 
 
 def z_loss(logits_GTE, valid_GT):

@@ -24,7 +24,7 @@ def x64():
 
 
 def _layer(d_model=D, state_size=N, dtype='float32'):
-  config = mamba.MambaConfig(expand=2.0, state_size=state_size, conv_width=W, moe_in='conv')
+  config = mamba.MambaConfig(state_size=state_size, conv_width=W)
   init = common.Initializer('truncated_normal', 1.0, jnp.dtype(dtype))
   return mamba.Mamba(config, d_model=d_model, init=init, rngs=nnx.Rngs(0))
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common as configs_common
 from moejax import sharding
 from moejax.layers import common, moe
 
@@ -31,9 +30,8 @@ SIZES = {'expansion_rate': 2, 'granularity': 2, 'group_size': 1, 'group_by': 'se
 
 
 def _layer(router, impl):
-  fields = configs_common.baseline().model.moe.to_dict() | SIZES | ROUTERS[router]
   return moe.MixtureOfExperts(
-    moe.MoEConfig(**fields | {'impl': impl, 'z_loss': 0.1}),
+    moe.MoEConfig(**SIZES | ROUTERS[router], impl=impl, z_loss=0.1),
     d_model=D,
     d_ff=F,
     activation='relu',

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common as configs_common, fine_grained, moe as moe_config
+from configs import fine_grained, moe as moe_config
 from moejax.layers import common, moe
 from tests.ops import oracles
 
@@ -28,9 +28,7 @@ CAUSAL = [name for name in ROUTERS if name != 'flat expert choice']
 
 
 def _config(**changes):
-  fields = configs_common.baseline().model.moe.to_dict()
-  fields |= {'expansion_rate': 2, 'granularity': 2, 'group_size': M}
-  return moe.MoEConfig(**{**fields, **changes})
+  return moe.MoEConfig(**{'expansion_rate': 2, 'granularity': 2, 'group_size': M, **changes})
 
 
 @functools.lru_cache

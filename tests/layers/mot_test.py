@@ -15,7 +15,6 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from configs import common as configs_common
 from moejax import sharding
 from moejax.layers import common, mot
 from tests.ops.sparse_layer import QUICK_TO_COMPILE
@@ -25,8 +24,7 @@ REFERENCE = pathlib.Path(__file__).parent.parent / 'reference'
 
 
 def _layer(d_model=D, dtype='float32', **changes):
-  fields = configs_common.baseline().model.mot.to_dict()
-  fields |= {'num_experts': E, 'expert_width': F, 'group_size': M}
+  fields = {'num_experts': E, 'expert_width': F, 'group_size': M}
   return mot.MixtureOfTokens(
     mot.MoTConfig(**fields | changes),
     d_model=d_model,

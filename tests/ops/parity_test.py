@@ -65,9 +65,7 @@ def _losses(shape_GT, k):
   def balance(x_GTD, router_DE):
     logits_GTE = routing.router_logits(x_GTD, router_DE)
     plan = routing.token_choice(logits_GTE, k, None, valid_GT=valid_GT)
-    return routing.load_balancing_loss(
-      logits_GTE, plan.counts_GE, valid_GT, k=k, convention='uniform_is_k'
-    )
+    return k * routing.load_balancing_loss(logits_GTE, plan.counts_GE, valid_GT, k=k)
 
   z = lambda x_GTD, router_DE: routing.z_loss(routing.router_logits(x_GTD, router_DE), valid_GT)
   return {'load_balancing_loss': balance, 'z_loss': z}

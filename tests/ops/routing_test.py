@@ -221,11 +221,8 @@ def test_the_bias_balances():
 def test_uniform_routing_has_a_balance_loss_of_one(k):
   counts_GE = jnp.full((G, E), T * k / E)
   valid_GT = np.ones((G, T), bool)
-  loss = functools.partial(
-    routing.load_balancing_loss, jnp.zeros((G, T, E)), counts_GE, valid_GT, k=k
-  )
-  assert loss() == pytest.approx(1)
-  assert loss(convention='uniform_is_k') == pytest.approx(k)
+  loss = routing.load_balancing_loss(jnp.zeros((G, T, E)), counts_GE, valid_GT, k=k)
+  assert loss == pytest.approx(1)
 
 
 def test_balance_of_sigmoids_is_that_of_their_shares(x64):
@@ -346,10 +343,6 @@ def test_capacity(num_tokens, k, num_experts, factor, slots):
     (
       lambda: expert_choice(_logits(), 1, valid_GT=_valid(), softmax_over='x'),
       'experts or',
-    ),
-    (
-      lambda: routing.load_balancing_loss(_logits(), 0, _valid(), k=1, convention='x'),
-      'uniform_is_1',
     ),
   ],
 )
