@@ -19,7 +19,7 @@ from moejax.scaling_laws import laws
 SCALES = ('c', 'a', 'b', 'g')
 INTERVAL = (10, 90)  # percentiles of the bootstrap repeats, as in Table 6
 DRAWN = 0.8  # of the runs, with replacement, as in the paper: of all, intervals are too narrow
-DIVERGED = 0.2  # nats off the law that the other runs follow: six times the spread of seeds
+DIVERGED = 0.2  # nats off the law that the others follow: five times what seeds differ by
 _ZERO = math.log(1e-9)  # of a scale, whose logarithm is searched: none can be exactly 0
 _NOISE_FLOOR = 1e-3  # nats; runs agree no better than this, however well a law fits them
 

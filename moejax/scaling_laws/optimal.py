@@ -12,6 +12,7 @@ from scipy import optimize
 from moejax.scaling_laws import laws
 
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Where optima are searched: far more on both sides than anybody trains.
 _LOG_WIDTH = (math.log(2**2), math.log(2**24))
 _LOG_FLOPS = (math.log(1e6), math.log(1e36))
 

@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from configs import moe, mot
-from moejax import config as config_lib, flops, variants
+from configs import common, moe, mot
+from moejax import config as config_lib, flops
 from moejax.aot import report as report_lib, search, step, topologies
 
 _HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
@@ -203,7 +203,7 @@ def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
   args = ['--config=configs/moe.py:3M', '--topology=v5e:2x4', '--config.mesh.data=1']
   report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
   assert code == 0 and report.fits
-  d_model, blocks, *_ = variants.MOE_MAMBA_SIZES['3M']
+  d_model, blocks, *_ = common.MOE_MAMBA_SIZES['3M']
   matrix = 2 * 32 * d_model * 4 * d_model  # of all experts of a block
   gathers = [e for e in report.exchanges if e.kind == 'all-gather']
   gathered = sum(e.bytes for e in gathers) / (7 / 8)
