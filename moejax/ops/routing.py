@@ -15,7 +15,6 @@ takes no slot.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,91 +169,63 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
     ragged: layout of the plan.
   """
   G, T, K = choice_GTK.shape
+  E, n = num_experts, choice_GTK.size
   C = T if capacity is None else min(capacity, T)
-  queues = _queue_up(choice_GTK, valid_GT, num_experts, C)
-  if ragged:
-    choice_of_row, row_of_choice, used = _ragged_layout(queues, drops=C < T)
-  else:
-    choice_of_row, row_of_choice, used = _capacity_layout(queues, C)
-  # Per token: rows of the kept choices first.
-  per_token = lambda a: a.astype(jnp.int32).reshape(G * T, K)
-  lost, rows_by_token = jax.lax.sort(
-    (per_token(~queues.kept), per_token(row_of_choice)), num_keys=1, is_stable=True
-  )
-  weight = weight_GTK.reshape(-1)
-  return Plan(
-    token=choice_of_row // K,
-    weight=_weight_of_row(weight, choice_of_row, used, row_of_choice, queues.kept),
-    used=used,
-    sizes_E=queues.sizes_E,
-    rows_by_token=rows_by_token.reshape(-1),
-    row_start_T=jnp.arange(G * T, dtype=jnp.int32) * K,
-    rows_per_token_T=K - lost.sum(axis=1),
-    counts_GE=queues.length_EG.T,
-    max_per_token=K,
-  )
-
-
-class _Queues(NamedTuple):
-  """All n = G*T*K choices in line for their experts: a queue for every expert and group.
-
-  Tokens stand in the order of their group. Choices, queues and places in line are int32.
-  """
-
-  order: jax.Array  # [n]: choices, queue after queue; padding comes last
-  place: jax.Array  # [n]: where in `order` a choice stands
-  queue: jax.Array  # [n]: expert * G + group of a choice; of padding any
-  rank: jax.Array  # [n]: how many stand before a choice in its queue
-  kept: jax.Array  # [n], bool: who gets a slot
-  start_EG: jax.Array  # where in `order` a queue starts
-  length_EG: jax.Array  # how many stand in it
-  sizes_E: jax.Array  # how many get a slot of an expert
-
-
-def _queue_up(choice_GTK, valid_GT, E, C):
-  """The first C of every queue get a slot."""
-  G, _, _ = choice_GTK.shape
-  n = choice_GTK.size
+  # Choices queue up in the order of tokens: a queue for each expert and group, one for padding.
   queue_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  queue = jnp.where(valid_GT[..., None], queue_GTK, E * G).reshape(n)  # padding: one of its own
-  order = _argsort(queue, E * G + 1)
-  place = _argsort(order, n)
+  queue = jnp.where(valid_GT[..., None], queue_GTK, E * G).reshape(n)
+  order = _argsort(queue, E * G + 1)  # choices, queue after queue
+  place = _argsort(order, n)  # of each choice in `order`
   ends = _ends(queue[order], E * G)
   length = jnp.diff(ends, prepend=0)
   start = ends - length
   is_valid, queue = queue < E * G, jnp.minimum(queue, E * G - 1)
-  rank = place - start[queue]
+  rank = place - start[queue]  # of each choice in its queue
+  kept = is_valid & (rank < C)
   length_EG = length.reshape(E, G)
-  return _Queues(
-    order=order,
-    place=place,
-    queue=queue,
-    rank=rank,
-    kept=is_valid & (rank < C),
-    start_EG=start.reshape(E, G),
-    length_EG=length_EG,
-    sizes_E=jnp.minimum(length_EG, C).sum(axis=1),
+  sizes_E = jnp.minimum(length_EG, C).sum(axis=1)
+  if ragged:
+    experts = jnp.where(kept, queue // G, E) if C < T else None
+    choice_of_row, row_of_choice, used = _ragged_layout(order, place, experts, sizes_E)
+  else:
+    row_of_choice = queue * C + jnp.clip(rank, 0, C - 1)
+    choice_of_row, used = _capacity_layout(order, start, length_EG, C)
+  # Per token: rows of the kept choices first.
+  per_token = lambda a: a.astype(jnp.int32).reshape(G * T, K)
+  lost, rows_by_token = jax.lax.sort(
+    (per_token(~kept), per_token(row_of_choice)), num_keys=1, is_stable=True
+  )
+  return Plan(
+    token=choice_of_row // K,
+    weight=_weight_of_row(weight_GTK.reshape(n), choice_of_row, used, row_of_choice, kept),
+    used=used,
+    sizes_E=sizes_E,
+    rows_by_token=rows_by_token.reshape(n),
+    row_start_T=jnp.arange(G * T, dtype=jnp.int32) * K,
+    rows_per_token_T=K - lost.sum(axis=1),
+    counts_GE=length_EG.T,
+    max_per_token=K,
   )
 
 
-def _capacity_layout(queues, C):
-  """C rows for every queue: the choice of each row [E, G*C]; the row of each choice; if used."""
-  E, G = queues.length_EG.shape
+def _capacity_layout(order, start, length_EG, C):
+  """C rows for every queue, [E, G*C]: the choice of each, and whether there is one."""
+  E, G = length_EG.shape
   slot_C = jnp.arange(C, dtype=jnp.int32)
-  place = jnp.minimum(queues.start_EG.reshape(-1, 1) + slot_C[None], queues.order.size - 1)
-  used = slot_C[None] < queues.length_EG.reshape(-1, 1)
-  row_of_choice = queues.queue * C + jnp.clip(queues.rank, 0, C - 1)
-  return queues.order[place].reshape(E, G * C), row_of_choice, used.reshape(E, G * C)
+  place = jnp.minimum(start[:, None] + slot_C[None], order.size - 1)
+  used = slot_C[None] < length_EG.reshape(-1, 1)
+  return order[place].reshape(E, G * C), used.reshape(E, G * C)
 
 
-def _ragged_layout(queues, drops):
-  """A row for every kept choice, sorted by expert, then empty ones: as `_capacity_layout`, [n]."""
-  E, G = queues.length_EG.shape
-  order, place = queues.order, queues.place
-  if drops:  # close the gaps
-    order = _argsort(jnp.where(queues.kept, queues.queue // G, E), E + 1)
+def _ragged_layout(order, place, experts, sizes_E):
+  """A row for every choice, [n]: the choice of each, the row of each, and whether it is used.
+
+  `order` has them by expert. Dropped choices, of which `experts` says E, go behind all others.
+  """
+  if experts is not None:
+    order = _argsort(experts, sizes_E.size + 1)
     place = _argsort(order, order.size)
-  return order, place, jnp.arange(order.size) < queues.sizes_E.sum()
+  return order, place, jnp.arange(order.size) < sizes_E.sum()
 
 
 def own_experts(plan, first, number):
