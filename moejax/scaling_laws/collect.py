@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 
-from moejax import files
+from moejax import files, run_folder
 from moejax.scaling_laws import laws
 
 
@@ -77,11 +77,12 @@ def _read(path, expansion_rate):
     if not summary.exists():
       yield folder.name, 'unfinished or diverged: it has no summary.json'
       continue
+    fields = run_folder.read_json(summary)
     try:
-      yield folder.name, from_summary(folder.name, json.loads(_text(summary)))
+      yield folder.name, from_summary(folder.name, fields)
     except KeyError as error:
       raise ValueError(f'{summary} has no field {error}, which a law needs.') from error
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, TypeError) as error:
       raise ValueError(f'{summary} is not a summary that training wrote: {error}.') from error
     except ValueError as error:
       raise ValueError(f'{summary}: {error}.') from error
@@ -92,11 +93,7 @@ def _is_run(folder):
 
 
 def from_summary(name, summary):
-  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it.
-
-  Raises:
-    KeyError, TypeError, ValueError: a field that a law needs is missing, or is not what it must be.
-  """
+  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it."""
   model, by_kind = summary['config']['model'], summary['parameters']['by_kind']
   sublayers = {sublayer for pattern, _ in model['blocks'] for sublayer in pattern}
   if sublayers == {'attention', 'moe'}:
