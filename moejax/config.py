@@ -211,7 +211,7 @@ def override(config, texts):
   known = flat_fields()
   for name, text in texts.items():
     if name not in known:
-      raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}.')
+      raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}')
     kind = known[name].type
     try:
       value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -195,10 +196,8 @@ def write_run(config, stages, params, workdir):
     checkpoints = checkpoint.Checkpoints(run_folder.checkpoint_dir(path))
     checkpoints.save(0, state, None, metadata)
     checkpoints.close()
-  return (
-    f'written to {workdir}: a run at step 0. To train it: python -m moejax.main '
-    f'--config=configs/run.py:{workdir} --workdir={workdir}'
-  )
+  flags = shlex.join([f'--config=configs/run.py:{workdir}', f'--workdir={workdir}'])
+  return f'written to {workdir}: a run at step 0. To train it: python -m moejax.main {flags}'
 
 
 def _free(path):

@@ -130,7 +130,7 @@ def checked(name, f, value: Any):
   choices = f.metadata['choices']()
   if choices and value not in choices:
     hint = text.did_you_mean(value, choices)
-    raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}.')
+    raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}')
   if not _within(value, f.metadata['bounds']):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
   return value

@@ -29,7 +29,10 @@ def main(config):
 
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
-    return train.train(config, pathlib.Path(folder).absolute())
+    code = train.train(config, pathlib.Path(folder).absolute())
+  if code == cli.INTERRUPTED and not workdir:
+    print(f'with --workdir={folder}')
+  return code
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ import difflib
 
 
 def did_you_mean(name: str, known) -> str:
-  """'; did you mean ...?' with the closest known name, or ''."""
+  """The end of a sentence: '; did you mean ...?' with the closest known name, or '.'."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f'; did you mean {close[0]!r}?' if close else ''
+  return f'; did you mean {close[0]!r}?' if close else '.'
 
 
 def short(number: float) -> str:

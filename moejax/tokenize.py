@@ -7,6 +7,7 @@ r"""Writes a corpus to flat token files, once, for runs that then need no Tensor
 
 import os
 import pathlib
+import shlex
 
 from absl import flags
 
@@ -25,10 +26,9 @@ def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
     for name, split in index['splits'].items()
   )
   tokenizer = tokenizer_lib.tokenizer_in(index['tokenizer'], pathlib.Path(output))
-  return (
-    f'Wrote {output}: {counts}. Read them with --config.data.source=tokens '
-    f'--config.data.files={output} --config.data.tokenizer={tokenizer}'
-  )
+  fields = {'source': 'tokens', 'files': output, 'tokenizer': tokenizer}
+  flags = shlex.join(f'--config.data.{name}={value}' for name, value in fields.items())
+  return f'Wrote {output}: {counts}. Read them with {flags}'
 
 
 def main(config):

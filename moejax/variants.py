@@ -67,7 +67,7 @@ def parse_arg(arg, sizes=SIZES, **options):
     else:
       known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
       hint = did_you_mean(word, known)
-      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}.')
+      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}')
     if name in given:
       raise ValueError(f'--config=...:{word}: {name} is {given[name]} already.')
     given[name] = value

@@ -57,7 +57,7 @@ def test_a_field_is_one_line(toy):
     ({'width': True}, 'toy.width must be an integer, got True.'),
     (
       {'shape': 'squar'},
-      "toy.shape must be one of round, square; got 'squar'; did you mean 'square'?.",
+      "toy.shape must be one of round, square; got 'squar'; did you mean 'square'?",
     ),
     ({'shape': 3}, 'toy.shape must be a text, got 3.'),
     ({'shape': 'square'}, 'toy.width = 3 must be even with toy.shape = square.'),

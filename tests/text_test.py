@@ -24,7 +24,7 @@ from moejax import text
     (text.short_time(0.0125), '12.5 ms'),
     (text.short_time(3.21), '3.21 s'),
     (text.did_you_mean('expets', ['experts', 'mixtures']), "; did you mean 'experts'?"),
-    (text.did_you_mean('zzz', ['experts']), ''),
+    (text.did_you_mean('zzz', ['experts']), '.'),
   ],
 )
 def test_text(made, expected):

@@ -225,7 +225,7 @@ def _find_task(config, tokenizer) -> tuple[Any, str]:
     return _text_task(config, name, dataset, tokenizer or tokenizer_lib.BytesTokenizer()), dataset
   known = {*registered, *TFDS_TASKS}
   raise ValueError(
-    f'data.task: no task or mixture {name!r}{did_you_mean(name, known)}. Known: '
+    f'data.task: no task or mixture {name!r}{did_you_mean(name, known)} Known: '
     f'{", ".join(difflib.get_close_matches(name, known, n=10, cutoff=0))}. '
     "Write 'module:task' to import the module that registers it."
   )
