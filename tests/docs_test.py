@@ -1,7 +1,12 @@
 """The code in the documentation runs."""
 
+import concurrent.futures
+import multiprocessing
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,9 +15,10 @@ import pytest
 from configs import mot
 from moejax import config as config_lib, convert, model as model_lib
 from moejax.layers import moe
-from tests import tiny
+from tests import commands, programs, tiny
 
-DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS, README = ROOT / 'docs', ROOT / 'README.md'
 
 
 @pytest.fixture
@@ -20,8 +26,12 @@ def routers(monkeypatch):
   monkeypatch.setattr(moe, 'ROUTERS', dict(moe.ROUTERS))
 
 
+def _python(page):
+  return re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+
+
 def _code(page):
-  (code,) = re.findall(r'```python\n(.*?)```', (DOCS / page).read_text(), re.DOTALL)
+  (code,) = _python(DOCS / page)
   return compile(code, page, 'exec'), len(code.splitlines())
 
 
@@ -73,3 +83,111 @@ def test_the_names_on_the_page_are_those_in_the_file(tmp_path, monkeypatch):
     parent, _, last = name.rpartition('.')
     in_full, beside = f'`{name}`', rf'`{re.escape(parent)}\.\w+`, `\.{last}`'
     assert in_full in table or re.search(beside, table) or name.endswith(('.scale', '.bias')), name
+
+
+# Programs of other people, and why their commands are not run; ours are run or checked below.
+OTHERS = {
+  'pip': 'installs',
+  '.venv/bin/pip': 'installs',
+  'gcloud': 'needs a cloud; tests/launch_test.py has a false one',
+  'docker': 'builds an image',
+  'xpk': 'needs a cluster',
+  'sbatch': 'needs a cluster; tests/launch_test.py has a false one',
+}
+# Commands of ours, as regular expressions, of which only the flags are checked.
+UNAFFORDABLE = {
+  r'-m moejax\.aot ': 'compiles for TPUs: tests/aot',
+  r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
+  r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
+}
+# What a command is given here, so that it takes a second: the small models of `debug`, little text,
+# and in place of runs that are not trained here their results.
+TEXT = ['--config.data.source=text', '--config.data.files=text/*.txt']
+SMALLER = {
+  'moejax.main': ['--config.train.eval_batches=1'],
+  'moejax.tokenizer': ['--vocab_size=300', *TEXT],
+  'moejax.tokenize': TEXT,
+  'fit': ['--starts=2', '--repeats=2'],
+}
+
+
+def _smaller(words):
+  """The same command at a smaller scale."""
+  words = [re.sub(r'^(--config=configs/(?!run).*\.py)$', r'\1:debug', word) for word in words]
+  words = [re.sub(r'(sequence_length|train.steps)=\d+$', r'\1=32', word) for word in words]
+  words = [str(DOCS / 'laptop_grid/runs.csv') if word == 'runs/grid' else word for word in words]
+  return words + [flag for name, flags in SMALLER.items() if name in words for flag in flags]
+
+
+@pytest.fixture(scope='module')
+def go(tmp_path_factory):
+  """`go('moejax.main', argument, ...)` in a folder with what a reader has; code and output."""
+  folder = tmp_path_factory.mktemp('docs')
+  (folder / 'text').mkdir()
+  for i in range(40):
+    (folder / 'text' / f'{i}.txt').write_text(f'def function_{i}(x):\n  return x * {i}\n' * 20)
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+
+    def run(module, *arguments, prelude=''):
+      program = module.removeprefix('moejax.')
+      return pool.submit(programs.run, program, arguments, folder, prelude).result()
+
+    yield run
+
+
+MAMBA = ['--config=configs/mamba.py:debug', '--config.train.steps=1', '--workdir=runs/model']
+MAMBA += ['--config.model.norm=rms_norm', '--config.model.final_norm=True']
+
+
+def test_the_commands_of_the_pages_run_one_after_the_other(go):
+  for words in (['main', *MAMBA], ['convert', 'to_hf', '--workdir=runs/model', '--output=FOLDER']):
+    code, output = go(*words)
+    assert code == 0, output
+  done = set()
+  for page in commands.PAGES:
+    router = '\n'.join(_python(page)) if page.name == 'adding_a_router.md' else ''
+    for words in commands.of(page):
+      if words[0] not in OTHERS and str(words) not in done:
+        done.add(str(words))
+        code, output = _do(go, words, router)
+        assert code == 0, f'{page.name}: {shlex.join(words)}\n{output}'
+    for text, is_commands in commands.blocks(page):
+      for line in text.splitlines() if text.startswith('--config.') else ():
+        words = ['--config=configs/mot.py', *shlex.split(line, comments=True), '--print_config']
+        code, output = go('main', *words)
+        assert code == 0, f'{page.name}: {line}\n{output}'
+      assert is_commands or 'python -m moejax' not in text.partition('\n')[2], text
+
+
+def _do(go, words, prelude):
+  """Does what words of a page say, or as much of it as can be done here."""
+  program, *arguments = words
+  if program == 'make':
+    return _finished(['make', '--dry-run', *arguments])
+  if program == 'launch/tpu_run.sh':
+    return _finished([ROOT / program, *arguments, '--dry_run'])
+  assert program == 'python', words
+  if arguments[1] == 'venv':
+    return 0, ''
+  if any(re.search(expression, shlex.join(words)) for expression in UNAFFORDABLE):
+    arguments.append('--only_check_args')
+  else:
+    arguments = _smaller(arguments)
+  return go(*arguments[1:], prelude=prelude)
+
+
+def _finished(command, **options):
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+  return done.returncode, done.stdout + done.stderr
+
+
+def test_the_first_commands_of_the_readme(tmp_path):
+  """At their own sizes, by programs of their own; only training is cut short."""
+  words = [words for words in commands.of(README) if words[0] == 'python'][:3]
+  assert [w[2] for w in words] == ['moejax.main', 'moejax.evaluate', 'moejax.generate']
+  words[0] += ['--config.train.steps=1', '--config.train.eval_batches=1']
+  for _, *arguments in words:
+    arguments = [a.replace('=runs/', f'={tmp_path}/') for a in arguments]
+    code, output = _finished([sys.executable, *arguments])
+    assert code == 0, output
+  assert 'more than the context of 64' in output and output.rstrip().endswith('-' * 40)
