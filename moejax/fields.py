@@ -76,7 +76,7 @@ def make(kind, values):
   """A Section of a mapping of its fields; ValueError if it has one that there is not."""
   known = [f.name for f in dataclasses.fields(kind)]
   unknown = [
-    f'{kind.PATH}.{name}: there is no such field{text.did_you_mean(name, known)}.'
+    f'{kind.PATH}.{name}: there is no such field{text.did_you_mean(name, known)}'
     for name in values
     if name not in known
   ]

@@ -110,8 +110,8 @@ def test_what_the_baseline_does_not_have_is_named():
   with pytest.raises(ValueError) as raised:
     config_lib.resolve(c)
   assert str(raised.value) == (
-    "model.d_modle: there is no such field; did you mean 'd_model'?.\n"
-    "train.step: there is no such field; did you mean 'steps'?."
+    "model.d_modle: there is no such field; did you mean 'd_model'?\n"
+    "train.step: there is no such field; did you mean 'steps'?"
   )
   del c.model.d_modle, c.train.step
   with pytest.raises(ValueError, match="model.moe.experts: .*; did you mean 'experts_per_token'?"):
