@@ -119,7 +119,9 @@ class ModelConfig(Section):
   positions: str = default(
     'rope', 'how positions are told; learned: absolute', choices=('rope', 'learned', 'none')
   )
-  document_mask: bool = default(False, 'tokens see only their own document; else all of their row')
+  document_mask: bool = default(
+    False, 'tokens see only their own document; False: their whole sequence'
+  )
   norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
   final_norm: bool = default(False, 'a norm before the output projection')
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
