@@ -225,16 +225,13 @@ def known_vocab_size(name: str) -> int:
   Raises:
     ValueError: only its file tells, and is not there.
   """
-  if name == 'bytes':
-    return BytesTokenizer.vocab_size
+  if all(path.is_file() for path in tokenizer_files(name)):
+    return _tokenizer_named(name).vocab_size
   if name.startswith(_GPT2_PREFIX):
     return 50257 + NUM_SPECIAL  # the published vocabulary
-  (path,) = tokenizer_files(name)
-  if not path.is_file():
-    raise ValueError(
-      f'data.tokenizer = {name!r} is not here to tell how many ids it has; set model.vocab_size.'
-    )
-  return SentencePieceTokenizer(path).vocab_size
+  raise ValueError(
+    f'data.tokenizer = {name!r} is not here to tell how many ids it has; set model.vocab_size.'
+  )
 
 
 def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:

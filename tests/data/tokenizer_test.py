@@ -197,6 +197,14 @@ def test_gpt2_files_that_cannot_be(make_config, gpt2_folder, file, content, mess
     tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{gpt2_folder}'))
 
 
+def test_known_vocabulary_sizes(gpt2_folder, sentencepiece_file, tmp_path):
+  sizes = {'bytes': 259, f'gpt2:{gpt2_folder}': 264, str(sentencepiece_file): 320}
+  for name, size in (sizes | {f'gpt2:{tmp_path}/nowhere': 50_260}).items():
+    assert tokenizer_lib.known_vocab_size(name) == size
+  with pytest.raises(ValueError, match='set model.vocab_size'):
+    tokenizer_lib.known_vocab_size(f'{tmp_path}/nowhere.model')
+
+
 def test_missing_and_broken_files(make_config, tmp_path):
   with pytest.raises(ValueError, match=r'data\.tokenizer: .*no file .*nowhere\.model'):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=str(tmp_path / 'nowhere.model')))
