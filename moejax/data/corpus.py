@@ -153,7 +153,9 @@ def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
   names = _one_per_file(root if wild else root.parent, files)
   root = root if wild else root.parent
   if not names:
-    if not root.is_dir():
+    if os.path.isdir(pattern):
+      seen = f'it is a folder; for all that it holds, write {pattern}/**/*'
+    elif not root.is_dir():
       seen = f'the folder {root} does not exist'
     else:
       entries = sorted(entry.name for entry in root.iterdir())

@@ -68,11 +68,11 @@ class Tokenizer:
     Special ids count 0, and so does the unknown id, whose text is lost.
     """
     del inputs
-    return self._lengths[targets]
+    return self._lengths.take(targets, mode='clip')
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
-    lengths = np.zeros(self.vocab_size, np.int32)
+    lengths = np.zeros(self.vocab_size + 1, np.int32)  # the last: of ids beyond the vocabulary
     lengths[: len(self._bytes)] = [len(data) for data in self._bytes]
     lengths[self.eos_id] = 0
     return lengths
@@ -124,7 +124,8 @@ class SentencePieceTokenizer(Tokenizer):
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
     first = np.isin(inputs, (self.eos_id, self.pad_id))
-    return np.where(first, self._lengths_at_start[targets], self._lengths[targets])
+    at_start = self._lengths_at_start.take(targets, mode='clip')
+    return np.where(first, at_start, super().num_bytes(inputs, targets))
 
   @functools.cached_property
   def _bytes(self) -> list[bytes]:

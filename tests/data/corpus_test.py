@@ -91,6 +91,8 @@ def test_few_files_without_newlines_are_cut_between_characters(make_config, tmp_
 def test_nothing_matches(make_config, text_folder):
   with pytest.raises(ValueError, match=r'data\.files: .*\*\.md.* holds 21 entries \(0\.txt'):
     list(corpus.documents(make_config(source='text', files=f'{text_folder}/*.md')))
+  with pytest.raises(ValueError, match=r'data\.files: .*it is a folder; .*, write /.*/\*\*/\*\.'):
+    list(corpus.documents(make_config(source='text', files=f'{text_folder}/')))
   with pytest.raises(ValueError, match=r'data\.files: .*nowhere does not exist'):
     list(corpus.documents(make_config(source='text', files=f'{text_folder}/nowhere/*.txt')))
 

@@ -103,6 +103,7 @@ def test_bytes_of_ids_are_those_of_the_text(
   for name in ('bytes', str(sentencepiece_file), f'gpt2:{gpt2_folder}'):
     tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=name))
     assert _direct_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
+    assert tokenizer.num_bytes([1], [tokenizer.vocab_size + 5]).tolist() == [0]
   # Models that put a space before a text, which is no byte of it; Llama's kind falls back to bytes.
   llama = train_foreign(tmp_path / 'llama.model', byte_fallback=True, vocab_size=320)
   keeps_spaces = train_foreign(tmp_path / 'spaces.model', remove_extra_whitespaces=False)
