@@ -264,16 +264,22 @@ def _parse_with_config(argv):
   argv = [argv[0], *map(_find_config, argv[1:])]
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
-  sys.argv[:] = argv  # config_flags reads overrides from here as well
+  overrides = {}
+  sys.argv[:] = argv = _without_overrides(argv, overrides)  # config_flags reads it as well
   try:
-    return _parse(argv)
+    rest = _parse(argv)
+    if overrides:
+      from moejax import config
+
+      config.set_fields(flags.FLAGS.config, overrides)
+    return rest
   except ImportError as error:
     if (error.name or '').split('.')[0] != 'configs':
       raise
     advice = 'what configs/common.py held is in the package: from moejax import variants as common.'
     sys.exit(_fail(f'--config: {error}; {advice}'))
   except (AttributeError, KeyError, ValueError) as error:
-    sys.exit(_fail(_explain(error, argv)))
+    sys.exit(_fail(_explain(error)))
 
 
 def _find_config(argument):
@@ -292,29 +298,32 @@ def _find_config(argument):
   return f'--config={path}{colon}{words}'
 
 
-def _explain(error, argv):
-  """One sentence for an unknown config field, with the closest known one if there is any."""
+def _explain(error):
+  """One sentence for what a config file does wrong: a field that there is not, or no config."""
   text = str(error).splitlines()[-1].strip('\'"')
-  if isinstance(error, ValueError):
-    return text
   if text.endswith("no attribute 'get_config"):
     return '--config: the file must have a function get_config(arg=None) that returns a config.'
-  match = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
-  known, unknown = match.groups() if match else (None, text)
-  flag = next((a for a in argv if f'.{unknown}' in a), unknown)
-  advice = f'did you mean {known!r}?' if known else '--print_config shows those that it has.'
-  return f'{flag}: the config has no field {unknown!r}; {advice}'
+  if isinstance(error, ValueError):
+    return text
+  known = re.search(r'Did you mean "(.+?)" instead', text)
+  unknown = re.search(r'Key "(.+?)" does not exist', str(error)) or ('', text)
+  advice = f'did you mean {known[1]!r}?' if known else '--help lists those that it has.'
+  return f'--config: the config has no field {unknown[1]!r}; {advice}'
 
 
 def config_of(arguments):
   """The ConfigDict that a program with these arguments, `--config=` among them, would run."""
+  from moejax import config  # importing JAX takes seconds
+
   values = flags.FlagValues()
-  argv = ['', *map(_find_config, arguments)]
+  overrides = {}
+  argv = _without_overrides(['', *map(_find_config, arguments)], overrides)
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
     values(argv, known_only=True)
   except flags.Error as error:
     raise ValueError(str(error).rpartition('\nValueError: ')[2]) from error
   except (AttributeError, KeyError, ValueError) as error:
-    raise ValueError(_explain(error, argv)) from error
+    raise ValueError(_explain(error)) from error
+  config.set_fields(values.config, overrides)
   return values.config

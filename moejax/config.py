@@ -199,26 +199,39 @@ def _mesh_problems(stages, mesh):
 
 
 def override(config, texts):
-  """Sets fields of a run's config to what the command line says: {'model.mot.group_size': '4'}.
+  """`set_fields` of a run's config; experts of Mixture of Tokens keep their width in any group."""
+  mot = MoTConfig(**config.model.mot)
+  config.model.mot.expert_width = mot.width(config.model.d_ff)
+  set_fields(config, texts)
 
-  The experts of a Mixture-of-Tokens model keep their width, whatever its groups.
+
+def set_fields(config, texts):
+  """Sets fields to what the command line says: {'model.mot.group_size': '4'}.
 
   Raises:
     ValueError: there is no such field, or the text is none of its values.
   """
-  mot = MoTConfig(**config.model.mot)
-  config.model.mot.expert_width = mot.width(config.model.d_ff)
   known = flat_fields()
   for name, text in texts.items():
     if name not in known:
-      raise ValueError(f'--config.{name}: the config has no such field{did_you_mean(name, known)}')
-    kind = known[name].type
+      hint = did_you_mean(name, known, cutoff=0.8)
+      raise ValueError(f'--config.{name}: the config has no such field{hint}')
     try:
-      value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
-    except (SyntaxError, ValueError):
-      value = text
+      value = _READERS[known[name].type](text)
+    except (KeyError, SyntaxError, ValueError):
+      value = text  # of which the error tells
     value = fields.checked(f'--config.{name}', known[name], value)
     config.update_from_flattened_dict({name: value})
+
+
+_BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
+_READERS = {
+  str: str,
+  int: int,
+  float: float,
+  bool: lambda text: _BOOLEANS[text.lower()],
+  tuple: ast.literal_eval,
+}
 
 
 def flatten(tree, prefix=''):

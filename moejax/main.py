@@ -53,8 +53,9 @@ def _new_folder():
   try:
     yield folder
   finally:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # what is in use stays
       folder.rmdir()
+      folder.parent.rmdir()
 
 
 def run():

@@ -3,9 +3,9 @@
 import difflib
 
 
-def did_you_mean(name: str, known) -> str:
+def did_you_mean(name: str, known, cutoff: float = 0.5) -> str:
   """The end of a sentence: '; did you mean ...?' with the closest known name, or '.'."""
-  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
   return f'; did you mean {close[0]!r}?' if close else '.'
 
 
