@@ -197,7 +197,7 @@ def test_fields_of_a_run_can_be_set_anew():
   'name, text, message',
   [
     ('model.mot.group_sise', '4', "no such field; did you mean 'model.mot.group_size'"),
-    ('model.mot.group_size', '4.5', 'group_size must be an integer, got 4.5'),
+    ('model.mot.group_size', '4.5', "group_size must be an integer, got '4.5'"),
     ('model.mot.group_size', 'x', "group_size must be an integer, got 'x'"),
   ],
 )
