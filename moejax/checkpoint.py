@@ -18,6 +18,7 @@ counts, with a warning.
 
 import concurrent.futures
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -43,7 +44,7 @@ _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 class Checkpoints:
   """The checkpoints of one run. With several processes, all of them make every call.
 
-  At most one save is under way: the next call waits for it, and raises ValueError if it failed.
+  At most one save is under way: the next call waits for it, and raises RuntimeError if it failed.
   """
 
   def __init__(self, directory, keep: int = 3):
@@ -54,13 +55,14 @@ class Checkpoints:
       keep: how many of the newest steps to keep.
     """
     self._directory = pathlib.Path(directory).absolute()
+    self._link = _link(self._directory)
     self._keep = keep
     logging.get_absl_logger().addFilter(_is_worth_showing)
     self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save under way
 
-  def make_writable(self, num_bytes: int) -> None:
+  def check_writable(self, num_bytes: int) -> None:
     """Creates the folder, to find out before training that it can be.
 
     Args:
@@ -104,7 +106,7 @@ class Checkpoints:
       loader: its `save(directory)` stores the position in the data; None if there is no loader.
       metadata: anything that JSON can hold; the run's config under 'config'.
     """
-    self._wait()
+    self.wait()
     if not self._problem(step):
       return
     folder = self._folder(step)
@@ -118,11 +120,11 @@ class Checkpoints:
         loader.save(data)
       if jax.process_index() == 0:
         files.write(folder / 'metadata.json', json.dumps(metadata))
-      tree = traverse_util.unflatten_dict(_by_name(state), sep='/')
+      tree = traverse_util.unflatten_dict(by_name(state), sep='/')
       # In a thread of its own, which has no mesh set: under one, jax 0.7 refuses what orbax does to
       # the shards of single devices.
       args = ocp.args.PyTreeSave(tree)
-      self._background.submit(self._checkpointer.save, folder / 'state', args=args).result()
+      self._background.submit(self._checkpointer.save, self._state(step), args=args).result()
     self._pending = step, self._background.submit(self._finish, step)
 
   def latest_step(self) -> int | None:
@@ -131,7 +133,7 @@ class Checkpoints:
     Raises:
       ValueError: all steps are damaged, and starting again would overwrite the run.
     """
-    self._wait()
+    self.wait()
     # Process 0 looks, so that all processes decide alike.
     step, damaged = self._newest() if jax.process_index() == 0 else (-1, [])
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
@@ -175,13 +177,19 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the save under way, then frees the threads."""
     try:
-      self._wait()
+      self.wait()
     finally:
       self._background.shutdown()
       self._checkpointer.close()
+      if self._link != self._directory:
+        shutil.rmtree(self._link.parent)
 
   def _folder(self, step):
     return self._directory / str(step)
+
+  def _state(self, step):
+    """The arrays of a step, where orbax finds them."""
+    return self._link / str(step) / 'state'
 
   def _steps(self):
     """Steps whose saves were finished, in order, damaged or not."""
@@ -245,7 +253,8 @@ class Checkpoints:
         if other.name.isdecimal() and int(other.name) not in kept:
           _delete(other)
 
-  def _wait(self):
+  def wait(self) -> None:
+    """Waits for the save under way; raises RuntimeError if it failed."""
     if self._pending:
       step, future = self._pending
       self._pending = None
@@ -253,26 +262,24 @@ class Checkpoints:
         future.result()
 
   def _explain_failed_save(self, step):
-    return explain(
-      f'workdir: cannot write checkpoint {self._folder(step)}; make sure that the disk has space'
-    )
+    return explain(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
 
   def _load(self, step, abstract, prefix, config):
     """The arrays of `abstract`, which are all that the step holds under `prefix`."""
-    self._wait()
+    self.wait()
     folder = self._folder(step)
     problem = self._problem(step)
     if problem:
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
-    wanted = _by_name(abstract)
+    wanted = by_name(abstract)
     with explain(f'cannot read checkpoint {folder}'):
-      described: Any = self._checkpointer.handler.metadata(epath.Path(folder / 'state'))
-      stored = _by_name(described.tree)
+      described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
+      stored = by_name(described.tree)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
     lines = differences(stored, wanted)
     if lines:
-      fields = _config_differences(self.metadata(step).get('config', {}), config)
-      raise ValueError(_misfit(folder, lines, fields))
+      saved = self.metadata(step).get('config', {})
+      raise ValueError(_misfit(folder, lines, changed_fields(saved, config) if config else {}))
     tree = traverse_util.unflatten_dict(wanted, sep='/')
     args = ocp.args.PyTreeRestore(
       item=tree,
@@ -280,7 +287,7 @@ class Checkpoints:
       partial_restore=True,
     )
     with explain(f'cannot read checkpoint {folder}'):
-      loaded = _by_name(self._checkpointer.restore(folder / 'state', args=args))
+      loaded = by_name(self._checkpointer.restore(self._state(step), args=args))
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 
@@ -289,18 +296,27 @@ def _is_worth_showing(record):
   return f'orbax{os.sep}checkpoint' not in record.pathname
 
 
+def _link(directory):
+  """The directory itself, or a link to it if its path holds what orbax takes for a pattern."""
+  if directory == pathlib.Path(glob.escape(str(directory))):
+    return directory
+  link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
+  link.symlink_to(directory)
+  return link
+
+
 @contextlib.contextmanager
-def explain(what):
+def explain(what, kind: type[Exception] = ValueError):
   """Turns any error into one line: orbax raises many kinds, some of them a thousand lines long."""
   try:
     yield
   except Exception as error:
     line, *_ = str(error).strip().splitlines() or [type(error).__name__]
     line = line if len(line) < 400 else f'{line[:200]} ... {line[-200:]}'
-    raise ValueError(f'{what}: {line}') from error
+    raise kind(f'{what}: {line}') from error
 
 
-def _by_name(tree):
+def by_name(tree):
   """The leaves of a pytree by path: 'params/blocks/0/w'. Named tuples and dicts look the same."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
@@ -327,22 +343,17 @@ def _differences(stored, wanted):
       yield f'{name}: checkpoint {stored[name].dtype} vs config {wanted[name].dtype}'
 
 
-def _config_differences(saved, current):
-  """'model.d_model: checkpoint 8 vs config 16' for every field; nothing if `current` is None."""
-  if current is None:
-    return []
-  saved, current = (
-    traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.')
-    for config in (saved, current)
+def changed_fields(old, new):
+  """Fields that two nested dicts of a config have different: (old value, new value) by name."""
+  old, new = (
+    traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (old, new)
   )
-  return [
-    f'{field}: checkpoint {saved.get(field)} vs config {current.get(field)}'
-    for field in sorted(saved.keys() | current.keys())
-    if saved.get(field) != current.get(field)
-  ]
+  names = sorted(old.keys() | new.keys())
+  return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _misfit(folder, lines, fields):
+def _misfit(folder, lines, changed):
+  fields = [f'{name}: checkpoint {old} vs config {new}' for name, (old, new) in changed.items()]
   return '\n'.join(
     [
       f'checkpoint {folder} does not fit the model of this config. Use the config that it was '

@@ -82,7 +82,7 @@ def _num_bytes(batch):
   return jnp.sum(batch['bytes'] * model_lib.counted(batch))
 
 
-def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
+def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None):
   """Mean loss over the first `num_batches` batches of a loader, or all; never over one twice.
 
   Args:
@@ -90,6 +90,7 @@ def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
     loader: of the validation split.
     num_batches: how many at most; None: as many as there are.
     mesh: where the parameters lie.
+    accumulation: microbatches that a batch is split into, as in training.
     corpus: another loader; every sequence is mixed with sequences of that one alone.
 
   Returns:
@@ -111,7 +112,9 @@ def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
     sizes = loader.tokenizer.num_bytes(batch['inputs'], batch['targets'])
     batch = sharding.place_batch(batch | {'bytes': sizes}, mesh)
     num_bytes = _num_bytes(batch)
-    nats, tokens, aux = step_lib.eval_step(model_config, params, batch)
+    del batch['bytes']
+    number = step_lib.microbatches(model_config, len(batch['inputs']), accumulation)
+    nats, tokens, aux = step_lib.eval_step(model_config, number, params, batch)
     if not tokens:  # of any process: the split has been gone through
       break
     all_aux.append(sharding.fetch(aux))
@@ -119,7 +122,7 @@ def evaluate(model_config, params, loader, num_batches, mesh, corpus=None):
     total['tokens'] += float(tokens)
     total['bytes'] += int(num_bytes)
     if dropless:
-      total['nats_dropless'] += float(step_lib.eval_step(dropless, params, batch)[0])
+      total['nats_dropless'] += float(step_lib.eval_step(dropless, number, params, batch)[0])
   if not all_aux:
     raise ValueError('data.batch_size: the validation split is smaller than one batch; lower it.')
   result = {'loss': total['nats'] / total['tokens'], 'tokens': int(total['tokens'])}
@@ -175,7 +178,9 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
     alone = mode == 'mixed_with_corpus'
     validation = data.make_loader(stages.data, 'validation', **part)
     corpus = data.make_loader(stages.data, 'train') if alone else None
-    result, aux = evaluate(model, params, validation, num_batches, mesh, corpus)
+    result, aux = evaluate(
+      model, params, validation, num_batches, mesh, stages.optimizer.accumulation, corpus
+    )
     group = model.mixed_sequences
     what = {'mode': mode, 'group_size': group, 'leaks': group > 1 and not alone}
     rows.append({**what, **result, **metrics.flatten_aux(aux)})

@@ -69,13 +69,21 @@ def make_writer(workdir, start_step: int) -> MetricsWriter | NoWriter:
 
 
 def read_metrics(workdir) -> list[dict]:
-  """All lines of metrics.jsonl, but for a last one cut off in writing; [] if there is no file."""
+  """All lines of metrics.jsonl that are whole; [] if there is no file."""
   path = pathlib.Path(workdir) / _FILE
   if not path.exists():
     return []
-  *lines, unfinished = path.read_text().split('\n')
-  del unfinished
-  return [json.loads(line) for line in lines]
+  *lines, _ = path.read_text(errors='replace').split('\n')  # the last was cut off in writing
+  return [entry for line in lines if (entry := _entry(line))]
+
+
+def _entry(line):
+  """What a line says, or None if it is damaged."""
+  try:
+    entry = json.loads(line)
+  except ValueError:
+    return None
+  return entry if isinstance(entry, dict) and isinstance(entry.get('step'), int) else None
 
 
 def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
@@ -98,46 +106,69 @@ def flatten_aux(aux: dict) -> dict[str, float]:
   }
 
 
+class Diverged(RuntimeError):
+  """A step whose loss, gradient or update is not finite; says which."""
+
+
 class MetricAverager:
   """Metrics since the last log line, and the time they took without evaluation and saving.
 
-  A run that goes on takes up the totals of the one before it: its log lines are the same.
+  A run that resumes takes up the totals of the one before it: its log lines are the same.
   """
 
   def __init__(self, sums=None, count=0):
-    self._sums, self._count, self._taken_up = dict(sums or {}), count, count
+    """Starts the clock; `sums` and `count` are those of `totals`."""
+    self._sums, self._count, self._restored = dict(sums or {}), count, count
     self._unread = None
     self._started = time.monotonic()
 
-  def add(self, measured):
-    """Takes in a step just dispatched; reads the one before while the device works on this."""
-    self._read()
-    self._unread = measured
+  def add(self, step, measured):
+    """Takes in a step just dispatched; reads the one before while the device works on this.
+
+    Raises:
+      Diverged: the one before.
+    """
+    self.read()
+    self._unread = step, measured
+
+  def read(self):
+    """Waits for the step taken in last.
+
+    Raises:
+      Diverged: its loss, gradient or update is not finite.
+    """
+    if self._unread:
+      (step, measured), self._unread = self._unread, None
+      flat = flat_metrics(measured)
+      if not all(math.isfinite(flat[name]) for name in ('loss', 'grad_norm', 'update_norm')):
+        raise Diverged(
+          f'training diverged at step {step} (loss {flat["loss"]:.4g}, gradient norm '
+          f'{flat["grad_norm"]:.4g}, update norm {flat["update_norm"]:.4g})'
+        )
+      if not self._count:
+        self._sums = dict.fromkeys(flat, 0.0)
+      self._sums = {name: total + flat[name] for name, total in self._sums.items()}
+      self._count += 1
 
   def skip(self, seconds):
+    """Leaves out some time."""
     self._started += seconds
 
   def totals(self):
-    """The arguments that make the same window again, as JSON can hold them."""
-    self._read()
+    """The arguments that make the same averager again, as JSON can hold them."""
+    self.read()
     return {'sums': self._sums, 'count': self._count}
 
   def means(self):
-    self._read()
+    """The average of every metric, and 'seconds_per_step' of the steps taken in here."""
+    self.read()
     seconds = time.monotonic() - self._started
     means = {name: total / self._count for name, total in self._sums.items()}
-    return means | {'seconds_per_step': seconds / (self._count - self._taken_up)}
-
-  def _read(self):
-    if self._unread is not None:
-      for name, value in flat_metrics(self._unread).items():
-        self._sums[name] = self._sums.get(name, 0.0) + value
-      self._count += 1
-      self._unread = None
+    return means | {'seconds_per_step': seconds / (self._count - self._restored)}
 
 
 def flat_metrics(measured):
-  """Device metrics as floats, those of sublayers as by `metrics.flatten_aux`."""
+  """Device metrics as floats, those of sublayers as by `flatten_aux`."""
   measured = jax.device_get(measured)
   flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
   return flat | flatten_aux(measured['aux'])

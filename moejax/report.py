@@ -55,13 +55,18 @@ def describe(result: dict) -> str:
 
 
 def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
-  """Draws loss curves into a PNG file.
+  """Writes `loss_figure` to a PNG file."""
+  with files.atomic_output(path) as temporary:
+    loss_figure(curves).savefig(temporary)
+
+
+def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
+  """A figure of loss curves.
 
   Args:
     curves: (step, loss in nats per token) by label. A label that ends in 'validation' is drawn with
       markers; any other is training, drawn thin, with its running mean thick. 'x train' and
       'x validation', or 'x' alone, share a colour.
-    path: of the file.
   """
   arrays = {label: np.array(points, float) for label, points in curves.items() if points}
   figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
@@ -82,8 +87,7 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
     axes.legend(frameon=False)
   axes.grid(color='0.9')
   axes.spines[['top', 'right']].set_visible(False)
-  with files.atomic_output(path) as temporary:
-    figure.savefig(temporary)
+  return figure
 
 
 def plot_router(load, path) -> None:
@@ -153,6 +157,15 @@ def git_commit() -> str | None:
   except (OSError, subprocess.SubprocessError):
     return None
   return result.stdout.strip()
+
+
+def read_summary(workdir) -> dict:
+  """What `write_summary` wrote; {} if there is nothing that can be read."""
+  try:
+    summary = json.loads((pathlib.Path(workdir) / 'summary.json').read_text())
+  except (OSError, ValueError):
+    return {}
+  return summary if isinstance(summary, dict) else {}
 
 
 def write_summary(workdir, summary: dict) -> None:

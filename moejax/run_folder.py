@@ -1,14 +1,67 @@
-"""The folder of a run: its config, what may change when it goes on, and how others open it."""
+"""The folder of a run: who writes it, its config, what may change on resuming, opening it."""
 
+import contextlib
+import datetime
+import fcntl
 import functools
 import json
+import os
 import pathlib
+import socket
 import sys
+from typing import Any, NamedTuple
 
 import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moejax import config as config_lib, fields, files, model as model_lib, sharding
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import Checkpoints, changed_fields
+
+
+@contextlib.contextmanager
+def lock(workdir):
+  """A context in which this run, in all its processes, is the only one that writes to its folder.
+
+  Process 0 holds a lock of the operating system, which ends with it, however it ends.
+
+  Raises:
+    ValueError: another program holds the lock, or the folder cannot be written.
+  """
+  path = pathlib.Path(workdir) / 'lock'
+  with contextlib.ExitStack() as stack:
+    holder = _take(path, stack) if jax.process_index() == 0 else ''
+    if multihost_utils.broadcast_one_to_all(np.int32(bool(holder))):
+      raise ValueError(
+        f'--workdir={workdir}: {holder or "another program"} is training there. Wait for it, or '
+        'choose another folder.'
+      )
+    yield
+
+
+def _take(path, stack):
+  """Locks a file until `stack` is closed, or returns who has."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context(path.open('a+'))
+  except OSError as error:
+    raise ValueError(
+      f'workdir: cannot write to {path.parent}: {error.strerror}. Give --workdir a folder that can '
+      'be written.'
+    ) from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    return file.read() or 'another program'
+  except OSError as error:  # some shared disks have no locks
+    print(f'warning: {path} cannot be locked ({error.strerror}): run one program at a time there.')
+  now = f'{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}'
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}, since {now},')
+  file.flush()
+  return ''
 
 
 def write(config, workdir, corpus=None):
@@ -110,41 +163,76 @@ def check_tokenizer(metadata, tokenizer):
     )
 
 
-# Fields that may change when a run goes on: how it is computed, and where its text lies (that the
+# Fields that may always change on resuming: how it is computed, and where its text lies (that the
 # text is the same, the corpus' fingerprint in the checkpoint tells).
-_FREE = {
+RESUMABLE_FIELDS = {
   'model': ('remat', 'loss_chunk', 'moe.impl'),
   'data': ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer'),
+  'optimizer': ('accumulation',),
 }
 
 
 def check_same_run(config, workdir):
   """Raises ValueError if `workdir` holds a run with another model or other data."""
-  if not (pathlib.Path(workdir) / 'config.json').exists():
-    return
-  old, new = (config_lib.flatten(json.loads(c.to_json())) for c in (read(workdir), config))
-  free = {f'{section}.{field}' for section, names in _FREE.items() for field in names}
-  differing = [
-    f'{name}: {old.get(name)} there, {new.get(name)} here'
-    for name in sorted(old.keys() | new.keys())
-    if name.startswith(('model.', 'data.')) and name not in free and old.get(name) != new.get(name)
-  ]
-  if differing:
-    raise ValueError(
-      f'--workdir={workdir} holds a run with another configuration; choose another folder, or set\n'
-      + '\n'.join(differing)
-    )
+  if (pathlib.Path(workdir) / 'config.json').exists():
+    changed = _changed(read(workdir), config, ('model.', 'data.'))
+    _refuse(f'--workdir={workdir} holds a run with another configuration', changed)
 
 
-def load_run(workdir, overrides=None):
-  """What evaluation and generation need of a finished or interrupted run.
+def check_resume(saved, config, step, workdir):
+  """Raises ValueError if a run would claim settings that it was not trained with.
 
   Args:
+    saved: the ConfigDict that it was trained with until now.
+    config: the one that it shall resume with.
+    step: where it is.
     workdir: its folder.
-    overrides: of its config, as `config.override` takes them.
+  """
+  if config.train.steps < step:
+    raise ValueError(
+      f'train.steps = {config.train.steps}: the run in {workdir} is at step {step} already. Raise '
+      'it, or choose another folder.'
+    )
+  if config.train.steps == step:  # nothing will be trained with what is new
+    changed = _changed(saved, config, ('optimizer.', 'train.steps', 'train.seed'))
+    _refuse(f'--workdir={workdir} holds a finished run that was trained with other', changed)
+  if step:
+    changed = _changed(saved, config, ('train.seed',))
+    _refuse(f'--workdir={workdir} holds a run that began with another seed', changed)
 
-  Returns:
-    (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
+
+def _changed(old, new, prefixes):
+  free = {f'{section}.{field}' for section, names in RESUMABLE_FIELDS.items() for field in names}
+  changed = changed_fields(old.to_dict(), new.to_dict())
+  return {
+    name: values
+    for name, values in changed.items()
+    if name.startswith(prefixes) and name not in free
+  }
+
+
+def _refuse(what, changed):
+  if changed:
+    lines = [f'{name}: {there} there, {here} here' for name, (there, here) in changed.items()]
+    raise ValueError('\n'.join([f'{what}; choose another folder, or set', *lines]))
+
+
+class SavedRun(NamedTuple):
+  """A run that others open, at its newest checkpoint."""
+
+  config: ml_collections.ConfigDict
+  stages: Any  # of the config
+  checkpoints: Checkpoints  # to be closed
+  step: int
+
+
+def open_run(workdir, overrides=None, flag='--workdir'):
+  """Opens the run in a folder.
+
+  Args:
+    workdir: the folder.
+    overrides: of its config, as `config.override` takes them.
+    flag: that names the folder, for errors.
 
   Raises:
     ValueError: no run, no checkpoint, or a tokenizer that is not the one of the run.
@@ -155,10 +243,20 @@ def load_run(workdir, overrides=None):
   checkpoints = Checkpoints(checkpoint_dir(workdir), stages.train.keep_checkpoints)
   step = checkpoints.latest_step()
   if step is None:
-    raise ValueError(f'--workdir={workdir}: the run has not written a checkpoint yet.')
+    raise ValueError(f'{flag}={workdir}: the run has not written a checkpoint yet.')
   check_tokenizer(checkpoints.metadata(step), stages.tokenizer)
+  return SavedRun(config, stages, checkpoints, step)
+
+
+def load_run(workdir, overrides=None):
+  """What evaluation and generation need of a finished or interrupted run: `open_run`, loaded.
+
+  Returns:
+    (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
+  """
+  config, stages, checkpoints, step = open_run(workdir, overrides)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
   init = functools.partial(model_lib.init_params, stages.model, jax.random.key(0))
-  params = checkpoints.restore_params(step, sharding.abstract(init, mesh), config.to_dict())
-  checkpoints.close()
+  with contextlib.closing(checkpoints):
+    params = checkpoints.restore_params(step, sharding.abstract(init, mesh), config.to_dict())
   return stages, step, params, mesh

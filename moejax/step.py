@@ -12,6 +12,8 @@ import optax
 from moejax import model as model_lib, sharding
 from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
+_NOISE = 0x6E6F6973  # keeps the noise of a step apart from the draws of parameters, which count up
+
 
 def init_state(model_config, optimizer, key):
   """A fresh train state: a pure dict of arrays."""
@@ -29,6 +31,22 @@ def new_state(params, optimizer):
   return {'params': params, 'optimizer': optimizer.init(params), 'step': jnp.int32(0)}
 
 
+def noise_key(seed):
+  """The key of the noise in training; parameters are drawn from the seed's own key."""
+  return jax.random.fold_in(jax.random.key(seed), _NOISE)
+
+
+def make_state(init, abstract_state):
+  """Calls `init` (see `fresh_state`) into the shardings of `abstract_state`.
+
+  It runs once, so CPUs compile it with less effort: the same bits, in a third of the time.
+  """
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  on_cpu = jax.default_backend() == 'cpu'
+  options = {'xla_backend_optimization_level': 1} if on_cpu else None
+  return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+
+
 def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
   """One optimizer step.
 
@@ -36,30 +54,31 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
     state: `init_state`'s dict; donate it.
     batch: int32 arrays [B, L]: inputs, targets, segments, positions.
     model_config, optimizer, schedule: static; what to train and how.
-    accumulation: passes the batch is split into, as consecutive blocks of sequences.
+    accumulation: microbatches the batch is split into, as consecutive blocks of sequences.
     key: of the noise in training; that of a step is folded in from it.
 
   Returns:
     The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
-    'learning_rate', and under 'aux' float32 arrays with one row per sublayer that measures it.
+    'update_norm' (of the change of all parameters), 'learning_rate', and under 'aux' float32 arrays
+    with one row per sublayer that measures it.
   """
   num_targets = jnp.sum(batch['segments'] > 0)
   keys = jax.random.split(jax.random.fold_in(key, state['step']), accumulation)
 
-  def objective(params, part, key):
-    nats, _, aux = model_lib.bind(model_config, params).loss(part, key)
+  def objective(params, microbatch, key):
+    nats, _, aux = model_lib.bind(model_config, params).loss(microbatch, key)
     mean_nats = nats / num_targets
     auxiliary = aux['auxiliary_loss'].mean() / accumulation if 'auxiliary_loss' in aux else 0.0
     return mean_nats + auxiliary, (mean_nats, aux)
 
-  def add_part(total, part_and_key):
-    gradients, (nats, aux) = jax.grad(objective, has_aux=True)(state['params'], *part_and_key)
+  def add(total, microbatch_and_key):
+    gradients, (nats, aux) = jax.grad(objective, has_aux=True)(state['params'], *microbatch_and_key)
     return jax.tree.map(jnp.add, total, (nats, gradients)), aux
 
-  parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
   nats = jnp.zeros((), jnp.promote_types(model_config.dtype, jnp.float32))
   zeros = (nats, jax.tree.map(jnp.zeros_like, state['params']))
-  (mean_nats, gradients), aux = jax.lax.scan(add_part, zeros, (parts, keys))
+  inputs = (_split(batch, accumulation), keys)
+  (mean_nats, gradients), aux = jax.lax.scan(add, zeros, inputs)
   updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
   new_state = {
     'params': optax.apply_updates(state['params'], updates),
@@ -69,20 +88,29 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
   measured = {
     'loss': mean_nats,
     'grad_norm': gradient_norm(gradients),
+    'update_norm': optax.tree.norm(jax.tree.map(_wide, updates)),
     'learning_rate': schedule(state['step']),
     'aux': jax.tree.map(lambda a: a.mean(0), aux),
   }
   return new_state, measured
 
 
-def lower_train_step(stages, abstract_state, mesh, platforms=None):
-  """`train_step` of a run, `step(state, batch)` donating the state, ready to be compiled.
+def _split(batch, number):
+  """A batch as microbatches: [number, B / number, L]."""
+  return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), batch)
+
+
+def _wide(array):
+  return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def jit_train_step(stages, abstract_state, mesh):
+  """`train_step` of a run, jitted: `step(state, batch)`, which donates the state.
 
   Args:
     stages: the run's.
     abstract_state: its state, as `sharding.abstract` describes it.
-    mesh: where it lies; set it (`jax.set_mesh`) around this call.
-    platforms: what to lower for, as JAX names them, where the devices of the mesh are not there.
+    mesh: where it lies.
   """
 
   def step(state, batch):
@@ -93,17 +121,60 @@ def lower_train_step(stages, abstract_state, mesh, platforms=None):
       optimizer=make_optimizer(stages.optimizer, stages.train.steps),
       schedule=make_schedule(stages.optimizer, stages.train.steps),
       accumulation=stages.optimizer.accumulation,
-      key=jax.random.key(stages.train.seed),
+      key=noise_key(stages.train.seed),
     )
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   everywhere = sharding.replicated(mesh)  # every process reads the metrics
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+
+
+def lower_train_step(stages, abstract_state, mesh, platforms=None):
+  """`jit_train_step`, ready to be compiled; set the mesh (`jax.set_mesh`) around this call.
+
+  `platforms`, as JAX names them: what to lower for, where the devices of the mesh are not there.
+  """
+  jitted = jit_train_step(stages, abstract_state, mesh)
   traced = jitted.trace(abstract_state, sharding.abstract_batch(stages.data, mesh))
   return traced.lower(lowering_platforms=platforms)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def eval_step(model_config, params, batch):
-  """Summed nats, number of targets and aux of one batch."""
-  return model_lib.bind(model_config, params).loss(batch)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def eval_step(model_config, microbatches, params, batch):
+  """The loss of one batch, cut as in training: it takes no more memory than a training step.
+
+  Args:
+    model_config: the model.
+    microbatches: how many the batch is split into, as consecutive blocks of sequences.
+    params: of the model.
+    batch: as `train_step` takes it; 'counted' may say which targets count.
+
+  Returns:
+    Summed nats, number of targets, and aux, averaged over microbatches.
+  """
+
+  def loss(_, microbatch):
+    return None, model_lib.bind(model_config, params).loss(microbatch)
+
+  _, (nats, targets, aux) = jax.lax.scan(loss, None, _split(batch, microbatches))
+  return nats.sum(), targets.sum(), jax.tree.map(lambda a: a.mean(0), aux)
+
+
+def microbatches(model_config, batch_size, accumulation):
+  """How many microbatches an evaluation takes: those of training, or fewer for larger groups."""
+  M = model_config.mixed_sequences
+  fits = lambda number: accumulation % number == 0 and batch_size // number % M == 0
+  return next(filter(fits, range(accumulation, 0, -1)), 1)
+
+
+def lower_eval_step(stages, abstract_params, mesh, platforms=None):
+  """`eval_step` of a run, ready to be compiled; arguments as of `lower_train_step`."""
+  batch = sharding.abstract_batch(stages.data, mesh)
+  traced = eval_step.trace(stages.model, stages.optimizer.accumulation, abstract_params, batch)
+  return traced.lower(lowering_platforms=platforms)
+
+
+@jax.jit
+def is_finite(tree):
+  """Whether all numbers of a pytree of arrays are finite."""
+  return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()

@@ -1,12 +1,17 @@
-"""Training: the loop that measures, saves and resumes.
+"""Training: set-up, the loop that measures, evaluates and saves, and what is left at the end.
 
-A run is a function of its config: data by step from its seed, noise by step from the same.
+A run is a function of its config: data by step from its seed, noise by step from the same. No state
+is saved that is not finite or has no finite loss.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -21,13 +26,60 @@ from moejax import (
   sharding,
   step as step_lib,
 )
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import Checkpoints, changed_fields
 from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
+from moejax.metrics import Diverged
 
 
-def train(config, workdir, start=None):
+@dataclasses.dataclass
+class Run:
+  """A run in progress: what it computes with, where it is, and where its numbers go."""
+
+  config: Any  # the ConfigDict
+  stages: Any  # what it resolves to
+  mesh: Any
+  workdir: pathlib.Path
+  loader: Any
+  eval_loader: Any
+  checkpoints: Any = None
+  history: list = dataclasses.field(default_factory=list)  # fields that changed, from which step on
+  step: int = 0  # optimizer steps done
+  first_step: int = 0  # where this process began
+  seconds_before: float = 0.0  # that earlier processes took for the steps until there
+  started: float = 0.0  # when this one began, by time.monotonic
+  totals: dict = dataclasses.field(default_factory=dict)  # of the averager, restored
+  train_step: Callable = None  # type: ignore[assignment]
+  state: Any = None
+  batch: Any = None  # of the last step
+  averager: metrics_lib.MetricAverager = None  # type: ignore[assignment]
+  writer: Any = None
+  eval_result: dict = dataclasses.field(default_factory=dict)
+  flops_per_token: dict = dataclasses.field(default_factory=dict)
+  peak_flops: float = math.nan
+
+  @property
+  def tokens_per_step(self):
+    return self.stages.data.batch_size * self.stages.data.sequence_length
+
+  @property
+  def seconds(self):
+    """What all processes took for the steps until now, one after the other."""
+    return self.seconds_before + time.monotonic() - self.started
+
+  def describe(self):
+    """What a checkpoint and the summary say of the run."""
+    return {
+      'config': self.config.to_dict(),
+      'corpus': self.loader.fingerprint,
+      'tokenizer': self.stages.tokenizer.fingerprint,
+      'history': self.history,
+      'seconds': self.seconds,
+    }
+
+
+def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
   """Runs a config in a folder, from its last checkpoint if there is one.
 
   Args:
@@ -36,215 +88,336 @@ def train(config, workdir, start=None):
     start: what a run without a checkpoint begins with: `start(run, abstract_state)` returns a state
       with the shardings of `abstract_state`, at any step; it is evaluated and saved before the
       first step. None: `init_state`.
+    summarize: called at the end; a dict of what else the summary says.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
 
   Raises:
     ValueError: the config, the data or the folder cannot be used; nothing was written.
+    RuntimeError: training diverged; the last good checkpoint is there.
   """
-  workdir = pathlib.Path(workdir)
+  run = prepare(config, pathlib.Path(workdir))
+  with (
+    run_folder.lock(run.workdir),
+    contextlib.closing(open_checkpoints(run)) as run.checkpoints,
+    Interrupt() as interrupt,
+    jax.set_mesh(run.mesh),
+  ):
+    step = resume(run)
+    if is_finished(run):
+      print(f'{workdir} was finished before, at step {step}; nothing is changed')
+      return cli.OK
+    try:
+      set_up(run, step, start)
+      with contextlib.closing(run.writer):
+        if not loop(run, interrupt):
+          print(f'interrupted at step {run.step}; the same command goes on from there')
+          return cli.INTERRUPTED
+        finish(run, summarize)
+    except Diverged as diverged:
+      raise RuntimeError(_advice(diverged, run)) from diverged
+  return cli.OK
+
+
+def prepare(config, workdir):
+  """A Run whose config, mesh and data are checked; nothing is written."""
   stages = config_lib.resolve(config)
   mesh = sharding.make_mesh(stages.mesh)
   config_lib.check_mesh(stages, mesh)
+  _check_prompt(stages)
   run_folder.check_same_run(config, workdir)
   part = sharding.process_part(mesh, stages.data.batch_size)
   loader = data.make_loader(stages.data, 'train', **part)
   eval_loader = data.make_loader(stages.data, 'validation', **part)
-  checkpoints = Checkpoints(run_folder.checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  with tempfile.TemporaryDirectory() as folder:
+    loader.save(pathlib.Path(folder))  # what cannot be saved is found out before training
   if stages.model.leaks():
     print(
       'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
       'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
     )
-  with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.closing(checkpoints):
-    run = Run(config, stages, mesh, workdir, loader, eval_loader, checkpoints, start)
-    with contextlib.closing(run.writer):
-      finished = run.loop(interrupt)
-    if finished:
-      run.finish()
-      return cli.OK
-  print(f'interrupted at step {run.step}; the same command goes on from there')
-  return cli.INTERRUPTED
+  return Run(config, stages, mesh, workdir, loader, eval_loader)
 
 
-class Run:
-  """A run in progress: its compiled step, its state, and where its numbers go."""
+def open_checkpoints(run):
+  """The checkpoints of a Run, to be closed."""
+  keep = run.stages.train.keep_checkpoints
+  return Checkpoints(run_folder.checkpoint_dir(run.workdir), keep)
 
-  def __init__(self, config, stages, mesh, workdir, loader, eval_loader, checkpoints, start):
-    self.stages, self.mesh, self.workdir = stages, mesh, workdir
-    self.loader, self.eval_loader, self.checkpoints = loader, eval_loader, checkpoints
-    self.metadata = {
-      'config': config.to_dict(),
-      'corpus': loader.fingerprint,
-      'tokenizer': stages.tokenizer.fingerprint,
-    }
-    self.window = metrics_lib.MetricAverager()
-    latest = checkpoints.latest_step()
-    self.state = self._restore_or_init(latest, start)
-    self.step = int(self.state['step'])
-    if leads():
-      run_folder.write(config, workdir, loader.fingerprint)
-    self.writer = metrics_lib.make_writer(workdir, self.step)
-    self.eval_result = {}
-    if start and latest is None:
-      self._evaluate()
-      self._save()
-    logged = metrics_lib.loss_curve(workdir)  # of a run that is finished, nothing more will be
-    self.train_loss = logged[-1][1] if logged else math.nan
-    self.started, self.first_step = time.monotonic(), self.step
-    self.tokens_per_step = stages.data.batch_size * stages.data.sequence_length
-    self.flops_per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
-    peak = flops.peak_flops(jax.devices()[0], stages.model.dtype)
-    self.peak_flops = (peak or flops.measured_peak_flops(stages.model.dtype)) * (
-      1 if jax.default_backend() == 'cpu' else jax.device_count()
+
+def _check_prompt(stages):
+  """Raises ValueError if the sample at the end could not begin with its prompt."""
+  train, context = stages.train, stages.model.max_length
+  length = len(stages.tokenizer.encode(train.sample_prompt))
+  if train.sample_length and not 0 < length < context:
+    raise ValueError(
+      f'train.sample_prompt = {train.sample_prompt!r} has {length} tokens of data.tokenizer = '
+      f'{stages.data.tokenizer!r}; expected 1 to {context - 1} (data.sequence_length). Change it, '
+      'or set train.sample_length = 0.'
     )
 
-  def _restore_or_init(self, step, start):
-    init = step_lib.fresh_state(self.stages)
-    abstract = sharding.abstract(init, self.mesh)
-    self.checkpoints.make_writable(
-      sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+def resume(run):
+  """The step to resume from, with what its checkpoint says of the run; None: there is none.
+
+  Raises:
+    ValueError: the run may not resume so, or not with this text.
+  """
+  run_folder.check_same_run(run.config, run.workdir)  # again: now nobody else writes there
+  step = run.checkpoints.latest_step()
+  if step is None:
+    return None
+  metadata = run.checkpoints.metadata(step)
+  run_folder.check_tokenizer(metadata, run.stages.tokenizer)
+  if metadata['corpus'] not in (None, run.loader.fingerprint):  # None: a convert has read no text
+    raise ValueError(
+      f'--workdir={run.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
+      f'data.source = {run.stages.data.source!r} now gives {run.loader.fingerprint} (another '
+      'Python version, or changed files). Restore the corpus, or choose another folder.'
     )
-    metadata = {}
-    if step is not None:
-      metadata = self.checkpoints.metadata(step)
-      self._check_same_text(metadata)
-    started = time.monotonic()
-    self.train_step = step_lib.lower_train_step(self.stages, abstract, self.mesh).compile()
-    print(f'compiled the training step in {time.monotonic() - started:.1f} s', flush=True)
-    if step is None and start:
-      return start(self, abstract)
-    if step is None:
-      return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+  saved = run_folder.from_saved(metadata['config'], f'checkpoint {step}')
+  run_folder.check_resume(saved, run.config, step, run.workdir)
+  run.history = metadata.get('history', [])
+  if step == run.stages.train.steps:
+    run.config = saved  # what it was trained with
+  elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
+    run.history = [*run.history, {'from_step': step, 'changes': changes}]
+  run.step = run.first_step = step
+  run.seconds_before = metadata.get('seconds', 0.0)
+  run.totals = metadata.get('window', {})
+  return step
+
+
+def is_finished(run):
+  """Whether an earlier process has trained all steps and written the summary."""
+  steps = run.stages.train.steps
+  return run.step == steps == report.read_summary(run.workdir).get('steps')
+
+
+def set_up(run, step, start=None):
+  """Makes what the loop needs: the compiled step, the state at `step`, and files to write to.
+
+  Raises:
+    ValueError: the state is not finite, or a checkpoint has no room.
+    Diverged: the state that `start` made has no loss.
+  """
+  init = step_lib.fresh_state(run.stages)
+  abstract = sharding.abstract(init, run.mesh)
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  run.checkpoints.check_writable(num_bytes)
+  run.train_step = _compile(run, abstract)
+  if step is not None:
     print(f'resuming from step {step}')
-    self.window = metrics_lib.MetricAverager(**metadata.get('window', {}))
-    loader = self.loader if metadata['corpus'] else None  # None: moejax.convert has read no text
-    return self.checkpoints.restore(step, abstract, loader, self.metadata['config'])
+    run.state = _restore(run, step, abstract)
+  else:
+    run.state = start(run, abstract) if start else step_lib.make_state(init, abstract)
+    run.step = run.first_step = int(run.state['step'])
+  if not step_lib.is_finite(run.state):
+    raise ValueError(_not_finite(run, step))
+  if leads() and run.step < run.stages.train.steps:
+    run_folder.write(run.config, run.workdir, run.loader.fingerprint)
+  run.writer = metrics_lib.make_writer(run.workdir, run.step)
+  run.flops_per_token = flops.training_flops_per_token(
+    run.stages.model, run.stages.data.sequence_length
+  )
+  run.peak_flops = _peak_flops(run.stages.model.dtype)
+  run.started = time.monotonic()
+  run.averager = metrics_lib.MetricAverager(**run.totals)
+  if start and step is None:
+    _evaluate(run)
+    _save(run)
 
-  def _check_same_text(self, metadata):
-    run_folder.check_tokenizer(metadata, self.stages.tokenizer)
-    if metadata['corpus'] not in (None, self.loader.fingerprint):
-      raise ValueError(
-        f'--workdir={self.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
-        f'data.source = {self.stages.data.source!r} now gives {self.loader.fingerprint} (another '
-        'Python version, or changed files). Restore the corpus, or choose another folder.'
-      )
 
-  def loop(self, interrupt):
-    """Trains to the last step, or saves and returns False if interrupted."""
-    train = self.stages.train
-    while self.step < train.steps and not interrupt.reached(self.step):
-      batch = sharding.place_batch(self.loader.batch(self.step), self.mesh)
-      self.state, measured = self.train_step(self.state, batch)
-      self.step += 1
-      self.window.add(measured)
-      if self.step % train.log_interval == 0 or self.step == train.steps:
-        self._log(self.window.means())
-        self.window = metrics_lib.MetricAverager()
-      pause = time.monotonic()
-      if self.step % train.eval_interval == 0 or self.step == train.steps:
-        self._evaluate()
-      if self.step % train.checkpoint_interval == 0 or self.step == train.steps:
-        self._save()
-      self.window.skip(time.monotonic() - pause)
-    finished = self.step >= train.steps
-    if not finished:
-      self._save()
-    elif not self.eval_result:  # resumed after the last step
-      self._evaluate()
-    return finished
+def _compile(run, abstract_state):
+  """The training step. The evaluation step is compiled as well: an interrupt leaves no time."""
+  args = run.stages, abstract_state, run.mesh
+  jax_config: Any = jax.config
+  if jax_config.jax_disable_jit:  # how people debug: operation by operation
+    return step_lib.jit_train_step(*args)
+  started = time.monotonic()
+  compiled = step_lib.lower_train_step(*args).compile()
+  step_lib.lower_eval_step(run.stages, abstract_state['params'], run.mesh).compile()
+  seconds = time.monotonic() - started
+  print(f'compiled the training and the evaluation step in {seconds:.1f} s', flush=True)
+  return compiled
 
-  def _save(self):
-    metadata = self.metadata | {'window': self.window.totals()}
-    self.checkpoints.save(self.step, self.state, self.loader, metadata)
 
-  def _log(self, means):
-    self.train_loss = means['loss']
-    if not math.isfinite(self.train_loss):
-      raise RuntimeError(
-        f'The loss became {self.train_loss} before step {self.step}. The last checkpoint is good; '
-        'lower optimizer.peak_lr, or lengthen optimizer.warmup_steps.'
-      )
-    seconds = means['seconds_per_step']
-    speed = self.tokens_per_step / seconds
-    means |= {
-      'tokens_per_second': speed,
-      'mfu': speed * self.flops_per_token['model'] / self.peak_flops,
-    }
-    self.writer.write(self.step, means)
-    print(
-      report.progress_line(
-        step=self.step,
-        steps=self.stages.train.steps,
-        loss=means['loss'],
-        grad_norm=means['grad_norm'],
-        tokens_per_second=speed,
-        mfu=means['mfu'],
-        dropped=_mean_of(means, 'moe/dropped/') if self.stages.model.dropless() else None,
-        seconds_left=(self.stages.train.steps - self.step) * seconds,
-      ),
-      flush=True,
-    )
+def _restore(run, step, abstract_state):
+  read_text = run.checkpoints.metadata(step)['corpus'] is not None
+  loader = run.loader if read_text else None
+  return run.checkpoints.restore(step, abstract_state, loader, run.config.to_dict())
 
-  def _evaluate(self):
-    self.eval_result, aux = evaluate(
-      self.stages.model,
-      self.state['params'],
-      self.eval_loader,
-      self.stages.train.eval_batches,
-      self.mesh,
-    )
-    measured = self.eval_result | metrics_lib.flatten_aux(aux)
-    self.writer.write(self.step, measured, prefix='validation')
-    if leads() and 'moe/load' in aux:
-      report.plot_router(aux['moe/load'], self.workdir / 'router.png')
-    print(f'step {self.step}: validation {report.describe(self.eval_result)}', flush=True)
 
-  def finish(self):
-    """Writes the summary and the plot, and prints a sample and where everything is."""
-    sample = self._sample()
-    if not leads():
-      return
-    curves = {
-      'train': metrics_lib.loss_curve(self.workdir),
-      'validation': metrics_lib.loss_curve(self.workdir, 'validation/loss'),
-    }
-    report.plot_losses(curves, self.workdir / 'loss.png')
-    report.write_summary(self.workdir, self._summary(sample))
-    if sample:
-      print(f'sample: {self.stages.train.sample_prompt}{sample}')
-    print(f'final validation {report.describe(self.eval_result)}')
-    print(f'written to {self.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
+def _not_finite(run, step):
+  if step is None:
+    return 'the parameters of the first step are not finite; lower model.init_scale.'
+  folder = run_folder.checkpoint_dir(run.workdir) / str(step)
+  return (
+    f'workdir: checkpoint {folder} holds numbers that are not finite. Delete it to resume from the '
+    'one before.'
+  )
 
-  def _sample(self):
-    train = self.stages.train
-    room = self.stages.model.max_length - len(self.stages.tokenizer.encode(train.sample_prompt))
-    length = min(train.sample_length, room)
-    if length < 1:
-      return ''
-    args = (self.stages.model, self.state['params'], self.stages.tokenizer)
-    return continuations(*args, [train.sample_prompt], length)[0]
 
-  def _summary(self, sample):
-    return {
-      'config': self.metadata['config'],
-      'corpus': self.metadata['corpus'],
-      'tokenizer': self.metadata['tokenizer'],
-      'parameters': flops.param_counts(self.stages.model),
-      'flops_per_token': self.flops_per_token,
-      'steps': self.step,
-      'tokens_seen': self.step * self.tokens_per_step,
-      'seconds': time.monotonic() - self.started,
-      'resumed_from': self.first_step,
-      'train_loss': self.train_loss,
-      'validation': self.eval_result,
-      'sample': sample,
-      'commit': report.git_commit(),
-      'versions': report.versions(),
-    }
+def _peak_flops(dtype):
+  """Of all devices together; those of CPUs share one processor."""
+  peak = flops.peak_flops(jax.devices()[0], dtype) or flops.measured_peak_flops(dtype)
+  return peak * (1 if jax.default_backend() == 'cpu' else jax.device_count())
+
+
+def loop(run, interrupt):
+  """Trains to the last step, or saves and returns False if interrupted.
+
+  Raises:
+    Diverged: something is not finite; it was not saved.
+  """
+  train = run.stages.train
+  last = lambda: run.step == train.steps
+  run.averager = metrics_lib.MetricAverager(**run.averager.totals())  # starts the clock
+  while run.step < train.steps and not interrupt.reached(run.step):
+    run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
+    run.state, measured = run.train_step(run.state, run.batch)
+    run.step += 1
+    run.averager.add(run.step, measured)
+    if run.step % train.log_interval == 0 or last():
+      _log(run, run.averager.means())
+      run.averager = metrics_lib.MetricAverager()
+    pause = time.monotonic()
+    if run.step % train.eval_interval == 0 or last():
+      _evaluate(run)
+    if run.step % train.checkpoint_interval == 0 or last():
+      _save(run)
+    run.averager.skip(time.monotonic() - pause)
+  if not last():
+    _save(run)
+  return last()
+
+
+def check_health(run):
+  """Raises Diverged unless the state is finite, and gives a finite loss for the last batch."""
+  run.averager.read()
+  good = bool(step_lib.is_finite(run.state))
+  if good and run.batch is not None:
+    accumulation = run.stages.optimizer.accumulation
+    nats, _, _ = step_lib.eval_step(run.stages.model, accumulation, run.state['params'], run.batch)
+    good = math.isfinite(nats)
+  if not good:
+    raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')
+
+
+def _save(run):
+  check_health(run)
+  metadata = run.describe() | {'window': run.averager.totals()}
+  run.checkpoints.save(run.step, run.state, run.loader, metadata)
+
+
+def _advice(diverged, run):
+  """One sentence: what happened, what is left, what to do."""
+  step = run.checkpoints.latest_step()
+  kept = 'no checkpoint was saved' if step is None else f'the checkpoint of step {step} is good'
+  return f'{diverged}; {kept}: lower optimizer.peak_lr, or lengthen optimizer.warmup_steps.'
+
+
+def _log(run, means):
+  train = run.stages.train
+  seconds = means['seconds_per_step']
+  speed = run.tokens_per_step / seconds
+  mfu = speed * run.flops_per_token['model'] / run.peak_flops
+  run.writer.write(run.step, means | {'tokens_per_second': speed, 'mfu': mfu})
+  print(
+    report.progress_line(
+      step=run.step,
+      steps=train.steps,
+      loss=means['loss'],
+      grad_norm=means['grad_norm'],
+      tokens_per_second=speed,
+      mfu=mfu,
+      dropped=_mean_of(means, 'moe/dropped/') if run.stages.model.dropless() else None,
+      seconds_left=(train.steps - run.step) * seconds,
+    ),
+    flush=True,
+  )
 
 
 def _mean_of(means, prefix):
   values = [value for name, value in means.items() if name.startswith(prefix)]
   return sum(values) / len(values)
+
+
+def _evaluate(run):
+  run.eval_result, aux = evaluate(
+    run.stages.model,
+    run.state['params'],
+    run.eval_loader,
+    run.stages.train.eval_batches,
+    run.mesh,
+    run.stages.optimizer.accumulation,
+  )
+  if not _is_logged(run):
+    measured = run.eval_result | metrics_lib.flatten_aux(aux)
+    run.writer.write(run.step, measured, prefix='validation')
+  if leads() and 'moe/load' in aux:
+    report.plot_router(aux['moe/load'], run.workdir / 'router.png')
+  print(f'step {run.step}: validation {report.describe(run.eval_result)}', flush=True)
+  if not math.isfinite(run.eval_result['loss']):
+    raise Diverged(f'training diverged: after step {run.step} the validation loss is not finite')
+
+
+def finish(run, summarize: Callable[[], dict] = dict):
+  """Writes the summary and the plot, and prints a sample and where everything is."""
+  if not run.eval_result:  # the process before was ended after its last checkpoint
+    _evaluate(run)
+  run.checkpoints.wait()
+  summary = _summary(run) | summarize()
+  if leads():  # before anything else that might fail
+    report.write_summary(run.workdir, summary)
+  sample = _sample(run)
+  if not leads():
+    return
+  if sample:
+    report.write_summary(run.workdir, summary | {'sample': sample})
+    print(f'sample: {run.stages.train.sample_prompt}{sample}')
+  curves = {
+    'train': metrics_lib.loss_curve(run.workdir),
+    'validation': metrics_lib.loss_curve(run.workdir, 'validation/loss'),
+  }
+  report.plot_losses(curves, run.workdir / 'loss.png')
+  print(f'final validation {report.describe(run.eval_result)}')
+  print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
+
+
+def _is_logged(run):
+  """Whether the process before has written the evaluation of the step that this one began at."""
+  name = 'validation/loss'
+  return run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name))
+
+
+def _sample(run):
+  """Text from the model; a failure is reported, and does not undo the training."""
+  train = run.stages.train
+  room = run.stages.model.max_length - len(run.stages.tokenizer.encode(train.sample_prompt))
+  length = min(train.sample_length, room)
+  if length < 1:
+    return ''
+  model, params, tokenizer = run.stages.model, run.state['params'], run.stages.tokenizer
+  try:
+    return continuations(model, params, tokenizer, [train.sample_prompt], length)[0]
+  except Exception as error:
+    print(f'warning: no sample: {type(error).__name__}: {error}')
+    return ''
+
+
+def _summary(run):
+  losses = metrics_lib.loss_curve(run.workdir)
+  return run.describe() | {
+    'parameters': flops.param_counts(run.stages.model),
+    'flops_per_token': run.flops_per_token,
+    'steps': run.step,
+    'tokens_seen': run.step * run.tokens_per_step,
+    'resumed_from': run.first_step,
+    'train_loss': losses[-1][1] if losses else math.nan,
+    'validation': run.eval_result,
+    'sample': '',
+    'commit': report.git_commit(),
+    'versions': report.versions(),
+  }

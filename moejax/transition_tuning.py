@@ -22,13 +22,12 @@ from moejax import (
   cli,
   config as config_lib,
   metrics,
-  report as report_lib,
   run_folder,
   sharding,
   step as step_lib,
   train,
 )
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import by_name
 from moejax.distributed import leads
 from moejax.evaluate import evaluate
 from moejax.optimizer import fresh_moments, make_optimizer
@@ -100,10 +99,10 @@ def convert(source, fresh, temperature=1.0):
   Raises:
     ValueError: an array of `source` has no place, or one of another shape, in `fresh`.
   """
-  wanted = _by_name(fresh)
+  wanted = by_name(fresh)
   scale = {'params': 1 / temperature, 'mu': temperature, 'nu': temperature**2}
   taken = {}
-  for name, leaf in _by_name(source).items():
+  for name, leaf in by_name(source).items():
     if name not in wanted:
       name = _sparse_name(name)
       if name.endswith('/router'):
@@ -117,51 +116,42 @@ def convert(source, fresh, temperature=1.0):
   return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
-def _by_name(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
-
-
 def _sparse_name(name):
   return re.sub(r'(/\d+)_mot/', r'\1_moe/', name).replace('/controller', '/router')
 
 
-class Source:
-  """The run to start from, at its last checkpoint."""
+def start(run, abstract_state, *, source, moments):
+  """The first state of a run: that of `source`, a run_folder.SavedRun, converted.
 
-  def __init__(self, folder):
-    self.config = run_folder.read(folder)
-    self.stages = config_lib.resolve(self.config)
-    self.checkpoints = Checkpoints(run_folder.checkpoint_dir(folder))
-    step = self.checkpoints.latest_step()
-    if step is None:
-      raise ValueError(f'--from={folder}: the run has not written a checkpoint yet.')
-    run_folder.check_tokenizer(self.checkpoints.metadata(step), self.stages.tokenizer)
-    self.step: int = step
+  Into the new run's metrics goes the loss before the switch. `moments` as of `tune`.
+  """
+  old, new = source.stages, run.stages
+  optimizer = make_optimizer(old.optimizer, old.train.steps)
+  init = functools.partial(step_lib.init_state, old.model, optimizer, jax.random.key(0))
+  abstract = sharding.abstract(init, run.mesh)
+  state = source.checkpoints.restore(source.step, abstract, run.loader, source.config.to_dict())
+  before, _ = evaluate(
+    old.model,
+    state['params'],
+    run.eval_loader,
+    new.train.eval_batches,
+    run.mesh,
+    new.optimizer.accumulation,
+  )
+  with contextlib.closing(metrics.make_writer(run.workdir, 0)) as writer:
+    writer.write(source.step, before, prefix='before')
+  print(f'step {source.step}: before the switch {before["loss"]:.4f} nats per token', flush=True)
+  if moments == 'restart':
+    del state['optimizer']
 
-  def start(self, run, abstract_state, *, moments):
-    """The first state of another run, into whose metrics goes the loss before the switch."""
-    old, new = self.stages, run.stages
-    optimizer = make_optimizer(old.optimizer, old.train.steps)
-    init = functools.partial(step_lib.init_state, old.model, optimizer, jax.random.key(0))
-    abstract = sharding.abstract(init, run.mesh)
-    state = self.checkpoints.restore(self.step, abstract, run.loader, self.config.to_dict())
-    num_batches = new.train.eval_batches
-    before, _ = evaluate(old.model, state['params'], run.eval_loader, num_batches, run.mesh)
-    with contextlib.closing(metrics.make_writer(run.workdir, 0)) as writer:
-      writer.write(self.step, before, prefix='before')
-    print(f'step {self.step}: before the switch {before["loss"]:.4f} nats per token', flush=True)
-    if moments == 'restart':
-      del state['optimizer']
+  def switch(state):
+    optimizer = make_optimizer(new.optimizer, new.train.steps)
+    fresh = step_lib.init_state(new.model, optimizer, jax.random.key(new.train.seed))
+    fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
+    return convert(state, fresh, old.model.mot.temperature)
 
-    def switch(state):
-      optimizer = make_optimizer(new.optimizer, new.train.steps)
-      fresh = step_lib.init_state(new.model, optimizer, jax.random.key(new.train.seed))
-      fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
-      return convert(state, fresh, old.model.mot.temperature)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    return jax.jit(switch, out_shardings=shardings)(state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  return jax.jit(switch, out_shardings=shardings)(state)
 
 
 def report(workdir):
@@ -188,7 +178,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     An exit code, as `train.train`.
   """
   folder, workdir = pathlib.Path(folder).absolute(), pathlib.Path(workdir).absolute()
-  source = Source(folder)
+  source = run_folder.open_run(folder, flag='--from')
   with contextlib.closing(source.checkpoints):
     config = source.config.copy_and_resolve_references()
     if router != 'mot':
@@ -197,13 +187,9 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     begin = source.step if schedule == 'restart' else 0
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
-    code = train.train(config, workdir, functools.partial(source.start, moments=moments))
-  if code == cli.OK and leads():
-    path = workdir / 'summary.json'
-    summary = json.loads(path.read_text())
-    summary['transition'] = {'from': str(folder), **report(workdir)}
-    report_lib.write_summary(workdir, summary)
-  return code
+    first = functools.partial(start, source=source, moments=moments)
+    said = lambda: {'transition': {'from': str(folder), **report(workdir)}} if leads() else {}
+    return train.train(config, workdir, first, said)
 
 
 def main(overrides):

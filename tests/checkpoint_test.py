@@ -340,25 +340,47 @@ def test_missing_step(tmp_path, opened):
 def test_unwritable_folder_is_named_at_once(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='workdir: cannot write checkpoints to .*file/checkpoints'):
-    Checkpoints(tmp_path / 'file' / 'checkpoints').make_writable(0)
+    Checkpoints(tmp_path / 'file' / 'checkpoints').check_writable(0)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tmp_path):
-  Checkpoints(tmp_path).make_writable(1)
+  Checkpoints(tmp_path).check_writable(1)
   with pytest.raises(ValueError, match='takes 1000000000000.0 MB, but the disk of .* has only'):
-    Checkpoints(tmp_path).make_writable(10**18)
+    Checkpoints(tmp_path).check_writable(10**18)
 
 
-def test_failed_save_is_reported_by_the_next_call(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  'error, message',
+  [
+    (OSError(28, 'No space left on device'), '.*No space left on device'),
+    (OSError(122, 'Disk quota exceeded'), '.*Disk quota exceeded'),
+    (TypeError('no array'), 'no array'),  # nothing about the disk
+  ],
+)
+def test_failed_save_is_reported_by_the_next_call(tmp_path, monkeypatch, error, message):
   checkpoints = Checkpoints(tmp_path)
 
   def fail(folder):
-    raise OSError(28, 'No space left on device')
+    raise error
 
   monkeypatch.setattr('moejax.checkpoint._manifest', fail)
   checkpoints.save(1, make_state(1), None, METADATA)
-  with pytest.raises(ValueError, match='workdir: cannot write checkpoint .*No space left'):
+  with pytest.raises(RuntimeError, match=f'workdir: cannot write checkpoint .*1: {message}$'):
     checkpoints.close()
+
+
+@pytest.mark.parametrize('name', ['lr[3e-4]', 'a[b]/run', 'what?', '*'])
+def test_a_path_is_no_pattern(tmp_path, opened, name):
+  save(tmp_path / name / 'checkpoints', 1)
+  (tmp_path / name).rename(tmp_path / 'renamed')
+  restored = opened(tmp_path / 'renamed' / 'checkpoints').restore(1, abstract_of(make_state(1)))
+  assert_same(restored, make_state(1))
+  (tmp_path / 'renamed').rename(tmp_path / name)
+  checkpoints = Checkpoints(tmp_path / name / 'checkpoints')
+  assert_same(checkpoints.restore(1, abstract_of(make_state(1))), make_state(1))
+  link = checkpoints._link
+  checkpoints.close()
+  assert not link.exists() and checkpoints.latest_step() == 1
 
 
 def test_orbax_is_silent(tmp_path, opened, caplog):

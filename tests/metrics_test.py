@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,58 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
   assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1]
   write(tmp_path, 2, [3])
   assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+  'damage', [bytes(50), b'', b'{"step": 5, "lo', b'{"loss": 1}', b'[1]', b'\xff\xfe']
+)
+def test_damaged_lines_are_left_out(tmp_path, damage):
+  write(tmp_path, 0, [1, 2])
+  path = tmp_path / 'metrics.jsonl'
+  first, second = path.read_bytes().splitlines(True)
+  path.write_bytes(first + damage + b'\n' + second)
+  assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1, 2]
+
+
+def _measured(loss, others=()):
+  numbers = {'loss': loss, 'grad_norm': 1.0, 'update_norm': 1.0, 'aux': {'a': [loss, 1.0]}}
+  return {
+    name: jax.tree.map(jnp.float32, value) for name, value in (numbers | dict(others)).items()
+  }
+
+
+def test_an_average_goes_on_where_it_was_saved():
+  averager = metrics.MetricAverager()
+  averager.add(1, _measured(3.0))
+  averager.add(2, _measured(5.0))
+  restored = metrics.MetricAverager(**json.loads(json.dumps(averager.totals())))
+  restored.add(3, _measured(10.0))
+  for name, value in {'loss': 6.0, 'a/00': 6.0, 'a/01': 1.0}.items():
+    assert restored.means()[name] == value
+
+
+def test_an_average_of_before_a_metric_existed_leaves_it_out():
+  averager = metrics.MetricAverager({'loss': 4.0}, 1)
+  averager.add(2, _measured(6.0))
+  assert set(averager.means()) == {'loss', 'seconds_per_step'} and averager.means()['loss'] == 5
+
+
+def test_an_average_times_the_steps_alone():
+  averager = metrics.MetricAverager()
+  averager.add(1, _measured(1.0))
+  averager.skip(-20)  # as if it had taken 20 seconds
+  averager.add(2, _measured(1.0))
+  assert averager.means()['seconds_per_step'] == pytest.approx(10, abs=1)
+
+
+@pytest.mark.parametrize('name', ['loss', 'grad_norm', 'update_norm'])
+def test_a_number_that_is_not_finite_is_noticed_a_step_later(name):
+  averager = metrics.MetricAverager()
+  averager.add(1, _measured(1.0))
+  averager.add(2, _measured(1.0, {name: math.nan}))
+  with pytest.raises(metrics.Diverged, match='diverged at step 2 .*nan'):
+    averager.add(3, _measured(1.0))
+  assert averager.totals()['count'] == 1
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
@@ -146,16 +199,31 @@ def test_running_mean_follows_the_curve_without_the_noise():
   assert report.running_mean([3.0]).tolist() == [3.0]
 
 
-@pytest.mark.parametrize(
-  'curves',
-  [
-    {},
-    {'empty': []},
-    {'one point': [(1, 2.0)]},
-    {'train': [(1, 5.0), (2, 4.0)], 'validation': [(2, 4.5)]},
-  ],
-)
-def test_plot_is_a_png(tmp_path, curves):
+def _lines(curves):
+  """What is drawn: label, or None, -> points."""
+  (axes,) = report.loss_figure(curves).axes
+  return axes, {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_a_plot_draws_every_point_and_running_means():
+  train = [(step, 10.0 - step % 2) for step in range(1, 101)]
+  axes, lines = _lines({'a train': train, 'a validation': [(50, 4.5)], 'none': []})
+  assert lines['a validation'] == [[50, 4.5]]
+  steps, losses = np.array(train).T
+  np.testing.assert_array_equal(lines['a train'], np.stack([steps, report.running_mean(losses)], 1))
+  (raw,) = lines.keys() - {'a train', 'a validation'}
+  assert lines[raw] == [list(point) for point in train]
+  low, high = axes.get_ylim()
+  assert low < 4.5 and 10 < high < 11
+
+
+def test_a_plot_shows_where_the_losses_settle():
+  axes, _ = _lines({'train': [(1, 1e6)] + [(step, 3.0 + 1 / step) for step in range(10, 1000)]})
+  assert axes.get_ylim()[1] < 4
+
+
+@pytest.mark.parametrize('curves', [{}, {'empty': []}, {'one point': [(1, 2.0)]}])
+def test_plots_of_almost_nothing(tmp_path, curves):
   report.plot_losses(curves, tmp_path / 'loss.png')
   assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
 

@@ -1,7 +1,10 @@
 """The step and the loop: resume equals never stopping, accumulation, golden losses."""
 
+import contextlib
+import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -18,7 +21,9 @@ from moejax import (
   generate,
   metrics,
   model as model_lib,
+  report,
   run_folder,
+  sharding,
   step as step_lib,
   train,
 )
@@ -76,14 +81,6 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   assert metrics.loss_curve(finished) == metrics.loss_curve(tmp_path)
 
 
-def test_a_finished_run_started_again_keeps_what_it_learnt(finished, tmp_path):
-  run = shutil.copytree(finished, tmp_path / 'run')
-  assert train.train(_debug_config(), run) == cli.OK
-  before, after = (json.loads((f / 'summary.json').read_text()) for f in (finished, run))
-  for name in ('train_loss', 'validation', 'sample', 'steps'):
-    assert after[name] == before[name]
-
-
 def test_a_finished_run_leaves_everything_it_learnt(finished):
   names = {path.name for path in finished.iterdir()}
   assert {'config.json', 'metrics.jsonl', 'summary.json', 'loss.png', 'checkpoints'} <= names
@@ -100,10 +97,50 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   assert entropies == ['mot/entropy/00', 'mot/entropy/01']
 
 
-def test_running_a_finished_run_again_changes_nothing(finished):
-  before = _params_of(finished)[1]
+def _files(folder):
+  """What every file of a run holds; the lock is of whoever came last."""
+  paths = (path for path in folder.rglob('*') if path.is_file() and path.name != 'lock')
+  return {path: path.read_bytes() for path in paths}
+
+
+def test_running_a_finished_run_again_changes_nothing(finished, monkeypatch):
+  before = _files(finished)
+  monkeypatch.setattr(train, 'set_up', None)  # not even compiled
   assert train.train(_debug_config(), finished) == cli.OK
-  jax.tree.map(np.testing.assert_array_equal, before, _params_of(finished)[1])
+  assert train.train(_debug_config(**{'train.log_interval': 1}), finished) == cli.OK
+  assert _files(finished) == before
+
+
+def test_a_run_ended_between_its_last_checkpoint_and_its_summary_is_finished(finished, tmp_path):
+  run = shutil.copytree(finished, tmp_path / 'run')
+  (run / 'summary.json').write_text('{"steps": 6, "tra')
+  assert train.train(_debug_config(**{'train.log_interval': 1}), run) == cli.OK
+  before, after = map(report.read_summary, (finished, run))
+  for name in ('config', 'train_loss', 'sample', 'steps', 'tokens_seen', 'history'):
+    assert after[name] == before[name]
+  assert after['validation'] == pytest.approx(before['validation'])
+  until_then = json.loads((run / 'checkpoints' / '6' / 'metadata.json').read_text())['seconds']
+  assert after['seconds'] > until_then > 0 == before['resumed_from']
+  assert metrics.read_metrics(run) == metrics.read_metrics(finished)  # no evaluation stands twice
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'train.seed': 7, 'train.steps': 6}, 'trained with other.*\ntrain.seed: 0 there, 7 here'),
+    ({'optimizer.peak_lr': 0.5}, 'trained with other.*\noptimizer.peak_lr: 0.006 there, 0.5 h'),
+    ({'train.steps': 3}, r'train.steps = 3: the run in .* is at step 6 already'),
+    (
+      {'train.seed': 7, 'train.steps': 9},
+      'began with another seed.*\ntrain.seed: 0 there, 7',
+    ),
+  ],
+)
+def test_settings_that_a_run_was_not_trained_with_are_refused(finished, changes, message):
+  before = _files(finished)
+  with pytest.raises(ValueError, match=message):
+    train.train(_debug_config(**changes), finished)
+  assert _files(finished) == before
 
 
 def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
@@ -119,7 +156,7 @@ def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
 def test_generation_of_a_run(finished):
   stages, _, params, _ = run_folder.load_run(finished)
   texts = generate.continuations(stages.model, params, stages.tokenizer, ['def ', 'x'], 8)
-  assert len(texts) == 2
+  assert [isinstance(text, str) for text in texts] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +174,9 @@ def test_a_workdir_with_another_run_is_refused_and_left_alone(finished, changes,
 
 
 def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
-  from moejax.data import loader
+  from moejax.data import batch
 
-  monkeypatch.setattr(loader, 'fingerprint', lambda *parts: 'another')
+  monkeypatch.setattr(batch, 'fingerprint', lambda *parts: 'another')
   monkeypatch.setattr(step_lib, 'lower_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
@@ -153,11 +190,175 @@ def test_another_tokenizer_is_refused(finished, monkeypatch):
     run_folder.load_run(finished)
 
 
-def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_path):
-  changes = {'optimizer.peak_lr': 1e30, 'optimizer.clip_norm': 1e30, 'optimizer.warmup_steps': 0}
-  config = _debug_config(**changes, **{'train.checkpoint_interval': 1})
-  with pytest.raises(RuntimeError, match='lower optimizer.peak_lr'):
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  """A pattern of small files."""
+  folder = tmp_path_factory.mktemp('texts')
+  for i in range(30):
+    (folder / f'{i}.txt').write_text(f'text {i}, of a few words\n' * 20)
+  return f'{folder}/*.txt'
+
+
+def _small_config(texts, **changes):
+  """Of a run that takes as little time as one can."""
+  fields = {'model.blocks': ((('mlp',), 1),), 'model.loss_chunk': 0, 'train.sample_length': 0}
+  fields |= {'data.source': 'text', 'data.files': texts}
+  return _debug_config(dense, **fields | changes)
+
+
+DIVERGING = {'optimizer.peak_lr': 1e15, 'optimizer.clip_norm': 1e30, 'optimizer.warmup_steps': 0}
+OFTEN = {'train.checkpoint_interval': 1, 'train.log_interval': 8, 'train.eval_interval': 8}
+
+
+def _kept(workdir):
+  """Steps with a checkpoint, all of which are finite and have a finite loss."""
+  checkpoints = Checkpoints(run_folder.checkpoint_dir(workdir))
+  stages = config_lib.resolve(run_folder.read(workdir))
+  with contextlib.closing(checkpoints):
+    steps = checkpoints._steps()
+    for step in steps:
+      state = checkpoints.restore(step, jax.eval_shape(step_lib.fresh_state(stages)))
+      assert step_lib.is_finite(state)
+      assert np.isfinite(step_lib.eval_step(stages.model, 1, state['params'], tiny.batch())[0])
+  return steps
+
+
+def test_a_run_that_diverges_at_once_saves_nothing(texts, tmp_path):
+  config = _small_config(texts, **DIVERGING | OFTEN)
+  for _ in range(2):  # the same command says the same
+    with pytest.raises(RuntimeError, match='^training diverged: after step 1 .*; no checkpoint'):
+      train.train(config, tmp_path)
+    assert _kept(tmp_path) == []
+
+
+def test_a_run_that_diverges_later_keeps_its_good_checkpoints(texts, tmp_path):
+  good = _small_config(texts, **OFTEN | {'train.steps': 3, 'train.eval_interval': 3})
+  assert train.train(good, tmp_path) == cli.OK
+  bad = _small_config(texts, **DIVERGING | OFTEN)
+  for _ in range(2):
+    advice = 'the checkpoint of step 3 is good: lower optimizer.peak_lr'
+    with pytest.raises(RuntimeError, match=f'^training diverged: after step 4 .*; {advice}'):
+      train.train(bad, tmp_path)
+    assert _kept(tmp_path) == [1, 2, 3]
+  longer = _small_config(texts, **OFTEN | {'train.eval_interval': 2})  # the advice, followed
+  seconds = report.read_summary(tmp_path)['seconds']
+  assert train.train(longer, tmp_path) == cli.OK
+  assert _kept(tmp_path) == [4, 5, 6]
+  summary = report.read_summary(tmp_path)
+  assert summary['config'] == json.loads(json.dumps(longer.to_dict()))
+  assert summary['history'] == [
+    {'from_step': 3, 'changes': {'train.eval_interval': [3, 2], 'train.steps': [3, 6]}}
+  ]
+  assert summary['seconds'] > seconds and summary['resumed_from'] == 3
+
+
+@pytest.fixture
+def run(texts, tmp_path):
+  """A Run of 3 steps with its state, before its first one; saves and evaluates once, at the end."""
+  changes = {'train.steps': 3, 'train.log_interval': 2}
+  run = train.prepare(_small_config(texts, **changes), tmp_path)
+  with contextlib.closing(train.open_checkpoints(run)) as run.checkpoints, jax.set_mesh(run.mesh):
+    train.set_up(run, train.resume(run))
+    with contextlib.closing(run.writer):
+      yield run
+
+
+def _spoil(run, at, measured=None, state=None):
+  """Has a step measure something else, or lead to another state."""
+  train_step = run.train_step
+
+  def spoilt(state_before, batch):
+    good, numbers = train_step(state_before, batch)
+    if run.step + 1 != at:
+      return good, numbers
+    return good | (state(good) if state else {}), numbers | (measured or {})
+
+  run.train_step = spoilt
+
+
+def _overflow(state):
+  return {'params': jax.tree.map(lambda a: a * 1e30, state['params'])}
+
+
+def _hidden_nan(state):
+  return {'step': state['step'], 'more': jnp.nan}
+
+
+@pytest.mark.parametrize(
+  'name, at, stop',  # in the middle; at the last step; in the step before an interrupt
+  [('loss', 1, 3), ('update_norm', 1, 3), ('update_norm', 3, 3), ('grad_norm', 2, 2)],
+)
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(run, name, at, stop):
+  _spoil(run, at, {name: jnp.float32(jnp.inf)})
+  with pytest.raises(metrics.Diverged, match=f'at step {at} .*inf'):
+    train.loop(run, _StopAfter(stop))
+  assert run.checkpoints.latest_step() is None
+
+
+@pytest.mark.parametrize('state', [_overflow, _hidden_nan])
+@pytest.mark.parametrize('at', [2, 3])  # before an interrupt; at the last step
+def test_a_state_that_cannot_go_on_is_not_saved(run, state, at):
+  _spoil(run, at, state=state)
+  with pytest.raises(metrics.Diverged, match=f'after step {at} the .* not finite'):
+    train.loop(run, _StopAfter(at))
+  assert run.checkpoints.latest_step() is None
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
+  monkeypatch.setattr(train, 'evaluate', lambda *args: ({'loss': math.nan, 'tokens': 1}, {}))
+  with pytest.raises(metrics.Diverged, match='after step 3 the validation loss is not finite'):
+    train.loop(run, _StopAfter(3))
+  assert run.checkpoints.latest_step() is None
+
+
+def test_the_first_line_of_the_log_tells_the_speed_of_steps_alone(run):
+  run.averager.skip(-1000)  # what set-up might take
+  assert train.loop(run, _StopAfter(3))
+  assert metrics.read_metrics(run.workdir)[0]['seconds_per_step'] < 100
+
+
+def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):
+  def fail(*args):
+    raise IndexError('no such token')
+
+  monkeypatch.setattr(train, 'continuations', fail)
+  sampling = dataclasses.replace(run.stages.train, sample_length=2)
+  run.stages = dataclasses.replace(run.stages, train=sampling)
+  assert train.loop(run, _StopAfter(3))
+  train.finish(run)
+  assert 'warning: no sample: IndexError: no such token' in capsys.readouterr().out
+  assert train.is_finished(run) and (run.workdir / 'loss.png').exists()
+
+
+def test_a_loader_that_cannot_be_saved_is_refused_before_training(texts, tmp_path, monkeypatch):
+  from moejax.data import loader
+
+  def fail(self, directory):
+    raise ValueError('data.task: its position cannot be saved')
+
+  monkeypatch.setattr(loader.TokenLoader, 'save', fail)
+  with pytest.raises(ValueError, match='its position cannot be saved'):
+    train.train(_small_config(texts), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_named(texts, tmp_path):
+  config = _small_config(texts)
+  stages = config_lib.resolve(config)
+  state = step_lib.fresh_state(stages)()
+  run = train.prepare(config, tmp_path)
+  with contextlib.closing(train.open_checkpoints(run)) as checkpoints:
+    state['params'] = jax.tree.map(lambda a: a * jnp.nan, state['params'])
+    checkpoints.save(2, state, run.loader, run.describe())
+  with pytest.raises(ValueError, match='checkpoints/2 holds numbers that are not finite. Delete'):
     train.train(config, tmp_path)
+
+
+def test_training_without_jit(texts, tmp_path):
+  sizes = {'data.batch_size': 2, 'data.sequence_length': 8, 'train.eval_batches': 1}
+  with jax.disable_jit():
+    assert train.train(_small_config(texts, **sizes, **{'train.steps': 1}), tmp_path) == cli.OK
+  assert report.read_summary(tmp_path)['steps'] == 1
 
 
 @pytest.mark.parametrize(
@@ -176,6 +377,7 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_last_checkpoint(tmp_pat
     ),
     ({'train.steps': 0}, 'train.steps must be at least 1'),
     ({'train.sample_prompt': ''}, 'train.sample_prompt must not be empty'),
+    ({'train.sample_prompt': 'x' * 32}, "has 32 tokens of data.tokenizer = 'bytes'; expected 1 to"),
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),
     ({'mesh.tensor': 1, 'mesh.data': 8, 'data.batch_size': 12}, 'cannot be split over the 8'),
     ({'model.num_heads': 4}, 'mesh.tensor = 8 must divide the 4 heads .model.num_heads.'),
@@ -216,7 +418,9 @@ def test_all_problems_are_reported_together():
 
 def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None):
   optimizer = optimizer or optax.adamw(learning_rate)
-  state = jax.jit(lambda key: step_lib.init_state(config, optimizer, key))(jax.random.key(0))
+  quickly = {'xla_backend_optimization_level': 1}  # the same bits
+  init = lambda key: step_lib.init_state(config, optimizer, key)
+  state = jax.jit(init, compiler_options=quickly)(jax.random.key(0))
   step = jax.jit(
     functools.partial(
       step_lib.train_step,
@@ -234,14 +438,65 @@ def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None
   return state, measured
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch():
+@pytest.mark.parametrize('model', ['mot', 'token choice'])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(model):
+  fields = tiny.MODELS[model] | {'moe_balance_loss': 0.0, 'moe_capacity_factor': 8.0}
+  config = tiny.model_config(**fields)
+  optimizer = optax.sgd(0.1)  # what a step changes is the gradient
+  whole, measured = _steps(config, 2, optimizer=optimizer)
+  parts, measured_parts = _steps(config, 2, accumulation=2, optimizer=optimizer)
+  for name in ('loss', 'grad_norm', 'update_norm'):
+    np.testing.assert_allclose(measured_parts[1][name], measured[1][name], rtol=1e-5)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, parts['params'], whole['params'])
+  assert all(a.shape[0] == 2 for a in measured_parts[0]['aux'].values())
+
+
+def test_an_update_is_measured_whatever_the_gradient():
+  state, (measured,) = _steps(tiny.model_config(), 1, optimizer=optax.sgd(0.1))
+  np.testing.assert_allclose(measured['update_norm'], 0.1 * measured['grad_norm'], rtol=1e-5)
+  _, (measured,) = _steps(tiny.model_config(), 1, optimizer=optax.sgd(jnp.inf))
+  assert np.isfinite(measured['loss']) and np.isfinite(measured['grad_norm'])
+  assert not np.isfinite(measured['update_norm'])
+  assert step_lib.is_finite(state)
+
+
+def test_evaluation_takes_no_more_memory_than_training(texts):
+  sizes = {'model.blocks': ((('mlp',), 2),), 'model.remat': 'full', 'model.loss_chunk': 8}
+  sizes |= {'data.batch_size': 512, 'optimizer.accumulation': 64}
+  stages = config_lib.resolve(_small_config(texts, **sizes))
+  mesh = sharding.make_mesh(stages.mesh)
+  with jax.set_mesh(mesh):
+    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
+    training = step_lib.lower_train_step(stages, state, mesh).compile(tiny.QUICKLY)
+    evaluation = step_lib.lower_eval_step(stages, state['params'], mesh).compile(tiny.QUICKLY)
+  used = [program.memory_analysis().temp_size_in_bytes for program in (evaluation, training)]
+  assert used[0] <= used[1]
+
+
+def test_microbatches_of_an_evaluation_hold_whole_groups():
   config = tiny.model_config()
-  whole, measured = _steps(config, 2)
-  parts, measured_parts = _steps(config, 2, accumulation=2)
-  np.testing.assert_allclose(measured_parts[1]['loss'], measured[1]['loss'], rtol=1e-6)
-  np.testing.assert_allclose(measured_parts[0]['grad_norm'], measured[0]['grad_norm'], rtol=1e-5)
-  assert measured_parts[0]['aux']['mot/entropy'].shape == (2,)
-  del whole, parts
+  assert step_lib.microbatches(config, 64, 8) == 8
+  assert step_lib.microbatches(config.with_mot(group_size=32), 64, 8) == 2
+  assert step_lib.microbatches(config.with_mot(group_size=64), 64, 8) == 1
+
+
+def test_noise_has_a_key_of_its_own():
+  data = lambda key: jax.random.key_data(key).tolist()
+  drawn = [data(jax.random.fold_in(jax.random.key(3), i)) for i in range(100)]  # parameters'
+  noise = [data(jax.random.fold_in(step_lib.noise_key(3), step)) for step in range(100)]
+  assert len({*map(tuple, drawn), *map(tuple, noise)}) == 200
+
+
+def test_a_state_made_with_less_effort_is_the_same_and_sharded(texts):
+  stages = config_lib.resolve(_small_config(texts))
+  mesh = sharding.make_mesh(stages.mesh)
+  init = step_lib.fresh_state(stages)
+  with jax.set_mesh(mesh):
+    abstract = sharding.abstract(init, mesh)
+    state = step_lib.make_state(init, abstract)
+  jax.tree.map(np.testing.assert_array_equal, state, jax.jit(init)())
+  assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, abstract)
 
 
 @pytest.mark.parametrize('model', tiny.MODELS)
