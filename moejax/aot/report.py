@@ -28,7 +28,8 @@ class Report:
   accumulation: int
   params: int
   active_params: int
-  memory: dict[str, float]  # kind -> bytes
+  memory: dict[str, float]  # of a training step: kind -> bytes
+  evaluation: float  # bytes in an evaluation step: the state of training waits meanwhile
   capacity: float  # bytes
   fits: bool
   needed: str  # what the compiler said, where it does not fit
@@ -66,6 +67,8 @@ class Report:
       ('memory of a chip', f'{size(self.capacity)}'),
       *((f'  {kind}', size(number)) for kind, number in self.memory.items()),
     ]
+    if self.evaluation:
+      rows.append(('  evaluation', f'{size(self.evaluation)}, at another time'))
     if self.needed:
       rows.append(('', self.needed))
     if self.flops:

@@ -1,6 +1,7 @@
 """Compiles a training step ahead of time, and reads from it what it needs."""
 
 import collections
+import dataclasses
 import math
 import re
 import textwrap
@@ -28,50 +29,86 @@ def compile_step(config, topology: topologies.Topology):
   stages = config_lib.resolve(without_text(config))
   mesh = sharding.make_mesh(stages.mesh, topologies.devices(topology))
   config_lib.check_mesh(stages, mesh)
+  platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     state = sharding.abstract(step_lib.fresh_state(stages), mesh)
     rows = stages.data.batch_size // stages.optimizer.accumulation
     saved = saved_bytes(stages, rows) / sharding.batch_shards(mesh)
-    platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
-    lowered = step_lib.lower_train_step(stages, state, mesh, platforms)
+    training = step_lib.lower_train_step(stages, state, mesh, platforms)
+    evaluations = [
+      step_lib.lower_eval_step(evaluated, state['params'], mesh, platforms)
+      for evaluated in _evaluated(stages)
+    ]
   started = time.monotonic()
-  compiled, needed = _compile(lowered)
+  compiled, needed = _compile(training)
+  memory = _memory(state, saved, compiled)
+  evaluation = 0.0
+  for lowered in evaluations if compiled else ():
+    compiled_evaluation, refused = _compile(lowered)
+    needed = needed or refused and f'evaluation: {refused}'
+    if compiled_evaluation:
+      evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
+  return Report(
+    **_sizes(stages, mesh, topology),
+    memory=memory,
+    evaluation=evaluation,
+    fits=not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory,
+    needed=needed,
+    **_work(compiled, mesh, topology),
+    compile_seconds=compile_seconds,
+  )
+
+
+def _evaluated(stages):
+  """The run as it is evaluated: also without drops, where experts drop tokens."""
+  models = filter(None, (stages.model, stages.model.dropless()))
+  return [dataclasses.replace(stages, model=model) for model in models]
+
+
+def _memory(state, saved, compiled):
+  """Bytes of a chip in a training step, by kind."""
   params, total = shard_bytes(state['params']), shard_bytes(state)
   memory = {'parameters': params, 'optimizer': total - params, 'saved activations': saved}
-  cost, exchanges = hlo.Cost(), []
   if compiled:
     memory['temporaries'] = max(0.0, _peak_bytes(compiled) - total - saved)
-    cost = hlo.cost(compiled.as_text())
-    exchanges = _exchanges(cost.collectives, mesh, topology)
-  chip = topology.chip
+  return memory
+
+
+def _sizes(stages, mesh, topology):
+  """What the Report says of model and machine."""
   counts = flops.param_counts(stages.model)
   tokens = stages.data.batch_size * stages.data.sequence_length
   per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
-  return Report(
-    topology=str(topology),
-    chips=topology.num_chips,
-    mesh={axis: n for axis, n in mesh.shape.items() if n > 1},
-    remat=stages.model.remat,
-    accumulation=stages.optimizer.accumulation,
-    params=counts['total'],
-    active_params=counts['active'],
-    memory=memory,
-    capacity=chip.memory,
-    fits=compiled is not None and sum(memory.values()) <= chip.memory,
-    needed=needed,
-    tokens=tokens,
-    model_flops=per_token['model'] * tokens / topology.num_chips,
-    flops=cost.flops,
-    memory_traffic=cost.memory_bytes,
-    exchanges=exchanges,
-    seconds={
+  return {
+    'topology': str(topology),
+    'chips': topology.num_chips,
+    'capacity': topology.chip.memory,
+    'mesh': {axis: n for axis, n in mesh.shape.items() if n > 1},
+    'remat': stages.model.remat,
+    'accumulation': stages.optimizer.accumulation,
+    'params': counts['total'],
+    'active_params': counts['active'],
+    'tokens': tokens,
+    'model_flops': per_token['model'] * tokens / topology.num_chips,
+  }
+
+
+def _work(compiled, mesh, topology):
+  """What the Report says of a compiled step: what a chip does, and how long it takes at best."""
+  cost = hlo.cost(compiled.as_text()) if compiled else hlo.Cost()
+  exchanges = _exchanges(cost.collectives, mesh, topology)
+  chip = topology.chip
+  return {
+    'flops': cost.flops,
+    'memory_traffic': cost.memory_bytes,
+    'exchanges': exchanges,
+    'seconds': {
       'compute': cost.flops / chip.flops,
       'memory': cost.memory_bytes / chip.memory_bandwidth,
       'interconnect': sum(exchange.seconds for exchange in exchanges),
     },
-    compile_seconds=compile_seconds,
-  )
+  }
 
 
 def without_text(config):

@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from configs import common, moe, mot
-from moejax import config as config_lib, flops
+from configs import moe, mot
+from moejax import config as config_lib, flops, variants
 from moejax.aot import report as report_lib, search, step, topologies
 
 _HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
@@ -61,6 +61,18 @@ def test_a_report(machine):
   assert 'data 2, expert 4' in text and 'fits                 yes' in text
 
 
+def test_fits_means_training_and_evaluation(machine, monkeypatch):
+  config = _config(moe, **MESH | {'data.batch_size': 16, 'optimizer.accumulation': 2})
+  report = step.compile_step(config, machine)
+  state = report.memory['parameters'] + report.memory['optimizer']
+  assert report.fits
+  assert state < report.evaluation < sum(report.memory.values())  # cut as in training
+  assert f'{report_lib.size(report.evaluation)}, at another time' in report.describe()
+  peaks = iter([0, 20 * 2**30, 0])  # of training, evaluation, and evaluation without drops
+  monkeypatch.setattr(step, '_peak_bytes', lambda compiled: next(peaks))
+  assert not step.compile_step(config, machine).fits
+
+
 def test_remat_is_seen(machine):
   reports = {
     policy: step.compile_step(_config(moe, **MESH | {'model.remat': policy}), machine)
@@ -91,6 +103,7 @@ def _report(**changes):
     'params': 10**9,
     'active_params': 10**8,
     'memory': {'parameters': 4 * 2**30, 'optimizer': 8 * 2**30, 'saved activations': 9 * 2**30},
+    'evaluation': 0.0,
     'capacity': 16 * 2**30,
     'fits': False,
     'needed': 'the compiler needs 21.3GiB of 15.75GiB',
@@ -203,7 +216,7 @@ def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
   args = ['--config=configs/moe.py:3M', '--topology=v5e:2x4', '--config.mesh.data=1']
   report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
   assert code == 0 and report.fits
-  d_model, blocks, *_ = common.MOE_MAMBA_SIZES['3M']
+  d_model, blocks, *_ = variants.MOE_MAMBA_SIZES['3M']
   matrix = 2 * 32 * d_model * 4 * d_model  # of all experts of a block
   gathers = [e for e in report.exchanges if e.kind == 'all-gather']
   gathered = sum(e.bytes for e in gathers) / (7 / 8)
