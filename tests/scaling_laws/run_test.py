@@ -121,7 +121,10 @@ def test_a_summary_without_its_config_is_nobody_s(tmp_path):
   [
     ([_cell('a', 4), _cell('a', 8)], 'two cells are called a'),
     ([_cell('a', 4), _cell('b', 8), _cell('c', 4)], 'a and c are one run'),
-    ([_cell('a', 4, seeds=3)], "a: --config.train.seeds=3: the config has no field 'seeds'"),
+    (
+      [_cell('a', 4, seeds=3)],
+      "a: --config.train.seeds: the config has no such field; did you mean 'train.seed'",
+    ),
     ([_cell('a', 4, seed='many')], 'a: .*seed.*many'),
     ([dataclasses.replace(_cell('a', 4), command='true')], 'a: expected a command python -m moe'),
   ],
