@@ -136,6 +136,41 @@ def go(tmp_path_factory):
     yield run
 
 
+# Every program or command of one, and its flags that hold paths.
+PATHS = {
+  'main': ['workdir'],
+  'evaluate': ['workdir'],
+  'generate': ['workdir'],
+  'transition_tuning': ['from', 'workdir'],
+  'compare': ['runs', 'output'],
+  'tokenize': ['output'],
+  'tokenizer': ['output'],
+  'aot': ['json'],
+  'convert to_safetensors': ['workdir', 'output'],
+  'convert from_safetensors': ['input', 'workdir'],
+  'convert to_hf': ['workdir', 'output'],
+  'convert from_hf': ['model', 'workdir'],
+  'scaling_laws plan': ['coefficients'],
+  'scaling_laws grid': ['coefficients', 'output'],
+  'scaling_laws run': ['grid'],  # its workdir may be another machine's
+  'scaling_laws fit': ['output'],
+  'scaling_laws plot': ['coefficients', 'runs', 'output'],
+}
+
+
+def test_every_program_has_help_and_refuses_a_bucket(go):
+  for program, paths in PATHS.items():
+    code, output = go(*program.split(), '--help')
+    assert code == 0 and f'python -m moejax.{program} ' in output, f'{program}: {output}'
+    assert all(f'--{name}: ' in output for name in paths), f'{program}: {output}'
+    for name in paths:
+      others = [f'--{other}=x' for other in paths if other != name]
+      code, output = go(*program.split(), *others, f'--{name}=gs://bucket/x')
+      assert code == 2 and 'expected a path on this machine' in output, f'{program}: {output}'
+  code, output = go('evaluate')
+  assert code == 2 and output.startswith('error: --workdir is required: Folder of the run')
+
+
 MAMBA = ['--config=configs/mamba.py:debug', '--config.train.steps=1', '--workdir=runs/model']
 MAMBA += ['--config.model.norm=rms_norm', '--config.model.final_norm=True']
 

@@ -9,8 +9,11 @@ import stat
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
+
+from moejax.scaling_laws import run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / 'launch'
@@ -336,3 +339,11 @@ def test_slurm_gives_one_gpu_to_a_task_and_time_to_save():
   )
   assert options['ntasks-per-node'] == options['gpus-per-node']
   assert options['signal'].startswith('TERM@')
+
+
+def test_commands_for_other_machines_survive_a_space():
+  cell = types.SimpleNamespace(name='a', command='python -m moejax.main --config.x="((1,),)"')
+  (line,) = run.launch_commands([cell], '/data/my $runs/', 'ssh {name} --command={command}')
+  *_, command = shlex.split(line)
+  words = shlex.split(command.removeprefix('--command='))
+  assert words[-2:] == ['--config.x=((1,),)', '--workdir=/data/my $runs/a']
