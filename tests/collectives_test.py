@@ -65,7 +65,7 @@ def _collectives(model, sizes):
     )
     batch = dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
     program = jax.jit(step, out_shardings=(shardings, None)).lower(state, batch)
-    program = program.compile(compiler_options=tiny.QUICKLY)
+    program = program.compile()
   found = []
   for collective, count in hlo.cost(program.as_text()).collectives.items():
     groups = hlo.device_groups(collective.groups, 8)

@@ -1,5 +1,10 @@
-"""Every test runs on 8 simulated CPU devices, with JAX at its strictest and compiling only once."""
+"""Every test runs on 8 simulated CPU devices, with JAX at its strictest.
 
+Programs are compiled once and less optimized: the numbers differ by a few 1e-7, and compiling, most
+of what tests cost, takes an eighth of the time. `XLA_FLAGS= pytest` compiles as users do.
+"""
+
+import importlib.metadata
 import os
 import pathlib
 
@@ -10,6 +15,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.jax_cache'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+_QUICKLY = ['--xla_backend_optimization_level=0']
+if importlib.metadata.version('jax').startswith(('0.7.', '0.8.', '0.9.', '0.10.')):
+  _QUICKLY.append('--xla_cpu_use_fusion_emitters=false')  # gone since, with what it turned off
+if os.environ['JAX_PLATFORMS'] == 'cpu':
+  os.environ.setdefault('XLA_FLAGS', ' '.join(_QUICKLY))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -443,7 +443,7 @@ def test_a_converted_run_trains_as_from_its_first_step(tmp_path):
 def test_the_program(from_hf, tmp_path):
   def call(*args):
     command = [sys.executable, '-m', 'moejax.convert', *args]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
   args = [f'--model={HF}', '--workdir=run', '--config=configs/mamba.py', '--config.data.seed=7']

@@ -14,6 +14,9 @@ from tests import tiny
 PLATFORMS = {'tpu': 'tpu', 'cuda': 'gpu'}
 MESHES = {'one device': (1, 1, 1, 1), 'fsdp 2, expert 2, tensor 2': (1, 2, 2, 2)}
 MODELS = tiny.MODELS | {'dropless': {'blocks': tiny.MOE, 'moe_capacity_factor': 0.0}}
+# On a mesh: attention, mixing, experts without slots, experts inside of Mamba.
+ON_A_MESH = ('mot', 'dropless', 'moe in mamba')
+CASES = [(m, mesh) for mesh in MESHES for m in (MODELS if mesh == 'one device' else ON_A_MESH)]
 # What kernels take: 128 channels of Mamba and positions in multiples of 64 on every device.
 SIZES = {'vocab_size': 256, 'max_length': 64, 'd_model': 128, 'num_heads': 2, 'd_ff': 256}
 SIZES |= {'mot_num_experts': 8, 'moe_expansion_rate': 4, 'dtype': 'bfloat16', 'remat': 'full'}
@@ -38,8 +41,7 @@ def cudnn(monkeypatch):
   monkeypatch.setattr(f'{versions}check_compute_capability', lambda capability: True)
 
 
-@pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model, mesh', CASES)
 def test_lowers_for_tpu(model, mesh):
   config = tiny.model_config(**SIZES | MODELS[model])
   text = _lowered('tpu', config, MESHES[mesh])
@@ -47,8 +49,7 @@ def test_lowers_for_tpu(model, mesh):
   assert ('@tpu_custom_call' in text) == (grouped or config.uses('mamba'))
 
 
-@pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model, mesh', CASES)
 def test_lowers_for_cuda(cudnn, model, mesh):
   config = tiny.model_config(**SIZES | MODELS[model])
   text = _lowered('cuda', config, MESHES[mesh])

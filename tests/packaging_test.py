@@ -27,7 +27,7 @@ def main(installed, tmp_path):
   """`main(*args)` runs the installed program in a folder with another package named configs."""
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs' / '__init__.py').write_text('')
-  environment = {**os.environ, 'PYTHONPATH': str(installed), 'XLA_FLAGS': ''}
+  environment = {**os.environ, 'PYTHONPATH': str(installed)}
 
   def run(*args):
     command = [sys.executable, '-m', 'moejax.main', *args]

@@ -1,6 +1,5 @@
 """Tiny models and batches whose sizes all differ, so that a swapped axis cannot pass."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,13 +25,6 @@ MODELS = {
   'moe mamba': {'blocks': MOE_MAMBA},
   'moe in mamba': {'blocks': MOE_IN_MAMBA, 'mamba_moe_in': 'conv+out'},
 }
-
-
-# For programs whose numbers or collectives matter: less optimized code has the same and compiles in
-# a third of the time. The second option has gone with what it turned off.
-QUICKLY = {'xla_backend_optimization_level': 0}
-if jax.__version_info__ < (0, 11):
-  QUICKLY['xla_cpu_use_fusion_emitters'] = False
 
 
 def model_config(**changes):

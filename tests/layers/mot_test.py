@@ -17,7 +17,6 @@ from jax.interpreters import partial_eval
 
 from moejax import sharding
 from moejax.layers import common, mot
-from tests.ops.sparse_layer import QUICK_TO_COMPILE
 
 B, L, D, E, F, M = 6, 5, 8, 4, 7, 3
 REFERENCE = pathlib.Path(__file__).parent.parent / 'reference'
@@ -77,7 +76,7 @@ def _relative_error(got, expected):
   return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def _gradients(layer, params, x_BLD, dy_BLD, *args):
   """The output of `layer(params, x_BLD, *args)` and the gradients of its projection on dy_BLD."""
   y_BLD, backward = jax.vjp(lambda params, x_BLD: layer(params, x_BLD, *args), params, x_BLD)
@@ -416,7 +415,7 @@ def _on_mesh(sizes, changes):
     args = jax.device_put(params, shardings), x_BLD, dy_BLD, segments_BL, jax.random.key(3)
     run = functools.partial(_gradients.__wrapped__, functools.partial(_with_key, graph))
     jitted = jax.jit(run, out_shardings=(batch, shardings, batch))
-    compiled = jitted.lower(*args).compile(QUICK_TO_COMPILE)
+    compiled = jitted.lower(*args).compile()
     return jax.device_get(compiled(*args)), compiled.as_text()
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from moejax.ops import dispatch, routing
 from tests import shapes
-from tests.ops import sparse_layer
 
 G, T, E, D = 2, 7, 12, 3
 
@@ -31,16 +30,13 @@ def _plan(name):
       'all experts': (E, None, True),
     }[name]
     route = functools.partial(routing.token_choice, k=k, capacity=capacity, ragged=ragged)
-  return jax.device_get(_jit(route)(logits_GTE, valid_GT=valid_GT))
+  return jax.device_get(jax.jit(route)(logits_GTE, valid_GT=valid_GT))
 
 
 PLANS = ('capacity', 'ragged', 'dropless', 'all experts', 'expert choice')
 
 
-_jit = functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
-
-
-@_jit
+@jax.jit
 def _run(plan, x_TD, dy_TD, rows, d_rows):
   """Both functions and their gradients."""
   dispatched, dispatch_backward = jax.vjp(lambda x_TD: dispatch.dispatch(x_TD, plan), x_TD)
@@ -94,9 +90,9 @@ def test_nothing_is_scattered(name):
 def test_rows_add_up_in_float32():
   E = 256  # in bfloat16, adding a hundredth to 1 changes nothing
   route = functools.partial(routing.token_choice, k=E, capacity=None)
-  plan = _jit(route)(jnp.zeros((1, 1, E)), valid_GT=np.ones((1, 1), bool))
+  plan = jax.jit(route)(jnp.zeros((1, 1, E)), valid_GT=np.ones((1, 1), bool))
   rows = jnp.full((E, 1), 0.001, jnp.bfloat16).at[0].set(1)
-  y = _jit(dispatch.combine)(rows, plan)
+  y = jax.jit(dispatch.combine)(rows, plan)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_allclose(y.astype(jnp.float32), rows.astype(jnp.float32).sum(), rtol=4e-3)
 

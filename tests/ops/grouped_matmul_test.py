@@ -10,7 +10,7 @@ from jax import export
 
 from moejax.ops import grouped_matmul
 from tests import shapes
-from tests.ops import oracles, sparse_layer
+from tests.ops import oracles
 
 # Mostly of one size, so that little needs compiling: 100 rows, 8 groups, blocks of 16 rows.
 GROUPS = {
@@ -34,7 +34,7 @@ def _inputs(groups, dtype='float64', D=3, F=5):
   return x_TD, w_EDF, jnp.array(sizes, jnp.int32), dy_TF
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=sparse_layer.QUICK_TO_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def _with_gradients(impl, x_TD, w_EDF, sizes_E, dy_TF):
   product = lambda x_TD, w_EDF: grouped_matmul.grouped_matmul(x_TD, w_EDF, sizes_E, impl)
   y_TF, backward = jax.vjp(product, x_TD, w_EDF)

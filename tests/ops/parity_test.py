@@ -31,7 +31,7 @@ def _load(name):
   return arrays, config
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=sparse_layer.QUICK_TO_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def _run(layer, args, dy):
   y, backward = jax.vjp(layer, *args)
   return y, *backward(dy)
@@ -40,7 +40,7 @@ def _run(layer, args, dy):
 def _run_losses(losses, x_GTD, router_DE):
   """{name: (value, gradient by x, gradient by the router)}."""
 
-  @functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
+  @jax.jit
   def run(*args):
     return {name: jax.value_and_grad(loss, argnums=(0, 1))(*args) for name, loss in losses.items()}
 

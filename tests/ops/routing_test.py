@@ -9,20 +9,19 @@ import pytest
 
 from moejax.ops import routing
 from tests import shapes
-from tests.ops import oracles, sparse_layer
+from tests.ops import oracles
 
 G, T, E = 2, 7, 5
 ALL = np.ones((1, 3), bool)
 # Compiled as a whole: one by one, the operations take several times as long to compile.
-_jit = functools.partial(jax.jit, compiler_options=sparse_layer.QUICK_TO_COMPILE)
-token_choice = _jit(
+token_choice = jax.jit(
   routing.token_choice,
   static_argnames=('k', 'capacity', 'scores', 'renormalize', 'ragged'),
 )
-expert_choice = _jit(routing.expert_choice, static_argnames=('capacity', 'softmax_over'))
+expert_choice = jax.jit(routing.expert_choice, static_argnames=('capacity', 'softmax_over'))
 
 
-@_jit
+@jax.jit
 def health_of(plan, logits_GTE, valid_GT):
   number_GT = plan.rows_per_token_T.reshape(valid_GT.shape)
   return routing.router_health(plan.counts_GE, number_GT, logits_GTE, valid_GT)

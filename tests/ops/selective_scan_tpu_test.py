@@ -8,7 +8,6 @@ import pytest
 from moejax.ops import selective_scan as scan_lib, selective_scan_tpu
 from tests import shapes
 from tests.ops import selective_scan_test as scans
-from tests.ops.sparse_layer import QUICK_TO_COMPILE
 
 LANES = scan_lib._LANES
 CHUNK = 4
@@ -24,7 +23,7 @@ def interpreted(monkeypatch):
   monkeypatch.setattr(selective_scan_tpu, '_TILES', (LANES,))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def _with_gradients(impl, *args):
   return scans._with_gradients.__wrapped__(*args, impl)
 

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from moejax.ops import dispatch, expert_loop, grouped_matmul, routing
 
-# These tests compile much and compute little.
-QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
-
 
 def relu(h, weight):
   return jax.nn.relu(h) * weight[..., None].astype(h.dtype)
@@ -49,9 +46,7 @@ def layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=relu)
   return WAYS[way](activation, x_TD, plan, (w_in_EDF, w_out_EFD)).reshape(x_GTD.shape)
 
 
-@functools.partial(
-  jax.jit, static_argnames=('route', 'ways', 'activation'), compiler_options=QUICK_TO_COMPILE
-)
+@functools.partial(jax.jit, static_argnames=('route', 'ways', 'activation'))
 def value_and_gradients(
   args, dy_GTD, valid_GT, *, route, ways=('loop', 'blocked'), activation=relu
 ):
