@@ -1,6 +1,7 @@
 # make train                                     trains the default model
 # make train ARGS="--config.train.steps=100"     the same, with flags added
 # make test                                      lint, format, types, tests
+# make test-fast                                 lint and the quick tests, while you work
 # make test-tpu                                  and with the compiler of TPUs, 700 MB (Linux)
 # PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment.
 
@@ -10,7 +11,7 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-tpu
+.PHONY: train test test-fast test-tpu
 
 train: $(VENV)/.installed
 	python -m moejax.main --config=configs/mot.py $(ARGS)
@@ -19,11 +20,15 @@ test: $(VENV)/.installed-test
 	ruff check
 	ruff format --check
 	pyright
-	pytest --numprocesses=2 --dist=loadfile
+	pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+test-fast: $(VENV)/.installed-test
+	ruff check
+	pytest -m "not slow and not heavy" --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-tpu: $(VENV)/.installed-test
 	python -m pip install --quiet --editable '.[tpu-aot]'
-	pytest -m slow --numprocesses=2 tests/aot tests/ops/selective_scan_tpu_test.py
+	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/ops/selective_scan_tpu_test.py
 
 # Installed again only when setup.py changes.
 $(VENV)/.installed: setup.py

@@ -4,6 +4,7 @@ Programs are compiled once and less optimized: the numbers differ by a few 1e-7,
 of what tests cost, takes an eighth of the time. `XLA_FLAGS= pytest` compiles as users do.
 """
 
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -34,6 +35,12 @@ def pytest_addoption(parser):
   parser.addoption(
     '--update-golden', action='store_true', help='record the numbers of tests/golden/ anew'
   )
+
+
+def pytest_collection_modifyitems(items):
+  """Files with the most heavy tests come first, so that none is left to one worker at the end."""
+  heavy = collections.Counter(item.path for item in items if item.get_closest_marker('heavy'))
+  items.sort(key=lambda item: -heavy[item.path])
 
 
 def pytest_runtest_setup(item):
