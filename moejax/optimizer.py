@@ -21,7 +21,9 @@ class OptimizerConfig(Section):
     0.1, 'the cosine ends at this fraction of the peak, at train.steps', minimum=0, maximum=1
   )
   schedule_start: int = default(
-    0, 'step at which warm-up begins; later in a run that goes on anew', minimum=0
+    0,
+    'step at which warm-up begins; later than 0 where a run resumes with a fresh schedule',
+    minimum=0,
   )
   b1: float = default(0.9, 'decay of the first moment', minimum=0, below=1)
   b2: float = default(0.999, 'decay of the second moment', minimum=0, below=1)
