@@ -139,7 +139,7 @@ class _PathParser(flags.ArgumentParser):
 
 class _PathsParser(flags.ListParser):
   def parse(self, argument):
-    return list(map(path, super().parse(argument)))
+    return [path(item) for item in ([''] if argument == '' else super().parse(argument))]
 
 
 def define_path(name, default, meaning, required=False):

@@ -123,3 +123,8 @@ def test_a_path_is_on_this_machine(monkeypatch):
       cli.path(text)
   with pytest.raises(ValueError, match='expected a path, got nothing'):
     cli.path('')
+  parse = cli._PathsParser().parse
+  assert parse('~/a,b c') == ['/home/me/a', 'b c'] and parse([]) == []
+  for text in ('', 'a,,b'):
+    with pytest.raises(ValueError, match='expected a path, got nothing'):
+      parse(text)
