@@ -107,8 +107,10 @@ def _follow(schedule):
 
 
 def fresh_moments(optimizer, params, step):
-  """The state of `make_optimizer` after `step` steps that left no trace but in the schedule."""
-  return optax.tree.set(optimizer.init(params), _of_the_schedule, count=step)
+  """The state of `make_optimizer` after `step` steps that left no trace but in the schedules."""
+  state = optax.tree.set(optimizer.init(params), _of_the_schedule, count=step)
+  anneal = state.inner_states['anneal']._replace(inner_state=jnp.asarray(step, jnp.int32))
+  return state._replace(inner_states=state.inner_states | {'anneal': anneal})
 
 
 def _of_the_schedule(path, value):

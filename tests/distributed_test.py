@@ -98,7 +98,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp_path):
-  workdir = f'--workdir={tmp_path}/run'
+  folder = tmp_path / 'lr[3e-4]'  # no pattern
+  workdir = f'--workdir={folder}'
   with Processes(tmp_path / 'interrupted', 2, workdir) as run:
     run.wait_for(r'step +3/60')
     run.processes[1].send_signal(signal.SIGINT)  # handed on as SIGTERM
@@ -116,7 +117,7 @@ def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp
   with Processes(tmp_path / 'resumed', 1, workdir) as run:  # another number of processes
     assert run.codes() == [cli.OK], run.output()
     assert re.search('resuming from step [12]0', run.output())
-  _assert_same_runs(alone, tmp_path / 'run')
+  _assert_same_runs(alone, folder)
 
 
 @pytest.mark.slow
@@ -191,5 +192,5 @@ def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(f'{multihost}.sync_global_devices', lambda name: None)
   monkeypatch.setattr(f'{multihost}.process_allgather', gather)
   with pytest.raises(ValueError, match='workdir: not all processes see the same folder'):
-    checkpoints.make_writable(0)
+    checkpoints.check_writable(0)
   checkpoints.close()

@@ -178,6 +178,15 @@ def test_forgotten_moments_keep_their_place_in_the_schedule():
   np.testing.assert_allclose(updates['w'], -schedule(60), rtol=1e-4)
 
 
+def test_annealed_temperatures_stay_where_they_are_when_moments_are_forgotten():
+  fields = config_lib.baseline().optimizer.to_dict() | {'anneal_from': 20}
+  optimizer = make_optimizer(OptimizerConfig(**fields), 100)
+  params = {'anneal': jnp.float32(0.5), 'w': jnp.ones(3)}  # at step 60
+  updates, state = optimizer.update(params, fresh_moments(optimizer, params, 60), params)
+  np.testing.assert_allclose(params['anneal'] + updates['anneal'], (100 - 61) / 80, rtol=1e-6)
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(params))
+
+
 def test_a_schedule_can_begin_later():
   whole = make_schedule(OptimizerConfig(warmup_steps=10), 100)
   later = make_schedule(OptimizerConfig(warmup_steps=10, schedule_start=1000), 1100)
