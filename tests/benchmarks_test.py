@@ -8,6 +8,8 @@ import sys
 import pytest
 from absl import flags
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

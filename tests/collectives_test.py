@@ -11,6 +11,8 @@ from moejax import model as model_lib, sharding, step as step_lib
 from moejax.aot import hlo
 from tests import tiny
 
+pytestmark = pytest.mark.heavy
+
 ROWS, BLOCKS, D, F, E = 64, 3, 16, 40, 8
 SIZES = {
   'd_model': D,

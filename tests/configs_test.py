@@ -45,6 +45,7 @@ def trained(tmp_path_factory):
   return train
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_trains(name, trained):
   workdir, result = trained(name)
@@ -53,6 +54,7 @@ def test_every_config_trains(name, trained):
   assert json.loads((workdir / 'summary.json').read_text())['steps'] == 6
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('name', ['mot', 'moe'])
 def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained, tmp_path):
   run = shutil.copytree(trained(name)[0], tmp_path / 'run')
@@ -99,6 +101,7 @@ def test_mistakes_get_one_clear_line(args, message, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   args = ['--config=configs/dense.py:debug', f'--workdir={tmp_path}', '--config.train.steps=100000']
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}

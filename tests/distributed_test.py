@@ -97,6 +97,7 @@ def alone(tmp_path_factory):
   return folder / 'run'
 
 
+@pytest.mark.heavy
 def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp_path):
   folder = tmp_path / 'lr[3e-4]'  # no pattern
   workdir = f'--workdir={folder}'

@@ -35,6 +35,7 @@ def _code(page):
   return compile(code, page, 'exec'), len(code.splitlines())
 
 
+@pytest.mark.heavy
 def test_what_leaks_in_a_group_and_that_groups_of_one_do_not():
   page = {}
   exec(_code('mixture_of_tokens.md')[0], page)

@@ -10,6 +10,8 @@ from moejax import config as config_lib, sharding, step as step_lib
 from moejax.sharding import platform
 from tests import tiny
 
+pytestmark = pytest.mark.heavy
+
 # JAX's name of a platform: ours.
 PLATFORMS = {'tpu': 'tpu', 'cuda': 'gpu'}
 MESHES = {'one device': (1, 1, 1, 1), 'fsdp 2, expert 2, tensor 2': (1, 2, 2, 2)}

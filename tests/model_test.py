@@ -67,6 +67,7 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
   np.testing.assert_allclose(permuted, straight[order], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('positions, split', [('learned', 5), ('none', 1)])
 @MODELS
 def test_decoding_equals_the_forward_pass(model, positions, split):
@@ -107,6 +108,7 @@ def test_decoding_equals_the_forward_pass_in_every_mode(mode):
   np.testing.assert_allclose(decoded, forward[:, 4:], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.heavy
 def test_the_forward_pass_can_give_way_to_steps_at_every_position():
   length = 3
   mixing = ((('moe', 'mot', 'attention'), 1),)
@@ -161,6 +163,7 @@ def test_gradients_reach_every_expert_and_the_controller():
   assert (np.abs(layer['controller']).max(axis=-2) > 0).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('model', ['moe mamba', 'moe in mamba'])
 def test_gradients_reach_every_parameter_of_mamba_with_experts(model):
   config = tiny.model_config(**tiny.MODELS[model])

@@ -93,6 +93,7 @@ ON_MESHES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('mesh, model', [(mesh, m) for mesh in MESHES for m in ON_MESHES[mesh]])
 def test_results_do_not_depend_on_the_mesh(model, mesh):
   config = _model_config(model)
@@ -109,6 +110,7 @@ def test_results_do_not_depend_on_the_mesh(model, mesh):
     assert config.moe.router == 'expert_choice' or (expected['aux']['moe/dropped'] > 0).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('model', ['mot', 'token choice', 'expert choice', 'moe in mamba'])
 def test_recomputation_can_spare_all_exchanges(model):
   counts = {}

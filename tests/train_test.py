@@ -67,6 +67,7 @@ class _StopAfter(train.Interrupt):
     return self.left <= 0
 
 
+@pytest.mark.heavy
 def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   finished, tmp_path, monkeypatch
 ):
@@ -438,6 +439,7 @@ def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None
   return state, measured
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('model', ['mot', 'token choice'])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(model):
   fields = tiny.MODELS[model] | {'moe_balance_loss': 0.0, 'moe_capacity_factor': 8.0}
@@ -499,6 +501,7 @@ def test_a_state_made_with_less_effort_is_the_same_and_sharded(texts):
   assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, abstract)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize('model', tiny.MODELS)
 def test_golden_losses_of_five_steps(model, golden):
   _, measured = _steps(tiny.model_config(**tiny.MODELS[model], init_scale=1.0), 5)
@@ -577,6 +580,7 @@ def _moments(state):
   return of('mu'), of('nu')
 
 
+@pytest.mark.heavy
 def test_the_first_moment_can_be_narrower_than_the_parameters(tmp_path):
   config = tiny.model_config()
   exact, expected = _steps(config, 5, optimizer=_optimizer())
@@ -667,6 +671,7 @@ def test_the_balance_bias_moves_against_the_load():
   np.testing.assert_allclose(gradient_norm(gradients), np.sqrt(6 * 4), rtol=1e-6)
 
 
+@pytest.mark.heavy
 def test_balance_without_a_loss():
   """Routing that starts lopsided is level after some steps of the bias alone."""
   from moejax.optimizer import OptimizerConfig, make_optimizer

@@ -24,6 +24,8 @@ from moejax.checkpoint import Checkpoints
 from moejax.optimizer import OptimizerConfig, fresh_moments, make_optimizer, make_schedule
 from tests import tiny
 
+pytestmark = pytest.mark.heavy
+
 SPARSE = {'token_choice': {'moe_capacity_factor': 1.25}, 'expert_choice': {}}
 
 

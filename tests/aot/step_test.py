@@ -137,6 +137,7 @@ def test_advice_for_what_does_not_fit():
   assert 'needs 21.3GiB' in spread.describe() and spread.describe().endswith('NO')
 
 
+@pytest.mark.heavy
 def test_a_search_ranks_what_is_possible(machine, capsys):
   config = _config(moe, **{'model.moe.group_size': 2})
   best = search.search(config, machine, num_compiled=2)
