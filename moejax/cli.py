@@ -55,7 +55,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:WORDS, a file of configs/.')
-  sys.stdout, sys.stderr = map(_Output.around, (sys.stdout, sys.stderr))
+  _let_printing_never_fail()
   app.run(guarded, flags_parser=parse)
 
 
@@ -87,6 +87,7 @@ class Command(NamedTuple):
 
 def run_command(commands):
   """`run` of the Command, in a dict by name, that the first argument names."""
+  _let_printing_never_fail()
   name = sys.argv[1] if len(sys.argv) > 1 else ''
   if name in _HELP:
     print(inspect.cleandoc(sys.modules['__main__'].__doc__ or ''))
@@ -166,11 +167,6 @@ class _Output:
     if hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
 
-  @classmethod
-  def around(cls, stream):
-    """A stream may be None, if it was closed before the program began."""
-    return stream if stream is None or isinstance(stream, cls) else cls(stream)
-
   def __getattr__(self, name):
     return getattr(self._stream, name)
 
@@ -186,6 +182,13 @@ class _Output:
     except OSError:
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # takes what is buffered
       return method(*arguments)
+
+
+def _let_printing_never_fail():
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is not None and not isinstance(stream, _Output):  # None: closed from the start
+      setattr(sys, name, _Output(stream))
 
 
 def _is_raised_here(error):
