@@ -1,0 +1,36 @@
+"""The folder of a run that was given none."""
+
+import datetime
+import types
+
+import jax
+import pytest
+
+from moejax import main
+
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+  clock = types.SimpleNamespace(now=lambda: NOW)
+  monkeypatch.setattr(main, 'datetime', types.SimpleNamespace(datetime=clock))
+  monkeypatch.chdir(tmp_path)
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own_and_empty_ones_go(tmp_path):
+  with main._new_folder() as first, main._new_folder() as second, main._new_folder() as third:
+    (second / 'config.json').touch()
+  assert [p.name for p in (first, second, third)] == [
+    '2026-01-02_030405',
+    '2026-01-02_030405-2',
+    '2026-01-02_030405-3',
+  ]
+  assert list((tmp_path / 'runs').iterdir()) == [tmp_path / second]
+
+
+def test_several_processes_need_to_be_told_their_folder(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='--workdir is required for a run of several processes'):
+    with main._new_folder():
+      pass
