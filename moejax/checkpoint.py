@@ -144,6 +144,20 @@ class Checkpoints:
       )
     return None if step == _NONE else step
 
+  def read_newest(self, read) -> tuple:
+    """(step, `read(step)`) of the newest intact step; (None, None) if nothing was saved.
+
+    It is read again, from a newer step, if a run that goes on deleted the step meanwhile.
+    """
+    while True:
+      steps = self._steps()
+      try:
+        step = self.latest_step()
+        return step, None if step is None else read(step)
+      except ValueError:
+        if self._steps() == steps:
+          raise
+
   def metadata(self, step: int) -> dict:
     """What `save` was given as metadata."""
     path = self._folder(step) / 'metadata.json'

@@ -241,10 +241,10 @@ def open_run(workdir, overrides=None, flag='--workdir'):
   config_lib.override(config, overrides or {})
   stages = config_lib.resolve(config)
   checkpoints = Checkpoints(checkpoint_dir(workdir), stages.train.keep_checkpoints)
-  step = checkpoints.latest_step()
+  step, metadata = checkpoints.read_newest(checkpoints.metadata)
   if step is None:
     raise ValueError(f'{flag}={workdir}: the run has not written a checkpoint yet.')
-  check_tokenizer(checkpoints.metadata(step), stages.tokenizer)
+  check_tokenizer(metadata, stages.tokenizer)
   return SavedRun(config, stages, checkpoints, step)
 
 
@@ -254,9 +254,11 @@ def load_run(workdir, overrides=None):
   Returns:
     (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
   """
-  config, stages, checkpoints, step = open_run(workdir, overrides)
+  config, stages, checkpoints, _ = open_run(workdir, overrides)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
   init = functools.partial(model_lib.init_params, stages.model, jax.random.key(0))
+  abstract = sharding.abstract(init, mesh)
+  restore = lambda step: checkpoints.restore_params(step, abstract, config.to_dict())
   with contextlib.closing(checkpoints):
-    params = checkpoints.restore_params(step, sharding.abstract(init, mesh), config.to_dict())
+    step, params = checkpoints.read_newest(restore)
   return stages, step, params, mesh

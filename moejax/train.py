@@ -50,10 +50,10 @@ class Run:
   seconds_before: float = 0.0  # that earlier processes took for the steps until there
   started: float = 0.0  # when this one began, by time.monotonic
   totals: dict = dataclasses.field(default_factory=dict)  # of the averager, restored
-  train_step: Callable = None  # type: ignore[assignment]
+  train_step: Any = None
   state: Any = None
   batch: Any = None  # of the last step
-  averager: metrics_lib.MetricAverager = None  # type: ignore[assignment]
+  averager: Any = None
   writer: Any = None
   eval_result: dict = dataclasses.field(default_factory=dict)
   flops_per_token: dict = dataclasses.field(default_factory=dict)
@@ -99,10 +99,10 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
   """
   run = prepare(config, pathlib.Path(workdir))
   with (
-    run_folder.lock(run.workdir),
-    contextlib.closing(open_checkpoints(run)) as run.checkpoints,
     Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
+    run_folder.lock(run.workdir),
+    contextlib.closing(open_checkpoints(run)) as run.checkpoints,
   ):
     step = resume(run)
     if is_finished(run):

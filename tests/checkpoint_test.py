@@ -283,6 +283,24 @@ def test_damaged_steps_do_not_crowd_out_good_ones(tmp_path, opened):
   assert opened(tmp_path).latest_step() == 25
 
 
+def test_a_step_that_a_run_deletes_while_it_is_read_is_read_from_the_next(tmp_path, opened):
+  save(tmp_path, 1, keep=1)
+  checkpoints, seen = opened(tmp_path), []
+
+  def read(step):
+    seen.append(step)
+    if step == 1:
+      save(tmp_path, 2, keep=1)
+    return checkpoints.restore(step, abstract_of(make_state(step)))
+
+  step, state = checkpoints.read_newest(read)
+  assert seen == [1, 2] and step == 2
+  assert_same(state, make_state(2))
+  truncate(tmp_path / '2' / 'state')
+  with pytest.raises(ValueError, match='no checkpoint in .* is intact'):
+    checkpoints.read_newest(read)
+
+
 def test_refuses_to_start_again_over_damaged_steps(tmp_path, opened):
   save(tmp_path, 1)
   truncate(tmp_path / '1' / 'state')
