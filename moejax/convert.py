@@ -211,7 +211,10 @@ def _free(path):
 @contextlib.contextmanager
 def _output(target):
   """`files.atomic_output`, with one line for what goes wrong."""
-  with checkpoint.explain(f'cannot write {target}'), files.atomic_output(target) as temporary:
+  with (
+    checkpoint.explain(f'cannot write {target}', RuntimeError),
+    files.atomic_output(target) as temporary,
+  ):
     yield temporary
 
 

@@ -30,16 +30,13 @@ def train(
     A sentence about the result.
 
   Raises:
-    ValueError: the corpus cannot be read, the vocabulary size does not fit it, or the file cannot
-      be written.
+    ValueError: the corpus cannot be read, or the vocabulary size does not fit it.
+    OSError: the file cannot be written.
   """
   documents = list(_first_bytes(_texts(config), max_megabytes * 10**6))
   model = tokenizer_lib.train_sentencepiece(documents, vocab_size)
   path = pathlib.Path(output).expanduser()
-  try:
-    files.write(path, model)
-  except OSError as error:
-    raise ValueError(f'--output: cannot write {path}: {error}.') from error
+  files.write(path, model)
   num_bytes = sum(map(len, documents))
   trained = tokenizer_lib.SentencePieceTokenizer(path)
   sample = list(_first_bytes(documents, 10**6))

@@ -419,11 +419,11 @@ def test_a_full_disk_leaves_nothing(mot_file, tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(run_folder, 'write', fail)
-    with pytest.raises(ValueError, match='cannot write .*run: .*No space left'):
+    with pytest.raises(RuntimeError, match='cannot write .*run: .*No space left'):
       convert.from_safetensors(mot_file, tmp_path / 'run')
   with monkeypatch.context() as patch:
     patch.setattr(safetensors.numpy, 'save_file', fail)
-    with pytest.raises(ValueError, match='cannot write .*new: .*No space left'):
+    with pytest.raises(RuntimeError, match='cannot write .*new: .*No space left'):
       convert.to_safetensors(mot_file.parent / 'run', tmp_path / 'new')
   assert not list(tmp_path.iterdir())
 

@@ -42,7 +42,8 @@ def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[s
     `tokens`, `bytes` (0 where the text is not known) and `max_id` for each split.
 
   Raises:
-    ValueError: the directory exists or cannot be written, or the source cannot be read.
+    ValueError: the directory exists, or the source cannot be read.
+    OSError: the directory cannot be written.
   """
   if config.source == 'tokens':
     raise ValueError("data.source: 'tokens' is tokenised already; name the source of the text.")
@@ -50,12 +51,9 @@ def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[s
   if directory.exists():
     raise ValueError(f'--output: {directory} exists already; remove it or name another directory.')
   tokenizer = tokenizer_lib.make_tokenizer(config)
-  try:
-    with files.atomic_output(directory) as temporary:
-      temporary.mkdir()
-      return _write_into(temporary, config, tokenizer)
-  except OSError as error:
-    raise ValueError(f'--output: cannot write {directory}: {error}.') from error
+  with files.atomic_output(directory) as temporary:
+    temporary.mkdir()
+    return _write_into(temporary, config, tokenizer)
 
 
 def read_index(config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
