@@ -49,31 +49,20 @@ def decoding(model_config, mode, group_size=0):
   Raises:
     ValueError: the model cannot be used so.
   """
-  expert_choice = model_config.uses('moe') and model_config.moe.router == 'expert_choice'
   if mode not in MODES:
     raise ValueError(f'mode: expected one of {", ".join(MODES)}, got {mode!r}.')
-  if not (expert_choice or model_config.uses('mot')):
-    if mode == 'mixed' and not group_size:
-      return model_config
+  if mode == 'mixed' and not group_size:
+    return model_config
+  mixing = [sublayer for sublayer in model_config.used if sublayer.mixes]
+  if not mixing:
     raise ValueError(
       f'mode {mode}: no layer of this model mixes sequences (mot, or moe with expert_choice), so '
       'there is one way to use it. Leave out the mode and the group size.'
     )
-  if mode in ('unmixed', 'discrete') and expert_choice:
-    raise ValueError(
-      f'mode {mode} is of Mixture of Tokens; experts that choose their tokens (model.moe.router = '
-      'expert_choice) need a group to choose from. Use mixed, or mixed_with_corpus to evaluate.'
-    )
-  if mode == 'unmixed':
-    if group_size > 1:
-      raise ValueError(f'mode unmixed has groups of 1; leave out the group size {group_size}.')
-    return model_config.with_mot(group_size=1)
-  if group_size:
-    model_config = model_config.with_mot(group_size=group_size)
-  if group_size and expert_choice:
-    moe = dataclasses.replace(model_config.moe, group_size=group_size)
-    model_config = dataclasses.replace(model_config, moe=moe)
-  return model_config.with_mot(routing='discrete') if mode == 'discrete' else model_config
+  changes = {}
+  for sublayer in mixing:
+    changes |= sublayer.remixed(mode, group_size)
+  return dataclasses.replace(model_config, **changes)
 
 
 @jax.jit

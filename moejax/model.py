@@ -12,61 +12,45 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
 from moejax.fields import Section, default, section
-from moejax.layers import attention, common, experts, loss, mamba, mlp, moe, mot, parallel
+from moejax.layers import common, experts, loss
+from moejax.layers.attention import AttentionSublayer
+from moejax.layers.block import Block
+from moejax.layers.mamba import MambaConfig, MambaSublayer
+from moejax.layers.mlp import MLPSublayer
+from moejax.layers.moe import MoEConfig, MoESublayer
+from moejax.layers.moe_in_mamba import MoEInMambaSublayer
+from moejax.layers.mot import MoTConfig, MoTSublayer
+from moejax.layers.parallel import Parallel
+from moejax.layers.sublayer import Sublayer
 from moejax.ops import routing
 from moejax.sharding import exchange, rules
+from moejax.sharding.mesh import SHARD_AXES
 
+parameters.declare('embedding', P('tensor', SHARD_AXES))
+parameters.declare('position_embedding', P(None, SHARD_AXES))
+parameters.declare('head', P(SHARD_AXES, 'tensor'))
 
-def _moe(c, init, rngs, d_in=None, d_out=None):
-  return moe.MixtureOfExperts(
-    c.moe,
-    d_model=d_in or c.d_model,
-    d_out=d_out,
-    d_ff=c.d_ff,
-    activation=c.activation,
-    init=init,
-    rngs=rngs,
-  )
-
-
-# The catalogue of sublayers: name in `model.blocks` -> module. Names joined by + run in parallel.
-# The residual and the norm belong to the stack. A sublayer has
-# `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding
-# `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and
-# `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once, and the state after
-# them, with caches as long as the prompt; `common.Stateless` has the three of layers without state.
-# `aux` is a flat dict of small arrays, or of lists of them where several parts measure the same:
-# measurements by name; 'auxiliary_loss' is added to the objective, averaged over the sublayers and
-# parts that have one (as in the papers' runs).
-SUBLAYERS = {
-  'attention': lambda c, init, rngs: attention.Attention(
-    d_model=c.d_model,
-    num_heads=c.num_heads,
-    rope=c.positions == 'rope',
-    document_mask=c.document_mask,
-    init=init,
-    rngs=rngs,
-  ),
-  'mlp': lambda c, init, rngs: mlp.MLP(
-    d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
-  ),
-  'mot': lambda c, init, rngs: mot.MixtureOfTokens(
-    c.mot, d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs
-  ),
-  'moe': _moe,
-  'mamba': lambda c, init, rngs: mamba.Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs),
-  'moe_in_mamba': lambda c, init, rngs: mamba.Mamba(
-    c.mamba,
-    d_model=c.d_model,
-    init=init,
-    rngs=rngs,
-    experts=functools.partial(_moe, c, init, rngs),
-  ),
+# The catalogue of sublayers: name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the
+# module and answers what the program has to know of it. Names joined by + run in parallel; the
+# residual and the norm belong to the stack. The module has `__call__(x_BLD, tokens) -> (y_BLD,
+# aux)`, and for decoding `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) ->
+# (y_BD, state)`, and `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once,
+# and the state after them, with caches as long as the prompt; `common.Stateless` has the three of
+# layers without state. `aux` is a flat dict of small arrays, or of lists of them where several
+# parts measure the same: measurements by name; 'auxiliary_loss' is added to the objective, averaged
+# over the sublayers and parts that have one (as in the papers' runs).
+SUBLAYERS: dict[str, type[Sublayer]] = {
+  'attention': AttentionSublayer,
+  'mlp': MLPSublayer,
+  'mot': MoTSublayer,
+  'moe': MoESublayer,
+  'mamba': MambaSublayer,
+  'moe_in_mamba': MoEInMambaSublayer,
 }
-# Sublayers that are configured as several others.
-_MADE_OF = {'moe_in_mamba': ('mamba', 'moe')}
 
 # Chosen experts are kept in every case: a route computed again could be another one.
 _CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
@@ -92,9 +76,6 @@ REMAT = {
 
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
-_MoT = mot.MoTConfig  # by the name of a field, the module cannot be reached in the class
-_MoE = moe.MoEConfig
-_Mamba = mamba.MambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +127,9 @@ class ModelConfig(Section):
     choices=tuple(REMAT),
   )
   loss_chunk: int = default(0, 'positions whose logits exist at once; 0: all', minimum=0)
-  mot: _MoT = section(_MoT, 'the Mixture-of-Tokens sublayer')
-  moe: _MoE = section(_MoE, 'the sparse mixture-of-experts sublayer')
-  mamba: _Mamba = section(_Mamba, 'the Mamba sublayer')
+  mot: MoTConfig = section(MoTConfig, 'the Mixture-of-Tokens sublayer')
+  moe: MoEConfig = section(MoEConfig, 'the sparse mixture-of-experts sublayer')
+  mamba: MambaConfig = section(MambaConfig, 'the Mamba sublayer')
 
   @property
   def sublayers(self):
@@ -160,67 +141,55 @@ class ModelConfig(Section):
     """Kinds of all sublayers in order, those that run in parallel one after the other."""
     return [kind for names in self.sublayers for name in names for kind in name.split('+')]
 
+  @property
+  def used(self):
+    """The answers of all kinds of sublayers in use, each once, and of those they are made of."""
+    kinds = (SUBLAYERS[kind] for kind in self.kinds)
+    return [
+      kind(self) for kind in dict.fromkeys(k for used in kinds for k in (used, *used.made_of))
+    ]
+
   def uses(self, kind):
     """Whether any sublayer is of this kind, or made of it."""
-    return any(kind in (used, *_MADE_OF.get(used, ())) for used in self.kinds)
+    return any(isinstance(sublayer, SUBLAYERS[kind]) for sublayer in self.used)
 
   @property
   def groups(self):
-    """Field -> how many consecutive sequences a pass must be cut into."""
-    kinds = ('mot', 'moe')
-    return {f'model.{k}.group_size': getattr(self, k).group_size for k in kinds if self.uses(k)}
+    """Field -> how many consecutive sequences a microbatch must be cut into."""
+    return _union(sublayer.groups for sublayer in self.used)
 
   @property
   def whole_groups(self):
     """Of `groups`, the fields whose sequences must lie on one device."""
-    whole = self.uses('moe') and not self.moe.by_position
-    return {'model.moe.group_size': self.moe.group_size} if whole else {}
+    return _union(sublayer.whole_groups for sublayer in self.used)
 
   @property
   def experts(self):
     """Field -> number of experts, for mesh axis `expert` to divide."""
-    fields = {'moe': 'model.moe.expansion_rate * granularity', 'mot': 'model.mot.num_experts'}
-    return {fields[k]: getattr(self, k).num_experts for k in fields if self.uses(k)}
+    return _union(sublayer.experts for sublayer in self.used)
 
   @property
   def widths(self):
     """What mesh axis `tensor` has to divide, and the fields it comes from -> how many there are."""
-    hidden = mlp.gated_width if self.activation == 'swiglu' else lambda width: width
-    widths = {}
-    if self.uses('attention'):
-      widths['heads (model.num_heads)'] = self.num_heads
-    if self.uses('mlp'):
-      widths['hidden units of a feed-forward (model.d_ff)'] = hidden(self.d_ff)
-    if self.uses('mot'):
-      fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
-      widths[f'hidden units of an expert ({fields})'] = hidden(self.mot.width(self.d_ff))
-    if self.uses('moe'):
-      fields = 'model.d_ff / model.moe.granularity'
-      widths[f'hidden units of an expert ({fields})'] = hidden(self.moe.expert_width(self.d_ff))
-      if self.moe.shared_width:
-        shared = hidden(self.moe.shared_width)
-        widths['hidden units of the shared expert (model.moe.shared_width)'] = shared
-    if self.uses('mamba'):
-      fields = 'model.mamba.expand * model.d_model'
-      widths[f'channels of Mamba ({fields})'] = self.mamba.inner_width(self.d_model)
-    return widths
+    return _union(sublayer.widths for sublayer in self.used)
 
   @property
   def mixed_sequences(self):
     """How many sequences influence each other at equal positions, in decoding too; 1 if none."""
-    mot = self.mot.group_size if self.uses('mot') else 1
-    expert_choice = self.uses('moe') and self.moe.router == 'expert_choice'
-    return math.lcm(mot, self.moe.group_size if expert_choice else 1)
+    return math.lcm(*(sublayer.mixed_sequences for sublayer in self.used))
 
   def leaks(self):
     """Whether a token sees later positions."""
-    return self.uses('moe') and self.moe.leaks()
+    return any(sublayer.leaks() for sublayer in self.used)
 
   def dropless(self):
     """The same model without dropped tokens, or None if it drops none."""
-    if not self.uses('moe') or self.moe.router != 'token_choice' or not self.moe.capacity_factor:
-      return None
-    return dataclasses.replace(self, moe=dataclasses.replace(self.moe, capacity_factor=0.0))
+    changes = _union(sublayer.dropless() for sublayer in self.used)
+    return dataclasses.replace(self, **changes) if changes else None
+
+  def costs(self, length):
+    """The Cost of every sublayer, in order, in sequences of `length` positions."""
+    return [SUBLAYERS[kind](self).cost(length) for kind in self.kinds]
 
   def with_mot(self, group_size=None, routing=None):
     """The same parameters mixed in groups of another size, or with another routing."""
@@ -239,30 +208,8 @@ class ModelConfig(Section):
       )
     block_problems = list(self._block_problems())
     yield from block_problems
-    if block_problems:
-      return
-    if self.uses('attention'):
-      yield from self._attention_problems()
-    if self.uses('mot'):
-      yield from self.mot.problems(self.d_ff)
-    if self.uses('moe'):
-      yield from self.moe.problems(self.d_ff, self.max_length)
-    if self.uses('mamba'):
-      yield from self.mamba.problems(self.d_model)
-    if self.uses('moe_in_mamba') and self.moe.shared_width:
-      yield (
-        f'model.moe.shared_width = {self.moe.shared_width}: the experts of moe_in_mamba have none '
-        'that every token passes; set it to 0.'
-      )
-
-  def _attention_problems(self):
-    if self.d_model % self.num_heads:
-      yield f'model.num_heads = {self.num_heads} must divide d_model = {self.d_model}.'
-    elif self.positions == 'rope' and self.d_model // self.num_heads % 2:
-      yield (
-        'model.positions = rope needs an even head width, got d_model / num_heads = '
-        f'{self.d_model // self.num_heads}.'
-      )
+    if not block_problems:
+      yield from (problem for sublayer in self.used for problem in sublayer.problems())
 
   def _block_problems(self):
     if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
@@ -279,70 +226,15 @@ class ModelConfig(Section):
           yield f'model.blocks: no sublayer {kind!r}; there are {", ".join(SUBLAYERS)}.'
 
 
+def _union(dicts):
+  return {name: value for entries in dicts for name, value in entries.items()}
+
+
 def _is_repeated_pattern(entry):
   match entry:
     case ((*names,), int()):
       return bool(names) and all(isinstance(name, str) for name in names)
   return False
-
-
-class Residual(nnx.Module):
-  """x + sublayer(norm(x)); the stream x keeps its dtype, the sublayer computes in the model's."""
-
-  def __init__(self, name, config, init, rngs):
-    self.dtype = config.dtype
-    self.norm = common.NORMS[config.norm](config.d_model, init.dtype)
-    kinds = name.split('+')
-    layers = {f'{i}_{kind}': SUBLAYERS[kind](config, init, rngs) for i, kind in enumerate(kinds)}
-    self.layer = parallel.Parallel(layers) if len(layers) > 1 else layers[f'0_{name}']
-
-  def __call__(self, x_BLD, tokens):
-    y_BLD, aux = self.layer(self._normalize(x_BLD), tokens)
-    return x_BLD + y_BLD, aux
-
-  def prefill(self, x_BLD, tokens):
-    y_BLD, state = self.layer.prefill(self._normalize(x_BLD), tokens)
-    return x_BLD + y_BLD, state
-
-  def step(self, x_BD, state, tokens):
-    y_BD, state = self.layer.step(self._normalize(x_BD), state, tokens)
-    return x_BD + y_BD, state
-
-  def _normalize(self, x):
-    return self.norm(x).astype(self.dtype)
-
-
-class Block(nnx.Module):
-  """One repeat of a pattern of sublayers."""
-
-  def __init__(self, pattern, config, init, rngs):
-    self.names = tuple(f'{i}_{sublayer}' for i, sublayer in enumerate(pattern))
-    for name, sublayer in zip(self.names, pattern, strict=True):
-      setattr(self, name, Residual(sublayer, config, init, rngs))
-
-  def __call__(self, x_BLD, tokens):
-    auxes = []
-    for i, name in enumerate(self.names):
-      x_BLD, aux = getattr(self, name)(x_BLD, tokens.for_part(i))
-      auxes.append(aux)
-    joined = common.join_aux(auxes)
-    return x_BLD, {measured: jnp.stack(values) for measured, values in joined.items()}
-
-  def init_state(self, batch_size, max_length, dtype):
-    layers = {name: getattr(self, name).layer for name in self.names}
-    return {name: f.init_state(batch_size, max_length, dtype) for name, f in layers.items()}
-
-  def prefill(self, x_BLD, tokens):
-    state = {}
-    for name in self.names:
-      x_BLD, state[name] = getattr(self, name).prefill(x_BLD, tokens)
-    return x_BLD, state
-
-  def step(self, x_BD, state, tokens):
-    new_state = {}
-    for name in self.names:
-      x_BD, new_state[name] = getattr(self, name).step(x_BD, state[name], tokens)
-    return x_BD, new_state
 
 
 def counted(batch):
@@ -484,7 +376,15 @@ def _place(empty, filled):
 
 
 def _make_block(pattern, config, init, key):
-  return Block(pattern, config, init, nnx.Rngs(key))
+  rngs = nnx.Rngs(key)
+
+  def make_layer(name):
+    kinds = name.split('+')
+    layers = {f'{i}_{k}': SUBLAYERS[k](config).make(init, rngs) for i, k in enumerate(kinds)}
+    return Parallel(layers) if len(layers) > 1 else layers[f'0_{name}']
+
+  make_norm = functools.partial(common.NORMS[config.norm], config.d_model, init.dtype)
+  return Block(pattern, make_layer, make_norm, config.dtype)
 
 
 def init_params(config, key):

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, cosine decay and clipping, all through optax."""
+"""Optimizers with linear warm-up, cosine decay and clipping, all through optax."""
 
 import dataclasses
 
@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moejax import parameters
 from moejax.fields import Section, default
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
-  """AdamW, its schedule, and what else changes parameters from step to step."""
+  """The optimizer, its schedule, and what else changes parameters from step to step."""
 
   PATH = 'optimizer'
 
+  name: str = default('adamw', 'what turns gradients into updates', choices=lambda: OPTIMIZERS)
   peak_lr: float = default(6e-3, 'learning rate after warm-up', above=0)
   warmup_steps: int = default(50, 'steps in which the rate rises to its peak', minimum=0)
   final_lr_fraction: float = default(
@@ -67,29 +69,54 @@ def make_schedule(config, steps):
   return schedule
 
 
-def make_optimizer(config, steps):
-  """The optax transformation for a run of `steps` steps.
-
-  AdamW, but for two kinds of parameters. The gradient of biases that balance routers is the load of
-  an expert above the mean, and they move against its sign by a fixed rate (arXiv:2408.15664,
-  algorithm 1). The scales of annealed temperatures follow a schedule, whatever their gradient: as
-  parameters they are saved, and a model is evaluated at the temperature it was trained to.
-  """
-  adamw = optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      make_schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      mu_dtype=config.moment_dtype or None,
-      weight_decay=config.weight_decay,
-      mask=None if config.decay == 'all' else _is_matrix,
-    ),
+def adamw(config, schedule, decays):
+  return optax.adamw(
+    schedule,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    mu_dtype=config.moment_dtype or None,
+    weight_decay=config.weight_decay,
+    mask=decays,
   )
-  balance = optax.sign_sgd(config.balance_bias_rate)
-  anneal = _follow(lambda step: 1 - _fraction(step, config.anneal_from, steps))
-  return optax.partition({'adamw': adamw, 'balance': balance, 'anneal': anneal}, _labels)
+
+
+# Name in `optimizer.name` -> function of the config, the learning rate by step, and `decays`: a
+# function of parameters that is True for those that shrink, or None, where all do. It returns an
+# optax transformation of clipped gradients (docs/adding_an_optimizer.md).
+OPTIMIZERS = {'adamw': adamw}
+
+
+def _balance(config, steps):
+  """Against the sign of the load, by a fixed rate (arXiv:2408.15664, algorithm 1).
+
+  The gradient of biases that balance routers is the load of an expert above the mean.
+  """
+  del steps
+  return optax.sign_sgd(config.balance_bias_rate)
+
+
+def _anneal(config, steps):
+  """Scales of annealed temperatures follow a schedule, whatever their gradient.
+
+  As parameters they are saved, and a model is evaluated at the temperature it was trained to.
+  """
+  return _follow(lambda step: 1 - _fraction(step, config.anneal_from, steps))
+
+
+# What moves parameters that layers declare not to be the optimizer's.
+OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
+
+
+def make_optimizer(config, steps):
+  """The optax transformation for a run of `steps` steps."""
+  decays = None if config.decay == 'all' else _decays
+  optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays)
+  moves = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
+  moves[config.name] = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  return optax.partition(
+    moves, lambda params: _of_each(params, lambda p: p.moved_by or config.name)
+  )
 
 
 def _fraction(step, start, end):
@@ -119,24 +146,19 @@ def _of_the_schedule(path, value):
 
 
 def gradient_norm(gradients):
-  """Norm of all gradients that AdamW sees, float32 at least."""
+  """Norm of all gradients that the optimizer sees, float32 at least."""
   wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))
-  labels = jax.tree.leaves(_labels(gradients))
+  moved_by = jax.tree.leaves(_of_each(gradients, lambda p: p.moved_by))
   leaves = jax.tree.leaves(gradients)
-  seen = [wide(g) for g, label in zip(leaves, labels, strict=True) if label == 'adamw']
-  return optax.tree.norm(seen)
+  return optax.tree.norm([wide(g) for g, by in zip(leaves, moved_by, strict=True) if not by])
 
 
-def _labels(params):
-  kinds = {'balance_bias': 'balance', 'anneal': 'anneal'}
-  return jax.tree_util.tree_map_with_path(lambda path, _: kinds.get(path[-1].key, 'adamw'), params)
+def _decays(params):
+  return _of_each(params, lambda p: p.decays)
 
 
-_NO_MATRIX = ('scale', 'bias', 'temperature', 'a_log', 'skip')
-
-
-def _is_matrix(params):
-  """True for all parameters but norms, biases, temperatures, and those of Mamba's recurrence."""
+def _of_each(params, fact):
+  """A fact about every parameter, as layers declare it."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not path[-1].key.endswith(_NO_MATRIX), params
+    lambda path, _: fact(parameters.of(parameters.name_of(path))), params
   )

@@ -30,9 +30,10 @@ from moejax import (
 from moejax.checkpoint import by_name
 from moejax.distributed import leads
 from moejax.evaluate import evaluate
+from moejax.layers import moe
 from moejax.optimizer import fresh_moments, make_optimizer
 
-ROUTERS = ('token_choice', 'expert_choice', 'mot')
+ROUTERS = (*moe.ROUTERS, 'mot')
 # What a Mixture-of-Tokens layer may not have that becomes sparse: more parameters, or a temperature
 # that changes.
 _PLAIN = {
@@ -75,14 +76,14 @@ def make_sparse(config, router):
     (tuple('moe' if kind == 'mot' else kind for kind in pattern), repeats)
     for pattern, repeats in model.blocks
   )
-  by_token = router == 'token_choice'
+  fills_slots = moe.MoEConfig(router=router).rule.fills_slots
   model.moe.update(
     router=router,
     granularity=model.d_ff // width,
     expansion_rate=mot.num_experts * width // model.d_ff,
     experts_per_token=0,  # granularity
-    capacity_factor=1.25 if by_token else 1.0,
-    balance_loss=0.01 if by_token else 0.0,
+    capacity_factor=1.0 if fills_slots else 1.25,
+    balance_loss=0.0 if fills_slots else 0.01,
     group_size=mot.group_size,
   )
 
@@ -100,14 +101,14 @@ def convert(source, fresh, temperature=1.0):
     ValueError: an array of `source` has no place, or one of another shape, in `fresh`.
   """
   wanted = by_name(fresh)
-  scale = {'params': 1 / temperature, 'mu': temperature, 'nu': temperature**2}
+  # What an optimizer may keep for every parameter: a mean of gradients, and of their squares.
+  scale = {'params': 1 / temperature, 'mu': temperature, 'trace': temperature, 'nu': temperature**2}
   taken = {}
   for name, leaf in by_name(source).items():
     if name not in wanted:
       name = _sparse_name(name)
       if name.endswith('/router'):
-        (kind,) = scale.keys() & set(name.split('/'))
-        leaf = leaf * scale[kind]
+        leaf = leaf * next((scale[part] for part in name.split('/') if part in scale), 1)
     if name not in wanted or wanted[name].shape != leaf.shape:
       place = f'is {wanted[name].shape}' if name in wanted else 'does not exist'
       raise ValueError(f'--from: {name} is {leaf.shape} there and {place} in the new model.')

@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / 'moejax').rglob('*.py'))
 
 # A module may import modules of its own rank or below. Whatever is not named is a program, on top.
 RANKS = (
-  ('', 'fields', 'files', 'hardware', 'text'),  # '' is moejax/__init__.py
+  ('', 'fields', 'files', 'hardware', 'parameters', 'text'),  # '' is moejax/__init__.py
   ('ops', 'sharding'),
   ('layers',),
   ('model',),
@@ -119,8 +119,8 @@ def test_nothing_imports_a_program():
 # What the inner house may import of ours; above it, ranks say enough.
 INNER = {
   'ops': {'ops'},
-  'sharding': {'sharding', 'fields'},
-  'layers': {'ops', 'sharding', 'layers', 'fields'},
+  'sharding': {'sharding', 'fields', 'parameters'},
+  'layers': {'ops', 'sharding', 'layers', 'fields', 'parameters'},
 }
 # What asks where a program runs.
 AMBIENT = {'get_abstract_mesh', 'set_mesh', 'shard_map', 'default_backend', 'devices'}

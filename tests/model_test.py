@@ -339,8 +339,12 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'moe_capacity_factor': 0.01}, 'fewer than 1. Raise group_size'),
     ({'moe_capacity_factor': -1.0}, 'capacity_factor must be at least 0, got -1'),
     ({'moe_group_size': 0}, 'model.moe.group_size must be at least 1'),
-    ({'moe_scores': 'softmax_over_tokens'}, 'is of expert_choice'),
-    ({'moe_router': 'expert_choice', 'moe_scores': 'sigmoid'}, 'are of token choice'),
+    ({'moe_scores': 'softmax_over_tokens'}, 'one of softmax, sigmoid with .* token_choice'),
+    (
+      {'moe_router': 'expert_choice', 'moe_scores': 'sigmoid'},
+      'one of softmax, softmax_over_tokens with model.moe.router = expert_choice; got .sigmoid',
+    ),
+    ({'moe_router': 'expert_choice', 'moe_renormalize': True}, 'in which tokens choose'),
     ({'moe_router': 'expert_choice', 'moe_capacity_factor': 0.0}, 'must be positive'),
   ],
 )

@@ -3,8 +3,15 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
+from moejax.layers.sublayer import Cost, Sublayer
 from moejax.sharding import platform
+from moejax.sharding.mesh import SHARD_AXES
+
+parameters.declare('qkv', P(SHARD_AXES, None, 'tensor', None))
+parameters.declare('out', P('tensor', None, SHARD_AXES))
 
 
 class Attention(nnx.Module):
@@ -67,6 +74,45 @@ class Attention(nnx.Module):
     o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSHP, v_BSHP, mask=past_BS[:, None, None, :])
     y_BD = jnp.einsum('BHP,HPD->BD', o_BLHP[:, 0], self.out[...].astype(x_BD.dtype))
     return y_BD, {'k': k_BSHP, 'v': v_BSHP}
+
+
+class AttentionSublayer(Sublayer):
+  """`attention` in `model.blocks`."""
+
+  def make(self, init, rngs):
+    c = self.config
+    return Attention(
+      d_model=c.d_model,
+      num_heads=c.num_heads,
+      rope=c.positions == 'rope',
+      document_mask=c.document_mask,
+      init=init,
+      rngs=rngs,
+    )
+
+  def problems(self):
+    d_model, num_heads = self.config.d_model, self.config.num_heads
+    if d_model % num_heads:
+      yield f'model.num_heads = {num_heads} must divide d_model = {d_model}.'
+    elif self.config.positions == 'rope' and d_model // num_heads % 2:
+      yield (
+        'model.positions = rope needs an even head width, got d_model / num_heads = '
+        f'{d_model // num_heads}.'
+      )
+
+  @property
+  def widths(self):
+    return {'heads (model.num_heads)': self.config.num_heads}
+
+  def cost(self, length):
+    weights = 4 * self.config.d_model**2  # query, key, value, output
+    # q k^T, then the sum of values: [L, P] by [P, L], H times.
+    scores = 2 * 2 * length * self.config.d_model
+    return Cost(
+      params={'attention': weights},
+      active=weights,
+      model_flops={'attention_projections': 2 * weights, 'attention_scores': scores},
+    )
 
 
 def rotate(x_BLHP, positions_BL, base=10000.0):

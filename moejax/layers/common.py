@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax import parameters
+
 
 class Tokens(NamedTuple):
   """What a sublayer may know of the tokens behind its activations.
@@ -113,6 +115,9 @@ def _wide(x, scale_D):
 def _row(v_D, like):
   """v in the dtype of `like`, with the leading ones that strict rank promotion asks for."""
   return v_D.astype(like.dtype).reshape((1,) * (like.ndim - 1) + v_D.shape)
+
+
+parameters.declare('scale bias', decays=False)
 
 
 class LayerNorm(nnx.Module):

@@ -5,14 +5,26 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
 from moejax.layers import common
-from moejax.layers.mlp import gated_width
+from moejax.layers.mlp import hidden_width
 from moejax.ops import expert_loop, grouped_matmul
 from moejax.sharding import exchange, platform, rules
 
 # Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
 OUTPUT = 'experts_output'
+
+# Along `fsdp` whole experts are sharded if there are enough: what is gathered is in one piece.
+parameters.declare(
+  'experts/w_in experts/w_gate',
+  P(('expert', 'fsdp'), None, 'tensor'),
+  P('expert', 'fsdp', 'tensor'),
+)
+parameters.declare(
+  'experts/w_out', P(('expert', 'fsdp'), 'tensor', None), P('expert', 'tensor', 'fsdp')
+)
 
 
 class Experts(nnx.Module):
@@ -35,11 +47,10 @@ class Experts(nnx.Module):
     fan_in_out=None,
   ):
     self.activation = activation
-    gated = activation == 'swiglu'
-    width = gated_width(expert_width) if gated else expert_width
+    width = hidden_width(expert_width, activation)
     self.w_in = init(rngs, num_experts, d_model, width, fan_in=d_model)
     self.w_out = init(rngs, num_experts, width, d_out or d_model, fan_in=fan_in_out or width)
-    if gated:
+    if activation == 'swiglu':
       self.w_gate = init(rngs, num_experts, d_model, width, fan_in=d_model)
 
   def __call__(self, x_ECD):

@@ -8,13 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
 from moejax.fields import Section, default
 from moejax.layers import common
+from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import selective_scan
 from moejax.sharding import mesh, platform
 
 # The initial step sizes, softplus(delta_bias): uniform in their logarithm between these.
 MIN_STEP, MAX_STEP = 1e-3, 0.1
+
+parameters.declare('w_in w_gate', P(mesh.SHARD_AXES, 'tensor'))
+parameters.declare('w_out', P('tensor', mesh.SHARD_AXES))
+parameters.declare('conv_kernel w_delta', P(None, 'tensor'))
+parameters.declare('w_select', P('tensor', None))
+parameters.declare('a_log', P('tensor', None), decays=False)
+parameters.declare('conv_bias delta_bias skip', P('tensor'), decays=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +52,6 @@ class MambaConfig(Section):
   def inner_width(self, d_model):
     """I, the number of channels."""
     return round(self.expand * d_model)
-
-  def problems(self, d_model):
-    """Yields one sentence per impossible value."""
-    if self.inner_width(d_model) < 1:
-      yield (
-        f'model.mamba.expand = {self.expand} must make at least one channel of d_model = {d_model}.'
-      )
-    sparse, projections = self.sparse_projections, self.projections(d_model)
-    if not set(sparse) <= set(projections) or len(set(sparse)) < len(sparse):
-      yield (
-        f'model.mamba.moe_in must be some of {", ".join(projections)}, joined by + '
-        f'(such as conv+out); got {self.moe_in!r}.'
-      )
 
 
 class Mamba(nnx.Module):
@@ -183,6 +179,43 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
   widen = lambda v: v.astype(jnp.promote_types(x_BLI.dtype, jnp.float32))
   a_IN, b_BLN, c_BLN, skip_I, bias_I = map(widen, (a_IN, b_BLN, c_BLN, skip_I, bias_I))
   return scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I, reset_BL)
+
+
+class MambaSublayer(Sublayer):
+  """`mamba` in `model.blocks`."""
+
+  def make(self, init, rngs):
+    return Mamba(self.config.mamba, d_model=self.config.d_model, init=init, rngs=rngs)
+
+  def problems(self):
+    expand, d_model = self.config.mamba.expand, self.config.d_model
+    if self.config.mamba.inner_width(d_model) < 1:
+      yield f'model.mamba.expand = {expand} must make at least one channel of d_model = {d_model}.'
+
+  @property
+  def widths(self):
+    number = self.config.mamba.inner_width(self.config.d_model)
+    return {'channels of Mamba (model.mamba.expand * model.d_model)': number}
+
+  def cost(self, length, sparse=()):
+    """Without the projections named in `sparse`."""
+    del length
+    c, D = self.config.mamba, self.config.d_model
+    N, W = c.state_size, c.conv_width
+    I, R = c.inner_width(D), delta_rank(D)
+    shapes = c.projections(D).items()
+    projections = sum(d_in * d_out for name, (d_in, d_out) in shapes if name not in sparse)
+    projections += I * (R + 2 * N) + R * I  # select, delta
+    channels = W * I + N * I + 3 * I  # kernel, a; biases of convolution and delta, skip
+    return Cost(
+      params={'mamba': projections + channels},
+      active=projections + channels,
+      model_flops={
+        'mamba_projections': 2 * projections,
+        'mamba_convolution': 2 * W * I,
+        'mamba_scan': 6 * N * I,
+      },
+    )
 
 
 def _project(w, x, through):

@@ -6,6 +6,7 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
 from moejax.fields import Section, default
 from moejax.layers import common, experts, mlp
+from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import dispatch, expert_loop, routing
 from moejax.sharding import exchange, groups, mesh
+
+parameters.declare('balance_bias', decays=False, moved_by='balance')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +87,21 @@ class MoEConfig(Section):
     return self.experts_per_token or self.granularity
 
   @property
+  def rule(self):
+    """The Router."""
+    router = ROUTERS[self.router]
+    return router if isinstance(router, Router) else Router(router)
+
+  @property
   def by_position(self):
     """Whether a routing group holds tokens of one position only."""
     if self.group_by == 'auto':
-      return self.router == 'expert_choice'
+      return self.rule.compares_tokens
     return self.group_by == 'position'
+
+  def group_tokens(self, length):
+    """Tokens of a routing group of sequences of `length` positions."""
+    return self.group_size * (1 if self.by_position else length)
 
   def expert_width(self, d_ff):
     """Hidden width of one expert."""
@@ -97,7 +112,7 @@ class MoEConfig(Section):
 
     Expert choice counts the experts of a token (so d_ff); token choice counts all experts.
     """
-    experts = self.top_k if self.router == 'expert_choice' else self.num_experts
+    experts = self.top_k if self.rule.fills_slots else self.num_experts
     return experts * self.expert_width(d_ff)
 
   def capacity(self, num_tokens):
@@ -112,48 +127,13 @@ class MoEConfig(Section):
     Token choice drops nobody, so that groups do not matter. Expert choice routes every position by
     itself, in groups of as many sequences as in training.
     """
-    if self.router == 'expert_choice':
-      return dataclasses.replace(self, group_by='position')
-    return dataclasses.replace(self, capacity_factor=0.0, group_size=1)
-
-  def problems(self, d_ff, length):
-    """Yields one sentence per impossible value; `length` is that of the sequences."""
-    if d_ff % self.granularity:
-      yield (
-        f'model.moe.granularity = {self.granularity} must divide model.d_ff = {d_ff}: experts are '
-        'd_ff / granularity wide. Change one of the two.'
-      )
-    if self.top_k > self.num_experts:
-      yield (
-        f'model.moe: a token cannot choose {self.top_k} of {self.num_experts} experts. Lower '
-        'experts_per_token, or raise expansion_rate (experts = expansion_rate * granularity).'
-      )
-    group = self.group_size * (1 if self.by_position else length)
-    mean_load = self.capacity_factor * self.top_k * group / self.num_experts
-    if self.capacity_factor and mean_load < 1:
-      yield (
-        f'model.moe: an expert would have {mean_load:.3g} slots for a routing group of {group} '
-        f'tokens, fewer than 1. Raise group_size (now {self.group_size} sequences) or '
-        'capacity_factor.'
-      )
-    if self.router == 'expert_choice':
-      if not self.capacity_factor:
-        yield (
-          'model.moe.capacity_factor must be positive for expert_choice: it says how many tokens '
-          'an expert takes; 1 gives every token granularity experts on average.'
-        )
-      if self.scores == 'sigmoid' or self.renormalize or self.balance_bias:
-        yield (
-          'model.moe: scores = sigmoid, renormalize and balance_bias are of token choice; '
-          'expert_choice has softmax (over experts) or softmax_over_tokens, and loads that are '
-          'equal by construction.'
-        )
-    elif self.scores == 'softmax_over_tokens':
-      yield 'model.moe.scores = softmax_over_tokens is of expert_choice; token choice has no use.'
+    changes = {} if self.rule.fills_slots else {'capacity_factor': 0.0}
+    changes |= {'group_by': 'position'} if self.rule.compares_tokens else {'group_size': 1}
+    return dataclasses.replace(self, **changes)
 
   def leaks(self):
     """Whether a token can see later positions."""
-    return self.router == 'expert_choice' and not self.by_position
+    return self.rule.compares_tokens and not self.by_position
 
 
 def token_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
@@ -177,8 +157,29 @@ def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
   return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=over)
 
 
-# Name in `model.moe.router` -> function of scores that returns a Plan.
-ROUTERS = {'token_choice': token_choice, 'expert_choice': expert_choice}
+@dataclasses.dataclass(frozen=True)
+class Router:
+  """A function of scores that returns a Plan, and what others have to know of it."""
+
+  plan: Callable
+  scores: tuple[str, ...] = routing.SCORES  # the values of `model.moe.scores` that it reads
+  # Every slot of every expert is taken: it needs a capacity, and drops nobody.
+  fills_slots: bool = False
+  # A token's experts depend on all tokens of its group: they influence each other, and it is causal
+  # only in groups of one position, which is how it decodes.
+  compares_tokens: bool = False
+
+
+# Name in `model.moe.router` -> Router, or a function, which is one in which tokens choose.
+ROUTERS = {
+  'token_choice': Router(token_choice),
+  'expert_choice': Router(
+    expert_choice,
+    scores=('softmax', 'softmax_over_tokens'),
+    fills_slots=True,
+    compares_tokens=True,
+  ),
+}
 
 
 class MixtureOfExperts(common.Stateless):
@@ -352,7 +353,7 @@ _WORTH_RAGGED = 512
 def _plan(config, logits_GTE, valid_GT, bias_E, prefers_ragged):
   G, T, _ = logits_GTE.shape
   capacity = config.capacity(T)
-  return ROUTERS[config.router](
+  return config.rule.plan(
     logits_GTE,
     config=config,
     capacity=capacity,
@@ -368,3 +369,115 @@ def _jitter(x, amount, key):
     return x
   noise = jax.random.uniform(key, x.shape, jnp.float32, 1 - amount, 1 + amount)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * noise
+
+
+class MoESublayer(Sublayer):
+  """`moe` in `model.blocks`."""
+
+  @property
+  def mixes(self):
+    return self.config.moe.rule.compares_tokens
+
+  def make(self, init, rngs, d_in=None, d_out=None):
+    """The layer; of other widths than the model's if they are given."""
+    c = self.config
+    sizes = dict(d_model=d_in or c.d_model, d_out=d_out, d_ff=c.d_ff, activation=c.activation)
+    return MixtureOfExperts(c.moe, **sizes, init=init, rngs=rngs)
+
+  def problems(self):
+    moe, d_ff = self.config.moe, self.config.d_ff
+    if d_ff % moe.granularity:
+      yield (
+        f'model.moe.granularity = {moe.granularity} must divide model.d_ff = {d_ff}: experts are '
+        'd_ff / granularity wide. Change one of the two.'
+      )
+    if moe.top_k > moe.num_experts:
+      yield (
+        f'model.moe: a token cannot choose {moe.top_k} of {moe.num_experts} experts. Lower '
+        'experts_per_token, or raise expansion_rate (experts = expansion_rate * granularity).'
+      )
+    group = moe.group_tokens(self.config.max_length)
+    mean_load = moe.capacity_factor * moe.top_k * group / moe.num_experts
+    if moe.capacity_factor and mean_load < 1:
+      yield (
+        f'model.moe: an expert would have {mean_load:.3g} slots for a routing group of {group} '
+        f'tokens, fewer than 1. Raise group_size (now {moe.group_size} sequences) or '
+        'capacity_factor.'
+      )
+    if moe.scores not in moe.rule.scores:
+      yield (
+        f'model.moe.scores must be one of {", ".join(moe.rule.scores)} with model.moe.router = '
+        f'{moe.router}; got {moe.scores!r}.'
+      )
+    if moe.rule.fills_slots and not moe.capacity_factor:
+      yield (
+        f'model.moe.capacity_factor must be positive for {moe.router}: it says how many tokens '
+        'an expert takes; 1 gives every token granularity experts on average.'
+      )
+    if moe.rule.fills_slots and (moe.renormalize or moe.balance_bias):
+      yield (
+        'model.moe.renormalize and balance_bias are of routers in which tokens choose; with '
+        f'{moe.router} loads are equal by construction. Set both to False.'
+      )
+
+  @property
+  def groups(self):
+    return {'model.moe.group_size': self.config.moe.group_size}
+
+  @property
+  def whole_groups(self):
+    return {} if self.config.moe.by_position else self.groups
+
+  @property
+  def experts(self):
+    return {'model.moe.expansion_rate * granularity': self.config.moe.num_experts}
+
+  @property
+  def widths(self):
+    moe, activation = self.config.moe, self.config.activation
+    name = 'hidden units of an expert (model.d_ff / model.moe.granularity)'
+    widths = {name: mlp.hidden_width(moe.expert_width(self.config.d_ff), activation)}
+    if moe.shared_width:
+      name = 'hidden units of the shared expert (model.moe.shared_width)'
+      widths[name] = mlp.hidden_width(moe.shared_width, activation)
+    return widths
+
+  @property
+  def mixed_sequences(self):
+    return self.config.moe.group_size if self.mixes else 1
+
+  def leaks(self):
+    return self.config.moe.leaks()
+
+  def dropless(self):
+    moe = self.config.moe
+    drops = moe.capacity_factor and not moe.rule.fills_slots
+    return {'moe': dataclasses.replace(moe, capacity_factor=0.0)} if drops else {}
+
+  def remixed(self, mode, group_size):
+    moe = self.config.moe
+    if mode in ('unmixed', 'discrete'):
+      raise ValueError(
+        f'mode {mode} is of Mixture of Tokens; experts that choose their tokens (model.moe.router '
+        f'= {moe.router}) need a group to choose from. Use mixed, or mixed_with_corpus to evaluate.'
+      )
+    return {'moe': dataclasses.replace(moe, group_size=group_size or moe.group_size)}
+
+  def cost(self, length, d_in=None, d_out=None):
+    """Of a layer of other widths than the model's if they are given."""
+    moe, D = self.config.moe, d_in or self.config.d_model
+    d_ff, activation = self.config.d_ff, self.config.activation
+    E, K = moe.num_experts, moe.top_k
+    if moe.rule.fills_slots:
+      group = moe.group_tokens(length)
+      K = E * moe.capacity(group) / group
+    expert = mlp.num_weights(D, moe.expert_width(d_ff), activation, d_out)
+    shared = mlp.num_weights(D, moe.shared_width, activation) if moe.shared_width else 0
+    router = D * E
+    bias, norm = E * moe.balance_bias, 2 * (d_out or D) * moe.output_norm
+    return Cost(
+      params={'experts': E * expert, 'mlp': shared, 'router': router + bias, 'norm': norm},
+      active=K * expert + shared + router + bias + norm,
+      model_flops={'experts': 2 * K * expert, 'mlp': 2 * shared},
+      routing_flops={'router': 2 * router},
+    )

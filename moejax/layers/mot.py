@@ -8,12 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax import parameters
 from moejax.fields import Section, default
 from moejax.layers import common, experts
+from moejax.layers.mlp import hidden_width, num_weights
+from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import mixing, routing
 from moejax.sharding import groups
 
 _COLDEST = 1e-6  # temperature at which the softmax is a one-hot arg-max, and still finite
+
+parameters.declare('temperature emit_temperature', decays=False)
+parameters.declare('anneal', moved_by='anneal')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +76,6 @@ class MoTConfig(Section):
   def emits_as_it_merges(self):
     """Whether outputs return to the tokens with the very weights that mixed them."""
     return self.emit == 'same' and not (self.separate_controllers or self.separate_temperatures)
-
-  def problems(self, d_ff):
-    """Yields one sentence per impossible value."""
-    if self.separate_temperatures and not self.learns_temperature:
-      yield (
-        'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
-        f'got {self.temperature_mode!r}.'
-      )
-    if self.emit in ('raw', 'top_1'):
-      for name in ('separate_controllers', 'separate_temperatures'):
-        if getattr(self, name):
-          yield f'model.mot.{name} has nothing to act on with emit = {self.emit}; set it to False.'
-    if not self.expert_width and d_ff * self.group_size % self.num_experts:
-      yield (
-        f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = '
-        f'{d_ff * self.group_size} for experts of equal FLOPs; change it or set expert_width.'
-      )
 
 
 class MixtureOfTokens(common.Stateless):
@@ -208,3 +197,84 @@ class MixtureOfTokens(common.Stateless):
     if self.config.separate_temperatures:
       aux['mot/emit_temperature'] = self._temperature('emit_temperature').mean().astype(jnp.float32)
     return aux
+
+
+class MoTSublayer(Sublayer):
+  """`mot` in `model.blocks`."""
+
+  mixes = True
+
+  def make(self, init, rngs):
+    c = self.config
+    sizes = dict(d_model=c.d_model, d_ff=c.d_ff, activation=c.activation)
+    return MixtureOfTokens(c.mot, **sizes, init=init, rngs=rngs)
+
+  def problems(self):
+    mot, slots = self.config.mot, self.config.d_ff * self.config.mot.group_size
+    if mot.separate_temperatures and not mot.learns_temperature:
+      yield (
+        'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
+        f'got {mot.temperature_mode!r}.'
+      )
+    if mot.emit in ('raw', 'top_1'):
+      for name in ('separate_controllers', 'separate_temperatures'):
+        if getattr(mot, name):
+          yield f'model.mot.{name} has nothing to act on with emit = {mot.emit}; set it to False.'
+    if not mot.expert_width and slots % mot.num_experts:
+      yield (
+        f'model.mot.num_experts = {mot.num_experts} must divide d_ff * group_size = {slots} for '
+        'experts of equal FLOPs; change it or set expert_width.'
+      )
+
+  @property
+  def groups(self):
+    return {'model.mot.group_size': self.config.mot.group_size}
+
+  @property
+  def experts(self):
+    return {'model.mot.num_experts': self.config.mot.num_experts}
+
+  @property
+  def widths(self):
+    fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
+    width = hidden_width(self.config.mot.width(self.config.d_ff), self.config.activation)
+    return {f'hidden units of an expert ({fields})': width}
+
+  @property
+  def mixed_sequences(self):
+    return self.config.mot.group_size
+
+  def remixed(self, mode, group_size):
+    """`unmixed`: groups of one; `discrete`: one token per expert. Experts keep their width."""
+    if mode == 'unmixed' and group_size > 1:
+      raise ValueError(f'mode unmixed has groups of 1; leave out the group size {group_size}.')
+    size = 1 if mode == 'unmixed' else group_size or None
+    routing = 'discrete' if mode == 'discrete' else None
+    return {'mot': self.config.with_mot(size, routing).mot}
+
+  def cost(self, length):
+    del length
+    mot, D = self.config.mot, self.config.d_model
+    E, M = mot.num_experts, mot.group_size
+    experts = E * num_weights(D, mot.width(self.config.d_ff), self.config.activation)
+    controllers = D * E * (1 + mot.separate_controllers)
+    temperatures = {'fixed': 0, 'learned_per_expert': E}.get(mot.temperature_mode, 1)
+    scores = controllers + temperatures * (1 + mot.separate_temperatures)
+    norm = 4 * D * mot.expert_norm
+    # Weights that nothing is learnt from have no gradient.
+    gradients = {'softmax': {}, 'discrete': {'controller': 0, 'merge': 1, 'emit': 1}}.get(
+      mot.routing, {'merge': 1, 'emit': 1}
+    )
+    if mot.emit in ('raw', 'top_1'):
+      gradients = gradients | {'emit': 1}
+    return Cost(
+      params={'experts': experts, 'controller': scores, 'norm': norm},
+      active=experts / M + scores + norm,
+      model_flops={'experts': 2 * experts / M},
+      routing_flops={
+        'controller': 0 if mot.routing == 'uniform' else 2 * controllers,
+        'merge': 2 * D * E,
+        'emit': 2 * D * E,
+      },
+      routing_gradients=gradients,
+    )

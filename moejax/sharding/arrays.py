@@ -7,6 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from moejax import parameters
 from moejax.sharding import rules
 from moejax.sharding.mesh import BATCH
 
@@ -24,7 +25,7 @@ def state_shardings(abstract_state, mesh):
 
   def place(path, leaf):
     of_mesh = lambda *axes: math.prod(mesh.shape[axis] for axis in axes)
-    return NamedSharding(mesh, rules.spec(rules.name_of(path), leaf.shape, of_mesh))
+    return NamedSharding(mesh, rules.spec(parameters.name_of(path), leaf.shape, of_mesh))
 
   return jax.tree_util.tree_map_with_path(place, abstract_state)
 

@@ -1,39 +1,11 @@
-"""One table from the paths of parameters to mesh axes, and how a block is gathered."""
-
-import re
+"""From the parameters that layers declare to mesh axes, and how a block is gathered."""
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from moejax import parameters
 from moejax.sharding import exchange, mesh
 from moejax.sharding.mesh import SHARD_AXES
-
-# First match on the end of a parameter's path wins. A spec names the last dimensions of the array:
-# the leading axis of stacked blocks is not sharded. Of several, the first whose axes all divide.
-# Experts are sharded along `fsdp` one by one if there are enough: what is gathered is in one piece.
-RULES = (
-  (r'embedding', P('tensor', SHARD_AXES)),
-  (r'position_embedding', P(None, SHARD_AXES)),
-  (r'head', P(SHARD_AXES, 'tensor')),
-  (r'qkv', P(SHARD_AXES, None, 'tensor', None)),
-  (r'out', P('tensor', None, SHARD_AXES)),
-  (
-    r'experts/(w_in|w_gate)',
-    P(('expert', 'fsdp'), None, 'tensor'),
-    P('expert', 'fsdp', 'tensor'),
-  ),
-  (r'experts/w_out', P(('expert', 'fsdp'), 'tensor', None), P('expert', 'tensor', 'fsdp')),
-  (r'(w_in|w_gate)', P(SHARD_AXES, 'tensor')),
-  (r'w_out', P('tensor', SHARD_AXES)),
-  (r'(conv_kernel|w_delta)', P(None, 'tensor')),
-  (r'(w_select|a_log)', P('tensor', None)),
-  (r'(conv_bias|delta_bias|skip)', P('tensor')),
-  (r'.*', P()),
-)
-
-
-def name_of(path):
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', '')))) for k in path)
 
 
 def spec(name, shape, size=mesh.size):
@@ -44,8 +16,7 @@ def spec(name, shape, size=mesh.size):
     shape: its shape; a dimension that its mesh axes do not divide is replicated.
     size: function of mesh axes: their number of devices; by default on the current mesh.
   """
-  specs = next(specs for rule, *specs in RULES if re.search(f'(^|/){rule}$', name))
-  *preferred, last = (_fit(spec, shape, size) for spec in specs)
+  *preferred, last = (_fit(spec, shape, size) for spec in parameters.of(name).specs)
   return next((fitted for fitted, whole in preferred if whole), last[0])
 
 
@@ -74,7 +45,7 @@ def gather(block, dtype):
   """
 
   def gathered(path, leaf):
-    name = name_of(path[:-1])  # the last is a field of the Variable
+    name = parameters.name_of(path[:-1])  # the last is a field of the Variable
     sharded = spec(name, leaf.shape)
     if '/experts/' in name or mesh.sharded_dim(sharded, SHARD_AXES) is None:
       return leaf

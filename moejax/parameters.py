@@ -1,0 +1,53 @@
+"""What is known of a parameter by its name: its shards, whether it decays, what moves it.
+
+Layers declare their parameters where they define them. Placement and optimizers look them up by the
+end of a path, and so know no layer.
+"""
+
+from typing import NamedTuple
+
+from jax.sharding import PartitionSpec as P
+
+
+class Parameter(NamedTuple):
+  """Facts about a parameter; the defaults are those of a replicated matrix."""
+
+  specs: tuple[P, ...] = (P(),)  # of the last dimensions; the first whose mesh axes all divide
+  decays: bool = True  # under optimizer.decay = matrices: norms, biases and the like do not
+  moved_by: str = ''  # one of optimizer.OTHER_UPDATES; '': the optimizer, by the gradient
+
+
+_DECLARED = {}
+
+
+def declare(names, *specs, decays=True, moved_by=''):
+  """Makes facts known of parameters.
+
+  Args:
+    names: of the parameters, with a blank between them; each is the end of a path, joined by /.
+    *specs: PartitionSpecs of the last dimensions of the array, without the leading axis of stacked
+      blocks. Of several, the first whose mesh axes all divide is taken; none: replicated.
+    decays, moved_by: see `Parameter`.
+
+  Raises:
+    ValueError: other facts are known already.
+  """
+  new = Parameter(specs or (P(),), decays, moved_by)
+  for name in names.split():
+    if _DECLARED.setdefault(name, new) != new:
+      raise ValueError(
+        f'parameter {name!r} is declared twice, as {_DECLARED[name]} and as {new}. Choose another '
+        'name for one of them.'
+      )
+
+
+def of(path):
+  """The Parameter at a path, such as 'stack_0/0_moe/layer/experts/w_in'; the longest name wins."""
+  parts = path.split('/')
+  ends = ('/'.join(parts[i:]) for i in range(len(parts)))
+  return next((_DECLARED[end] for end in ends if end in _DECLARED), Parameter())
+
+
+def name_of(path):
+  """A path of a pytree, joined by /."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', '')))) for k in path)
