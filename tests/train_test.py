@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common, dense, fine_grained, moe, mot
+from configs import dense, fine_grained, moe, mot
 from moejax import (
   cli,
   config as config_lib,
@@ -26,6 +26,7 @@ from moejax import (
   sharding,
   step as step_lib,
   train,
+  variants,
 )
 from moejax.checkpoint import Checkpoints
 from tests import tiny
@@ -512,7 +513,7 @@ def test_golden_losses_of_five_steps(model, golden):
 def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction():
   from moejax.optimizer import OptimizerConfig, make_schedule
 
-  fields = common.baseline().optimizer.to_dict() | {'peak_lr': 2.0, 'warmup_steps': 10}
+  fields = {'peak_lr': 2.0, 'warmup_steps': 10}
   schedule = make_schedule(OptimizerConfig(**fields), 100)
   values = [float(schedule(step)) for step in (0, 4, 9, 10, 55, 100)]
   np.testing.assert_allclose(values, [0.2, 1.0, 2.0, 2.0, 1.1, 0.2], rtol=1e-5)
@@ -533,7 +534,7 @@ def test_every_step_trains(warmup, start):
 def test_weight_decay_reaches_norms_only_if_asked():
   from moejax.optimizer import OptimizerConfig, make_optimizer
 
-  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0}
+  fields = {'warmup_steps': 0}
   norm = {'scale': jnp.ones(3), 'bias': jnp.ones(3), 'emit_temperature': jnp.ones(())}
   params = {'norm': norm, 'w_in': jnp.ones((3, 4))}
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -549,13 +550,12 @@ def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
   from moejax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
   config = tiny.model_config(**tiny.MODELS[model], dtype='bfloat16', param_dtype='bfloat16')
-  fields = common.baseline().optimizer.to_dict()
-  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  optimizer = make_optimizer(OptimizerConfig(), 10)
   step = functools.partial(
     step_lib.train_step,
     model_config=config,
     optimizer=optimizer,
-    schedule=make_schedule(OptimizerConfig(**fields), 10),
+    schedule=make_schedule(OptimizerConfig(), 10),
     accumulation=1,
     key=jax.random.key(0),
   )
@@ -569,7 +569,7 @@ def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
 def _optimizer(**changes):
   from moejax.optimizer import OptimizerConfig, make_optimizer
 
-  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0}
+  fields = {'warmup_steps': 0}
   return make_optimizer(OptimizerConfig(**fields | changes), 10)
 
 
@@ -629,7 +629,7 @@ def test_a_run_from_before_a_field_existed_is_still_read(finished, tmp_path):
 def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
   from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
 
-  fields = common.baseline().optimizer.to_dict() | {'anneal_from': 2}
+  fields = {'anneal_from': 2}
   optimizer = make_optimizer(OptimizerConfig(**fields), 6)
   params = {'anneal': jnp.ones(2), 'w_in': jnp.ones((3, 4))}
   gradients = {'anneal': jnp.full(2, 7.0), 'w_in': jnp.full((3, 4), 0.5)}
@@ -645,7 +645,7 @@ def test_annealed_temperatures_fall_linearly_to_zero_at_the_last_step():
 def test_decay_of_matrices_spares_the_recurrence_of_mamba():
   from moejax.optimizer import OptimizerConfig, make_optimizer
 
-  fields = common.baseline().optimizer.to_dict() | {'warmup_steps': 0, 'decay': 'matrices'}
+  fields = {'warmup_steps': 0, 'decay': 'matrices'}
   config = tiny.model_config(**tiny.MODELS['moe in mamba'])
   shapes = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
   params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
@@ -662,7 +662,7 @@ def test_decay_of_matrices_spares_the_recurrence_of_mamba():
 def test_the_balance_bias_moves_against_the_load():
   from moejax.optimizer import OptimizerConfig, gradient_norm, make_optimizer
 
-  fields = common.baseline().optimizer.to_dict() | {'balance_bias_rate': 0.25}
+  fields = {'balance_bias_rate': 0.25}
   optimizer = make_optimizer(OptimizerConfig(**fields), 10)
   params = {'balance_bias': jnp.zeros(3), 'router': jnp.ones((2, 3))}
   gradients = {'balance_bias': jnp.array([0.5, 0.0, -0.1]), 'router': jnp.full((2, 3), 2.0)}
@@ -679,7 +679,7 @@ def test_balance_without_a_loss():
   config = tiny.model_config(
     **tiny.MODELS['token choice'], moe_balance_bias=True, moe_balance_loss=0.0
   )
-  fields = common.baseline().optimizer.to_dict() | {'balance_bias_rate': 0.02, 'peak_lr': 1e-9}
+  fields = {'balance_bias_rate': 0.02, 'peak_lr': 1e-9}
   optimizer = make_optimizer(OptimizerConfig(**fields), 100)
   _, measured = _steps(config, 40, optimizer=optimizer)
   first, last = (measured[i]['aux']['moe/load_cv'].mean() for i in (0, -1))
@@ -690,7 +690,7 @@ def test_balance_without_a_loss():
 def test_equal_active_flops_at_every_size(other):
   from moejax import flops
 
-  sizes = {mot: common.SIZES, moe: ['laptop'], fine_grained: ['laptop', *common.SCALING_SIZES]}
+  sizes = {mot: variants.SIZES, moe: ['laptop'], fine_grained: ['laptop', *variants.SCALING_SIZES]}
   for size in sizes[other]:
     pair = [_model_of(module, size) for module in (dense, other)]
     a, b = (flops.training_flops_per_token(model, 256)['model'] for model in pair)
