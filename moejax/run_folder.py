@@ -179,7 +179,7 @@ def check_same_run(config, workdir):
     _refuse(f'--workdir={workdir} holds a run with another configuration', changed)
 
 
-def check_resume(saved, config, step, workdir):
+def check_resume(saved, config, step, workdir, imported=False):
   """Raises ValueError if a run would claim settings that it was not trained with.
 
   Args:
@@ -187,6 +187,7 @@ def check_resume(saved, config, step, workdir):
     config: the one that it shall resume with.
     step: where it is.
     workdir: its folder.
+    imported: its parameters come from elsewhere, not from its seed.
   """
   if config.train.steps < step:
     raise ValueError(
@@ -196,7 +197,7 @@ def check_resume(saved, config, step, workdir):
   if config.train.steps == step:  # nothing will be trained with what is new
     changed = _changed(saved, config, ('optimizer.', 'train.steps', 'train.seed'))
     _refuse(f'--workdir={workdir} holds a finished run that was trained with other', changed)
-  if step:
+  if not imported:
     changed = _changed(saved, config, ('train.seed',))
     _refuse(f'--workdir={workdir} holds a run that began with another seed', changed)
 

@@ -170,14 +170,15 @@ def resume(run):
     return None
   metadata = run.checkpoints.metadata(step)
   run_folder.check_tokenizer(metadata, run.stages.tokenizer)
-  if metadata['corpus'] not in (None, run.loader.fingerprint):  # None: a convert has read no text
+  imported = metadata['corpus'] is None  # moejax.convert has read no text
+  if not imported and metadata['corpus'] != run.loader.fingerprint:
     raise ValueError(
       f'--workdir={run.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
       f'data.source = {run.stages.data.source!r} now gives {run.loader.fingerprint} (another '
       'Python version, or changed files). Restore the corpus, or choose another folder.'
     )
   saved = run_folder.from_saved(metadata['config'], f'checkpoint {step}')
-  run_folder.check_resume(saved, run.config, step, run.workdir)
+  run_folder.check_resume(saved, run.config, step, run.workdir, imported)
   run.history = metadata.get('history', [])
   if step == run.stages.train.steps:
     run.config = saved  # what it was trained with

@@ -1,5 +1,6 @@
 """Runs of other versions open, or say in one sentence why not."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -166,3 +167,33 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   with pytest.raises(ValueError, match='workdir: cannot write to .*file/run: Not a directory'):
     with run_folder.lock(tmp_path / 'file' / 'run'):
       pass
+
+
+@pytest.mark.parametrize(
+  'changes, step, message',
+  [
+    ({}, 6, None),
+    ({'train.log_interval': 5, 'mesh.tensor': 2, 'optimizer.accumulation': 1}, 6, None),
+    ({'train.steps': 9, 'optimizer.peak_lr': 1.0}, 6, None),
+    (
+      {'optimizer.peak_lr': 1.0},
+      6,
+      'trained with other.*\noptimizer.peak_lr: 0.006 there, 1.0 here',
+    ),
+    ({'optimizer.peak_lr': 1.0}, 5, None),
+    ({'train.steps': 4}, 4, 'trained with other.*\ntrain.steps: 6 there, 4 here'),
+    ({'train.steps': 4}, 5, 'train.steps = 4: the run in .* is at step 5 already'),
+    ({'train.seed': 1}, 0, 'began with another seed'),
+  ],
+)
+def test_what_may_change_when_a_run_is_resumed(changes, step, message):
+  saved, config = moe.get_config('debug'), moe.get_config('debug')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+    run_folder.check_resume(saved, config, step, 'folder')
+
+
+def test_an_imported_model_has_no_seed():
+  config = moe.get_config('debug')
+  config.train.seed = 1
+  run_folder.check_resume(moe.get_config('debug'), config, 0, 'folder', imported=True)
