@@ -185,7 +185,9 @@ def resume(run):
   elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
   run.step = run.first_step = step
-  run.seconds_before = metadata.get('seconds', 0.0)
+  summary = report.read_summary(run.workdir)  # also counts what followed the last checkpoint
+  finished = summary.get('seconds', 0.0) if summary.get('steps') == step else 0.0
+  run.seconds_before = max(metadata.get('seconds', 0.0), finished)
   run.totals = metadata.get('window', {})
   return step
 
