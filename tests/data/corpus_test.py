@@ -207,6 +207,7 @@ def test_compressed_text_is_read(make_config, tmp_path, suffix):
     (b'PAR1....', 'a.x is a Parquet file; write its text as JSON lines'),
     (gzip.compress(b'a' * 257 + b'ustar  \0' + b'text' * 99), 'a.x is a tar archive'),
   ],
+  ids=['cut_gzip', 'cut_xz', 'damaged_gzip', 'zstd', 'zip', 'parquet', 'tar'],
 )
 @pytest.mark.parametrize('source', ['text', 'jsonl'])
 def test_files_without_readable_text(make_config, tmp_path, source, content, message):
