@@ -415,5 +415,8 @@ def _checksum(path):
 
 
 def _delete(folder):
-  (folder / 'metadata.json').unlink(missing_ok=True)
+  if folder.is_file():
+    folder.unlink()
+  with contextlib.suppress(OSError):
+    (folder / 'metadata.json').unlink()
   shutil.rmtree(folder, ignore_errors=True)

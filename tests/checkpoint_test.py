@@ -199,6 +199,14 @@ def test_unfinished_saves_are_passed_over_and_removed(tmp_path, opened, caplog):
   assert step_names(tmp_path) == ['1', '3']
 
 
+def test_a_file_in_place_of_a_step_is_replaced(tmp_path, opened):
+  save(tmp_path, 1)
+  (tmp_path / '2').write_text('')
+  assert opened(tmp_path).latest_step() == 1
+  save(tmp_path, 2)
+  assert opened(tmp_path).latest_step() == 2
+
+
 def warnings_in(caplog):
   return [r.getMessage() for r in caplog.records if r.levelno >= python_logging.WARNING]
 
