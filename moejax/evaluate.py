@@ -30,10 +30,10 @@ from moejax import (
   data,
   metrics,
   model as model_lib,
-  run_folder,
   sharding,
   step as step_lib,
 )
+from moejax.run_folder import load_run
 
 MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
 
@@ -179,7 +179,7 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
 def main(overrides):
   args = flags.FLAGS
   cli.join_processes()
-  stages, step, params, mesh = run_folder.load_run(args.workdir, overrides)
+  stages, step, params, mesh = load_run(args.workdir, overrides)
   config_lib.check_batch(stages, mesh)
   num_batches = None if args.batches < 0 else args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):

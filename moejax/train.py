@@ -24,13 +24,21 @@ from moejax import (
   report,
   run_folder,
   sharding,
-  step as step_lib,
 )
 from moejax.checkpoint import Checkpoints, changed_fields
 from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
 from moejax.metrics import Diverged
+from moejax.step import (
+  eval_step,
+  fresh_state,
+  is_finite,
+  jit_train_step,
+  lower_eval_step,
+  lower_train_step,
+  make_state,
+)
 
 
 @dataclasses.dataclass
@@ -205,7 +213,7 @@ def set_up(run, step, start=None):
     ValueError: the state is not finite, or a checkpoint has no room.
     Diverged: the state that `start` made has no loss.
   """
-  init = step_lib.fresh_state(run.stages)
+  init = fresh_state(run.stages)
   abstract = sharding.abstract(init, run.mesh)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   run.checkpoints.check_writable(num_bytes)
@@ -214,9 +222,9 @@ def set_up(run, step, start=None):
     print(f'resuming from step {step}')
     run.state = _restore(run, step, abstract)
   else:
-    run.state = start(run, abstract) if start else step_lib.make_state(init, abstract)
+    run.state = start(run, abstract) if start else make_state(init, abstract)
     run.step = run.first_step = int(run.state['step'])
-  if not step_lib.is_finite(run.state):
+  if not is_finite(run.state):
     raise ValueError(_not_finite(run, step))
   if leads() and run.step < run.stages.train.steps:
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
@@ -237,10 +245,10 @@ def _compile(run, abstract_state):
   args = run.stages, abstract_state, run.mesh
   jax_config: Any = jax.config
   if jax_config.jax_disable_jit:  # how people debug: operation by operation
-    return step_lib.jit_train_step(*args)
+    return jit_train_step(*args)
   started = time.monotonic()
-  compiled = step_lib.lower_train_step(*args).compile()
-  step_lib.lower_eval_step(run.stages, abstract_state['params'], run.mesh).compile()
+  compiled = lower_train_step(*args).compile()
+  lower_eval_step(run.stages, abstract_state['params'], run.mesh).compile()
   seconds = time.monotonic() - started
   print(f'compiled the training and the evaluation step in {seconds:.1f} s', flush=True)
   return compiled
@@ -299,10 +307,10 @@ def loop(run, interrupt):
 def check_health(run):
   """Raises Diverged unless the state is finite, and gives a finite loss for the last batch."""
   run.averager.read()
-  good = bool(step_lib.is_finite(run.state))
+  good = bool(is_finite(run.state))
   if good and run.batch is not None:
     accumulation = run.stages.optimizer.accumulation
-    nats, _, _ = step_lib.eval_step(run.stages.model, accumulation, run.state['params'], run.batch)
+    nats, _, _ = eval_step(run.stages.model, accumulation, run.state['params'], run.batch)
     good = math.isfinite(nats)
   if not good:
     raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')

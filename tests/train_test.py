@@ -179,7 +179,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import batch
 
   monkeypatch.setattr(batch, 'fingerprint', lambda *parts: 'another')
-  monkeypatch.setattr(step_lib, 'lower_train_step', None)  # not even compiled
+  monkeypatch.setattr(train, 'lower_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 
