@@ -326,7 +326,8 @@ def _advice(diverged, run):
   """One sentence: what happened, what is left, what to do."""
   step = run.checkpoints.latest_step()
   kept = 'no checkpoint was saved' if step is None else f'the checkpoint of step {step} is good'
-  return f'{diverged}; {kept}: lower optimizer.peak_lr, or lengthen optimizer.warmup_steps.'
+  first = ' or model.init_scale' if run.step == 1 else ''
+  return f'{diverged}; {kept}: lower optimizer.peak_lr{first}, or lengthen optimizer.warmup_steps.'
 
 
 def _log(run, means):

@@ -170,7 +170,7 @@ def test_how_many_batches(monkeypatch, batches, expected):
   monkeypatch.setattr(evaluate.flags, 'FLAGS', types.SimpleNamespace(**args))
   monkeypatch.setattr(evaluate.cli, 'join_processes', lambda: None)
   monkeypatch.setattr(evaluate.config_lib, 'check_batch', lambda *_: None)
-  monkeypatch.setattr(evaluate.run_folder, 'load_run', lambda *_: (stages, 6, None, mesh))
+  monkeypatch.setattr(evaluate, 'load_run', lambda *_: (stages, 6, None, mesh))
   monkeypatch.setattr(evaluate, 'compare_modes', lambda *args: asked.append(args[-1]) or [])
   evaluate.main({})
   assert asked == [expected]
