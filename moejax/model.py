@@ -201,7 +201,7 @@ class ModelConfig(Section):
     return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
 
   def conflicts(self):
-    if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
+    if 'float64' in (self.dtype, self.param_dtype) and jnp.result_type(float) != 'float64':
       yield (
         'model.dtype, model.param_dtype: float64 needs JAX_ENABLE_X64=1 in the environment; '
         'without it JAX computes in float32.'

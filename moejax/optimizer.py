@@ -1,6 +1,7 @@
 """Optimizers with linear warm-up, cosine decay and clipping, all through optax."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +113,10 @@ def make_optimizer(config, steps):
   """The optax transformation for a run of `steps` steps."""
   decays = None if config.decay == 'all' else _decays
   optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays)
-  moves = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
-  moves[config.name] = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-  return optax.partition(
-    moves, lambda params: _of_each(params, lambda p: p.moved_by or config.name)
-  )
+  others = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
+  clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  moved_by = functools.partial(_of_each, fact=lambda p: p.moved_by or config.name)
+  return optax.partition({config.name: clipped, **others}, moved_by)
 
 
 def _fraction(step, start, end):

@@ -182,11 +182,11 @@ def test_the_commands_of_the_pages_run_one_after_the_other(go):
     assert code == 0, output
   done = set()
   for page in commands.PAGES:
-    router = '\n'.join(_python(page)) if page.name == 'adding_a_router.md' else ''
+    added = '\n'.join(_python(page)) if page.name.startswith('adding_') else ''
     for words in commands.of(page):
       if words[0] not in OTHERS and str(words) not in done:
         done.add(str(words))
-        code, output = _do(go, words, router)
+        code, output = _do(go, words, added)
         assert code == 0, f'{page.name}: {shlex.join(words)}\n{output}'
     for text, is_commands in commands.blocks(page):
       for line in text.splitlines() if text.startswith('--config.') else ():

@@ -16,7 +16,7 @@ class Cost:
   routing_gradients: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def sums(dicts):
+def sums(dicts) -> dict:
   """Numbers of several dicts, added up by name; without zeros."""
   total = collections.Counter()
   for numbers in dicts:
