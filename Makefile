@@ -2,7 +2,7 @@
 # make train ARGS="--config.train.steps=100"     the same, with flags added
 # make test                                      lint, format, types, tests
 # make test-fast                                 lint and the quick tests, while you work
-# make test-tpu                                  and with the compiler of TPUs, 700 MB (Linux)
+# make test-tpu                                  tests with the TPU compiler, 700 MB (Linux)
 # PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment.
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ test-tpu: $(VENV)/.installed-test
 	python -m pip install --quiet --editable '.[tpu-aot]'
 	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/ops/selective_scan_tpu_test.py
 
-# Installed again only when setup.py changes.
+# Reinstalled only when setup.py changes.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --editable .

@@ -1,7 +1,6 @@
-"""What moejax needs. The lower bounds were installed together and passed the tests.
+"""Dependencies of moejax. The lower bounds were installed together and passed the tests.
 
-The core is what the default run imports, and paths that a config can lead to without TensorFlow;
-corpora of seqio and tensorflow-datasets are an extra.
+The core covers every config that needs no TensorFlow; seqio and tensorflow-datasets are an extra.
 """
 
 import setuptools
@@ -15,7 +14,7 @@ setuptools.setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
-  # The config files of the checkout go along inside of the package, for `--config=configs/mot.py`.
+  # The package includes the checkout's config files, for `--config=configs/mot.py`.
   packages=[*setuptools.find_packages(include=['moejax*']), 'moejax.configs'],
   package_dir={'moejax.configs': 'configs'},
   install_requires=[
@@ -44,7 +43,7 @@ setuptools.setup(
     'notebooks': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10'],
     'test': [
       *_SEQIO,
-      'pyright[nodejs]==1.1.414',  # exact: another release has other opinions
+      'pyright[nodejs]==1.1.414',  # exact: other releases report other errors
       'pytest>=8.3',
       'pytest-xdist>=3.6',
       'ruff==0.17.6',

@@ -1,1 +1,1 @@
-"""One file per model family: `get_config(arg)` returns the baseline with what differs."""
+"""One file per model family: `get_config(arg)` returns the baseline with changes."""

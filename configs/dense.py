@@ -1,4 +1,4 @@
-"""The dense baseline of every size: the FLOPs per token of the sparse models' active parameters."""
+"""Dense baselines of every size, equal to the sparse models in FLOPs per token."""
 
 from moejax import variants
 

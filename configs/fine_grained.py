@@ -3,9 +3,9 @@
   python -m moejax.main --config=configs/fine_grained.py
   python -m moejax.main --config=configs/fine_grained.py:25M,granularity=8,expansion_rate=64
 
-Every feed-forward is expansion_rate * granularity experts of width d_ff / granularity, which choose
-their tokens among 256 sequences at one position; layer norm of the output. The sizes are those of
-the paper's appendix A; configs/dense.py has the dense models of the same names. The laptop default
+Every feed-forward layer has expansion_rate * granularity experts of width d_ff / granularity. They
+choose among the tokens of 256 sequences at one position; the output is layer-normed. Sizes are from
+the paper's appendix A; configs/dense.py has dense models of the same names. The laptop default
 (granularity 4, expansion rate 8) reaches 1.157 nats per byte on held-out files; dense 1.191.
 """
 

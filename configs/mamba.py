@@ -1,14 +1,14 @@
-"""Mamba without feed-forward layers and positions, as MoE-Mamba's baseline (arXiv:2401.04081).
+"""Mamba without feed-forward layers or positions: MoE-Mamba's baseline (arXiv:2401.04081).
 
   python -m moejax.main --config=configs/mamba.py
   python -m moejax.main --config=configs/mamba.py:25M
 
-Two Mamba layers take the place of a block of attention and feed-forward. Final log-perplexity in
-the paper (table 1): 25M 3.34, 100M 2.99. 3M is a miniature of ours. At the laptop size 1000 steps
-reach 1.190 nats per byte on held-out files (docs/LOG.md).
+Two Mamba layers replace a block of attention and feed-forward. Final log-perplexity in the paper
+(table 1): 25M 3.34, 100M 2.99. 3M is our own miniature. At the laptop size 1000 steps reach 1.190
+nats per byte on held-out files (docs/LOG.md).
 
-The paper's runs decay every parameter; --config.optimizer.decay=matrices spares the recurrence, as
-the authors of Mamba advise, who also keep the residual stream in float32
+The paper's runs apply weight decay to every parameter. The authors of Mamba exempt the recurrence
+(--config.optimizer.decay=matrices) and keep the residual stream in float32
 (--config.model.residual_float32).
 """
 

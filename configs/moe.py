@@ -3,11 +3,11 @@
   python -m moejax.main --config=configs/moe.py
   python -m moejax.main --config=configs/moe.py:25M
 
-The sizes are the Transformer-MoE baselines of MoE-Mamba (arXiv:2401.04081, tables 5 and 6): 32
-experts, top 1, capacity factor 1, on C4 with context 1024; with the word `dense` the Transformer
-without experts. Final log-perplexity there (table 1): 25M 3.23, dense 3.43; 100M 2.88. 3M is a
-miniature of ours. The laptop default (8 experts) reaches 1.190 nats per byte on held-out files,
-1.162 without drops; its dense baseline 1.191.
+Sizes are the Transformer-MoE baselines of MoE-Mamba (arXiv:2401.04081, tables 5 and 6): 32 experts,
+top 1, capacity factor 1, on C4 with context 1024; the variant `dense` is the Transformer without
+experts. Final log-perplexity in the paper (table 1): 25M 3.23, dense 3.43; 100M 2.88. 3M is our own
+miniature. The laptop default (8 experts) reaches 1.190 nats per byte on held-out files, 1.162
+without drops; its dense baseline 1.191.
 """
 
 from moejax import variants
@@ -21,7 +21,7 @@ def get_config(arg=None):
     c.model.moe.expansion_rate = 32
     c.model.moe.capacity_factor = 1.0
   if arg.dense and (arg.experts or arg.top_k):
-    raise ValueError('--config=...:dense has no experts that experts= or top_k= could mean.')
+    raise ValueError('--config=...:dense has no experts; remove experts= and top_k=.')
   if not arg.dense:
     ((_, blocks),) = c.model.blocks
     c.model.blocks = ((('attention', 'moe'), blocks),)

@@ -1,4 +1,4 @@
-"""MoE-Mamba (arXiv:2401.04081): every Mamba layer is followed by a Switch layer.
+"""MoE-Mamba (arXiv:2401.04081): a Switch layer follows every Mamba layer.
 
   python -m moejax.main --config=configs/moe_mamba.py
   python -m moejax.main --config=configs/moe_mamba.py:25M
@@ -11,22 +11,22 @@ configs/mamba.py and configs/moe.py of the same sizes:
   25M          3.19   542M     26M    3.34             3.23         3.43   1.76x
   100M         2.81  2439M    117M    2.99             2.88                2.35x
 
-Experts (table 4; all of 1 B tokens, Mamba 3.72):  E=1 3.75, 4 3.72, 8 3.70, 16 3.67, 32 3.67.
+Experts (table 4; all on 1B tokens, Mamba 3.72):  E=1 3.75, 4 3.72, 8 3.70, 16 3.67, 32 3.67.
 
-Variants of the paper, by further words. Its ablations are runs of 1 B tokens, which are
+Further variants of the paper. Its ablations train on 1B tokens:
 `--config.train.steps=15000 --config.optimizer.warmup_steps=150`.
-  parallel       Mamba and Switch layers side by side (table 7, E=1 to 32): 3.79 3.77 3.74 3.72 3.70
-                 3.69, against 3.76 3.74 3.71 3.69 3.67 3.66 one after the other
-  ratio=4x2      of the active parameters of Mamba to those of an expert (table 2): 1x5 to 5x1, with
-                 96 experts' worth of width; more Mamba helps, little beyond 3x3
+  parallel       Mamba and Switch layers in parallel (table 7, E=1 to 32): 3.79 3.77 3.74 3.72 3.70
+                 3.69, against 3.76 3.74 3.71 3.69 3.67 3.66 in sequence
+  ratio=4x2      active parameters of Mamba to those of an expert (table 2): 1x5 to 5x1, with the
+                 total width of 96 experts; more Mamba helps, little beyond 3x3
   inner=conv+out experts in place of projections of Mamba: any of conv, gate, out; in all layers,
-                 or in every other one with the word every_other. 24 experts per layer on average,
-                 split evenly among projections (table 3; all layers / every other):
+                 or with every_other in every other layer. 24 experts per layer on average, split
+                 evenly among projections (table 3; all layers / every other):
                  conv 3.79/3.71, gate 3.89/3.70, out 4.05/3.70, conv+gate 3.95/3.72,
                  conv+out 4.17/3.76, gate+out 4.16/3.88, conv+gate+out 4.39/3.88
-The size 3M is a miniature of ours. At the laptop size there are 12 experts as large as a Mamba
-layer; 1000 steps reach 1.210 nats per byte on held-out files (1.204 without drops), not the 1.190
-of Mamba: the experts do not pay yet (docs/LOG.md).
+3M is our own miniature. The laptop size has 12 experts as large as a Mamba layer; 1000 steps reach
+1.210 nats per byte on held-out files (1.204 without drops), Mamba alone 1.190: at this size the
+experts do not pay off yet (docs/LOG.md).
 """
 
 from moejax import variants
@@ -48,7 +48,7 @@ def get_config(arg=None):
     c.optimizer.peak_lr = 5e-4
     c.model.moe.capacity_factor = 1.0
   if arg.every_other and not arg.inner:
-    raise ValueError('--config=...:every_other is of experts inside of Mamba: inner=conv+out.')
+    raise ValueError('--config=...:every_other needs experts inside Mamba, e.g. inner=conv+out.')
   if arg.inner:
     _inner(c, arg)
   else:
@@ -57,10 +57,10 @@ def get_config(arg=None):
 
 
 def _outer(c, arg):
-  """Mamba and experts by turns, or side by side."""
+  """Mamba and expert layers, alternating or in parallel."""
   ((_, blocks),) = c.model.blocks
   c.model.blocks = ((('mamba+moe',) if arg.parallel else ('mamba', 'moe'), blocks),)
-  # An expert has the parameters of a Mamba layer: 6 d^2 and a little, which at d = 64 is much.
+  # An expert is as large as a Mamba layer: 6 d^2 plus small terms that matter at d = 64.
   c.model.d_ff = (4 if arg.size == 'laptop' else 3) * c.model.d_model
   c.model.moe.expansion_rate = arg.experts or (12 if arg.size == 'laptop' else 42)
   if arg.ratio:
@@ -70,20 +70,20 @@ def _outer(c, arg):
     c.model.moe.expansion_rate = arg.experts or 96 // expert
 
 
-def _ratio(word):
-  parts = [int(n) for n in word.split('x') if n.isdecimal() and int(n)]
+def _ratio(text):
+  parts = [int(n) for n in text.split('x') if n.isdecimal() and int(n)]
   if len(parts) != 2 or sum(parts) != 6:
     raise ValueError(
-      f'--config=...:ratio={word}: expected MAMBAxEXPERT, sixths of the active parameters, from '
+      f'--config=...:ratio={text}: expected MAMBAxEXPERT, sixths of the active parameters, from '
       '1x5 to 5x1.'
     )
   return parts
 
 
 def _inner(c, arg):
-  """Experts inside of Mamba."""
+  """Experts inside Mamba."""
   if arg.parallel or arg.ratio:
-    raise ValueError('--config=...:inner= has no Switch layers that parallel or ratio= could mean.')
+    raise ValueError('--config=...:inner= has no Switch layers; remove parallel and ratio=.')
   ((_, blocks),) = c.model.blocks
   every_other, all_layers = (('mamba', 'moe_in_mamba'), blocks), (('moe_in_mamba',), 2 * blocks)
   c.model.blocks = (every_other if arg.every_other else all_layers,)

@@ -1,10 +1,10 @@
-"""Mixture of Tokens (arXiv:2310.15961) against a dense baseline of equal FLOPs (configs/dense.py).
+"""Mixture of Tokens (arXiv:2310.15961); configs/dense.py is its dense baseline of equal FLOPs.
 
   python -m moejax.main --config=configs/mot.py
   python -m moejax.main --config=configs/mot.py:medium,experts=32,mixtures=16
 
-MoT-Size/kE/m of the paper is `size,experts=k,mixtures=m`: groups of k sequences, k*m experts of
-width d_ff/m. As in the paper's second version the second half of the blocks mixes tokens; `mini`
+The paper's MoT-Size/kE/m is `size,experts=k,mixtures=m`: groups of k sequences, k*m experts of
+width d_ff/m. As in the paper's second version, the second half of the blocks mixes tokens; `mini`
 is the proof of concept of its first version, 32E/16 in all blocks. The laptop default, 8E/8,
 reaches 1.176 nats per byte on held-out files; its dense baseline 1.191.
 """

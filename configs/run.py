@@ -1,4 +1,4 @@
-"""The config of a run that is there: to train it on, or with changes.
+"""The config of an existing run: to train it further, or with changes.
 
 python -m moejax.main --config=configs/run.py:DIR --workdir=DIR --config.train.steps=6000
 """

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: creates it, installs this checkout on its hosts, runs one command on
-# all of them, follows the log, goes on after preemptions, and deletes the slice at the end.
+# all of them, follows the log, resumes after preemptions, and deletes the slice at the end.
 #
 #   launch/tpu_run.sh --name=mot --zone=us-west4-a --type=v5litepod-16 --spot \
 #     --config=configs/mot.py:base --workdir=gs://BUCKET/mot
-#   launch/tpu_run.sh logs --name=mot --zone=us-west4-a     # follow a run that is going on
-#   launch/tpu_run.sh delete --name=mot --zone=us-west4-a   # end it, and the costs
+#   launch/tpu_run.sh logs --name=mot --zone=us-west4-a     # follow a running job
+#   launch/tpu_run.sh delete --name=mot --zone=us-west4-a   # stop it and its costs
 #
-# Every other flag goes to python -m moejax.main. Buckets (gs://) are mounted on the hosts.
+# All other flags are passed to python -m moejax.main. Buckets (gs://) are mounted on the hosts.
 #   --project=P       of the slice; default: gcloud's own
-#   --spot            cheaper, and may be taken away at any time
+#   --spot            cheaper, but may be preempted at any time
 #   --keep            do not delete the slice at the end
-#   --max_failures=N  give up after as many in a row (default 3); being preempted is none
+#   --max_failures=N  give up after N in a row (default 3); preemptions do not count
 #   --dry_run         print the commands
 #   --help            print this
 #
@@ -19,8 +19,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly PAUSE=${PAUSE:-30} # seconds between looks at the slice
-readonly LONG=3600          # seconds after which an attempt was no failure to start
+readonly PAUSE=${PAUSE:-30} # seconds between polls of the slice
+readonly LONG=3600          # seconds of training that reset the count of failures
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 usage() {
@@ -52,7 +52,7 @@ parse() {
       *) usage "unexpected argument '$flag'; flags are written --name=value." ;;
     esac
   done
-  [[ $name ]] || usage '--name is missing: what to call the slice.'
+  [[ $name ]] || usage '--name is missing: the name of the slice.'
   [[ $zone ]] || usage '--zone is missing, for example us-west4-a.'
   [[ $max_failures =~ ^[0-9]+$ ]] || usage "--max_failures: expected a number, got '$max_failures'."
   where=(--zone="$zone")
@@ -72,8 +72,8 @@ parse() {
   fi
 }
 
-# Ends with code 2 if the config has a mistake, before there are costs. Where the program is not
-# installed, the hosts will find it.
+# Exits with 2 on a config error, before there are costs. If the program is not installed here, the
+# hosts report it.
 check_config() {
   local python configs=() flag
   for python in python .venv/bin/python; do
@@ -112,7 +112,7 @@ create() {
 
 delete() { tpus queued-resources delete "$name" --force; }
 
-# What the slice is: NONE, ACTIVE, SUSPENDED (preempted), FAILED, or on its way.
+# The state of the slice: NONE, ACTIVE, SUSPENDED (preempted), FAILED, or being created.
 state() {
   local found error
   error=$(mktemp)
@@ -122,12 +122,12 @@ state() {
     echo NONE
   else
     cat "$error" >&2
-    echo UNKNOWN # the network, say: look again later
+    echo UNKNOWN # a network error, for example: poll again
   fi
   rm -f "$error"
 }
 
-# One more failure; ends the program if they are too many.
+# Counts a failure; gives up after too many.
 failed() {
   say "$1"
   if ((++failures >= max_failures)); then
@@ -137,7 +137,7 @@ failed() {
   sleep "$PAUSE"
 }
 
-# Returns when there is a slice, new or still there.
+# Returns once the slice is active; creates it if needed.
 acquire() {
   if ((dry_run)); then
     create
@@ -160,7 +160,7 @@ acquire() {
   done
 }
 
-# Copies this checkout, uncommitted changes included, and installs it. Harmless during a run.
+# Copies this checkout, uncommitted changes included, and installs it. Safe during a run.
 install() {
   local archive=moejax.tgz folder
   folder=$(mktemp -d)
@@ -174,9 +174,9 @@ install() {
 
 finish() {
   if ((keep)); then
-    say "slice $name is left as it is; launch/tpu_run.sh delete ends its costs"
+    say "slice $name is kept and costs money; delete it with launch/tpu_run.sh delete"
   else
-    delete || say "slice $name could not be deleted: do it by hand, it costs money"
+    delete || say "slice $name could not be deleted: delete it by hand, it costs money"
   fi
   exit "$1"
 }
@@ -202,12 +202,12 @@ train() {
     if ((SECONDS - started > LONG)); then failures=0; fi
     case $code in
       2) say 'usage or config error, see above' && finish 2 ;;
-      75) say 'interrupted; going on' ;;
-      255) failed 'the connection broke' && continue ;; # the run may well go on
+      75) say 'interrupted; resuming' ;;
+      255) failed 'the connection broke' && continue ;; # the run may still be going
       *)
         say "the run ended with code $code; the last lines of every host:"
         worker all tail || true
-        failed 'starting again from the last checkpoint'
+        failed 'resuming from the last checkpoint'
         ;;
     esac
     worker all stop || true

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What launch/tpu_run.sh does on each host of a slice. Every command may be given twice: gcloud
-# repeats what was cut off.
+# Called by launch/tpu_run.sh on each host of a slice. Every command is safe to repeat: gcloud
+# retries interrupted ones.
 #
-#   worker.sh install         unpacks ~/moejax.tgz and installs it, unless a run is going on
-#   worker.sh start FLAGS...  starts python -m moejax.main, unless it runs already
+#   worker.sh install         unpacks ~/moejax.tgz and installs it, unless a run is active
+#   worker.sh start FLAGS...  starts python -m moejax.main, unless it is already running
 #   worker.sh follow          prints its log until it ends; exits with its code
 #   worker.sh tail            prints the end of the log
-#   worker.sh stop            kills what is left of a run
+#   worker.sh stop            kills the run
 set -euo pipefail
 
 readonly CODE=~/moejax RUN=~/moejax-run BUCKETS=~/gs
@@ -24,7 +24,7 @@ install() {
   uv pip install --quiet --python "$RUN/venv/bin/python" --editable "${CODE}[tpu,seqio]"
 }
 
-# Makes a bucket a folder. Nothing is cached: the hosts must see each other's files at once.
+# Mounts a bucket as a folder, without caching: the hosts must see each other's files at once.
 mount_bucket() {
   local folder=$BUCKETS/$1
   if mountpoint -q "$folder"; then return; fi
@@ -57,7 +57,7 @@ start() {
   mkdir -p "$RUN"
   rm -f "$RUN/code"
   cd "$CODE"
-  # In a session of its own, so that it outlives the connection, and so that `stop` finds all of it.
+  # In its own session, so that it outlives the connection and `stop` can kill all of it.
   # shellcheck disable=SC2016  # the inner shell expands these
   setsid nohup bash -c 'code=0; "${@:2}" || code=$?; echo "$code" >"$1/code"' - "$RUN" \
     "$RUN/venv/bin/python" -u -m moejax.main "${flags[@]}" </dev/null >"$RUN/log" 2>&1 &

@@ -1,4 +1,4 @@
-"""The command line of all programs: `--config=FILE[:words]`, overrides, friendly errors."""
+"""The command line of every program: `--config=FILE[:VARIANTS]`, overrides, error messages."""
 
 import dis
 import inspect
@@ -25,10 +25,9 @@ _HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   """Runs `main(config)`, `main()`, `main(arguments)` or `main(overrides)`, and exits with its code.
 
-  `takes_overrides` is for programs that take the config of a run: overrides are the texts of flags
-  `--config.section.field=text`, by 'section.field', for `config.override`.
+  `takes_overrides` is for programs that load the config of a run: `overrides` maps 'section.field'
+  to the text of its flag `--config.section.field=text`, as `config.override` takes them.
   """
-
   overrides = {}
 
   def parse(argv):
@@ -41,7 +40,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 
   def guarded(argv):
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # at absl's default, libraries tell of themselves
+      logging.set_verbosity(logging.WARNING)  # absl's default also shows what libraries log
     if len(argv) > 1 and not takes_arguments:
       return _fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
     try:
@@ -54,20 +53,20 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
       return _exit_code(error)
 
   if needs_config:
-    config_flags.DEFINE_config_file('config', None, 'FILE or FILE:WORDS, a file of configs/.')
-  _let_printing_never_fail()
+    config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
+  _protect_output()
   app.run(guarded, flags_parser=parse)
 
 
 def _exit_code(error):
-  """Says what went wrong, and returns the exit code; raises `error` again if it is a fault.
+  """Prints an error as one message and returns the exit code; re-raises it if it is a bug.
 
-  A ValueError that a `raise` of this package makes is the user's to fix, a RuntimeError is not;
-  both are sentences for people. Those that other code or C code makes are faults: their traceback
-  is shown, and the exit code is FAILED as well.
+  A ValueError that this package raises is a mistake of the user, a RuntimeError a failure; both
+  carry a message for the user. Errors of other code, C code included, are bugs: they keep their
+  traceback, and the exit code is FAILED as well.
   """
   if isinstance(error, KeyboardInterrupt):
-    return _fail('interrupted; the same command starts again', INTERRUPTED)
+    return _fail('interrupted; run the same command again', INTERRUPTED)
   if isinstance(error, OSError) and error.strerror:  # no such file, no permission, disk full
     name = error.filename2 or error.filename
     return _fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
@@ -77,7 +76,7 @@ def _exit_code(error):
 
 
 class Command(NamedTuple):
-  """One of several in a program."""
+  """One subcommand of a program."""
 
   define: Callable  # its flags
   main: Callable  # as `run` takes it
@@ -86,8 +85,8 @@ class Command(NamedTuple):
 
 
 def run_command(commands):
-  """`run` of the Command, in a dict by name, that the first argument names."""
-  _let_printing_never_fail()
+  """Runs the one of `commands`, a dict of Commands by name, that the first argument names."""
+  _protect_output()
   name = sys.argv[1] if len(sys.argv) > 1 else ''
   if name in _HELP:
     print(inspect.cleandoc(sys.modules['__main__'].__doc__ or ''))
@@ -98,19 +97,19 @@ def run_command(commands):
   define, main, needs_config, takes_arguments = commands[name]
   define()
   del sys.argv[1]
-  flags.FLAGS.set_gnu_getopt()  # flags may stand before, between and after arguments
+  flags.FLAGS.set_gnu_getopt()  # allows flags before, between and after arguments
   run(main, needs_config, takes_arguments)
 
 
 def define_process_flags():
-  """Flags of a program that may run as several processes, for where jax cannot find them itself."""
-  flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, of several.')
-  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-  flags.DEFINE_integer('process_id', None, 'Which one this is: 0, 1, ...')
+  """Defines the flags of a multi-process run, for clusters that jax cannot detect itself."""
+  flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0.')
+  flags.DEFINE_integer('num_processes', None, 'Number of processes.')
+  flags.DEFINE_integer('process_id', None, 'Index of this process: 0, 1, ...')
 
 
 def join_processes():
-  """Makes this process one of those that run the same command, as flags or environment say."""
+  """Joins the other processes of this run, if flags or environment name any."""
   from moejax import distributed  # importing JAX takes seconds
 
   args = flags.FLAGS
@@ -118,17 +117,17 @@ def join_processes():
 
 
 def path(text):
-  """The path on this machine that a flag or an argument names; `~` is the user's home.
+  """The local path that a flag or an argument names, with `~` expanded.
 
   Raises:
-    ValueError: it is empty, or in a bucket.
+    ValueError: the path is empty or in a bucket.
   """
   if not text:
     raise ValueError('expected a path, got nothing.')
   if '://' in text:
     raise ValueError(
-      f'expected a path on this machine, got {text}. Mount the bucket, as launch/tpu_run.sh does '
-      '(docs/launch.md says how).'
+      f'expected a local path, got {text}. Mount the bucket, as launch/tpu_run.sh does (see '
+      'docs/launch.md).'
     )
   return os.path.expanduser(text)
 
@@ -144,22 +143,22 @@ class _PathsParser(flags.ListParser):
 
 
 def define_path(name, default, meaning, required=False):
-  """A flag that holds a path."""
+  """Defines a flag that holds a path."""
   serializer = flags.ArgumentSerializer()
   flags.DEFINE(_PathParser(), name, default, meaning, serializer=serializer, required=required)
 
 
 def define_paths(name, default, meaning, required=False):
-  """A flag that holds a list of paths, separated by commas."""
+  """Defines a flag that holds a comma-separated list of paths."""
   serializer = flags.ListSerializer(',')
   flags.DEFINE(_PathsParser(), name, default, meaning, serializer=serializer, required=required)
 
 
 class _Output:
-  """A stream to which printing never fails.
+  """A stream whose writes never fail.
 
-  Characters that it cannot show are escaped. When nobody reads it any more (a closed pipe or
-  terminal, a full disk), what is printed is dropped, and the program goes on.
+  Characters outside its encoding are escaped. Once it cannot be written to (a closed pipe or
+  terminal, a full disk), output is dropped and the program continues.
   """
 
   def __init__(self, stream):
@@ -180,19 +179,19 @@ class _Output:
     try:
       return method(*arguments)
     except OSError:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # takes what is buffered
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also drains the buffer
       return method(*arguments)
 
 
-def _let_printing_never_fail():
+def _protect_output():
   for name in ('stdout', 'stderr'):
     stream = getattr(sys, name)
-    if stream is not None and not isinstance(stream, _Output):  # None: closed from the start
+    if stream is not None and not isinstance(stream, _Output):  # None: closed at startup
       setattr(sys, name, _Output(stream))
 
 
 def _is_raised_here(error):
-  """Whether a `raise` of this package made the error: not other code, nor C code called here."""
+  """Whether a `raise` statement of this package raised the error, not other code or C code."""
   last = error.__traceback__
   while last.tb_next:
     last = last.tb_next
@@ -211,13 +210,13 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    # ml_collections hands a config file's ValueError on as the text of its traceback.
+    # ml_collections turns a config file's ValueError into the text of its traceback.
     _, in_config_file, message = str(error).rpartition('\nValueError: ')
     sys.exit(_fail(message if in_config_file else _plain(str(error))))
 
 
 def _plain(message):
-  """What absl says of a flag, as our own messages are."""
+  """Rewords absl's message about a flag in our style."""
   missing = re.search('Flag --(.*) must have a value other than None', message)
   if missing:
     return f'--{missing[1]} is required: {flags.FLAGS[missing[1]].help}'
@@ -225,11 +224,11 @@ def _plain(message):
 
 
 def _print_help(main, takes_overrides):
-  """What a program is for, and its own flags with their meanings and defaults."""
+  """Prints what a program does, and its own flags with meanings and defaults."""
   print(_help_of(main), '\n\nFlags:', sep='')
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     for flag in defined if module == sys.argv[0] or module.startswith('moejax') else ():
-      meaning = ' '.join(flag.help.partition(';\n')[0].split())  # what follows is absl's
+      meaning = ' '.join(flag.help.partition(';\n')[0].split())  # absl appends the rest
       default = flag.default_as_str if flag.default not in (None, '', False) else ''
       default = default and f' Default: {default.strip(chr(39))}.'
       print(textwrap.fill(f'--{flag.name}: {meaning}{default}', 100, subsequent_indent=' ' * 4))
@@ -242,7 +241,7 @@ def _print_help(main, takes_overrides):
 
 
 def _help_of(main):
-  """The docstring of a program, or of a command and the examples of it in that of the program."""
+  """A program's docstring; of a command, its own and the program's examples of it."""
   program = inspect.cleandoc(sys.modules[main.__module__].__doc__ or '')
   if not main.__doc__:
     return program
@@ -251,7 +250,7 @@ def _help_of(main):
 
 
 def _without_overrides(argv, overrides):
-  """argv without the flags for fields of a config, which go into `overrides`."""
+  """argv without the `--config.FIELD=` flags, which are moved into `overrides`."""
   rest = []
   for argument in argv:
     name, equals, text = argument.removeprefix('--config.').partition('=')
@@ -263,12 +262,12 @@ def _without_overrides(argv, overrides):
 
 
 def _parse_with_config(argv):
-  """Parses flags, with the config file found from anywhere and unknown fields named plainly."""
+  """Parses flags; finds bundled config files from any directory, and names unknown fields."""
   argv = [argv[0], *map(_find_config, argv[1:])]
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
   overrides = {}
-  sys.argv[:] = argv = _without_overrides(argv, overrides)  # config_flags reads it as well
+  sys.argv[:] = argv = _without_overrides(argv, overrides)  # config_flags also reads it
   try:
     rest = _parse(argv)
     if overrides:
@@ -279,30 +278,27 @@ def _parse_with_config(argv):
   except ImportError as error:
     if (error.name or '').split('.')[0] != 'configs':
       raise
-    advice = 'what configs/common.py held is in the package: from moejax import variants as common.'
-    sys.exit(_fail(f'--config: {error}; {advice}'))
+    sys.exit(_fail(f'--config: {error}; what config files share is in moejax.variants.'))
   except (AttributeError, KeyError, ValueError) as error:
-    sys.exit(_fail(_explain(error)))
+    sys.exit(_fail(_config_error(error)))
 
 
 def _find_config(argument):
   if not argument.startswith('--config='):
     return argument
-  given, colon, words = argument.removeprefix('--config=').partition(':')
+  given, colon, variants = argument.removeprefix('--config=').partition(':')
   path = pathlib.Path(os.path.expanduser(given))
   bundled = _BUNDLED / path.name
   if not path.exists() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
     path = bundled
   elif not path.exists():
-    known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem not in ('__init__', 'common'))
-    sys.exit(
-      _fail(f'--config={given}: there is no such file; bundled ones are {", ".join(known)}.')
-    )
-  return f'--config={path}{colon}{words}'
+    known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem != '__init__')
+    sys.exit(_fail(f'--config={given}: no such file; bundled files are {", ".join(known)}.'))
+  return f'--config={path}{colon}{variants}'
 
 
-def _explain(error):
-  """One sentence for what a config file does wrong: a field that there is not, or no config."""
+def _config_error(error):
+  """One line about what is wrong in a config file: an unknown field, or no get_config."""
   text = str(error).splitlines()[-1].strip('\'"')
   if text.endswith("no attribute 'get_config"):
     return '--config: the file must have a function get_config(arg=None) that returns a config.'
@@ -310,12 +306,12 @@ def _explain(error):
     return text
   known = re.search(r'Did you mean "(.+?)" instead', text)
   unknown = re.search(r'Key "(.+?)" does not exist', str(error)) or ('', text)
-  advice = f'did you mean {known[1]!r}?' if known else '--help lists those that it has.'
+  advice = f'did you mean {known[1]!r}?' if known else '--help lists all fields.'
   return f'--config: the config has no field {unknown[1]!r}; {advice}'
 
 
 def config_of(arguments):
-  """The ConfigDict that a program with these arguments, `--config=` among them, would run."""
+  """The ConfigDict that a program would run with these arguments, which include `--config=`."""
   from moejax import config  # importing JAX takes seconds
 
   values = flags.FlagValues()
@@ -327,6 +323,6 @@ def config_of(arguments):
   except flags.Error as error:
     raise ValueError(str(error).rpartition('\nValueError: ')[2]) from error
   except (AttributeError, KeyError, ValueError) as error:
-    raise ValueError(_explain(error)) from error
+    raise ValueError(_config_error(error)) from error
   config.set_fields(values.config, overrides)
   return values.config

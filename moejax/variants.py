@@ -1,8 +1,7 @@
 """What the bundled config files share: sizes, variants and training recipes.
 
-Words after the colon of `--config=configs/mot.py:medium,experts=32,debug` choose sizes and variants
-here, before other fields are derived from them; `--config.section.field=value` overrides single
-fields afterwards.
+The variants after the colon of `--config=configs/mot.py:medium,experts=32,debug` apply before other
+fields are derived from them; `--config.section.field=value` overrides single fields afterwards.
 """
 
 import types
@@ -19,8 +18,8 @@ SIZES = {
   'base': (768, 12, 12, 4e-4),
   'large': (1024, 24, 16, 2e-4),
 }
-# The same of the runs behind the scaling laws (arXiv:2402.07871, appendix A), named by the
-# parameters that a token uses. 1B and 3B are of its table 2, which gives no shapes: these are ours.
+# The same for the runs behind the scaling laws (arXiv:2402.07871, appendix A), named by active
+# parameters. 1B and 3B are from table 2, which gives no shapes: these shapes are ours.
 SCALING_SIZES = {
   '3M': (256, 4, 4, 2e-4),
   '6M': (256, 8, 4, 2e-4),
@@ -32,9 +31,9 @@ SCALING_SIZES = {
   '1B': (2048, 20, 16, 2e-4),
   '3B': (3072, 26, 24, 2e-4),
 }
-# Those of the runs that MoE-Mamba was compared with (arXiv:2401.04081, tables 5 and 6):
-# name: d_model, blocks, heads, peak learning rate of Transformers with experts, batch, steps. The
-# smallest is ours: a miniature on the billion tokens of the paper's ablations.
+# The runs that MoE-Mamba is compared with (arXiv:2401.04081, tables 5 and 6):
+# name: d_model, blocks, heads, peak learning rate of Transformer-MoE, batch, steps. 3M is our own
+# miniature, trained on the billion tokens of the paper's ablations.
 MOE_MAMBA_SIZES = {
   '3M': (256, 4, 4, 5e-4, 64, 15_000),
   '25M': (512, 8, 8, 5e-4, 64, 150_000),
@@ -43,52 +42,52 @@ MOE_MAMBA_SIZES = {
 
 
 def parse_arg(arg, sizes=SIZES, **options):
-  """Reads 'medium,experts=32,debug' into a namespace with `size`, `debug` and the given options.
+  """Parses 'medium,experts=32,debug' into a namespace with `size`, `debug` and the given options.
 
   Args:
     arg: the part of --config after the colon, or None.
-    sizes: names that are a size.
-    **options: name=default of further `name=value` words, of the default's type; a word of default
-      False, as `debug`, is true by its name alone. 0 and '' are defaults that nobody can write.
+    sizes: names of the sizes.
+    **options: defaults of further `name=value` variants, which set their type. A variant whose
+      default is False, like `debug`, is given by its name alone. 0 and '' cannot be given.
 
   Raises:
-    ValueError: a word is neither a size nor an option, has no such value, or comes twice.
+    ValueError: a variant is unknown, has an invalid value, or is given twice.
   """
   options = {'debug': False, **options}
   given = {}
-  for word in filter(None, (arg or '').split(',')):
-    name, equals, _ = word.partition('=')
+  for variant in filter(None, (arg or '').split(',')):
+    name, equals, _ = variant.partition('=')
     if name in sizes and not equals:
       name, value = 'size', name
     elif options.get(name) is False and not equals:
       value = True
     elif name in options and options[name] is not False and equals:
-      value = _value(word, type(options[name]))
+      value = _value(variant, type(options[name]))
     else:
       known = [*sizes, *(o if default is False else f'{o}=' for o, default in options.items())]
-      hint = did_you_mean(word, known)
-      raise ValueError(f'--config=...:{word}: not one of {", ".join(known)}{hint}')
+      hint = did_you_mean(variant, known)
+      raise ValueError(f'--config=...:{variant}: not one of {", ".join(known)}{hint}')
     if name in given:
-      raise ValueError(f'--config=...:{word}: {name} is {given[name]} already.')
+      raise ValueError(f'--config=...:{variant}: {name} is already {given[name]}.')
     given[name] = value
   return types.SimpleNamespace(**{'size': 'laptop', **options, **given})
 
 
-def _value(word, kind):
-  """The value of a word name=value: a text that is not empty, or a number from 1."""
-  name, _, text = word.partition('=')
+def _value(variant, kind):
+  """The value of a variant name=value: a non-empty string or a positive integer."""
+  name, _, text = variant.partition('=')
   try:
     value = kind(text)
   except ValueError:
     value = None
   if not value or (kind is int and value < 1):
-    what = {int: 'a whole number from 1', str: 'a text'}[kind]
-    raise ValueError(f'--config=...:{word}: expected {name}=<{what}>, got {text!r}.')
+    what = {int: 'a positive integer', str: 'a string'}[kind]
+    raise ValueError(f'--config=...:{variant}: expected {name}=<{what}>, got {text!r}.')
   return value
 
 
 def sized(name):
-  """The dense model of a size; all but the laptop's follow the papers' runs on C4."""
+  """The dense model of a size; all sizes but `laptop` follow the papers' runs on C4."""
   c = baseline()
   shape = (SIZES | SCALING_SIZES)[name]
   c.model.d_model, blocks, c.model.num_heads, c.optimizer.peak_lr = shape
@@ -108,7 +107,7 @@ def c4(c):
   c.model.positions = 'learned'
   c.model.init_scale = 0.1
   c.model.dtype = 'bfloat16'
-  c.model.document_mask = True  # packed rows; the papers concatenate documents without a mask
+  c.model.document_mask = True  # packed sequences; the papers concatenate documents without a mask
   c.model.loss_chunk = 32
   c.model.remat = 'full'
   c.data.source = 'seqio'
@@ -132,7 +131,7 @@ def scaling_law_run(c):
 
 
 def moe_mamba_run(size):
-  """The dense Transformer in the runs of MoE-Mamba: C4, context 1024, rotary positions."""
+  """The dense Transformer of MoE-Mamba's runs: C4, context 1024, rotary positions."""
   if size == 'laptop':
     return baseline()
   d_model, blocks, heads, peak_lr, batch_size, steps = MOE_MAMBA_SIZES[size]
@@ -150,7 +149,7 @@ def moe_mamba_run(size):
 
 
 def shrink(c):
-  """The same program in seconds: tiny sizes, every code path; corpora to download become stdlib."""
+  """Shrinks a config to run in seconds: tiny sizes, every code path, the stdlib corpus."""
   c.model.d_model, c.model.num_heads, c.model.d_ff = 16, 2, 64
   c.model.blocks = tuple((pattern, min(repeats, 2)) for pattern, repeats in c.model.blocks)
   c.model.loss_chunk = 12

@@ -1,4 +1,4 @@
-"""What every program does alike: flags, errors and their exit codes, help, and what is printed."""
+"""What all programs share: flags, errors and their exit codes, help, and output."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _error_of(source, package='moejax'):
-  """The error of a program text, as if it stood in a package."""
+  """The error that source code raises, as if it were part of a package."""
   try:
     exec(compile(source, 'program', 'exec'), {'__package__': package})
   except BaseException as error:
@@ -30,13 +30,13 @@ with contextlib.suppress(KeyError):
   finally:
     pass
 """
-OF_ANOTHER = """
+FROM_ANOTHER = """
 try:
   int('x')
 except ValueError as error:
   raise ValueError('data.files: no number') from error
 """
-HANDED_ON = """
+RERAISED = """
 try:
   int('x')
 except ValueError:
@@ -50,14 +50,14 @@ except ValueError:
     (_error_of("raise ValueError('steps: too few')"), cli.USAGE, 'error: steps: too few\n'),
     (_error_of("raise ValueError('a\\nb')", 'moejax.data'), cli.USAGE, 'error: a\nerror: b\n'),
     (_error_of(IN_A_WITH), cli.USAGE, 'error: data.files: no such file\n'),
-    (_error_of(OF_ANOTHER), cli.USAGE, 'error: data.files: no number\n'),
+    (_error_of(FROM_ANOTHER), cli.USAGE, 'error: data.files: no number\n'),
     (_error_of("raise RuntimeError('no loss')"), cli.FAILED, 'error: no loss\n'),
     (_error_of("open('/no/such')"), cli.FAILED, 'error: /no/such: No such file or directory\n'),
     (OSError(errno.ENOSPC, 'No space left on device'), cli.FAILED, 'error: No space left on'),
     (KeyboardInterrupt(), cli.INTERRUPTED, 'error: interrupted'),
   ],
 )
-def test_what_people_can_mend_is_one_sentence(capsys, error, code, said):
+def test_user_errors_and_failures_are_one_message(capsys, error, code, said):
   assert cli._exit_code(error) == code
   assert capsys.readouterr().err.startswith(said)
 
@@ -67,14 +67,14 @@ def test_what_people_can_mend_is_one_sentence(capsys, error, code, said):
   [
     _error_of("'é'.encode('ascii')"),  # a ValueError of C code
     _error_of('round(float("nan"))'),
-    _error_of(HANDED_ON),
-    _error_of("raise ValueError('a fault of somebody else')", 'numpy'),
+    _error_of(RERAISED),
+    _error_of("raise ValueError('a bug of numpy')", 'numpy'),
     _error_of("import json; json.loads('{')"),
     _error_of("{}['x']"),
     _error_of("raise OSError('no reason known')", 'other'),
   ],
 )
-def test_faults_keep_their_traceback(error):
+def test_bugs_keep_their_traceback(error):
   with pytest.raises(type(error)):
     cli._exit_code(error)
 
@@ -114,12 +114,12 @@ def test_printing_never_fails(tmp_path):
       assert to_a_full_disk.wait() == 0
 
 
-def test_a_path_is_on_this_machine(monkeypatch):
+def test_a_path_is_local(monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
   assert cli.path('~/my runs/a') == '/home/me/my runs/a'
   assert cli.path('runs/~a') == 'runs/~a'
   for text in ('gs://bucket/run', 's3://bucket'):
-    with pytest.raises(ValueError, match=f'expected a path on this machine, got {text}. Mount'):
+    with pytest.raises(ValueError, match=f'expected a local path, got {text}. Mount'):
       cli.path(text)
   with pytest.raises(ValueError, match='expected a path, got nothing'):
     cli.path('')

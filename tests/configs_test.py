@@ -1,4 +1,4 @@
-"""Every config file through the real entry point, and what it says about mistakes."""
+"""Every config file through the real entry point, and its error messages."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from moejax import metrics, model, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'run')
 )
 
 
@@ -79,21 +79,21 @@ def test_a_run_resumes_evaluates_and_generates_in_a_fresh_process(name, trained,
   'args, message',
   [
     (['--config=configs/mot.py:mediun'], "did you mean 'medium'?"),
-    (['--config=configs/mot.py:experts=x'], 'expected experts=<a whole number from 1>'),
-    (['--config=configs/nothing.py'], 'there is no such file; bundled ones are dense.py'),
+    (['--config=configs/mot.py:experts=x'], 'expected experts=<a positive integer>'),
+    (['--config=configs/nothing.py'], 'nothing.py: no such file; bundled files are dense.py'),
     (['--config.model.num_head=3'], "no such field; did you mean 'model.num_heads'?"),
     (['--config.model.mot.qqq=1'], 'mot.qqq: the config has no such field.'),
     (['--config.model.d_model=abc'], "--config.model.d_model must be an integer, got 'abc'"),
     (['--config.model.final_norm=maybe'], "final_norm must be True or False, got 'maybe'"),
     (['--config.train.seed=4294967296'], '--config.train.seed must be at least 0 and at most'),
     (['train'], "unexpected argument 'train'"),
-    (['--config=configs/mot.py:debug', '--workdir=gs://bucket/run'], 'expected a path on this'),
+    (['--config=configs/mot.py:debug', '--workdir=gs://bucket/run'], 'expected a local path'),
     (['--config=configs/mot.py:debug', '--process_id=1'], '--coordinator_address and --num_proc'),
     (['--config=configs/mot.py:debug', '--config.mesh.data=3'], 'does not fit'),
     (['--config=configs/mot.py:debug', '--workdir=/proc/none'], 'workdir'),
   ],
 )
-def test_mistakes_get_one_clear_line(args, message, tmp_path):
+def test_user_errors_are_one_clear_line(args, message, tmp_path):
   result = _moejax(*args, cwd=tmp_path)
   assert result.returncode != 0
   assert message in result.stderr
@@ -102,7 +102,7 @@ def test_mistakes_get_one_clear_line(args, message, tmp_path):
 
 
 @pytest.mark.heavy
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
   args = ['--config=configs/dense.py:debug', f'--workdir={tmp_path}', '--config.train.steps=100000']
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
   environment['XLA_FLAGS'] = ''  # this run is compiled as users compile
@@ -137,7 +137,7 @@ def test_help_and_print_config_do_not_train(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_names_become_sizes():
+def test_sizes_of_the_mot_paper():
   c = mot.get_config('medium,experts=32,mixtures=16')
   assert (c.model.mot.num_experts, c.model.mot.group_size) == (512, 32)
   assert c.model.blocks == ((('attention', 'mlp'), 4), (('attention', 'mot'), 4))
@@ -154,16 +154,16 @@ MOE_MAMBA = [
 
 
 @pytest.mark.parametrize('size', ['debug', '3M', '25M', '100M'])
-@pytest.mark.parametrize('words', MOE_MAMBA)
-def test_variants_of_moe_mamba(words, size):
-  c = moe_mamba.get_config(f'{size},{words}')
+@pytest.mark.parametrize('variants', MOE_MAMBA)
+def test_variants_of_moe_mamba(variants, size):
+  c = moe_mamba.get_config(f'{size},{variants}')
   model.ModelConfig(**c.model.to_dict() | {'vocab_size': 259, 'max_length': c.data.sequence_length})
   assert c.model.positions == 'none' and c.model.moe.balance_loss == 0.01
   if size != 'debug':
     assert c.model.moe.capacity_factor == 1
 
 
-def test_the_names_of_moe_mamba_become_sizes():
+def test_sizes_of_the_moe_mamba_paper():
   c = moe_mamba.get_config('25M')
   assert c.model.blocks == ((('mamba', 'moe'), 8),)
   assert (c.model.d_ff, c.model.moe.expansion_rate, c.optimizer.peak_lr) == (1536, 42, 5e-4)
@@ -180,42 +180,42 @@ def test_the_names_of_moe_mamba_become_sizes():
 
 
 @pytest.mark.parametrize(
-  ('words', 'message'),
+  ('variants', 'message'),
   [
     ('ratio=4x3', 'expected MAMBAxEXPERT'),
     ('ratio=6x0', 'expected MAMBAxEXPERT'),
     ('ratio=2', 'expected MAMBAxEXPERT'),
     ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
     ('inner=conv,parallel', 'inner= has no Switch layers'),
-    ('every_other', 'every_other is of experts inside of Mamba'),
-    ('inner=', "expected inner=<a text>, got ''"),
+    ('every_other', 'every_other needs experts inside Mamba'),
+    ('inner=', "expected inner=<a string>, got ''"),
     ('paralel', "did you mean 'parallel'?"),
     ('parallel=1', "did you mean 'parallel'?"),
   ],
 )
-def test_mistakes_in_the_words_of_moe_mamba(words, message):
+def test_bad_variants_of_moe_mamba(variants, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    moe_mamba.get_config(words)
+    moe_mamba.get_config(variants)
 
 
 @pytest.mark.parametrize(
-  ('module', 'words', 'message'),
+  ('module', 'variants', 'message'),
   [
-    (fine_grained, 'granularity=0', "granularity=<a whole number from 1>, got '0'"),
-    (fine_grained, 'expansion_rate=-1', "expansion_rate=<a whole number from 1>, got '-1'"),
-    (mot, 'experts=0', "experts=<a whole number from 1>, got '0'"),
-    (mot, 'mixtures=1.5', "mixtures=<a whole number from 1>, got '1.5'"),
-    (mot, 'experts=4,experts=8', 'experts=8: experts is 4 already'),
-    (mot, 'small,experts=4,medium', 'medium: size is small already'),
-    (moe_config, 'top_k=0', "top_k=<a whole number from 1>, got '0'"),
+    (fine_grained, 'granularity=0', "granularity=<a positive integer>, got '0'"),
+    (fine_grained, 'expansion_rate=-1', "expansion_rate=<a positive integer>, got '-1'"),
+    (mot, 'experts=0', "experts=<a positive integer>, got '0'"),
+    (mot, 'mixtures=1.5', "mixtures=<a positive integer>, got '1.5'"),
+    (mot, 'experts=4,experts=8', 'experts=8: experts is already 4'),
+    (mot, 'small,experts=4,medium', 'medium: size is already small'),
+    (moe_config, 'top_k=0', "top_k=<a positive integer>, got '0'"),
     (moe_config, 'dense,experts=4', 'dense has no experts'),
   ],
 )
-def test_no_word_silently_means_something_else(module, words, message):
+def test_bad_variants_are_rejected(module, variants, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    module.get_config(words)
+    module.get_config(variants)
 
 
-def test_unknown_words_are_refused():
+def test_unknown_variants_are_rejected():
   with pytest.raises(ValueError, match="did you mean 'experts='"):
     variants.parse_arg('expert=3', experts=1)

@@ -167,7 +167,7 @@ def test_every_program_has_help_and_refuses_a_bucket(go):
     for name in paths:
       others = [f'--{other}=x' for other in paths if other != name]
       code, output = go(*program.split(), *others, f'--{name}=gs://bucket/x')
-      assert code == 2 and 'expected a path on this machine' in output, f'{program}: {output}'
+      assert code == 2 and 'expected a local path' in output, f'{program}: {output}'
   code, output = go('evaluate')
   assert code == 2 and output.startswith('error: --workdir is required: Folder of the run')
 

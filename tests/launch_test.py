@@ -1,4 +1,4 @@
-"""The launchers against a cloud and a cluster that record their orders, and fail on demand."""
+"""The launchers against a fake cloud and cluster, which record calls and fail on demand."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck():
   assert len(SCRIPTS) == 3
   command = ['shellcheck', *map(str, SCRIPTS)]
   done = subprocess.run(command, capture_output=True, text=True)
@@ -95,7 +95,7 @@ def _verbs(calls):
   return [verb for verb, *_ in calls if verb != 'describe']
 
 
-def test_a_slice_is_made_used_and_deleted(tpu_run):
+def test_a_slice_is_created_used_and_deleted(tpu_run):
   states = ['NONE', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
   done, calls = tpu_run(*RUN, '--spot', '--project=p', describe=states)
   assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_a_slice_is_made_used_and_deleted(tpu_run):
   assert command.endswith('--config=configs/mot.py:base --workdir=gs://bucket/mot')
 
 
-def test_a_mistake_in_the_config_is_found_before_the_slice_is_asked_for(tpu_run):
+def test_a_config_error_is_found_before_the_slice_is_created(tpu_run):
   done, calls = tpu_run(*RUN, '--config=configs/mot.py:bsae')
   assert (done.returncode, calls) == (2, [])
   assert done.stderr == 'error: not one of small, base\n'
@@ -126,7 +126,7 @@ def test_help(tpu_run, flags):
   assert done.stdout.endswith('usage or config error.\n')
 
 
-def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tpu_run):
+def test_a_preempted_slice_is_recreated_and_the_run_resumes(tpu_run):
   states = ['ACTIVE', 'SUSPENDED', 'SUSPENDED', 'NONE', 'ACTIVE']
   done, calls = tpu_run(*RUN, describe=states, follow=[255, 0])
   assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tpu_run):
   assert _verbs(calls) == [*attempt, 'delete', 'create', *attempt, 'delete']
 
 
-def test_an_interrupted_run_goes_on_where_it_is_without_end(tpu_run):
+def test_an_interrupted_run_resumes_on_the_same_slice_any_number_of_times(tpu_run):
   done, calls = tpu_run(*RUN, describe=['ACTIVE'], follow=[75] * 5 + [0])
   assert done.returncode == 0, done.stderr
   assert _verbs(calls)[:6] == ['scp', 'install', 'start', 'follow', 'stop', 'start']
@@ -147,7 +147,7 @@ def test_a_broken_connection_does_not_end_the_run(tpu_run):
   assert _verbs(calls) == ['scp', 'install', 'start', 'follow', 'start', 'follow', 'delete']
 
 
-def test_what_fails_once_is_done_again(tpu_run):
+def test_what_fails_once_is_retried(tpu_run):
   fails = {verb: [1, 0] for verb in ('create', 'scp', 'start')}
   states = ['BROKEN', 'NONE', 'NONE', 'ACTIVE']
   done, calls = tpu_run(*RUN, '--max_failures=4', describe=states, **fails)
@@ -157,7 +157,7 @@ def test_what_fails_once_is_done_again(tpu_run):
 
 
 @pytest.mark.parametrize('failing', ['create', 'install', 'start', 'follow'])
-def test_what_fails_again_and_again_is_given_up(tpu_run, failing):
+def test_what_keeps_failing_is_given_up(tpu_run, failing):
   state = 'NONE' if failing == 'create' else 'ACTIVE'
   done, calls = tpu_run(*RUN, '--max_failures=2', describe=[state], **{failing: [1]})
   assert done.returncode == 1
@@ -172,11 +172,11 @@ def test_a_config_error_stops_at_once(tpu_run):
   assert _verbs(calls) == ['scp', 'install', 'start', 'follow', 'delete']
 
 
-def test_keep_and_a_failing_delete_are_said(tpu_run):
+def test_keep_and_a_failing_delete_are_reported(tpu_run):
   done, calls = tpu_run(*RUN, '--keep', describe=['ACTIVE'])
   assert done.returncode == 0 and 'delete' not in _verbs(calls) and 'costs' in done.stderr
   done, _ = tpu_run(*RUN, describe=['ACTIVE'], delete=[1])
-  assert done.returncode == 0 and 'do it by hand' in done.stderr
+  assert done.returncode == 0 and 'delete it by hand' in done.stderr
 
 
 def test_following_and_deleting_by_hand(tpu_run):
@@ -210,7 +210,7 @@ def test_dry_run_prints_every_command_and_calls_nothing(tpu_run):
     (('stop', *RUN), "expected run, logs or delete, got 'stop'"),
   ],
 )
-def test_mistakes_get_one_line(tpu_run, flags, message):
+def test_usage_errors_are_one_line(tpu_run, flags, message):
   done, calls = tpu_run(*flags)
   assert done.returncode == 2 and not calls
   assert message in done.stderr and len(done.stderr.splitlines()) == 1
@@ -251,7 +251,7 @@ def host(tmp_path):
 
 
 @pytest.mark.parametrize('code', [0, 2, 75])
-def test_a_host_runs_once_and_hands_on_the_code(host, code):
+def test_a_host_runs_once_and_passes_on_the_exit_code(host, code):
   flags = ['--workdir=gs://bucket/a b', '--config.data.tfds_data_dir=gs://other/tfds']
   for _ in range(2):  # gcloud may repeat a command
     assert host('start', *flags).returncode == 0
@@ -283,7 +283,7 @@ def test_buckets_anywhere_in_a_flag_become_folders(host):
   assert [line.split()[-2] for line in mounts] == ['one', 'two', 'one']
 
 
-def test_a_host_kills_what_is_left(host):
+def test_a_host_kills_the_run(host):
   host('start')
   pid = int((host.home / 'moejax-run' / 'pid').read_text())
   assert host('stop').returncode == 0
@@ -321,7 +321,7 @@ def sbatch(tmp_path):
   return go
 
 
-def test_slurm_requeues_what_can_go_on_and_nothing_else(sbatch):
+def test_slurm_requeues_what_can_resume_and_nothing_else(sbatch):
   flags = ['--config=configs/mot.py:base', '--workdir=/shared/a b']
   assert sbatch(0, *flags) == (0, False)
   words = (sbatch.folder / 'srun.args').read_text().splitlines()
@@ -333,7 +333,7 @@ def test_slurm_requeues_what_can_go_on_and_nothing_else(sbatch):
   assert not list(sbatch.folder.glob('*.failures'))
 
 
-def test_slurm_gives_one_gpu_to_a_task_and_time_to_save():
+def test_slurm_gives_each_task_one_gpu_and_time_to_save():
   options = dict(
     re.findall(r'^#SBATCH --([a-z-]+)=(\S+)', (LAUNCH / 'slurm.sbatch').read_text(), re.M)
   )

@@ -1,4 +1,4 @@
-"""What is installed: one package, which has the config files inside and needs no checkout."""
+"""What is installed: one package, which includes the config files and needs no checkout."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-  """A folder as site-packages is after an installation."""
+  """A folder like site-packages after an installation."""
   folder = tmp_path_factory.mktemp('installed')
   command = [sys.executable, '-W', 'ignore', 'setup.py', '-q', 'build_py', f'--build-lib={folder}']
   subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -50,7 +50,7 @@ def test_bundled_configs_are_found_without_a_checkout(main, config):
 
 def test_a_file_of_that_name_elsewhere_is_not_the_bundled_one(main):
   failed = main('--config=my/mot.py', '--print_config')
-  assert failed.returncode == 2 and '--config=my/mot.py: there is no such file' in failed.stderr
+  assert failed.returncode == 2 and '--config=my/mot.py: no such file' in failed.stderr
 
 
 def test_a_users_own_file_needs_the_package_only(main, tmp_path):
@@ -65,7 +65,7 @@ def test_a_users_own_file_needs_the_package_only(main, tmp_path):
   failed = main('--config=mine.py')
   assert failed.returncode == 2 and failed.stderr.count('\n') == 1
   assert failed.stderr.startswith("error: --config: cannot import name 'older' from 'configs'")
-  assert failed.stderr.endswith('from moejax import variants as common.\n')
+  assert failed.stderr.endswith('; what config files share is in moejax.variants.\n')
   mine.write_text('')
   failed = main('--config=mine.py')
   assert failed.returncode == 2

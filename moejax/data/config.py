@@ -45,8 +45,8 @@ class DataConfig(Section):
     for name in ('files', 'tokenizer'):
       if '://' in getattr(self, name):
         yield (
-          f'data.{name}: expected a path on this machine, got {getattr(self, name)!r}. Mount the '
-          'bucket, as launch/tpu_run.sh does (docs/launch.md says how).'
+          f'data.{name}: expected a local path, got {getattr(self, name)!r}. Mount the bucket, as '
+          'launch/tpu_run.sh does (see docs/launch.md).'
         )
     if self.source == 'jsonl' and not self.field:
       yield 'data.field: expected the name of the JSON field that holds the text.'

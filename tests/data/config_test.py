@@ -15,7 +15,7 @@ import pytest
     ({'source': 'seqio'}, r'data\.task'),
     ({'tokenizer': ''}, r'data\.tokenizer'),
     ({'tokenizer': 'gpt2:gs://b/gpt2'}, r"data\.tokenizer: .*got 'gpt2:gs://b/gpt2'\. Mount the"),
-    ({'source': 'text', 'files': 's3://b/*.txt'}, r'data\.files: expected a path on this machine'),
+    ({'source': 'text', 'files': 's3://b/*.txt'}, r'data\.files: expected a local path'),
     ({'sequence_length': 0}, r'data\.sequence_length must be at least 1, got 0'),
     ({'batch_size': -1}, r'data\.batch_size must be at least 1, got -1'),
     ({'seed': -1}, r'data\.seed must be at least 0'),

@@ -1,3 +1,0 @@
-"""Where moejax.variants was before; for config files that import it from here."""
-
-from moejax.variants import *  # noqa: F403
