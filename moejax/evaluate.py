@@ -56,8 +56,8 @@ def decoding(model_config, mode, group_size=0):
   mixing = [sublayer for sublayer in model_config.used if sublayer.mixes]
   if not mixing:
     raise ValueError(
-      f'mode {mode}: no layer of this model mixes sequences (mot, or moe with expert_choice), so '
-      'there is one way to use it. Leave out the mode and the group size.'
+      f'mode {mode}: no layer of this model mixes sequences, so there is one way to use it. Leave '
+      'out the mode and the group size.'
     )
   changes = {}
   for sublayer in mixing:

@@ -153,34 +153,16 @@ class ModelConfig(Section):
     """Whether any sublayer is of this kind, or made of it."""
     return any(isinstance(sublayer, SUBLAYERS[kind]) for sublayer in self.used)
 
-  @property
-  def groups(self):
-    """Field -> how many consecutive sequences a microbatch must be cut into."""
-    return _union(sublayer.groups for sublayer in self.used)
-
-  @property
-  def whole_groups(self):
-    """Of `groups`, the fields whose sequences must lie on one device."""
-    return _union(sublayer.whole_groups for sublayer in self.used)
-
-  @property
-  def experts(self):
-    """Field -> number of experts, for mesh axis `expert` to divide."""
-    return _union(sublayer.experts for sublayer in self.used)
-
-  @property
-  def widths(self):
-    """What mesh axis `tensor` has to divide, and the fields it comes from -> how many there are."""
-    return _union(sublayer.widths for sublayer in self.used)
-
-  @property
-  def mixed_sequences(self):
-    """How many sequences influence each other at equal positions, in decoding too; 1 if none."""
-    return math.lcm(*(sublayer.mixed_sequences for sublayer in self.used))
+  # What all sublayers in use answer together; `layers.sublayer.Sublayer` says what it means.
+  groups = property(lambda self: _union(sublayer.groups for sublayer in self.used))
+  whole_groups = property(lambda self: _union(sublayer.whole_groups for sublayer in self.used))
+  experts = property(lambda self: _union(sublayer.experts for sublayer in self.used))
+  widths = property(lambda self: _union(sublayer.widths for sublayer in self.used))
+  mixed_sequences = property(lambda self: math.lcm(*(s.mixed_sequences for s in self.used)))
 
   def leaks(self):
-    """Whether a token sees later positions."""
-    return any(sublayer.leaks() for sublayer in self.used)
+    """How a token sees later positions, as a sentence; '' if it does not."""
+    return ' '.join(filter(None, (sublayer.leaks() for sublayer in self.used)))
 
   def dropless(self):
     """The same model without dropped tokens, or None if it drops none."""

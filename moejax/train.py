@@ -141,10 +141,7 @@ def prepare(config, workdir):
   with tempfile.TemporaryDirectory() as folder:
     loader.save(pathlib.Path(folder))  # what cannot be saved is found out before training
   if stages.model.leaks():
-    print(
-      'warning: model.moe.group_by = sequence with expert_choice lets tokens see the future: the '
-      'loss is too good, and generation does not reach it. model.moe.group_by = position is causal.'
-    )
+    print(f'warning: {stages.model.leaks()}')
   return Run(config, stages, mesh, workdir, loader, eval_loader)
 
 

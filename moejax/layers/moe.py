@@ -447,7 +447,12 @@ class MoESublayer(Sublayer):
     return self.config.moe.group_size if self.mixes else 1
 
   def leaks(self):
-    return self.config.moe.leaks()
+    moe = self.config.moe
+    sentence = (
+      f'model.moe.group_by = sequence with {moe.router} lets tokens see the future: the loss is '
+      'too good, and generation does not reach it. model.moe.group_by = position is causal.'
+    )
+    return sentence if moe.leaks() else ''
 
   def dropless(self):
     moe = self.config.moe

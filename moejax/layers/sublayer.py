@@ -32,7 +32,12 @@ class Sublayer:
   """
 
   made_of = ()  # further kinds whose answers are this one's as well
-  mixes = False  # whether sequences of a group influence each other at equal positions
+  groups = {}  # field -> how many consecutive sequences a microbatch must be cut into
+  whole_groups = {}  # of these, the fields whose sequences must lie on one device
+  experts = {}  # field -> number of experts, for mesh axis `expert` to divide
+  widths = {}  # what mesh axis `tensor` has to divide, and the fields it comes from -> how many
+  mixes = False  # whether sequences of a group influence each other at equal positions,
+  mixed_sequences = 1  # and how many do, in decoding too
 
   def __init__(self, config):
     self.config = config
@@ -49,34 +54,9 @@ class Sublayer:
     """Yields one sentence for every combination of values that cannot work."""
     return ()
 
-  @property
-  def groups(self):
-    """Field -> how many consecutive sequences a microbatch must be cut into."""
-    return {}
-
-  @property
-  def whole_groups(self):
-    """Of `groups`, the fields whose sequences must lie on one device."""
-    return {}
-
-  @property
-  def experts(self):
-    """Field -> number of experts, for mesh axis `expert` to divide."""
-    return {}
-
-  @property
-  def widths(self):
-    """What mesh axis `tensor` has to divide, and the fields it comes from -> how many there are."""
-    return {}
-
-  @property
-  def mixed_sequences(self):
-    """How many sequences influence each other at equal positions, in decoding too; 1 if none."""
-    return 1
-
   def leaks(self):
-    """Whether a token sees later positions."""
-    return False
+    """How a token sees later positions, as a sentence; '' if it does not."""
+    return ''
 
   def dropless(self):
     """Sections of the model config without dropped tokens, by name; {} if there are none."""

@@ -14,12 +14,12 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
 
   Args:
     x_BLD: final activations, any float dtype.
-    head_DV: output projection; the product accumulates in float32.
+    head_DV: output projection; the product accumulates in float32 at least.
     targets_BL: int32 ids in [0, V).
     weights_BL: float32, 1 where a position counts and 0 where it does not.
 
   Returns:
-    A float32 scalar: sum over positions of weight * -log softmax(x @ head)[target].
+    A scalar, float32 at least: sum over positions of weight * -log softmax(x @ head)[target].
   """
   logits_BLV = _logits(x_BLD, head_DV)
   target_logit_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
@@ -54,7 +54,7 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
 
 @jax.custom_vjp
 def _nats(x_BLD, head_DV, targets_BL):
-  """-log softmax(x @ head)[target] of every position, float32; logits are not kept."""
+  """-log softmax(x @ head)[target] of every position, float32 at least; logits are not kept."""
   return _nats_forward(x_BLD, head_DV, targets_BL)[0]
 
 
