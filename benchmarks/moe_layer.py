@@ -1,28 +1,28 @@
-"""Sparse layers against a dense feed-forward layer of the same active FLOPs, forward + backward.
+"""MoE layers compared with a dense layer of the same active FLOPs, forward + backward.
 
-  python benchmarks/moe_layer.py                      all cases for the default device
+  python benchmarks/moe_layer.py                      all cases of the default device
   python benchmarks/moe_layer.py --only=32x8 --rounds=15
 
-All programs of a case run in turn, in a new order every round; a ratio is the median over rounds
-of the ratios within a round, so that a busy machine disturbs it little. --clock=cpu counts seconds
-of CPU time, for a machine with other work: it leaves out how well the work spreads over cores.
+All programs of a case run once per round, in random order; a ratio is the median over rounds of
+the ratios within a round, which is robust on a busy machine. --clock=cpu counts CPU time, for a
+machine with other load: it ignores how well the work is parallelized.
 
 Floor. T tokens of width D, each sent to k of E experts of width F; the dense layer has width k * F.
-  FLOPs    dense: 12 T D k F. Sparse: the same, and the router's three products, 6 T D E, which
-           makes 1 + E / (2 k F) of the dense layer: 1.00 for 8x1, 1.02 for 32x8, 1.25 for 512x8,
-           2.00 for expert choice at G=32 (for which the target counts the router twice).
-           Slots that nobody takes, and blocks of rows that an expert does not fill, come on top.
+  FLOPs    dense: 12 T D k F. Sparse: the same plus the router's three matmuls, 6 T D E, a total of
+           1 + E / (2 k F) times the dense layer: 1.00 for 8x1, 1.02 for 32x8, 1.25 for 512x8, 2.00
+           for expert choice at G=32 (for which the target counts the router twice).
+           Empty slots and partially filled tiles are not included.
   numbers  x, dy read, y, dx written: 4 T D. Hidden activations written and read: 2 T k F. Weights
-           of all experts read in both directions, their gradients written: 6 D E F. Rows of x
-           gathered in both directions and of dy in one, rows added to y and to dx (read, written):
-           7 T k D. Logits written and read in both directions: 4 T E.
+           of all experts read in both directions, their gradients written: 6 D E F. Tokens of x
+           gathered in both directions and of dy in one, outputs added to y and to dx (read,
+           written): 7 T k D. Logits written and read in both directions: 4 T E.
 The floor of a ratio is the larger of its FLOPs at the speed of the dense layer and of its bytes at
-the speed of a copy to new memory, both measured in the same rounds. Two things that the floor
-leaves out matter for fine experts on a CPU. A product with few rows is slower than a large one: at
-64 rows of width 256 by 128, to about 3/4 forward and 1/2 and less backward. And the pages of the
-weights' gradients (134 MB for 512x8) are new in every run, which no product overlaps with.
+the speed of a copy to new memory, both measured in the same rounds. It omits two costs of fine
+experts on a CPU. Small matmuls are slower than large ones: 64 tokens of width 256 by 128 reach
+about 3/4 of the speed forward and at most 1/2 backward. And the pages of the weights' gradients
+(134 MB for 512x8) are allocated anew in every run, which no matmul overlaps with.
 
-`move` is gather and addition of rows with the experts left out, `experts` the rest of the layer.
+`move` is dispatch and combine without the experts, `experts` the rest of the layer.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from absl import app, flags
 
 from moejax.ops import dispatch, expert_loop, routing
 
-_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of measurements.', lower_bound=1)
-_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Which seconds to count.')
-_ONLY = flags.DEFINE_string('only', '', 'Cases whose name contains this.')
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Measurement rounds.', lower_bound=1)
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Clock: wall or CPU seconds.')
+_ONLY = flags.DEFINE_string('only', '', 'Run the cases whose names contain this.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One sparse layer. Token choice, or expert choice where `group` is given."""
+  """One MoE layer: token choice, or expert choice if `group` is set."""
 
   name: str
   num_experts: int
@@ -54,7 +54,7 @@ class Case:
   target: str
   factor: float | None = None  # capacity factor; None is dropless
   ragged: bool = True
-  loop: bool = True  # dispatch, experts and combine in one loop, or in three steps
+  loop: bool = True  # dispatch, experts and combine fused in one loop, or separate
   group: int | None = None
   tokens: int = 4096
   d_model: int = 256
@@ -131,10 +131,10 @@ def experts(case, x_TD, plan, *w):
 def move(case, x_TD, plan):
   """Dispatch and combine without experts."""
   if case.loop:
-    nothing = jnp.zeros((case.num_experts, 0), x_TD.dtype)
-    return expert_loop.map_experts(_MOVE_ONLY, x_TD, plan, nothing)
-  rows = dispatch.dispatch(x_TD, plan)
-  return dispatch.combine(rows * plan.weight[..., None].astype(rows.dtype), plan)
+    no_weights = jnp.zeros((case.num_experts, 0), x_TD.dtype)
+    return expert_loop.map_experts(_MOVE_ONLY, x_TD, plan, no_weights)
+  x_ECD = dispatch.dispatch(x_TD, plan)
+  return dispatch.combine(x_ECD * plan.weight[..., None].astype(x_ECD.dtype), plan)
 
 
 def sparse(case, x_TD, router_DE, *w):
@@ -142,7 +142,7 @@ def sparse(case, x_TD, router_DE, *w):
 
 
 class Program:
-  """A function, compiled together with its gradient by all float arguments."""
+  """A function compiled together with its gradient with respect to all float arguments."""
 
   def __init__(self, function, *args):
     @jax.jit
@@ -172,7 +172,7 @@ class Program:
 
 
 def measure(programs, rounds):
-  """{name: seconds of every round}."""
+  """Seconds of every round, by name."""
   times = {name: [] for name in programs}
   for _ in range(rounds):
     for name in random.sample(list(programs), len(programs)):
@@ -181,12 +181,12 @@ def measure(programs, rounds):
 
 
 def median_ratio(times, others):
-  """Of the ratios within each round."""
+  """The median of the ratios within each round."""
   return statistics.median(t / o for t, o in zip(times, others, strict=True))
 
 
 def floor(case, dense_seconds, bytes_per_second):
-  """The least time over that of the dense layer, as the header says."""
+  """The least possible ratio to the dense layer; see the module docstring."""
   T, D, E, F, k = case.tokens, case.d_model, case.num_experts, case.width, case.k
   flops_ratio = 1 + E / (2 * k * F)
   numbers = 7 * T * k * D + 4 * T * E + 2 * T * k * F + 6 * D * E * F
@@ -203,7 +203,7 @@ def programs_of(case):
   w = normal(E, D, F), normal(E, F, D)
   logits_TE = routing.router_logits(x_TD, router_DE)
   plan = jax.jit(functools.partial(route, case))(logits_TE)
-  copied = jnp.zeros(1 << 24, jnp.float32)  # 64 MiB: no cache holds it
+  copied = jnp.zeros(1 << 24, jnp.float32)  # 64 MiB: larger than any cache
   return {
     'dense': Program(dense, x_TD, normal(D, case.k * F), normal(case.k * F, D)),
     'sparse': Program(functools.partial(sparse, case), x_TD, router_DE, *w),
@@ -220,7 +220,7 @@ def report(case, rounds):
   times = measure(programs, rounds)
 
   dense_seconds = statistics.median(times['dense'])
-  # A negation and its gradient: each reads one such array and writes one.
+  # A negation and its gradient: each reads and writes one such array.
   bytes_per_second = 4 * copied_bytes / statistics.median(times['copy'])
   ratio = {name: median_ratio(times[name], times['dense']) for name in programs}
   least = floor(case, dense_seconds, bytes_per_second)

@@ -1,4 +1,4 @@
-"""Mixture of Tokens against a dense feed-forward layer of the same FLOPs, forward + backward.
+"""Mixture of Tokens compared with a dense layer of the same FLOPs, forward + backward.
 
   python benchmarks/mot_layer.py                      all cases
   python benchmarks/mot_layer.py --only=d256 --rounds=15 --clock=cpu
@@ -6,21 +6,21 @@
 Programs and ratios as in benchmarks/moe_layer.py.
 
 Floor. T tokens of width D in groups of M, E experts of width F = 4 D M / E, C = T / M mixtures for
-each expert; the dense layer has width 4 D and as many FLOPs as the experts, 48 T D^2. On top come
-three products of 6 T D E each, and the floor is the time of the dense layer plus that of these
-products, measured as plain ones in the same rounds:
+each expert; the dense layer has width 4 D and the FLOPs of the experts, 48 T D^2. The layer adds
+three matmuls of 6 T D E each; the floor is the time of the dense layer plus that of these matmuls,
+measured separately in the same rounds:
   controller  [T, D] by [D, E]
   merge       C times [E, M] by [M, D]
   emit        C times [M, E] by [E, D]
-The target is 1.15 of it. Softmax, sums over groups and every change of layout come on top, and so
-does what distinguishes many small experts from one layer, column `experts`: the experts given their
+The target is 1.15 times the floor. It omits softmax, sums over groups, layout changes and the cost
+of many small experts over one layer. Column `experts` is that cost: the experts applied to their
 mixtures, over the dense layer. For E > M they read and write E / M times the numbers: mixtures and
-outputs are E C D = T D E / M each, which is written and read several times in both directions.
+outputs have E C D = T D E / M each, written and read several times in both directions.
 """
 
 import jax
 import jax.numpy as jnp
-import moe_layer  # beside this file
+import moe_layer  # in this folder
 from absl import app, flags
 from flax import nnx
 from moe_layer import Program, measure
@@ -28,7 +28,7 @@ from moe_layer import Program, measure
 from moejax.layers import common, mot
 
 TOKENS, LENGTH, M = 4096, 64, 32
-_EXPERTS = flags.DEFINE_multi_integer('experts', [32, 64, 128, 256, 512, 1024], 'Numbers of them.')
+_EXPERTS = flags.DEFINE_multi_integer('experts', [32, 64, 128, 256, 512, 1024], 'To measure.')
 
 
 def programs_of(D, E):
@@ -64,14 +64,14 @@ def programs_of(D, E):
 def report(name, D, E, rounds):
   programs = programs_of(D, E)
   times = measure(programs, rounds)
-  products = ('controller', 'merge', 'emit')
-  floors = [sum(parts) for parts in zip(times['dense'], *(times[p] for p in products), strict=True)]
+  matmuls = ('controller', 'merge', 'emit')
+  floors = [sum(parts) for parts in zip(times['dense'], *(times[m] for m in matmuls), strict=True)]
   over_floor = moe_layer.median_ratio(times['mot'], floors)
   over_dense = {name: moe_layer.median_ratio(t, times['dense']) for name, t in times.items()}
-  parts = (*products, 'experts', 'mot')
+  columns = (*matmuls, 'experts', 'mot')
   print(
     f'{name:<12}{over_floor:7.2f}'
-    + ''.join(f'{over_dense[part]:11.2f}' for part in parts)
+    + ''.join(f'{over_dense[name]:11.2f}' for name in columns)
     + f'{programs["mot"].temporary / 2**20:7.0f}',
     flush=True,
   )

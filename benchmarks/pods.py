@@ -1,10 +1,10 @@
-"""Compiles the papers' models for TPU slices that are not here, and writes docs/pods.md.
+"""Compiles the papers' models for TPU slices ahead of time, and writes docs/pods.md.
 
-python benchmarks/pods.py              all that docs/pods.json does not hold; hours of compiling
-python benchmarks/pods.py --only=mot   those whose name holds this
-python benchmarks/pods.py --write      the page anew from docs/pods.json
+python benchmarks/pods.py              all rows missing from docs/pods.json; hours of compiling
+python benchmarks/pods.py --only=MoT   only those with this text in their keys
+python benchmarks/pods.py --write      only regenerate the tables from docs/pods.json
 
-Needs the extra tpu-aot. Every row is a run of moejax.aot; docs/pods.json has its command.
+Needs the extra tpu-aot. Every row is a run of moejax.aot, whose command is in docs/pods.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / 'docs' / 'pods.json'
 _PAGE = _ROOT / 'docs' / 'pods.md'
 
-# Configurations of the papers, and the slices of v5e that are tried for each, smallest first.
+# Configurations of the papers.
 PAPERS = {
   'dense medium': 'dense.py:medium',
   'dense base': 'dense.py:base',
@@ -43,9 +43,10 @@ PAPERS = {
   'Transformer-MoE 100M': 'moe.py:100M',
 }
 _WRITING = threading.Lock()
+# Slices to try for each, smallest first.
 _V5E = ('v5e-1', 'v5e-4', 'v5e-8', 'v5e-16', 'v5e-32', 'v5e-64')
 
-# On larger slices.
+# Configurations and slices of the larger runs.
 SLICES = ('v5e-16', 'v5e-256', 'v5p-128', 'v4-512')
 LARGE = {
   'MoT-Base 32E/1': 'mot.py:base,experts=32',
@@ -57,7 +58,7 @@ LARGE = {
   },
 }
 
-# The same work per chip on more and more of them: batch per chip, mesh but for data.
+# Weak scaling: batch per chip, mesh without data.
 WEAK = {
   'MoT-Base 32E/1, fsdp 8': ('mot.py:base,experts=32', 64, {'fsdp': 8}),
   'MoE-Mamba 100M, expert 2, fsdp 4': ('moe_mamba.py:100M', 32, {'fsdp': 4, 'expert': 2}),
@@ -67,7 +68,7 @@ WEAK_CHIPS = (8, 16, 32, 64, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One run of the compiler."""
+  """One run of moejax.aot."""
 
   table: str
   name: str
@@ -111,7 +112,7 @@ def _rows():
 
 
 def _run_until_one_fits(rows, results):
-  """Adds the reports of rows to results, up to the first that fits."""
+  """Adds the reports of rows to results, until one fits."""
   for row in rows:
     if row.key not in results:
       print(row.key, flush=True)
@@ -157,12 +158,12 @@ _HEADER = [
   'mesh',
   'remat, accumulation',
   'parameters / active',
-  'GiB of a chip',
-  'products ms',
+  'GiB per chip',
+  'matmul ms',
   'memory ms',
   'interconnect ms',
   'bound by',
-  'MFU at most %',
+  'max MFU %',
 ]
 
 
@@ -211,8 +212,8 @@ def _weak(results):
           f'{report["step_seconds"] / series[0][1]["step_seconds"]:.3f}',
         ]
       )
-  header = ['model, mesh', 'chips', 'GiB sent', 'over 8 chips']
-  header += ['products ms', 'memory ms', 'interconnect ms', 'step over 8 chips']
+  header = ['model, mesh', 'chips', 'GiB sent', 'vs. 8 chips']
+  header += ['matmul ms', 'memory ms', 'interconnect ms', 'step vs. 8 chips']
   return _table(header, lines)
 
 
@@ -229,9 +230,9 @@ def write_page(results):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--only', default='', help='only rows whose key holds this text')
-  parser.add_argument('--jobs', type=int, default=2, help='compilers at a time')
-  parser.add_argument('--write', action='store_true', help='compile nothing')
+  parser.add_argument('--only', default='', help='only rows with this text in their keys')
+  parser.add_argument('--jobs', type=int, default=2, help='number of parallel compilations')
+  parser.add_argument('--write', action='store_true', help='only regenerate the tables')
   args = parser.parse_args()
   results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
   if not args.write:

@@ -1,29 +1,29 @@
-"""The selective scan against other ways to write it, and a Mamba layer against its own products.
+"""The selective scan compared with other implementations, and a Mamba layer with its matmuls.
 
   python benchmarks/selective_scan.py
   python benchmarks/selective_scan.py --shape=8,512,1024 --rounds=15 --clock=cpu
 
-All programs run in turn, in a new order every round; a ratio is the median over rounds of the
-ratios within a round, so that a busy machine disturbs it little. --clock=cpu counts seconds of CPU
-time, for a machine with other work.
+All programs run once per round, in random order; a ratio is the median over rounds of the ratios
+within a round, which is robust on a busy machine. --clock=cpu counts CPU time, for a machine with
+other load.
 
   scan         `moejax.ops.selective_scan`
   associative  `jax.lax.associative_scan` over the full [B, L, N, I], differentiated by JAX
   loop         one `jax.lax.scan` over positions, differentiated by JAX
-  torch        the PyTorch fallback of transformers, with its gradient, which takes time quadratic
-               in the length, up to 256 positions; left out where it is not installed
+  torch        the PyTorch fallback of transformers; its gradient, which takes time quadratic in
+               the length, only up to 256 positions; skipped if it is not installed
   floor        the bytes below at the speed of a copy of x
 
 Floor in bytes. The states stay in the cache, so per position and channel the forward pass reads x,
 delta and gate and writes y: 4 numbers. The backward pass reads them and dy, and writes three
-gradients: 7 numbers. b, c and their gradients are 2 N / I of that, and the states at the starts of
-chunks, written once and read once, 2 N / chunk float32 numbers. The scan is far from this floor on
-a CPU: it does 3 (forward) and 9 (backward) multiply-adds, and 1 and 2 exponentials, for each of the
-N states.
+gradients: 7 numbers. b, c and their gradients add 2 N / I of that, and the states at the starts of
+chunks, written and read once, 2 N / chunk float32 numbers. The scan is far above this floor on a
+CPU: it computes 3 (forward) and 9 (backward) multiply-adds, and 1 and 2 exponentials, for each of
+the N states.
 
 Targets on a CPU at the default shape: 0.06 of associative forward, 0.10 forward + backward; 50
 times faster than torch; temporary memory of at most twice inputs and outputs; the layer at most 3
-times its products.
+times its matmuls.
 """
 
 import random
@@ -41,12 +41,12 @@ from moejax.ops import selective_scan
 
 _SHAPE = flags.DEFINE_list('shape', ['4', '1024', '512'], 'Sequences, positions, channels.')
 _STATES = flags.DEFINE_integer('states', 16, 'States per channel.', lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of measurements.', lower_bound=1)
-_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Which seconds to count.')
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Measurement rounds.', lower_bound=1)
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Clock: wall or CPU seconds.')
 
 
 def associative(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I):
-  """All states at once, from decays and inputs composed pairwise."""
+  """All states in parallel, by pairwise composition of decays and inputs."""
   dt_BLI = jax.nn.softplus(delta_BLI + bias_I[None, None])
   decay = jnp.exp(dt_BLI[:, :, None] * a_IN.T[None, None])
   inputs = (dt_BLI * x_BLI)[:, :, None] * b_BLN[..., None]
@@ -89,7 +89,7 @@ def with_gradients(function):
 
 
 def torch_programs(args):
-  """By pass, the fallback of transformers on the same numbers; none where it is not installed."""
+  """The fallback of transformers on the same inputs, by pass; empty if it is not installed."""
   try:
     import torch
     from transformers.models.mamba import modeling_mamba
@@ -113,12 +113,12 @@ def torch_programs(args):
       v.requires_grad_()
     torch.autograd.grad(scan().sum(), inputs)
 
-  # Its gradient takes time quadratic in the length.
+  # The gradient takes time quadratic in the length.
   return {'forward': forward, 'both': both} if x.shape[2] <= 256 else {'forward': forward}
 
 
 def layer_programs(B, L, I, N):
-  """A layer, and the matrix products in it, forward + backward."""
+  """A layer, and the matmuls in it, forward + backward."""
   config = mamba.MambaConfig(state_size=N)
   init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
   layer = mamba.Mamba(config, d_model=I // 2, init=init, rngs=nnx.Rngs(0))
@@ -127,32 +127,32 @@ def layer_programs(B, L, I, N):
   positions_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
   tokens = common.Tokens(jnp.ones_like(positions_BL), positions_BL)
 
-  def products(params, x_BLD):
+  def matmuls(params, x_BLD):
     layer = nnx.merge(graph, params)
     x_BLI, gate_BLI = x_BLD @ layer.w_in[...], x_BLD @ layer.w_gate[...]
     x_BLI, delta_BLI, _, b_BLN, c_BLN, *_ = layer._coefficients(x_BLI, gate_BLI)
-    # Every product has a gradient to work on, for next to nothing.
+    # A cheap sum that gives every matmul a gradient.
     y_BLI = x_BLI + gate_BLI + delta_BLI + jnp.sum(b_BLN * c_BLN, axis=-1, keepdims=True)
     return y_BLI @ layer.w_out[...]
 
-  whole = lambda params, x_BLD: nnx.merge(graph, params)(x_BLD, tokens)[0]
+  full = lambda params, x_BLD: nnx.merge(graph, params)(x_BLD, tokens)[0]
   return {
     name: Program(with_gradients(f), x_BLD, params, x_BLD)
-    for name, f in {'layer': whole, 'products': products}.items()
+    for name, f in {'layer': full, 'matmuls': matmuls}.items()
   }
 
 
 def programs(B, L, I, N):
-  """{(name, pass): something to run}."""
+  """Callables by (name, pass)."""
   args = arguments(B, L, I, N)
   fastest = selective_scan.fastest(jax.default_backend(), I)
-  ways = {
+  implementations = {
     'scan': lambda *args: selective_scan.selective_scan(*args, impl=fastest)[0],
     'loop': lambda *args: selective_scan.selective_scan(*args, impl='reference')[0],
     'associative': associative,
   }
-  found = {(name, 'forward'): Program(f, *args) for name, f in ways.items()}
-  for name, f in ways.items():
+  found = {(name, 'forward'): Program(f, *args) for name, f in implementations.items()}
+  for name, f in implementations.items():
     found[name, 'both'] = Program(with_gradients(f), args[0], *args)
   found |= {(name, 'both'): program for name, program in layer_programs(B, L, I, N).items()}
   found['copy', 'forward'] = Program(lambda x_BLI: x_BLI + 1, args[0])
@@ -161,10 +161,10 @@ def programs(B, L, I, N):
 
 
 def measure(programs, rounds):
-  """{name: seconds of every round}.
+  """Seconds of every round, by name.
 
-  Every program runs twice at its turn, and only the second time counts: the first one also pays for
-  giving back the memory of the program before it, which is gigabytes for `associative`.
+  Every program runs twice and only the second run counts: the first also pays for freeing the
+  memory of the previous program, which is gigabytes for `associative`.
   """
   clock = time.process_time if _CLOCK.value == 'cpu' else time.perf_counter
   times = {name: [] for name in programs}
@@ -201,7 +201,7 @@ def main(argv):
       f'floor {ratio(("scan", kind), ("copy", "forward")) * 2 / numbers:.1f}',
       f'temporary / (inputs + outputs) {temporary / visible:.2f}',
     )
-  print(f'layer / its products, both: {ratio(("layer", "both"), ("products", "both")):.2f}')
+  print(f'layer / its matmuls, both: {ratio(("layer", "both"), ("matmuls", "both")):.2f}')
 
 
 if __name__ == '__main__':

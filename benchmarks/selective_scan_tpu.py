@@ -1,15 +1,15 @@
-"""The selective scan compiled for a TPU that is not there: instructions of the kernel, counted.
+"""The selective scan compiled ahead of time for a TPU: instruction counts of the kernel.
 
   pip install -e .[tpu-aot]
   python benchmarks/selective_scan_tpu.py --topology=v5e:2x2 --dtype=bfloat16
 
-Prints two counts per 65,536 states, which are 8 positions of 512 channels of 16. They come from the
-compiler. Neither is a time: nothing runs, and waiting for memory is in neither.
+Prints two counts per 65,536 states (8 positions of 512 channels of 16 states), both from the
+compiler. Neither is a time: nothing runs, and memory stalls are not counted.
 
   kernel  bundles (very long instruction words, one per cycle at best) in the loops of
-          `impl='tpu_kernel'`, and what a grid step does around them
-  XLA     XLA's estimate of the cycles of every operation of `impl='tpu'`, both passes, times the
-          trips of the loops that it is in
+          `impl='tpu_kernel'`, and in the rest of a grid step
+  XLA     XLA's estimated cycles of every operation of `impl='tpu'`, both passes, times the trip
+          counts of the enclosing loops
 """
 
 import os
@@ -24,8 +24,8 @@ from jax.experimental import topologies
 
 from moejax.ops import selective_scan, selective_scan_tpu
 
-_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'Chips; one of them is compiled for.')
-_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of activations.')
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'Target topology; one of its chips is used.')
+_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Dtype of activations.')
 _SHAPE = flags.DEFINE_list(
   'shape', ['8', '2048', '1536', '16'], 'Sequences, positions, channels, states per channel.'
 )
@@ -33,11 +33,11 @@ _UNIT = 65536
 
 
 def compiled(impl, device):
-  """The program that computes a scan and all its gradients."""
+  """The compiled program of a scan and all its gradients."""
   B, L, I, N = map(int, _SHAPE.value)
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.dtype(_DTYPE.value))
-  wide, narrow, row = shape(B, L, I), shape(B, L, N), shape(I)
-  args = wide, wide, shape(I, N), narrow, narrow, row, wide, row
+  wide, narrow, vector = shape(B, L, I), shape(B, L, N), shape(I)
+  args = wide, wide, shape(I, N), narrow, narrow, vector, wide, vector
 
   def run(dy, *args):
     y, backward = jax.vjp(lambda *a: selective_scan.selective_scan(*a, impl=impl)[0], *args)
@@ -59,7 +59,7 @@ def bundles(path):
 
 
 def estimated_cycles(text):
-  """The estimates in an XLA program, every one times the trips of the loops around it."""
+  """Estimated cycles of an XLA program, times the trip counts of the enclosing loops."""
   bodies = dict(re.findall(r'^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL))
 
   def total(name):
@@ -82,7 +82,7 @@ def main(argv):
   B, L, I, N = map(int, _SHAPE.value)
   with tempfile.TemporaryDirectory() as folder:
     dump = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-    os.environ['LIBTPU_INIT_ARGS'] = dump  # read when the compiler loads, which is now
+    os.environ['LIBTPU_INIT_ARGS'] = dump  # read when the compiler loads: on the next line
     device = topologies.get_topology_desc(_TOPOLOGY.value, 'tpu').devices[0]
     print(f'{device.device_kind}, jax {jax.__version__}, {_DTYPE.value}, B={B} L={L} I={I} N={N}')
     compiled('tpu_kernel', device)
@@ -91,11 +91,11 @@ def main(argv):
       (path,) = pathlib.Path(folder).glob(f'*{which}_kernel*-final_bundles.txt')
       counts[which] = bundles(path)
   tile = next(size for size in selective_scan_tpu._TILES if I % size == 0)
-  for which, (around, *loops) in counts.items():
+  for which, (outside, *loops) in counts.items():
     per_group = _UNIT / (selective_scan_tpu._ROWS * tile * N)
     per_chunk = _UNIT / (selective_scan_tpu.chunk_size(L) * tile * N)
     parts = ' + '.join(f'{n * per_group:.0f}' for n in loops)
-    print(f'kernel, {which}: {parts} bundles in loops, {around * per_chunk:.0f} around them')
+    print(f'kernel, {which}: {parts} bundles in loops, {outside * per_chunk:.0f} outside')
   cycles = estimated_cycles(compiled('tpu', device).as_text())
   print(f'XLA, both: {cycles * _UNIT / (B * L * I * N):.0f} cycles estimated')
 

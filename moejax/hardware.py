@@ -1,10 +1,10 @@
-"""Chips, and what their makers state of them: the one table for MFU, plans and aot's estimates.
+"""Specifications of accelerators, for MFU, training plans and ahead-of-time estimates.
 
-Speeds are those of Google Cloud's pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and
-so on) and of NVIDIA's data sheets. A TPU's link is the stated bidirectional bandwidth per chip over
-its ports and directions (v4: from the bisection bandwidth of its pod); the network between slices
-is the stated data-center bandwidth per chip (v4, of which none is stated: v5e's). What NVIDIA calls
-NVLink bandwidth is both directions.
+Sources: Google Cloud's pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and so on) and
+NVIDIA's data sheets. A TPU's link is the stated bidirectional bandwidth per chip over its ports and
+directions (v4: from the bisection bandwidth of its pod); the network between slices is the stated
+data-center bandwidth per chip (v4 states none: v5e's). NVLink bandwidths of NVIDIA count both
+directions.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ _GIB, _GB, _TERA = 2**30, 1e9, 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What JAX calls a device: half a chip of TPU v2, v3 and 7x.
+  """One JAX device: half a chip of TPU v2, v3 and 7x.
 
-  Memory, in bytes, and bandwidths, in bytes per second, are 0 where nothing is estimated for it.
+  Memory (bytes) and bandwidths (bytes per second) are 0 for chips without ahead-of-time estimates.
   """
 
-  flops: float  # per second, of 16-bit products without sparsity
+  flops: float  # per second, of 16-bit matmuls without sparsity
   memory: float = 0
   memory_bandwidth: float = 0
-  link: float = 0  # one way, of one link of a torus or of all of NVLink
-  network: float = 0  # between slices or nodes, of one chip
+  link: float = 0  # one direction, of one torus link or of all NVLinks
+  network: float = 0  # between slices or nodes, per chip
 
 
 _V5E = Chip(197 * _TERA, 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB)
@@ -58,9 +58,9 @@ CHIPS = {
 
 
 def find(kind):
-  """The Chip of a kind such as 'TPU v5 lite', 'v5e' or 'NVIDIA H100 80GB HBM3'; None if not known.
+  """The Chip of a kind such as 'TPU v5 lite', 'v5e' or 'NVIDIA H100 80GB HBM3'; None if unknown.
 
-  A slice of a partitioned GPU (MIG) is not known.
+  Slices of a partitioned GPU (MIG) are unknown.
   """
   for name, chip in CHIPS.items():
     if re.search(rf'\b{name}\b', kind, re.IGNORECASE) and 'MIG' not in kind:

@@ -1,13 +1,13 @@
-"""What a compiled program does in one run, read from its text: FLOPs, memory traffic, collectives.
+"""Cost of one run of a compiled program, from its HLO text: FLOPs, memory traffic, collectives.
 
-The compiler's own cost analysis counts the body of a loop once, however often it runs, and models
-do nearly all their work in loops over layers. Here every computation counts as often as it is run.
+The compiler's own cost analysis counts a loop body once, however often it runs, and models do
+nearly all their work in loops over layers. Here every computation counts as often as it runs.
 
-- FLOPs are those of matrix products and convolutions, as compiled: what is computed again or on
-  several devices alike counts every time. Kernels of other compilers (custom calls) count none.
-- Memory traffic is what instructions, after fusion, read and write; of an array that is indexed,
-  what is taken of it. Buffers in on-chip memory (`S(1)` in a TPU's layout) cost nothing.
-- A collective that the compiler runs in steps, between computations, counts once.
+- FLOPs are those of matmuls and convolutions as compiled: recomputed and replicated work counts
+  every time. Kernels of other compilers (custom calls) count as 0.
+- Memory traffic is what instructions read and write after fusion; of an indexed array, only the
+  elements accessed. Buffers in on-chip memory (`S(1)` in a TPU's layout) cost nothing.
+- A collective that the compiler splits into steps, between computations, counts once.
 """
 
 import collections
@@ -31,20 +31,20 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-  """One kind of exchange; `groups` is the text that says who takes part."""
+  """A collective operation; `groups` is the HLO text of its device groups."""
 
   kind: str
   groups: str
-  bytes: int  # of the larger of what a device puts in and gets out
+  bytes: int  # the larger of a device's input and output
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """On one device."""
+  """Per device."""
 
   flops: float = 0
   memory_bytes: float = 0
-  collectives: Mapping[Collective, int] = dataclasses.field(default_factory=dict)  # -> how often
+  collectives: Mapping[Collective, int] = dataclasses.field(default_factory=dict)  # -> count
 
   def __add__(self, other):
     collectives = collections.Counter(self.collectives)
@@ -70,7 +70,7 @@ _COLLECTIVES = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-# They move nothing and compute nothing: names for values, views of them, what is known beforehand.
+# These move and compute nothing: names of values, views, constants.
 _FREE = (
   'after-all',
   'bitcast',
@@ -84,7 +84,7 @@ _FREE = (
   'replica-id',
   'tuple',
 )
-# Who takes part in what a TPU's host sends over the network: a chip of every slice.
+# The device group of transfers over the data-center network, which a TPU's host makes.
 SLICES = 'one chip of every slice'
 _INDEXING = ('dynamic-slice', 'slice', 'gather')
 
@@ -117,7 +117,7 @@ class _Program:
       return (self._cost(called['body']) + self._cost(called['condition'])) * self._trips(i, called)
     if i.opcode in ('call', 'async-start'):
       return self._cost(called.get('to_apply') or called['calls'])
-    if i.opcode == 'conditional':  # the dearest branch
+    if i.opcode == 'conditional':  # the most expensive branch
       return max((self._cost(branch) for branch in called.values()), key=lambda c: c.memory_bytes)
     if i.opcode == 'send':
       return Cost(collectives=self._sent_to_slices(computation, i))
@@ -129,7 +129,7 @@ class _Program:
     return Cost(_flops(i, self.shapes[computation]), self._bytes(computation, i))
 
   def _cost_in_fusion(self, computation):
-    """FLOPs and collectives; nothing inside a fusion goes to memory."""
+    """FLOPs and collectives; values inside a fusion do not go through memory."""
     instructions = self.computations[computation]
     starts = any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
     scatters = computation.startswith('all-reduce-scatter')  # a TPU's reduce-scatter
@@ -139,7 +139,7 @@ class _Program:
         total += self._cost_in_fusion(_called(i)['calls'])
       elif i.opcode in _COLLECTIVES:
         if 'chain_id=' in i.attributes and not starts:
-          continue  # further steps of one that was counted where it starts
+          continue  # a later step of a collective that was counted at its start
         kind = 'reduce-scatter' if scatters and i.opcode == 'all-reduce' else i.opcode
         total += Cost(collectives={self._collective(computation, i, kind): 1})
       else:
@@ -173,7 +173,7 @@ class _Program:
     return -(-end // self._step(called['body'], counters[0])) if counters else end
 
   def _step(self, body, counter):
-    """What the body of a loop adds to its counter; the compiler unrolls some loops."""
+    """The increment of a loop's counter; the compiler unrolls some loops."""
     by_name = {i.name: i for i in self.computations[body]}
     root = next(i for i in by_name.values() if i.is_root)
     update = by_name.get(root.operands[counter]) if root.opcode == 'tuple' else None
@@ -199,12 +199,12 @@ class _Program:
     shapes = self.shapes[computation]
     read = 0
     for number, name in enumerate(i.operands):
-      whole = _bytes(shapes[name])
-      read += min(whole, self._read(called['calls'], number)) if whole else 0
+      size = _bytes(shapes[name])
+      read += min(size, self._read(called['calls'], number)) if size else 0
     return read + self._written(called['calls'], i.shape)
 
   def _read(self, computation, number):
-    """Bytes that a fused computation takes of a parameter."""
+    """Bytes that a fused computation reads of a parameter."""
     instructions = self.computations[computation]
     parameter = next(
       i for i in instructions if i.opcode == 'parameter' and i.operands == (str(number),)
@@ -212,16 +212,16 @@ class _Program:
     names, total = {parameter.name}, 0
     for i in instructions:
       if names.intersection(i.operands):
-        taken = self._taken(i, names)
-        if taken is None:
+        accessed = self._accessed(i, names)
+        if accessed is None:
           return _bytes(parameter.shape, anywhere=True)
-        total += taken
+        total += accessed
         if i.opcode == 'bitcast':
           names.add(i.name)
     return total
 
-  def _taken(self, i, names):
-    """Bytes that an instruction takes of the array of these names; None: all of it."""
+  def _accessed(self, i, names):
+    """Bytes that an instruction reads of the array with these names; None: all of it."""
     first = i.operands[0] in names
     if i.opcode in ('bitcast', 'tuple'):
       return 0
@@ -230,8 +230,8 @@ class _Program:
     if i.opcode == 'dynamic-update-slice' and first and i.operands[1] not in names:
       return 0  # written in place
     if i.opcode == 'fusion':
-      taken_by = _called(i)['calls']
-      return sum(self._read(taken_by, n) for n, name in enumerate(i.operands) if name in names)
+      fused = _called(i)['calls']
+      return sum(self._read(fused, n) for n, name in enumerate(i.operands) if name in names)
     return None
 
   def _written(self, computation, shape):
@@ -263,7 +263,7 @@ def sent_bytes(collective, size):
   return passes * collective.bytes * (size - 1) / size
 
 
-# Text.
+# Parsing.
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _NAME = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
@@ -300,7 +300,7 @@ def _instruction(line, name):
 
 
 def _closing(text, start):
-  """Where the parenthesis that opens at `start` has been closed."""
+  """The position after the parenthesis that closes the one at `start`."""
   depth = 0
   for position in range(start, len(text)):
     depth += (text[position] == '(') - (text[position] == ')')
@@ -330,7 +330,7 @@ def _called(i):
   return names
 
 
-# The names of buffers, and views of them.
+# Custom calls that only name or view buffers.
 _FREE_CALLS = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding')
 
 
@@ -345,8 +345,8 @@ def _is_free(i):
 class _Array(NamedTuple):
   dtype: str
   dims: tuple[int, ...]
-  bytes: int  # with the padding of its tiles
-  payload: int  # without
+  bytes: int  # with tile padding
+  payload: int  # without padding
   on_chip: bool
 
 
@@ -397,7 +397,7 @@ def _flops(i, shapes):
 
 
 def _convolution_flops(left, right, out, attributes):
-  """Only what meets values, not padding: TPUs write batched products as such convolutions."""
+  """Products with values, not padding: TPUs express batched matmuls as such convolutions."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes)
   assert labels, attributes
   image, kernel, result = (
@@ -432,7 +432,7 @@ def _convolution_flops(left, right, out, attributes):
 
 @functools.cache
 def _valid_positions(image, kernel, result, *, stride, low, image_dilation, kernel_dilation):
-  """Pairs of a position of the result and one of the kernel that meet a value of the image."""
+  """Pairs of a result and a kernel position that hit a value of the image, not padding."""
   at = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * kernel_dilation - low
   return int(np.sum((at >= 0) & (at <= (image - 1) * image_dilation) & (at % image_dilation == 0)))
 
@@ -450,40 +450,40 @@ def _groups_text(i):
 
 @functools.cache
 def device_groups(text, num_devices):
-  """Who exchanges with whom: an array [groups, devices of one] of positions in the mesh.
+  """The device groups of a collective: an array [groups, devices per group] of mesh positions.
 
   Reads lists ({{0,1},{2,3}}), reshaped ranges ([2,4]<=[4,2]T(1,0)) and axes of a mesh
-  (mesh['a'=2,'b'=4] {'b'}, parts of axes as 'b':(1)2), whose devices may be a reshaped range
+  (mesh['a'=2,'b'=4] {'b'}, parts of axes as 'b':(1)2), whose device order may be a reshaped range
   (mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}).
   """
-  everyone = np.arange(num_devices)
+  devices = np.arange(num_devices)
   if text in ('', '{}'):
-    return everyone[None]
+    return devices[None]
   if text.startswith('{'):
     return np.array([[int(n) for n in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', text)])
   if text.startswith('['):
     shape, numbers = text.split('<=')
-    return _reordered(numbers, everyone).reshape(_ints(shape[1:-1]))
-  return _groups_of_mesh(text, everyone)
+    return _reordered(numbers, devices).reshape(_ints(shape[1:-1]))
+  return _groups_of_mesh(text, devices)
 
 
-def _reordered(text, everyone):
+def _reordered(text, devices):
   """[4,2]T(1,0): reshaped, and transposed."""
   dims, order = _match(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-  numbers = everyone.reshape(_ints(dims))
+  numbers = devices.reshape(_ints(dims))
   return numbers.transpose(_ints(order)) if order else numbers
 
 
-def _groups_of_mesh(text, everyone):
+def _groups_of_mesh(text, devices):
   """Groups along axes of a mesh: mesh['x'=2,'y'=4] {'x'} are [[0, 4], [1, 5], [2, 6], [3, 7]].
 
-  Every axis is seen as [before, spanned, after]: all of y above is before; a part of an axis,
+  Every axis is split into [before, spanned, after]: all of y above is before; a part of an axis,
   mesh['x'=8] {'x':(2)2}, is the middle of [2, 2, 2]: [[0, 2], [1, 3], [4, 6], [5, 7]].
   """
   pattern = r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{('.*)\}"
   sizes_text, order, axes_text = _match(pattern, text)
   if order:
-    everyone = _reordered(order, everyone).reshape(-1)
+    devices = _reordered(order, devices).reshape(-1)
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes_text)}
   parts = {name: (size, 1, 1) for name, size in sizes.items()}
   for name, before, spanned in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes_text):
@@ -492,14 +492,14 @@ def _groups_of_mesh(text, everyone):
   shape = [size for name in sizes for size in parts[name]]
   dims = range(len(shape))
   outside = [dim for dim in dims if dim % 3 != 1]
-  numbers = everyone.reshape(shape).transpose(*outside, *dims[1::3])
+  numbers = devices.reshape(shape).transpose(*outside, *dims[1::3])
   return numbers.reshape(-1, math.prod(shape[1::3]))
 
 
 def _match(pattern, text):
   found = re.match(pattern, text)
   if not found:
-    raise ValueError(f'HLO that is not known: {text}')
+    raise ValueError(f'unknown HLO syntax: {text}')
   return found.groups()
 
 

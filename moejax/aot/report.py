@@ -1,4 +1,4 @@
-"""What a training step needs of a machine, and how it is told."""
+"""What a training step needs of a machine, as data and as text."""
 
 import dataclasses
 import math
@@ -13,29 +13,29 @@ class Exchange:
   kind: str
   axes: str
   count: int
-  bytes: float  # that a chip sends
+  bytes: float  # sent by one chip
   seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a step needs; bytes and FLOPs are of one chip."""
+  """What a step needs; bytes and FLOPs are per chip."""
 
   topology: str
   chips: int
-  mesh: dict[str, int]  # axes of several devices
+  mesh: dict[str, int]  # axes larger than 1
   remat: str
   accumulation: int
   params: int
   active_params: int
-  memory: dict[str, float]  # of a training step: kind -> bytes
-  evaluation: float  # bytes in an evaluation step: the state of training waits meanwhile
+  memory: dict[str, float]  # in a training step: kind -> bytes
+  evaluation: float  # bytes in an evaluation step, with the idle optimizer state
   capacity: float  # bytes
   fits: bool
-  needed: str  # what the compiler said, where it does not fit
-  tokens: int  # of a step, on all chips
+  needed: str  # the compiler's message, if it does not fit
+  tokens: int  # per step, on all chips
   model_flops: float
-  flops: float  # done, with what is computed again
+  flops: float  # executed, recomputation included
   memory_traffic: float
   exchanges: list[Exchange]
   seconds: dict[str, float]  # compute, memory, interconnect
@@ -51,33 +51,33 @@ class Report:
 
   @property
   def mfu(self):
-    """Model FLOPs over what the chip could do in the time of the step."""
+    """Model FLOPs over peak FLOPs during a step."""
     if not self.seconds['compute']:
       return 0.0
-    done = self.model_flops / self.flops
-    return done * self.seconds['compute'] / self.step_seconds
+    useful = self.model_flops / self.flops
+    return useful * self.seconds['compute'] / self.step_seconds
 
   def describe(self):
-    """The report for people."""
+    """The report as text."""
     rows = [
       ('topology', f'{self.topology}, {self.chips} chips'),
       ('mesh', ', '.join(f'{axis} {n}' for axis, n in self.mesh.items()) or 'one device'),
       ('remat', f'{self.remat}, accumulation {self.accumulation}'),
       ('parameters', f'{short(self.params)}, {short(self.active_params)} active'),
-      ('memory of a chip', f'{size(self.capacity)}'),
+      ('memory per chip', f'{size(self.capacity)}'),
       *((f'  {kind}', size(number)) for kind, number in self.memory.items()),
     ]
     if self.evaluation:
-      rows.append(('  evaluation', f'{size(self.evaluation)}, at another time'))
+      rows.append(('  evaluation', f'{size(self.evaluation)}, separately'))
     if self.needed:
       rows.append(('', self.needed))
     if self.flops:
-      redone = f'{self.flops / self.model_flops:.2f} of the model'
+      ratio = f'{self.flops / self.model_flops:.2f}x the model'
       rows += [
-        ('a step of a chip', f'{short(self.tokens / self.chips)} tokens'),
+        ('step, per chip', f'{short(self.tokens / self.chips)} tokens'),
         (
-          '  products',
-          f'{short_time(self.seconds["compute"])}: {self.flops:.3g} FLOPs, {redone}',
+          '  matmuls',
+          f'{short_time(self.seconds["compute"])}: {self.flops:.3g} FLOPs, {ratio}',
         ),
         ('  memory', f'{short_time(self.seconds["memory"])}: {size(self.memory_traffic)}'),
         ('  interconnect', short_time(self.seconds['interconnect'])),
@@ -91,8 +91,8 @@ class Report:
         ),
         (
           'estimate',
-          f'{short_time(self.step_seconds)}, bound by {self.bound}, if all three go on at once; '
-          f'{short_time(sum(self.seconds.values()))} one after the other',
+          f'{short_time(self.step_seconds)}, bound by {self.bound}, if all three overlap; '
+          f'{short_time(sum(self.seconds.values()))} if none do',
         ),
         (
           '',
@@ -107,28 +107,28 @@ class Report:
     return '\n'.join(f'{name:20} {text}'.rstrip() for name, text in rows)
 
   def advice(self, config):
-    """What to change so that a step fits, what saves most for the least time first."""
+    """Changes that make a step fit, the most memory for the least time first."""
     memory = self.memory
     state = memory['parameters'] + memory['optimizer']
-    spread = self.mesh.get('fsdp', 1) * self.mesh.get('expert', 1) * self.mesh.get('tensor', 1)
-    if spread < self.chips:
+    sharded = self.mesh.get('fsdp', 1) * self.mesh.get('expert', 1) * self.mesh.get('tensor', 1)
+    if sharded < self.chips:
       yield (
         f'mesh.fsdp (now {config.mesh.fsdp}), or mesh.expert: parameters and optimizer take '
-        f'{size(state)} on each chip, of which {size(state * spread / self.chips)} stay if every '
-        'chip holds a part of its own (mesh.fsdp=-1 with mesh.data=1).'
+        f'{size(state)} on each chip, {size(state * sharded / self.chips)} if sharded over all '
+        'chips (mesh.fsdp=-1 with mesh.data=1).'
       )
     if config.model.remat != 'full':
       yield (
-        f'model.remat=full (now {config.model.remat}): keeps about '
-        f'{size(memory["saved activations"])} less of activations, for about a third more FLOPs.'
+        f'model.remat=full (now {config.model.remat}): saves about '
+        f'{size(memory["saved activations"])} of activations for about a third more FLOPs.'
       )
     shards = math.prod(n for axis, n in self.mesh.items() if axis != 'tensor')
-    passes = config.data.batch_size // config.optimizer.accumulation
-    if passes >= 2 * shards:
+    microbatch = config.data.batch_size // config.optimizer.accumulation
+    if microbatch >= 2 * shards:
       yield (
         f'optimizer.accumulation={2 * config.optimizer.accumulation} (now '
-        f'{config.optimizer.accumulation}): half of the activations and temporaries.'
+        f'{config.optimizer.accumulation}): halves activations and temporaries.'
       )
     if not config.model.loss_chunk:
-      yield f'model.loss_chunk={config.data.sequence_length // 8}: an eighth of the logits at once.'
+      yield f'model.loss_chunk={config.data.sequence_length // 8}: 1/8 of the logits at a time.'
     yield 'more chips, or chips with more memory; --search tries meshes, remat and accumulation.'

@@ -1,7 +1,6 @@
-"""Which mesh, remat policy and accumulation are the fastest on a machine?
+"""Searches for the fastest mesh, remat policy and accumulation on a machine.
 
-All that are possible are ranked by a rough estimate; the first are compiled, and ranked by what the
-compiler makes of them.
+A rough estimate ranks all candidates; the best are compiled and ranked by their reports.
 """
 
 import dataclasses
@@ -13,37 +12,37 @@ from moejax import config as config_lib, flops, model as model_lib, sharding, st
 from moejax.aot import step, topologies
 from moejax.sharding import platform
 
-# Rough numbers: they only order what is compiled, and a wrong one costs time.
-# Work over that of the model's products, by policy: `full` is one pass beside three, `save_moe`
-# that without the experts; `none` computes nothing again, but writes and reads more than `dots`.
+# Rough numbers: they only decide what is compiled first; a wrong one costs time.
+# Time over that of the model's matmuls, by policy: `full` adds one pass to three, `save_moe` one
+# without the experts; `none` recomputes nothing, but moves more memory than `dots`.
 _WORK = {'none': 1.15, 'dots': 1.1, 'save_moe': 1.25, 'full': 4 / 3}
-# Of the memory, for parameters, optimizer and saved activations; temporaries take the rest. In the
-# steps of docs/pods.json that fit, it is up to 0.55.
-_ROOM = 0.6
-_NOT_OVERLAPPED = 0.3  # of products or exchanges, whichever takes less
-_NARROW = 1.5  # slower: products cut along `tensor`, which also are refused more often
+# Fraction of memory for parameters, optimizer and saved activations; temporaries take the rest. It
+# is at most 0.55 in the steps of docs/pods.json that fit.
+_MEMORY_FRACTION = 0.6
+_NOT_OVERLAPPED = 0.3  # fraction of compute or communication, whichever is shorter
+_TENSOR_SLOWDOWN = 1.5  # small matmuls are slow, and the compiler rejects these meshes more often
 
 
 class Candidate(NamedTuple):
-  """Fields of the config, by name, and the roughly estimated seconds of a step."""
+  """Config fields to change, by name, and the estimated seconds per step."""
 
   changes: dict
   seconds: float
 
 
 def search(config, topology, num_compiled):
-  """Compiles the most promising candidates, prints how they rank, and returns the best Report.
+  """Compiles the most promising candidates, prints their ranking, and returns the best Report.
 
   Args:
     config: a ConfigDict.
     topology: a Topology.
-    num_compiled: how many that fit to compile, of at most three times as many that are tried.
+    num_compiled: candidates that fit to compile; at most three times as many are tried.
   """
   candidates = sorted(_candidates(config, topology), key=lambda candidate: candidate.seconds)
   if not candidates:
-    print('No mesh leaves room for parameters and optimizer: more chips, or larger ones.')
+    print('Parameters and optimizer fit on no mesh: use more chips, or larger ones.')
     return step.compile_step(config, topology)
-  print(f'{len(candidates)} ways may fit; compiling the most promising, about a minute each.')
+  print(f'{len(candidates)} candidates may fit; compiling the most promising, about a minute each.')
   ranked = []
   for candidate in candidates[: 3 * num_compiled]:
     report = step.compile_step(_changed(config, candidate.changes), topology)
@@ -52,7 +51,7 @@ def search(config, topology, num_compiled):
     if sum(entry[-1].fits for entry in ranked) == num_compiled:
       break
   *_, changes, best = min(ranked, key=lambda entry: entry[:2])
-  print(f'\nThe best: {_as_flags(changes)}\n{best.describe()}')
+  print(f'\nBest: {_as_flags(changes)}\n{best.describe()}')
   return best
 
 
@@ -73,24 +72,24 @@ def _changed(config, changes):
 
 
 def _candidates(config, topology):
-  config = step.without_text(config)
+  config = step.without_data(config)
   stages = config_lib.resolve(_changed(config, {'mesh.data': -1, 'mesh.fsdp': 1}))
   with platform.compiling_for(topology.platform):
-    saved = {policy: _saved_by_sequence(stages, policy) for policy in model_lib.REMAT}
+    saved = {policy: _saved_per_sequence(stages, policy) for policy in model_lib.REMAT}
   devices = topologies.devices(topology)
   experts = math.gcd(*stages.model.experts.values()) or 1
   for sizes in _mesh_shapes(topology.num_chips, experts):
     names = {f'mesh.{axis}': n for axis, n in zip(sharding.AXES, sizes, strict=True)}
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
     state = step.shard_bytes(sharding.abstract(step_lib.fresh_state(stages), mesh))
-    for policy, bytes_by_sequence in saved.items():
+    for policy, bytes_per_sequence in saved.items():
       for accumulation in _powers_of_two(stages.data.batch_size):
         changes = names | {'model.remat': policy, 'optimizer.accumulation': accumulation}
-        rows = stages.data.batch_size / accumulation / sharding.batch_shards(mesh)
-        fits = state + rows * bytes_by_sequence < _ROOM * topology.chip.memory
+        sequences = stages.data.batch_size / accumulation / sharding.batch_shards(mesh)
+        fits = state + sequences * bytes_per_sequence < _MEMORY_FRACTION * topology.chip.memory
         if fits and _is_possible(_changed(config, changes), mesh):
           yield Candidate(changes, _seconds(stages, topology, sizes, policy, accumulation))
-          break  # more passes are slower
+          break  # more microbatches are slower
 
 
 def _is_possible(config, mesh):
@@ -113,27 +112,28 @@ def _powers_of_two(limit):
   return [2**i for i in range(int(math.log2(limit)) + 1) if limit % 2**i == 0]
 
 
-def _saved_by_sequence(stages, policy):
+def _saved_per_sequence(stages, policy):
   model = dataclasses.replace(stages.model, remat=policy)
-  rows = math.lcm(*model.groups.values())
-  return step.saved_bytes(dataclasses.replace(stages, model=model), rows) / rows
+  sequences = math.lcm(*model.groups.values())
+  return step.saved_bytes(dataclasses.replace(stages, model=model), sequences) / sequences
 
 
 def _seconds(stages, topology, sizes, policy, accumulation):
-  """Products, and what moves: parameters and gradients along data and fsdp, tokens to experts."""
+  """Compute, and communication: parameters and gradients (data, fsdp), tokens (expert)."""
   data, fsdp, expert, tensor = sizes
   chip, model = topology.chip, stages.model
   tokens = stages.data.batch_size * stages.data.sequence_length / topology.num_chips
   per_token = flops.training_flops_per_token(model, stages.data.sequence_length)['total']
-  products = _WORK[policy] * tokens * per_token / chip.flops
-  matrices = 2 * flops.param_counts(model)['total'] / expert / tensor  # bytes in 16 bits
+  compute = _WORK[policy] * tokens * per_token / chip.flops
+  param_bytes = 2 * flops.param_counts(model)['total'] / expert / tensor  # bfloat16
   gathers = 2 * accumulation * (fsdp - 1) / fsdp
   reductions = accumulation * (fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp
   width = 2 * model.d_model * tokens * tensor
   blocks = sum(kind in ('moe', 'mot', 'moe_in_mamba') for kind in model.kinds)
   exchanged = 4 * blocks * width * min(model.moe.top_k, expert) * (expert - 1) / expert
   partial_sums = 4 * len(model.kinds) * width * (tensor - 1) / tensor
-  moved = matrices * (gathers + reductions) + exchanged + partial_sums
-  moving = moved / chip.link
-  slower = 1 if tensor == 1 else _NARROW
-  return slower * (max(products, moving) + _NOT_OVERLAPPED * min(products, moving))
+  num_bytes = param_bytes * (gathers + reductions) + exchanged + partial_sums
+  communication = num_bytes / chip.link
+  slowdown = 1 if tensor == 1 else _TENSOR_SLOWDOWN
+  shorter, longer = sorted((compute, communication))
+  return slowdown * (longer + _NOT_OVERLAPPED * shorter)

@@ -1,4 +1,4 @@
-"""Compiles a training step ahead of time, and reads from it what it needs."""
+"""Compiles a training step ahead of time and reports what it needs."""
 
 import collections
 import dataclasses
@@ -24,16 +24,16 @@ def compile_step(config, topology: topologies.Topology):
   """The Report of a config on a Topology.
 
   Raises:
-    ValueError: the config is impossible there, or the compiler for it is not installed.
+    ValueError: the config is invalid there, or its compiler is not installed.
   """
-  stages = config_lib.resolve(without_text(config))
+  stages = config_lib.resolve(without_data(config))
   mesh = sharding.make_mesh(stages.mesh, topologies.devices(topology))
   config_lib.check_mesh(stages, mesh)
   platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     state = sharding.abstract(step_lib.fresh_state(stages), mesh)
-    rows = stages.data.batch_size // stages.optimizer.accumulation
-    saved = saved_bytes(stages, rows) / sharding.batch_shards(mesh)
+    microbatch = stages.data.batch_size // stages.optimizer.accumulation
+    saved = saved_bytes(stages, microbatch) / sharding.batch_shards(mesh)
     training = step_lib.lower_train_step(stages, state, mesh, platforms)
     evaluations = [
       step_lib.lower_eval_step(evaluated, state['params'], mesh, platforms)
@@ -44,8 +44,8 @@ def compile_step(config, topology: topologies.Topology):
   memory = _memory(state, saved, compiled)
   evaluation = 0.0
   for lowered in evaluations if compiled else ():
-    compiled_evaluation, refused = _compile(lowered)
-    needed = needed or refused and f'evaluation: {refused}'
+    compiled_evaluation, error = _compile(lowered)
+    needed = needed or error and f'evaluation: {error}'
     if compiled_evaluation:
       evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
@@ -61,13 +61,13 @@ def compile_step(config, topology: topologies.Topology):
 
 
 def _evaluated(stages):
-  """The run as it is evaluated: also without drops, where experts drop tokens."""
+  """What is evaluated: also the dropless model, if experts drop tokens."""
   models = filter(None, (stages.model, stages.model.dropless()))
   return [dataclasses.replace(stages, model=model) for model in models]
 
 
 def _memory(state, saved, compiled):
-  """Bytes of a chip in a training step, by kind."""
+  """Bytes per chip in a training step, by kind."""
   params, total = shard_bytes(state['params']), shard_bytes(state)
   memory = {'parameters': params, 'optimizer': total - params, 'saved activations': saved}
   if compiled:
@@ -76,7 +76,7 @@ def _memory(state, saved, compiled):
 
 
 def _sizes(stages, mesh, topology):
-  """What the Report says of model and machine."""
+  """Fields of the Report about model and machine."""
   counts = flops.param_counts(stages.model)
   tokens = stages.data.batch_size * stages.data.sequence_length
   per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
@@ -95,7 +95,7 @@ def _sizes(stages, mesh, topology):
 
 
 def _work(compiled, mesh, topology):
-  """What the Report says of a compiled step: what a chip does, and how long it takes at best."""
+  """Fields of the Report about the compiled step: work per chip and its roofline times."""
   cost = hlo.cost(compiled.as_text()) if compiled else hlo.Cost()
   exchanges = _exchanges(cost.collectives, mesh, topology)
   chip = topology.chip
@@ -111,8 +111,8 @@ def _work(compiled, mesh, topology):
   }
 
 
-def without_text(config):
-  """The same training step for a machine without the files of the run: only sizes matter."""
+def without_data(config):
+  """The same training step without the run's data files: only sizes matter."""
   config = config.copy_and_resolve_references()
   if not config.model.vocab_size:
     config.model.vocab_size = tokenizer.known_vocab_size(config.data.tokenizer)
@@ -121,7 +121,7 @@ def without_text(config):
 
 
 def _compile(lowered):
-  """The compiled program, or None and what the compiler says against it."""
+  """The compiled program and no message, or None and the compiler's error."""
   try:
     return lowered.compile(), ''
   except jax.errors.JaxRuntimeError as error:
@@ -133,13 +133,13 @@ def _compile(lowered):
     memory = re.search(pattern, text)
     if memory:
       return None, f'the compiler needs {memory[1]}iB of {memory[2]}iB'
-  # On a TPU some meshes give groups of chips that it has no routes for.
+  # On some TPU meshes the compiler cannot route between the chips of a group.
   reason = textwrap.shorten(text.splitlines()[0], 120)  # it can name every chip of a pod
-  return None, f'the compiler refuses this mesh: {reason}'
+  return None, f'the compiler rejects this mesh: {reason}'
 
 
 def shard_bytes(tree):
-  """Bytes on one device of arrays with shardings."""
+  """Bytes per device of arrays with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -153,24 +153,24 @@ def _peak_bytes(compiled):
   return peak or held + memory.temp_size_in_bytes
 
 
-def saved_bytes(stages, rows):
-  """What a pass over `rows` sequences keeps for its backward pass, without its inputs."""
-  leaf = jax.ShapeDtypeStruct((rows, stages.data.sequence_length), jnp.int32)
+def saved_bytes(stages, num_sequences):
+  """Bytes that a forward pass saves for its backward pass, without its inputs."""
+  leaf = jax.ShapeDtypeStruct((num_sequences, stages.data.sequence_length), jnp.int32)
   batch = dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
 
-  def keep(params, batch):
+  def saved(params, batch):
     loss = lambda params: model_lib.bind(stages.model, params).loss(batch)[0]
     return jax.tree.leaves(jax.vjp(loss, params)[1])
 
   params = jax.eval_shape(lambda: model_lib.init_params(stages.model, jax.random.key(0)))
-  jaxpr = jax.make_jaxpr(keep)(params, batch).jaxpr
+  jaxpr = jax.make_jaxpr(saved)(params, batch).jaxpr
   variables = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
-  kept: Any = variables - {*jaxpr.invars, *jaxpr.constvars}
-  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+  residuals: Any = variables - {*jaxpr.invars, *jaxpr.constvars}
+  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in residuals)
 
 
 def _exchanges(collectives, mesh, topology):
-  """What a chip sends, by kind and axes, the slowest first."""
+  """The collectives of a chip, by kind and axes, the slowest first."""
   devices = mesh.devices.reshape(-1)
   total = collections.defaultdict(lambda: np.zeros(3))
   for collective, count in collectives.items():
@@ -192,7 +192,7 @@ def _exchanges(collectives, mesh, topology):
 
 
 def _groups(collective, devices):
-  """Who exchanges with whom: positions in the mesh, [groups, devices of one]."""
+  """Positions in the mesh of the devices of each group: [groups, devices per group]."""
   if collective.groups != hlo.SLICES:
     return hlo.device_groups(collective.groups, devices.size)
   slices = [device.slice_index for device in devices]

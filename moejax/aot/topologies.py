@@ -1,6 +1,6 @@
-"""Slices of TPUs and nodes of GPUs that programs can be compiled for ahead of time.
+"""TPU slices and GPU nodes, as targets of ahead-of-time compilation.
 
-What their chips can do stands in moejax/hardware.py.
+The specifications of their chips are in moejax/hardware.py.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _GPU_COUNTS = (1, 2, 4, *(_NODE * 2**i for i in range(9)))
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Several equal slices of a TPU, or GPUs in nodes of 8."""
+  """Equal TPU slices, or GPUs in nodes of 8."""
 
   kind: str
   shape: tuple[int, ...]
@@ -52,10 +52,10 @@ class Topology:
     return f'{times}{self.kind}:{"x".join(map(str, self.shape))}'
 
   def wraps(self):
-    """Dimension by dimension, whether its last chip is linked to its first.
+    """Whether each dimension has wraparound links.
 
-    On v5e and v6e those of a full side of the pod are; v4 and v5p are made of cubes of 4 x 4 x 4
-    chips, whose outer faces optical switches join.
+    On v5e and v6e a full side of the pod has them; v4 and v5p consist of cubes of 4 x 4 x 4 chips,
+    whose outer faces are joined by optical switches.
     """
     if self.kind in ('v5e', 'v6e'):
       return tuple(n == 16 for n in self.shape)
@@ -66,19 +66,19 @@ def parse(name, slices=1):
   """The Topology of a name such as v5e:4x4, v5e-16 (chips), v5p-128 and v4-512 (cores), h100x8.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: the name is unknown.
   """
   if slices < 1:
     raise ValueError(f'--slices must be at least 1, got {slices}.')
   known = _names()
   if name not in known:
     raise ValueError(
-      f'--topology={name}: there is no such topology. Those there are:\n'
+      f'--topology={name}: unknown topology. Available:\n'
       + '\n'.join(f'  {kind}: {", ".join(names)}' for kind, names in _listing(known).items())
     )
   topology = dataclasses.replace(known[name], slices=slices)
   if topology.platform == 'gpu' and slices > 1:
-    raise ValueError(f'--slices={slices}: only TPUs have slices; name more GPUs instead.')
+    raise ValueError(f'--slices={slices}: only TPUs have slices; for more GPUs set --topology.')
   return topology
 
 
@@ -87,7 +87,7 @@ def _names():
   for kind, shapes in _SHAPES.items():
     for text in shapes:
       topology = Topology(kind, tuple(map(int, text.split('x'))))
-      cores = 2 if kind in ('v4', 'v5p') else 1  # of a chip, which the names of slices count
+      cores = 2 if kind in ('v4', 'v5p') else 1  # per chip: the names of slices count cores
       names[f'{kind}:{text}'] = names[f'{kind}-{cores * topology.num_chips}'] = topology
   for kind in _GPUS:
     names |= {f'{kind}x{n}': Topology(kind, (n,)) for n in _GPU_COUNTS}
@@ -103,7 +103,7 @@ def _listing(known):
 
 # Devices.
 
-# XLA's description of a GPU that is not there; what no program of ours depends on is left out.
+# XLA's target description of a GPU, without the fields that our programs do not depend on.
 _GPU_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -130,10 +130,10 @@ _GPU_SIZES = {
 
 
 def devices(topology):
-  """Devices of a topology that is not there, to compile for.
+  """Abstract devices of a topology, to compile for.
 
   Raises:
-    ValueError: the compiler for them is not installed.
+    ValueError: their compiler is not installed.
   """
   return _tpus(topology) if topology.platform == 'tpu' else _gpus(topology)
 
@@ -141,10 +141,10 @@ def devices(topology):
 def _tpus(topology):
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
-      "--topology: compiling for a TPU needs its compiler, libtpu. pip install 'moejax[tpu-aot]' "
-      '(Linux, 700 MB) brings it; no TPU is needed.'
+      "--topology: compiling for a TPU needs libtpu: pip install 'moejax[tpu-aot]' "
+      '(Linux, 700 MB). No TPU is needed.'
     )
-  # What libtpu would ask the machine for, were it a TPU's; and no lock: it opens no device.
+  # What libtpu would ask a TPU machine for; it opens no device, so it needs no lock.
   os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
@@ -156,7 +156,7 @@ def _tpus(topology):
 
   options = {}
   if topology.kind == 'v4':
-    options['chip_config_name'] = 'megacore'  # one device per chip, as on all later ones
+    options['chip_config_name'] = 'megacore'  # one device per chip, as on later TPUs
   if math.prod(topology.shape) == 1:
     options['chips_per_host_bounds'] = [1, 1, 1]
   if topology.slices > 1:
@@ -169,8 +169,8 @@ def _gpus(topology):
   plugin = next((v for v in (13, 12) if importlib.util.find_spec(f'jax_cuda{v}_plugin')), None)
   if plugin is None:
     raise ValueError(
-      "--topology: compiling for a GPU needs JAX's CUDA packages. pip install 'moejax[cuda]' "
-      '(Linux, 4 GB) brings them; no GPU is needed.'
+      "--topology: compiling for a GPU needs JAX's CUDA packages: pip install 'moejax[cuda]' "
+      '(Linux, 4 GB). No GPU is needed.'
     )
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
   from jax.experimental import topologies
@@ -195,14 +195,14 @@ def _gpus(topology):
 def collective_seconds(topology, kind, num_bytes, group):
   """Time of a collective at full bandwidth.
 
-  Rings run both ways through every dimension of a torus that the group spans; an all-to-all is
-  bound by the links across the middle of the longest one. Between slices and nodes only what no
-  member of a slice has yet is sent, every chip its share.
+  Rings run in both directions along every torus dimension that the group spans; an all-to-all is
+  bound by the links across the middle of the longest one. Between slices or nodes each chip sends
+  its share of what the other slices lack.
 
   Args:
-    topology: where.
-    kind: as HLO names it.
-    num_bytes: of the larger of what a device puts in and gets out.
+    topology: a Topology.
+    kind: its name in HLO.
+    num_bytes: the larger of a device's input and output.
     group: the devices of one group.
   """
   places = np.array([_place(topology, device) for device in group])
@@ -224,18 +224,18 @@ def _place(topology, device):
 
 
 def _inside(topology, kind, num_bytes, places):
-  """Seconds inside of a slice or node."""
+  """Seconds inside a slice or node."""
   size = len(places)
   share = num_bytes * (size - 1) / size
   if topology.platform != 'tpu' or size == 1:
     return share / topology.chip.link
   links, middle, detour = 0, 0.0, 1
-  for column, whole, wraps in zip(places.T, topology.shape, topology.wraps(), strict=True):
+  for column, side, wraps in zip(places.T, topology.shape, topology.wraps(), strict=True):
     extent = len(np.unique(column))
     if extent == 1:
       continue
-    apart = math.ceil((np.ptp(column) + 1) / extent)  # neighbours; what is between has groups too
-    ways = 2 if wraps and extent * apart == whole else 1
+    apart = math.ceil((np.ptp(column) + 1) / extent)  # chips between are in other groups
+    ways = 2 if wraps and extent * apart == side else 1
     links += ways
     middle = max(middle, extent * apart / ways)
     detour = max(detour, apart)

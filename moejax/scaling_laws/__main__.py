@@ -1,4 +1,4 @@
-"""The scaling-law workbench.
+"""Scaling laws: training plans, grids of runs, fits and plots.
 
 python -m moejax.scaling_laws plan --flops=1e21
 python -m moejax.scaling_laws grid --preset=laptop --output=grid.json
@@ -23,7 +23,7 @@ def _define_coefficients(default: str | None = 'printed'):
   cli.define_path(
     'coefficients',
     default,
-    'printed or four_digits (of the paper), or the fit.json of a fit.',
+    'printed or four_digits (both from the paper), or a fit.json.',
   )
 
 
@@ -45,19 +45,19 @@ def _define_expansion_rate(what):
 
 def _define_plan():
   _define_coefficients()
-  _define_expansion_rate("Of the model to train; default: the coefficients' largest")
-  _define_number('flops', None, 'Training FLOPs to spend.')
-  _define_number('target_loss', None, 'Loss to reach, nats per token.')
-  _define_number('params', None, 'Active parameters to have: 7e9 is the "64x7B" of the paper.')
-  _define_number('tokens', None, 'Tokens to train on.')
-  flags.DEFINE_string('chip', None, 'A chip to count hours of, such as v5e, v5p, A100 or H100.')
-  _define_number('mfu', 0.4, 'The fraction of its peak that training reaches.')
-  flags.DEFINE_enum('recipe', 'paper', ['paper', 'laptop'], 'How the model would be trained.')
-  flags.DEFINE_bool('json', False, 'Print one JSON object.')
+  _define_expansion_rate('Of the model to train; default: the largest with coefficients')
+  _define_number('flops', None, 'Training FLOPs.')
+  _define_number('target_loss', None, 'Target loss in nats per token.')
+  _define_number('params', None, 'Active parameters: 7e9 is the "64x7B" of the paper.')
+  _define_number('tokens', None, 'Training tokens.')
+  flags.DEFINE_string('chip', None, 'Estimate hours on this chip, such as v5e, v5p, A100 or H100.')
+  _define_number('mfu', 0.4, 'Model FLOPs utilization for that estimate.')
+  flags.DEFINE_enum('recipe', 'paper', ['paper', 'laptop'], 'Training recipe of the model.')
+  flags.DEFINE_bool('json', False, 'Print JSON.')
 
 
 def plan():
-  """The best model and duration for a budget."""
+  """Finds the best model and training duration for a budget."""
   from moejax.scaling_laws import grid, plan as plan_lib, report
 
   targets = {
@@ -84,12 +84,12 @@ def plan():
 
 def _define_grid():
   _define_coefficients(default=None)
-  flags.DEFINE_string('preset', 'laptop', 'paper, laptop or laptop_larger.')
-  cli.define_path('output', 'grid.json', 'The file to write.')
+  flags.DEFINE_string('preset', 'laptop', 'Grid: paper, laptop or laptop_larger.')
+  cli.define_path('output', 'grid.json', 'Output file.')
 
 
 def grid():
-  """Writes a grid of runs; with coefficients, the losses they predict too."""
+  """Writes a grid of runs; with --coefficients, also their predicted losses."""
   from moejax.scaling_laws import grid as grid_lib, report
 
   coefficients = report.load(_FLAGS.coefficients) if _FLAGS.coefficients else None
@@ -105,17 +105,17 @@ def grid():
 
 
 def _define_run():
-  cli.define_path('grid', 'grid.json', 'A file that `grid` wrote.')
-  flags.DEFINE_string('workdir', None, 'The folder for all cells.', required=True)
+  cli.define_path('grid', 'grid.json', 'Grid file written by `grid`.')
+  flags.DEFINE_string('workdir', None, 'Folder for all runs.', required=True)
   flags.DEFINE_string(
     'launch',
     None,
-    'Train nothing, but print this for each cell, with its {name} and its {command}, quoted.',
+    'Train nothing; print this template for each cell, with its {name} and quoted {command}.',
   )
 
 
 def run():
-  """Trains a grid, or prints the commands that do it elsewhere."""
+  """Trains a grid, or prints commands to train it on other machines."""
   from moejax.scaling_laws import grid as grid_lib, run as run_lib
 
   cells = grid_lib.read(_FLAGS.grid)
@@ -126,19 +126,19 @@ def run():
 
 
 def _define_fit():
-  _define_expansion_rate('Of the sparse rows of a CSV file without such a column')
+  _define_expansion_rate('Of sparse runs in CSV files without this column')
   flags.DEFINE_enum(
     'law',
     'moe',
     ['moe', 'dense', 'chinchilla'],
-    'moe: of the sparse runs, and with its c of the dense ones. Others: of the dense runs.',
+    'moe: fit the sparse runs, then the dense runs with its c. Others: fit the dense runs.',
   )
-  _define_number('c', None, 'The value of c; default: it is fitted.', lower_bound=0)
-  flags.DEFINE_integer('starts', 8, 'Starting points of every optimisation.', lower_bound=1)
-  flags.DEFINE_integer('repeats', 100, 'Bootstrap resamplings.', lower_bound=0)
-  _define_number('held_out', 0.2, 'Fraction of the runs to validate on.', 0, 0.9)
-  _define_number('penalty', 0.0, 'Of squared coefficients; 0: none.', lower_bound=0)
-  cli.define_path('output', 'law', 'The folder to write fit.json and runs.csv to.')
+  _define_number('c', None, 'Fixed value of c; default: fit c.', lower_bound=0)
+  flags.DEFINE_integer('starts', 8, 'Starting points per optimization.', lower_bound=1)
+  flags.DEFINE_integer('repeats', 100, 'Bootstrap samples.', lower_bound=0)
+  _define_number('held_out', 0.2, 'Fraction of the runs held out for validation.', 0, 0.9)
+  _define_number('penalty', 0.0, 'Weight of squared coefficients; 0: none.', lower_bound=0)
+  cli.define_path('output', 'law', 'Output folder for fit.json and runs.csv.')
 
 
 def fit(paths):
@@ -146,7 +146,7 @@ def fit(paths):
   from moejax.scaling_laws import collect, fit as fit_lib, report
 
   if not paths:
-    raise ValueError('fit needs folders of runs, or CSV files: fit runs/grid --output=law.')
+    raise ValueError('fit needs folders of runs or CSV files: fit runs/grid --output=law.')
   runs, excluded = collect.collect(map(cli.path, paths), _FLAGS.expansion_rate or 0)
   sparse, dense = collect.by_kind(runs)
   names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
@@ -167,13 +167,13 @@ def fit(paths):
 
 def _define_plot():
   _define_coefficients()
-  _define_expansion_rate("Of the sparse law to draw; default: the coefficients' largest")
-  cli.define_paths('runs', [], 'Runs to draw as well: folders or CSV files.')
-  cli.define_path('output', 'law', 'The folder to write to.')
+  _define_expansion_rate('Of the sparse law to plot; default: the largest with coefficients')
+  cli.define_paths('runs', [], 'Runs to plot too: folders or CSV files.')
+  cli.define_path('output', 'law', 'Output folder.')
 
 
 def plot():
-  """Draws a law, and the runs it was fitted to."""
+  """Plots a law and the runs it was fitted to."""
   from moejax.scaling_laws import collect, plots, report
 
   coefficients = report.load(_FLAGS.coefficients)
@@ -184,7 +184,7 @@ def plot():
   return cli.OK
 
 
-# Programs import what they need: --help is quick.
+# Commands import what they need, so --help is fast.
 COMMANDS = {
   'plan': cli.Command(_define_plan, plan),
   'grid': cli.Command(_define_grid, grid),

@@ -1,4 +1,4 @@
-"""The runs that a law is fitted to, from summary.json files or from a table."""
+"""Reads the runs to fit a law to, from summary.json files or CSV tables."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ from moejax.scaling_laws import laws
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A finished run, in the laws' own measures: see laws.py."""
+  """A finished run, in the quantities of laws.py."""
 
   name: str
   params: float
@@ -23,28 +23,29 @@ class Run:
   expansion_rate: float  # 1 for a dense model
   flops: float  # of training
   loss: float  # validation, nats per token
-  data: str = ''  # what the corpus and the tokenizer were
+  data: str = ''  # corpus and tokenizer
   config_hash: str = ''
 
 
 _COLUMNS = [field.name for field in dataclasses.fields(Run)]
-_NEEDED = ('params', 'tokens', 'granularity', 'loss')
-_WEIGHTS = ('attention', 'mlp', 'experts')  # kinds of parameters that the law's N counts
+_REQUIRED = ('params', 'tokens', 'granularity', 'loss')
+_WEIGHTS = ('attention', 'mlp', 'experts')  # kinds of parameters that N of the law counts
 
 
 def collect(paths, expansion_rate=0.0):
   """Reads runs.
 
   Args:
-    paths: folders of runs, folders of such folders, and CSV files as `write_table` writes them (of
-      their columns params, tokens, granularity and loss are enough).
+    paths: folders of runs, folders of such folders, and CSV files as written by `write_table` (the
+      columns params, tokens, granularity and loss are required).
+    expansion_rate: of sparse runs in CSV files without this column; 0: not given.
 
   Returns:
-    The runs, and a dict of those that cannot be used, with the reason.
+    The runs, and a dict of excluded ones: name -> reason.
 
   Raises:
-    ValueError: a path holds no run or a damaged one, two have the same name or config, or not all
-      are on the same data.
+    ValueError: a path holds no run or a damaged one, two runs have the same name or config, or the
+      runs differ in data.
   """
   runs, excluded = [], {}
   for path in map(pathlib.Path, paths):
@@ -61,7 +62,7 @@ def collect(paths, expansion_rate=0.0):
 
 
 def _read(path, expansion_rate):
-  """Yields (name, Run or the reason why there is none)."""
+  """Yields (name, Run or the reason to exclude it)."""
   if not path.exists():
     raise ValueError(f'{path} does not exist.')
   if not path.is_dir():
@@ -71,19 +72,19 @@ def _read(path, expansion_rate):
     return
   folders = [path] if _is_run(path) else sorted(filter(_is_run, path.glob('*')))
   if not folders:
-    raise ValueError(f'{path} holds no run: neither it nor a folder in it has a config.json.')
+    raise ValueError(f'{path} holds no run: no config.json in it or its subfolders.')
   for folder in folders:
     summary = folder / 'summary.json'
     if not summary.exists():
-      yield folder.name, 'unfinished or diverged: it has no summary.json'
+      yield folder.name, 'unfinished or diverged: no summary.json'
       continue
     fields = run_folder.read_json(summary)
     try:
       yield folder.name, from_summary(folder.name, fields)
     except KeyError as error:
-      raise ValueError(f'{summary} has no field {error}, which a law needs.') from error
+      raise ValueError(f'{summary} has no field {error}, which fitting needs.') from error
     except (AttributeError, TypeError) as error:
-      raise ValueError(f'{summary} is not a summary that training wrote: {error}.') from error
+      raise ValueError(f'{summary} is not a valid run summary: {error}.') from error
     except ValueError as error:
       raise ValueError(f'{summary}: {error}.') from error
 
@@ -93,7 +94,7 @@ def _is_run(folder):
 
 
 def from_summary(name, summary):
-  """The `Run` that a summary.json tells of, or the reason why the laws do not speak of it."""
+  """The `Run` of a summary.json, or the reason why the laws do not cover it."""
   model, by_kind = summary['config']['model'], summary['parameters']['by_kind']
   sublayers = {sublayer for pattern, _ in model['blocks'] for sublayer in pattern}
   if sublayers == {'attention', 'moe'}:
@@ -101,7 +102,7 @@ def from_summary(name, summary):
   elif sublayers == {'attention', 'mlp'}:
     granularity, expansion_rate = laws.DENSE, 1
   else:
-    return f'its blocks are of {", ".join(sorted(sublayers))}: neither all dense nor all sparse'
+    return f'its sublayers are {", ".join(sorted(sublayers))}: expected attention with mlp or moe'
   d_model, blocks = model['d_model'], sum(repeats for _, repeats in model['blocks'])
   tokens = _positive('tokens_seen', summary['tokens_seen'])
   config = json.dumps(summary['config'], sort_keys=True)
@@ -123,36 +124,36 @@ def _read_table(path, expansion_rate):
   try:
     rows.fieldnames = _columns(rows.fieldnames)
     for row in rows:
-      if any(row.values()):  # spreadsheets leave lines of nothing but commas
+      if any(row.values()):  # spreadsheets write empty lines of commas
         name = row.get('name') or f'{path.name}:{rows.line_num}'
         yield name, _from_row(name, row, expansion_rate)
   except (ValueError, csv.Error) as error:
     raise ValueError(f'{path}, line {max(1, rows.line_num)}: {error}.') from error
   if rows.line_num < 2:
-    raise ValueError(f'{path} has no rows below its first line, the names of the columns.')
+    raise ValueError(f'{path} has no rows below the header.')
 
 
 def _text(path):
-  """What a file holds; a byte order mark, which Excel writes, is not part of it."""
+  """The text of a file, without the byte order mark that Excel writes."""
   content = path.read_bytes()
   try:
     text = content.decode('utf-8-sig')
     if '\0' not in text:
       return text
-    place = text.index('\0')
+    position = text.index('\0')
   except UnicodeDecodeError as error:
-    place = error.start
-  line = content[:place].count(b'\n') + 1
-  raise ValueError(f'{path}, line {line}: not UTF-8 text; save it in that encoding.')
+    position = error.start
+  line = content[:position].count(b'\n') + 1
+  raise ValueError(f'{path}, line {line}: not UTF-8 text; save it as UTF-8.')
 
 
 def _columns(names):
-  """The names of a table's columns, checked."""
+  """The validated column names of a table."""
   names = [name.strip() for name in names or ()]
-  twice = [name for name in _COLUMNS if names.count(name) > 1]
-  if twice:
-    raise ValueError(f'two columns are called {twice[0]}; leave one')
-  missing = [name for name in _NEEDED if name not in names]
+  duplicates = [name for name in _COLUMNS if names.count(name) > 1]
+  if duplicates:
+    raise ValueError(f'two columns are named {duplicates[0]}; remove one')
+  missing = [name for name in _REQUIRED if name not in names]
   if missing:
     hint = '; columns are separated by commas' if len(names) == 1 else ''
     raise ValueError(f'no column {", ".join(missing)} in {", ".join(names) or "nothing"}{hint}')
@@ -161,7 +162,7 @@ def _columns(names):
 
 def _from_row(name, row, expansion_rate):
   if None in row or None in row.values():
-    raise ValueError('it has more or fewer values than the first line has columns')
+    raise ValueError('more or fewer values than columns in the header')
   params, tokens = _positive('params', row['params']), _positive('tokens', row['tokens'])
   granularity = _granularity(row['granularity'])
   rate = _expansion_rate(granularity, row.get('expansion_rate'), expansion_rate)
@@ -172,7 +173,7 @@ def _from_row(name, row, expansion_rate):
     tokens=tokens,
     granularity=granularity,
     expansion_rate=rate,
-    flops=_positive('flops', flops) if flops else _usual_flops(params, tokens, rate, granularity),
+    flops=_positive('flops', flops) if flops else _default_flops(params, tokens, rate, granularity),
     loss=_loss('loss', row['loss'] or 'nan'),
     data=row.get('data') or '',
     config_hash=row.get('config_hash') or '',
@@ -180,7 +181,7 @@ def _from_row(name, row, expansion_rate):
 
 
 def _number(value):
-  """A table's text or a JSON value as an int or a float; NaN of what is no number."""
+  """A table's text or a JSON value as an int or a float; NaN if it is not a number."""
   try:
     number = math.nan if isinstance(value, bool) else float(value)
   except (OverflowError, TypeError, ValueError):
@@ -198,35 +199,35 @@ def _positive(field, value):
 def _granularity(value):
   number = _number(value)
   if not (isinstance(number, int) and number >= 0):
-    raise ValueError(f'granularity = {value!r}: expected a whole number, 0 for a dense model')
+    raise ValueError(f'granularity = {value!r}: expected an integer, 0 for a dense model')
   return number
 
 
 def _expansion_rate(granularity, value, default):
-  """That of a row; `default` is what --expansion_rate says, 0 if it is not given."""
+  """The expansion rate of a row; `default` is --expansion_rate, 0 if not given."""
   if granularity == laws.DENSE:
     if value and _number(value) != 1:
       raise ValueError(
-        f'expansion_rate = {value!r}, but granularity 0 is a dense model, whose rate is 1'
+        f'expansion_rate = {value!r}, but granularity 0 means dense, whose rate is 1'
       )
     return 1
   if not value and not default:
-    raise ValueError('there is no expansion_rate; add the column, or give --expansion_rate')
+    raise ValueError('no expansion_rate; add the column or set --expansion_rate')
   rate = _number(value) if value else default
   if not 1 <= rate < math.inf:
-    raise ValueError(f'expansion_rate = {value or default!r}: expected a finite number from 1 on')
+    raise ValueError(f'expansion_rate = {value or default!r}: expected a finite number >= 1')
   return rate
 
 
 def _loss(field, value):
-  """NaN where the run diverged: of no value, NaN and infinity."""
+  """The loss; NaN for a diverged run: no value, NaN or infinity."""
   if value is None or str(value).strip().lower() in ('nan', 'inf', 'infinity'):
     return math.nan
   return _positive(field, value)
 
 
-def _usual_flops(params, tokens, expansion_rate, granularity):
-  """Training FLOPs of a model of the shape that budgets are planned for."""
+def _default_flops(params, tokens, expansion_rate, granularity):
+  """Training FLOPs of a model of compute-optimal shape."""
   d_model = (params * laws.WIDTH_PER_BLOCK / laws.total_params(1, 1, expansion_rate)) ** (1 / 3)
   blocks = d_model / laws.WIDTH_PER_BLOCK
   return laws.flops_per_token(d_model, blocks, expansion_rate, granularity) * tokens
@@ -244,12 +245,12 @@ def _check_distinct(runs):
   names, configs = set(), {}
   for run in runs:
     if run.name in names:
-      raise ValueError(f'several runs are called {run.name}; rename their folders or rows.')
+      raise ValueError(f'several runs are named {run.name}; rename their folders or rows.')
     names.add(run.name)
     if run.config_hash and run.config_hash in configs:
       raise ValueError(
-        f'{configs[run.config_hash]} and {run.name} are one run: they have the same configuration. '
-        'Leave one of them out.'
+        f'{configs[run.config_hash]} and {run.name} have the same configuration; '
+        'remove one of them.'
       )
     configs[run.config_hash] = run.name
 
@@ -260,13 +261,13 @@ def _check_data(runs):
     groups.setdefault(run.data, []).append(run.name)
   if len(groups) > 1:
     raise ValueError(
-      'the runs differ in corpus or tokenizer, so their losses do not compare:\n'
+      'the runs differ in corpus or tokenizer, so their losses are not comparable:\n'
       + '\n'.join(f'{data or "unknown"}: {", ".join(names)}' for data, names in groups.items())
     )
 
 
 def by_kind(runs):
-  """The sparse runs, and the dense ones.
+  """The sparse runs and the dense runs.
 
   Raises:
     ValueError: the sparse runs have different expansion rates.

@@ -1,9 +1,8 @@
-"""Fitting a law to runs: Huber loss, several starts, held-out runs, bootstrap intervals.
+"""Fits a law to runs: Huber loss, several starts, held-out runs, bootstrap intervals.
 
 scipy's least squares minimises the mean over runs of Huber(predicted - measured loss), with exact
-slopes. The scales c, a, b and g are searched through their logarithms, the exponents as they are;
-N, D and G are divided by their geometric means meanwhile, without which a scale and its exponent
-are nearly the same direction.
+Jacobians. The scales c, a, b and g are optimized as logarithms. N, D and G are divided by their
+geometric means: otherwise a scale and its exponent are nearly collinear.
 """
 
 import dataclasses
@@ -17,20 +16,20 @@ from scipy import optimize
 from moejax.scaling_laws import laws
 
 SCALES = ('c', 'a', 'b', 'g')
-INTERVAL = (10, 90)  # percentiles of the bootstrap repeats, as in Table 6
-DRAWN = 0.8  # of the runs, with replacement, as in the paper: of all, intervals are too narrow
-DIVERGED = 0.2  # nats off the law that the others follow: five times what seeds differ by
-_ZERO = math.log(1e-9)  # of a scale, whose logarithm is searched: none can be exactly 0
-_NOISE_FLOOR = 1e-3  # nats; runs agree no better than this, however well a law fits them
+INTERVAL = (10, 90)  # percentiles of the bootstrap samples, as in Table 6
+SAMPLED = 0.8  # fraction of the runs, as in the paper; samples of all give too narrow intervals
+OUTLIER = 0.2  # nats from the law of the other runs: five times the spread of seeds
+_ZERO = math.log(1e-9)  # log of a scale that counts as 0
+_NOISE_FLOOR = 1e-3  # nats; the least error of a loss, however well a law fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What is fitted: the coefficients, and how far from the law a run may lie at full weight."""
+  """What is fitted: the coefficients and the loss function."""
 
   names: tuple[str, ...]
-  huber: float  # where Huber's loss turns from square to linear
-  log_loss: bool  # whether residuals are of log L rather than of L
+  huber: float  # residual at which the Huber loss becomes linear
+  log_loss: bool  # residuals of log L instead of L
 
 
 _DENSE = ('c', 'a', 'alpha', 'b', 'beta')
@@ -47,11 +46,11 @@ class Fit:
 
   form: str
   coefficients: laws.Coefficients
-  intervals: dict[str, tuple[float, float]]  # of the coefficients that were free
-  rmse: float  # over the runs that were used
-  held_out_rmse: float | None  # of a fit without the runs of lowest loss, over those
+  intervals: dict[str, tuple[float, float]]  # of the free coefficients
+  rmse: float  # over the used runs
+  held_out_rmse: float | None  # over the runs of lowest loss, by a fit without them
   used: tuple[str, ...]  # names of runs
-  excluded: dict[str, str]  # name of a run: why it was not used
+  excluded: dict[str, str]  # name of a run -> reason
   warnings: tuple[str, ...]
 
 
@@ -61,74 +60,74 @@ def fit(runs, form, *, c=None, starts=8, repeats=100, held_out=0.2, penalty=0.0,
   Args:
     runs: `collect.Run`s, all sparse with one expansion rate for `moe`, all dense otherwise.
     form: a key of FORMS.
-    c: the value of c if it is known, None if it is fitted too.
-    starts: random starting points of every optimisation; the best result counts. Nearly all end in
-      the same place. (That of all runs is no start for a resampling: with a c near 0 it is flat.)
-    repeats: bootstrap resamplings. 0: no intervals.
-    held_out: fraction of the runs, those of lowest loss, that the validation fit does not see.
+    c: a fixed value of c; None fits it.
+    starts: random starting points per optimization; the best result is used. Nearly all reach the
+      same optimum. (It is no starting point for bootstrap samples: with c near 0 it is flat.)
+    repeats: bootstrap samples. 0: no intervals.
+    held_out: fraction of the runs, those of lowest loss, held out from the validation fit.
     penalty: weight of the sum of squares of exponents and logarithms of scales. The paper's 5e-4
-      would bias the coefficients by more than its error of fit: docs/scaling_laws.md.
-    seed: of starts and resamplings.
+      would bias the coefficients by more than its fitting error: docs/scaling_laws.md.
+    seed: of starts and bootstrap samples.
 
   Raises:
-    ValueError: there are too few runs, or c is not below their losses.
+    ValueError: too few runs, or c is not below their losses.
   """
   law = FORMS[form]
   names = tuple(name for name in law.names if name != 'c' or c is None)
   _check_number(len(runs), form, names)
   if c is not None and not 0 <= c < min(run.loss for run in runs):
     lowest = min(run.loss for run in runs)
-    raise ValueError(f'--c={c}: expected 0, or more and below the lowest loss, {lowest:.4g}.')
+    raise ValueError(f'--c={c}: expected at least 0 and below the lowest loss, {lowest:.4g}.')
   problem = _problem(runs, law, names, c, penalty)
   start = _starts(names, starts, np.median(problem.loss), seed)
 
-  def solve(draw):
-    """Coefficients by the runs as often as they are in `draw`: centred, and natural."""
-    theta = _minimise(problem, draw, start)
+  def solve(counts):
+    """Coefficients, centred and natural, with run i counted counts[i] times."""
+    theta = _minimise(problem, counts, start)
     return theta, _coefficients(problem, theta)
 
   kept = np.full(len(runs), True)
   theta, found = solve(kept)
-  excluded = _off_the_law(runs, errors(found, runs))
+  excluded = _outliers(runs, errors(found, runs))
   if excluded:
     kept = np.array([run.name not in excluded for run in runs])
     _check_number(kept.sum(), form, names)
     theta, found = solve(kept)
-  seen = _seen(problem.loss, kept, held_out)
-  validated = seen.sum() > len(names) and (kept & ~seen).any()
-  others = [solve(draw)[1] for draw in _draw(kept, repeats, seed)]
+  train = _train_split(problem.loss, kept, held_out)
+  validated = train.sum() > len(names) and (kept & ~train).any()
+  samples = [solve(counts)[1] for counts in _bootstrap(kept, repeats, seed)]
   return Fit(
     form=form,
     coefficients=found,
-    intervals=_intervals(names, others),
+    intervals=_intervals(names, samples),
     rmse=_rms(errors(found, runs)[kept]),
-    held_out_rmse=_rms(errors(solve(seen)[1], runs)[kept & ~seen]) if validated else None,
+    held_out_rmse=_rms(errors(solve(train)[1], runs)[kept & ~train]) if validated else None,
     used=tuple(run.name for run in runs if run.name not in excluded),
     excluded=excluded,
     warnings=tuple(_unidentified(problem, theta, kept)),
   )
 
 
-def _seen(loss, kept, held_out):
-  """Of the kept runs those that the validation fit sees."""
+def _train_split(loss, kept, held_out):
+  """The kept runs that the validation fit uses."""
   return kept & (loss > np.quantile(loss[kept], held_out)) if held_out else kept
 
 
-def _draw(kept, repeats, seed):
-  """[repeats, runs]: how often each run is in each bootstrap sample."""
+def _bootstrap(kept, repeats, seed):
+  """[repeats, runs]: the count of each run in each bootstrap sample."""
   rng = np.random.default_rng(seed)
-  return rng.multinomial(round(DRAWN * kept.sum()), kept / kept.sum(), repeats)
+  return rng.multinomial(round(SAMPLED * kept.sum()), kept / kept.sum(), repeats)
 
 
 def fit_moe_and_dense(sparse, dense, *, c: float | None = None, **options):
-  """The law of sparse runs and, if there are any, that of dense ones with the same c.
+  """Fits the law of the sparse runs and, if there are dense runs, theirs with the same c.
 
   Returns a dict of expansion rate to `Fit`; the arguments are those of `fit`.
   """
   moe = fit(sparse, 'moe', c=c, **options)
   if dense and sparse[0].expansion_rate == 1:
     raise ValueError(
-      'the sparse runs have expansion rate 1, which is that of dense models: fit one'
+      'the sparse runs have expansion rate 1, as the dense runs do: fit them separately'
     )
   fits = {sparse[0].expansion_rate: moe}
   if dense:
@@ -140,53 +139,52 @@ def _check_number(number, form, names):
   if number <= len(names):
     raise ValueError(
       f'{number} runs are too few for the {len(names)} coefficients {", ".join(names)} of the '
-      f'{form} law: give at least {len(names) + 1}, better five times as many'
+      f'{form} law: give at least {len(names) + 1}, preferably five times as many'
       + (', or fix c.' if 'c' in names else '.')
     )
 
 
 def errors(coefficients, runs):
-  """[runs]: measured less predicted loss."""
+  """[runs]: measured minus predicted loss."""
   columns = ('params', 'tokens', 'granularity', 'loss')
   *sizes, loss = np.array([[getattr(run, name) for name in columns] for run in runs], float).T
   return loss - laws.loss(coefficients, *sizes)
 
 
-def _off_the_law(runs, excess):
-  """Why runs whose loss lies far from the law that the others follow are not used, by name."""
-  limit = max(DIVERGED, 10 * np.median(np.abs(excess)))
+def _outliers(runs, excess):
+  """Runs far from the law of the others: name -> reason to exclude it."""
+  limit = max(OUTLIER, 10 * np.median(np.abs(excess)))
   return {
-    run.name: f'{"diverged" if more > 0 else "too good"}: its loss of {run.loss:.3f} is '
+    run.name: f'{"diverged" if more > 0 else "too good"}: loss {run.loss:.3f} is '
     f'{abs(more):.3f} {"above" if more > 0 else "below"} the law of the others'
     for run, more in zip(runs, excess, strict=True)
     if abs(more) > limit
   }
 
 
-def _intervals(names, repeats):
-  """Percentiles of every free coefficient over the bootstrap repeats."""
-  spread = {}
-  for name in names if repeats else ():
-    low, high = np.percentile([getattr(k, name) for k in repeats], INTERVAL)
-    spread[name] = (float(low), float(high))
-  return spread
+def _intervals(names, samples):
+  """Percentiles of every free coefficient over the bootstrap samples."""
+  intervals = {}
+  for name in names if samples else ():
+    low, high = np.percentile([getattr(k, name) for k in samples], INTERVAL)
+    intervals[name] = (float(low), float(high))
+  return intervals
 
 
 def _unidentified(problem, theta, kept):
-  """Yields a sentence per coefficient that these runs leave open.
+  """Yields a warning per coefficient that the runs do not determine.
 
-  The measure is its standard error, from the slopes of the law at the optimum, were every loss
-  wrong by the error of fit: more than half of c or an exponent, more than a factor of e^(1/2) of
-  the other scales.
+  The criterion is its standard error, from the Jacobian at the optimum and the error of the fit:
+  more than half of c or an exponent, more than a factor of e^(1/2) of the other scales.
   """
   values = problem.raw @ theta
-  error, slope = (of_runs[kept] for of_runs in _residuals(problem, theta))
-  if 'c' in problem.names:  # by c itself: near 0 its logarithm changes nothing
+  error, jacobian = (array[kept] for array in _residuals(problem, theta))
+  if 'c' in problem.names:  # of c itself: near 0 its logarithm has no effect
     column = problem.names.index('c')
-    slope[:, column] /= np.exp(values[column])
+    jacobian[:, column] /= np.exp(values[column])
     values[column] = _coefficients(problem, theta).c
-  length = np.maximum(np.linalg.norm(slope, axis=0), 1e-9)
-  _, size, directions = np.linalg.svd(slope / length, full_matrices=False)
+  length = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-9)
+  _, size, directions = np.linalg.svd(jacobian / length, full_matrices=False)
   root = problem.raw @ (directions / length).T / np.maximum(size, 1e-9)  # of the covariance
   floor = _NOISE_FLOOR / problem.loss.mean() if problem.law.log_loss else _NOISE_FLOOR
   deviation = max(_rms(error), floor) * np.linalg.norm(root, axis=1)
@@ -210,16 +208,16 @@ _REMEDY = {
 
 
 class _Problem(NamedTuple):
-  """The runs as arrays: logarithms less their means over the runs, and how to undo that."""
+  """The runs as arrays of centred logarithms, and how to undo the centring."""
 
   law: Form
-  names: tuple[str, ...]  # of the coefficients that are free
+  names: tuple[str, ...]  # of the free coefficients
   params: np.ndarray
   tokens: np.ndarray
   granularity: np.ndarray
   loss: np.ndarray
-  raw: np.ndarray  # times the centred coefficients: logarithms of scales, and exponents
-  c: float  # used where c is not free
+  raw: np.ndarray  # maps centred coefficients to logarithms of scales, and exponents
+  c: float  # used if c is fixed
   penalty: float
 
 
@@ -248,56 +246,56 @@ def _problem(runs, law, names, c, penalty):
 
 
 def _residuals(problem, theta):
-  """[runs]: predicted less measured, at centred coefficients; [runs, coefficients]: its slopes."""
+  """[runs]: predicted minus measured; [runs, coefficients]: its Jacobian."""
   k = dict(zip(problem.names, theta, strict=True))
   c = np.full_like(problem.loss, np.exp(k['c']) if 'c' in k else problem.c)
-  of_size = np.exp(k['a'] - k['alpha'] * problem.params)
-  of_tokens = np.exp(k['b'] - k['beta'] * problem.tokens)
-  of_experts = np.zeros_like(c)
+  size_term = np.exp(k['a'] - k['alpha'] * problem.params)
+  token_term = np.exp(k['b'] - k['beta'] * problem.tokens)
+  expert_term = np.zeros_like(c)
   if 'g' in k:
-    finer = k['alpha'] * problem.params + k['gamma'] * problem.granularity
-    of_experts = np.exp(k['g'] - finer)
-  slopes = {
+    decay = k['alpha'] * problem.params + k['gamma'] * problem.granularity
+    expert_term = np.exp(k['g'] - decay)
+  columns = {
     'c': c,
-    'a': of_size,
-    'alpha': -(of_size + of_experts) * problem.params,
-    'b': of_tokens,
-    'beta': -of_tokens * problem.tokens,
-    'g': of_experts,
-    'gamma': -of_experts * problem.granularity,
+    'a': size_term,
+    'alpha': -(size_term + expert_term) * problem.params,
+    'b': token_term,
+    'beta': -token_term * problem.tokens,
+    'g': expert_term,
+    'gamma': -expert_term * problem.granularity,
   }
-  slope = np.stack([slopes[name] for name in problem.names], axis=1)
-  predicted = c + of_size + of_tokens + of_experts
+  jacobian = np.stack([columns[name] for name in problem.names], axis=1)
+  predicted = c + size_term + token_term + expert_term
   if problem.law.log_loss:
-    return np.log(predicted / problem.loss), slope / predicted[:, None]
-  return predicted - problem.loss, slope
+    return np.log(predicted / problem.loss), jacobian / predicted[:, None]
+  return predicted - problem.loss, jacobian
 
 
-def _starts(names, number, usual_loss, seed):
-  """[starts, coefficients]: exponents in [0.03, 1], terms that share the usual loss at random."""
+def _starts(names, number, median_loss, seed):
+  """[starts, coefficients]: exponents in [0.03, 1], scales that split the median loss randomly."""
   rng = np.random.default_rng(seed)
   columns = {}
   for name, shares in zip(SCALES, rng.dirichlet(np.ones(len(SCALES)), number).T, strict=True):
-    columns[name] = np.log(usual_loss * shares)
+    columns[name] = np.log(median_loss * shares)
   for name in ('alpha', 'beta', 'gamma'):
     columns[name] = np.exp(rng.uniform(np.log(0.03), 0.0, number))
   return np.stack([columns[name] for name in names], axis=1)
 
 
-def _minimise(problem, draw, starts):
-  """[coefficients]: the best centred ones, where run i counts draw[i] times."""
-  rows = np.repeat(np.arange(len(draw)), draw)
-  penalty = np.sqrt(2 * problem.penalty * len(rows)) * problem.raw  # the cost is a sum of halves
+def _minimise(problem, counts, starts):
+  """[coefficients]: the best centred ones, with run i counted counts[i] times."""
+  rows = np.repeat(np.arange(len(counts)), counts)
+  penalty = np.sqrt(2 * problem.penalty * len(rows)) * problem.raw  # scipy halves squares
 
   def residuals(theta):
     return np.append(_residuals(problem, theta)[0][rows], penalty @ theta)
 
-  def slopes(theta):
+  def jacobian(theta):
     return np.vstack([_residuals(problem, theta)[1][rows], penalty])
 
-  options: Any = {'jac': slopes, 'loss': functools.partial(_huber, len(rows))}
+  options: Any = {'jac': jacobian, 'loss': functools.partial(_huber, len(rows))}
   options |= dict.fromkeys(('ftol', 'xtol', 'gtol'), 1e-10)  # seven digits of the coefficients
-  with np.errstate(over='ignore', divide='ignore', invalid='ignore'):  # such steps are taken back
+  with np.errstate(over='ignore', divide='ignore', invalid='ignore'):  # such steps are rejected
     found = [
       optimize.least_squares(residuals, start, f_scale=problem.law.huber, **options)
       for start in starts
@@ -306,7 +304,7 @@ def _minimise(problem, draw, starts):
 
 
 def _huber(num_runs, squares):
-  """As scipy's loss 'huber', but what follows the runs' residuals, a penalty, stays square."""
+  """scipy's loss 'huber', but quadratic for the penalty, which follows the runs' residuals."""
   size = np.sqrt(np.maximum(squares, 1))
   size[num_runs:] = 1
   values = np.where(size > 1, 2 * size - 1, squares)

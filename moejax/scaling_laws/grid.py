@@ -1,4 +1,4 @@
-"""Grids of runs: which models to train for how long, what that costs, and the commands."""
+"""Grids of runs: models, training durations, costs and commands."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from moejax.scaling_laws import laws
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run of a grid; parameters and FLOPs are the laws'."""
+  """One run of a grid; parameters and FLOPs as in laws.py."""
 
   name: str
   d_model: int
@@ -25,15 +25,15 @@ class Cell:
   active_params: int
   flops: float
   command: str  # without --workdir
-  predicted_loss: float | None = None  # before it was trained
+  predicted_loss: float | None = None  # before training
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What all runs of a grid share."""
+  """Settings shared by all runs of a grid."""
 
-  sizes: dict[tuple[int, int], str]  # (d_model, blocks): the configs' word for the size
-  word: str  # for other sizes: of the one whose fields are changed
+  sizes: dict[tuple[int, int], str]  # (d_model, blocks) -> variant of the config
+  base: str  # variant whose fields are overridden for other sizes
   tokens_per_step: int
   warmup: float  # fraction of the steps
   flags: tuple[str, ...]
@@ -50,15 +50,15 @@ PAPER = Recipe(
     (640, 10): '49M',
     (768, 12): '85M',
   },
-  word='3M',
+  base='3M',
   tokens_per_step=2048 * 256,
   warmup=0.01,
   flags=(),
 )
-# A grid for the CPU of a laptop, on the embedded corpus; only the last validation counts.
+# A grid for a laptop CPU, on the embedded corpus; validation runs only at the end.
 LAPTOP = Recipe(
   sizes={},
-  word='laptop',
+  base='laptop',
   tokens_per_step=16 * 64,
   warmup=0.05,
   flags=(
@@ -72,7 +72,8 @@ LAPTOP = Recipe(
 )
 
 _TO_4, _TO_8, _TO_16 = (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16)
-_D16, _D24, _D33, _D66, _D131 = 31_250, 46_875, 62_500, 125_000, 250_000  # steps for so many G
+# Steps for 16B, 24B, ... tokens.
+_D16, _D24, _D33, _D66, _D131 = 31_250, 46_875, 62_500, 125_000, 250_000
 _DENSE = (laws.DENSE,)
 
 # (d_model, blocks, heads) -> steps -> granularities.
@@ -93,7 +94,7 @@ _PAPER_DENSE = {
 }
 _LAPTOP_SHAPES = ((32, 2, 2), (64, 2, 2), (96, 2, 3))
 _SHORT, _MIDDLE, _LONG = 200, 400, 800
-# All cells, in an order that has every size, duration and kind in the first half.
+# Ordered so that the first half has every size, duration and kind.
 _LAPTOP_GRIDS = (
   dict.fromkeys(_LAPTOP_SHAPES, {_SHORT: (*_DENSE, 1, 4), _MIDDLE: (2, 8), _LONG: (*_DENSE, 1, 4)}),
   dict.fromkeys(_LAPTOP_SHAPES, {_SHORT: (2, 8), _MIDDLE: (*_DENSE, 1, 4), _LONG: (2, 8)}),
@@ -103,16 +104,16 @@ _LAPTOP_GRIDS = (
 PRESETS = {
   'paper': (PAPER, 64, (_PAPER_SPARSE, _PAPER_DENSE)),
   'laptop': (LAPTOP, 8, _LAPTOP_GRIDS),
-  # Larger than every run of `laptop`: does the law that they give extrapolate?
+  # Larger than every run of `laptop`, to test extrapolation of their law.
   'laptop_larger': (LAPTOP, 8, ({(128, 2, 4): {1000: (*_DENSE, 1, 4)}},)),
 }
 
 
 def make(preset, coefficients=None):
-  """The cells of a preset; with coefficients by expansion rate, also the losses they predict.
+  """The cells of a preset; with coefficients by expansion rate, also their predicted losses.
 
   Raises:
-    ValueError: there is no such preset.
+    ValueError: the preset is unknown.
   """
   if preset not in PRESETS:
     raise ValueError(f'--preset={preset}: expected one of {", ".join(PRESETS)}.')
@@ -133,7 +134,7 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
     recipe: a `Recipe`.
     shape: d_model, blocks, heads.
     expansion_rate: of sparse models; dense ones have 1.
-    granularity: laws.DENSE for a dense one.
+    granularity: laws.DENSE for a dense model.
     steps: of training.
     coefficients: by expansion rate, or None.
   """
@@ -162,11 +163,11 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
 
 def _command(recipe, shape, expansion_rate, granularity, steps):
   d_model, blocks, heads = shape
-  words = recipe.sizes.get((d_model, blocks), recipe.word)
-  feed_forward, config = 'mlp', f'configs/dense.py:{words}'
+  variant = recipe.sizes.get((d_model, blocks), recipe.base)
+  feed_forward, config = 'mlp', f'configs/dense.py:{variant}'
   if granularity != laws.DENSE:
     feed_forward = 'moe'
-    config = f'configs/fine_grained.py:{words},granularity={granularity}'
+    config = f'configs/fine_grained.py:{variant},granularity={granularity}'
     config += f',expansion_rate={expansion_rate:g}'
   yield f'python -m moejax.main --config={config}'
   if (d_model, blocks) not in recipe.sizes:
@@ -190,20 +191,20 @@ def read(path):
   """The cells of a file.
 
   Raises:
-    ValueError: there is no such file, or it holds something else.
+    ValueError: the file does not exist or is not a grid.
   """
   try:
     cells = [Cell(**fields) for fields in json.loads(pathlib.Path(path).read_text('utf-8'))]
   except FileNotFoundError as error:
-    raise ValueError(f'--grid={path}: there is no such file; `grid` writes one.') from error
+    raise ValueError(f'--grid={path}: file not found; `grid` writes it.') from error
   except (TypeError, ValueError) as error:
-    raise ValueError(f'--grid={path} is not a file that `grid` wrote: {error}.') from error
+    raise ValueError(f'--grid={path} is not a valid grid file: {error}.') from error
   for cell in cells:
     name = cell.name
     if not isinstance(name, str) or not name or name.startswith('.') or '/' in name:
-      raise ValueError(f'--grid={path}: name = {name!r}: expected the name of a folder.')
+      raise ValueError(f'--grid={path}: name = {name!r}: expected a folder name.')
     if not isinstance(cell.command, str):
-      raise ValueError(f'--grid={path}, {name}: command = {cell.command!r}: expected text.')
+      raise ValueError(f'--grid={path}, {name}: command = {cell.command!r}: expected a string.')
     for field in ('steps', 'params', 'flops'):
       if not isinstance(value := getattr(cell, field), int | float) or not 0 < value < math.inf:
         raise ValueError(f'--grid={path}, {name}: {field} = {value!r}: expected a number above 0.')

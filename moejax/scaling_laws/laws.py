@@ -1,25 +1,25 @@
-"""The laws: what a model costs to train and the loss it is predicted to reach.
+"""Scaling laws: the training cost of a model and its predicted loss.
 
-Pure arithmetic on floats, numpy or JAX arrays that broadcast; nothing here knows how it is fitted.
+Pure arithmetic on floats, numpy or JAX arrays that broadcast; fitting is in fit.py.
 Conventions of "Scaling Laws for Fine-Grained Mixture of Experts" (arXiv:2402.07871, Sections 4 to 6
 and Appendix E):
-- Parameters leave out embeddings, norms and the router. A sparse model is written by the expansion
-  rate E, how many times the parameters of its expert layers exceed those of a dense feed-forward,
-  and the granularity G, how many times narrower than d_ff = 4 d_model one expert is. It has E * G
-  experts, and a token visits G of them: what runs per token does not depend on E or G.
-- A dense model is E = 1, and is told from sparse ones by G = 0: it has no router.
-- The law's N are all parameters, not the active ones.
-- Losses are nats per token, and the coefficients hold for one corpus and tokenizer.
+- Parameters exclude embeddings, norms and the router. A sparse model has an expansion rate E, the
+  parameters of its experts over those of a dense feed-forward layer, and a granularity G, the width
+  d_ff = 4 d_model over that of an expert. It has E * G experts, of which a token activates G: the
+  active parameters do not depend on E or G.
+- A dense model has E = 1 and, to distinguish it from sparse ones, G = 0: it has no router.
+- N of the law counts all parameters, not only active ones.
+- Losses are in nats per token, and coefficients hold for one corpus and tokenizer.
 """
 
 from typing import NamedTuple
 
 DENSE = 0  # the granularity of a dense model
-WIDTH_PER_BLOCK = 64  # compute-optimal shapes have d_model = 64 blocks
+WIDTH_PER_BLOCK = 64  # compute-optimal shapes have d_model = 64 * blocks
 
-# FLOPs per token of training: a multiply-add is two, and once more in each factor's gradient.
-MODEL_FLOPS = 6  # for each active parameter
-ROUTER_FLOPS = 14  # for each of d_model * E * G: scores 6, dispatch and combine 8 (Appendix E)
+# Training FLOPs per token: 2 per multiply-add, in the forward pass and for both gradients.
+MODEL_FLOPS = 6  # per active parameter
+ROUTER_FLOPS = 14  # per d_model * E * G: scores 6, dispatch and combine 8 (Appendix E)
 
 
 class Coefficients(NamedTuple):
@@ -41,7 +41,7 @@ _DENSE = Coefficients(c=0.472, a=16.3, alpha=0.126, b=26.7, beta=0.127)
 
 # Name -> expansion rate (1: dense) -> coefficients, for C4 and GPT-2's tokenizer. `printed`
 # are Tables 1 (E = 64, dense) and 8 (E = 16), with the c = 0.472 that they round to 0.47;
-# `four_digits` are those of the authors' plotting code, which has no more of the dense law's.
+# `four_digits` are those of the authors' plotting code, which has no dense law of more digits.
 PUBLISHED = {
   'printed': {
     1: _DENSE,
@@ -61,7 +61,7 @@ def loss(coefficients, params, tokens, granularity):
 
 
 def active_params(d_model, blocks):
-  """Parameters one token uses: four matrices of attention, and d_ff = 4 d_model twice."""
+  """Parameters per token: four attention matrices, and two of d_ff = 4 d_model."""
   return 12 * d_model**2 * blocks
 
 

@@ -1,7 +1,7 @@
-"""The best model and duration for a budget, by a law.
+"""Compute-optimal model and training duration for a budget, by a law.
 
-All models have the shape d_model = 64 blocks. Width and tokens are continuous, granularities powers
-of two, as in the paper (arXiv:2402.07871, Section 6).
+All models have the shape d_model = 64 * blocks. Width and tokens are continuous, granularities are
+powers of two, as in the paper (arXiv:2402.07871, Section 6).
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ from scipy import optimize
 from moejax.scaling_laws import laws
 
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Where optima are searched: far more on both sides than anybody trains.
+# Search ranges, far beyond what is trained in practice.
 _LOG_WIDTH = (math.log(2**2), math.log(2**24))
 _LOG_FLOPS = (math.log(1e6), math.log(1e36))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-  """The choice that reaches the lowest loss of its FLOPs."""
+  """The choice with the lowest loss for its FLOPs."""
 
   flops: float  # of training, by laws.flops_per_token
   d_model: float
@@ -50,7 +50,7 @@ def _choice(coefficients, expansion_rate, granularity, flops, d_model):
 
 
 def best_width(coefficients, expansion_rate, granularity, flops):
-  """The `Optimum` of one granularity."""
+  """The `Optimum` for one granularity."""
 
   def choice(log_width):
     return _choice(coefficients, expansion_rate, granularity, flops, math.exp(log_width))
@@ -60,7 +60,7 @@ def best_width(coefficients, expansion_rate, granularity, flops):
 
 
 def best(coefficients, expansion_rate, flops):
-  """The `Optimum` of all granularities; of a dense law, which has none, the dense one."""
+  """The `Optimum` over all granularities; for a dense law, the dense one."""
   return min(
     (best_width(coefficients, expansion_rate, g, flops) for g in _granularities(coefficients)),
     key=lambda optimum: optimum.loss,
@@ -74,8 +74,8 @@ def _granularities(coefficients):
 def solve(coefficients, expansion_rate, **target):
   """The `Optimum` with a given `flops`, `loss`, `active_params` or `tokens`, such as `flops=1e21`.
 
-  Where the best granularity changes, width and tokens jump, so that no optimum or two may have the
-  given value. The answer is the granularity's that is closest to optimal at its own FLOPs.
+  Where the best granularity changes, width and tokens jump, so no optimum or two may have the given
+  value. The result is for the granularity that is closest to optimal at its own FLOPs.
 
   Raises:
     ValueError: no budget reaches the value.
@@ -101,7 +101,7 @@ def solve(coefficients, expansion_rate, **target):
 
 
 def _with_granularity(coefficients, expansion_rate, granularity, quantity, value):
-  """The optimum of one granularity that has the value, or None."""
+  """The optimum for one granularity that has the value, or None."""
 
   def at(log_flops):
     return best_width(coefficients, expansion_rate, granularity, math.exp(log_flops))

@@ -1,4 +1,4 @@
-"""What to train for a budget: the optimum of a law, rounded to a model that can be built."""
+"""Training plan for a budget: the optimum of a law, rounded to a real model."""
 
 from moejax import hardware
 from moejax.scaling_laws import grid, laws, optimal
@@ -10,14 +10,14 @@ def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
 
   Args:
     coefficients: dict of expansion rate to `laws.Coefficients`.
-    expansion_rate: of the model to train, one of theirs; 1: dense.
-    target: one quantity as `optimal.solve` takes it, and its value.
-    recipe: a `grid.Recipe`, how the model would be trained.
-    chip: such as 'v5e' or 'H100', to say how many hours of one it takes, or None.
+    expansion_rate: of the model to train, a key of `coefficients`; 1: dense.
+    target: one quantity of `optimal.solve`, and its value.
+    recipe: a `grid.Recipe` to train the model with.
+    chip: such as 'v5e' or 'H100', to estimate hours on it, or None.
     mfu: the fraction of the chip's peak that the model's FLOPs reach.
 
   Raises:
-    ValueError: the chip is not known, or no budget reaches the target.
+    ValueError: the chip is unknown, or no budget reaches the target.
   """
   best = optimal.solve(coefficients[expansion_rate], expansion_rate, **target)
   result = {
@@ -40,7 +40,7 @@ def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
 
 
 def _model(coefficients, best, expansion_rate, recipe):
-  """The nearest model of whole blocks, trained with the same FLOPs."""
+  """The nearest model with an integer number of blocks, trained with the same FLOPs."""
   blocks = max(1, round(best.blocks))
   d_model = laws.WIDTH_PER_BLOCK * blocks
   per_token = laws.flops_per_token(d_model, blocks, expansion_rate, best.granularity)
@@ -66,10 +66,10 @@ def _model(coefficients, best, expansion_rate, recipe):
 
 
 def _dense(law, best):
-  """What a dense model needs for the same loss."""
+  """The dense model with the same loss."""
   try:
     same = optimal.solve(law, 1, loss=best.loss)
-  except ValueError:  # below what the dense law reaches
+  except ValueError:  # below the least loss of the dense law
     return None
   return {
     'flops': same.flops,
@@ -82,14 +82,14 @@ def _dense(law, best):
 def _chip(name, mfu, training_flops):
   chip = hardware.find(name)
   if chip is None:
-    raise ValueError(f'--chip={name} is not known; those that are: {", ".join(hardware.CHIPS)}.')
+    raise ValueError(f'--chip={name}: unknown chip; known ones are {", ".join(hardware.CHIPS)}.')
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu={mfu}: expected a fraction of the peak, such as 0.4.')
   return {'name': name, 'mfu': mfu, 'hours': training_flops / (chip.flops * mfu) / 3600}
 
 
 def describe(plan):
-  """The plan for people."""
+  """The plan as text."""
   model, dense, chip = plan['model'], plan.get('dense'), plan.get('chip')
   kind = f'expansion rate {plan["expansion_rate"]:g}' if model['experts'] else 'dense'
   rows = [

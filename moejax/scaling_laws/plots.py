@@ -1,4 +1,4 @@
-"""The figures of a law: what it says, beside the runs it was fitted to; and the numbers behind."""
+"""Plots of a law and the runs it was fitted to, and their data as CSV."""
 
 import csv
 import math
@@ -18,13 +18,13 @@ _DPI = 130
 
 
 def plot(coefficients, expansion_rate, runs, folder):
-  """Draws every figure that the laws at hand allow, as NAME.png with NAME.csv.
+  """Draws every figure that the coefficients allow, as NAME.png with NAME.csv.
 
   Args:
     coefficients: dict of expansion rate to `laws.Coefficients`; 1 is the dense law.
-    expansion_rate: the sparse law to draw.
-    runs: `collect.Run`s it was fitted to, or none: the curves alone.
-    folder: where to write; created if it does not exist.
+    expansion_rate: of the sparse law to plot.
+    runs: `collect.Run`s to plot; if empty, only the curves.
+    folder: output folder; created if missing.
 
   Returns:
     The paths of the figures.
@@ -69,7 +69,7 @@ def _colours(values):
 
 
 def _loss_by_granularity(law, expansion_rate, runs):
-  """How much finer experts help: a panel for each D, a line for each N."""
+  """Loss by granularity: a panel per D, a line per N."""
   measured = {}  # tokens -> params -> granularity -> loss
   for run in runs:
     if run.granularity != laws.DENSE:
@@ -105,14 +105,14 @@ def _loss_by_granularity(law, expansion_rate, runs):
 
 
 def _example_sizes(expansion_rate):
-  """Sizes of the paper's runs without their losses, for a law that comes without runs."""
+  """Sizes of the paper's runs, to plot a law without runs."""
   shapes = ((256, 4), (512, 8), (768, 12))
   sizes = {laws.total_params(*shape, expansion_rate): {} for shape in shapes}
   return {16.4e9: sizes, 65.5e9: sizes}
 
 
 def _loss_by_flops(coefficients, expansion_rate, runs, budgets):
-  """The best loss of each granularity and of dense models at every budget, and their envelope."""
+  """Best loss by budget, of each granularity and of dense models, and their envelope."""
   figure = _figure()
   axes = _axes(
     figure,
@@ -159,7 +159,7 @@ def _best_losses(law, expansion_rate, granularity, budgets):
 
 
 def _optimal_granularity(law, expansion_rate, runs, budgets):
-  """The best granularity at every budget, what another one costs, and where runs support it."""
+  """Best granularity by budget, the excess loss of the others, and the budgets of runs."""
   best = [optimal.best(law, expansion_rate, flops) for flops in budgets]
   chosen = [optimum.granularity for optimum in best]
   lowest = np.array([optimum.loss for optimum in best])
@@ -194,7 +194,7 @@ def _optimal_granularity(law, expansion_rate, runs, budgets):
 
 
 def _residuals(sparse, dense, runs):
-  """Measured less predicted, over the prediction."""
+  """Measured minus predicted loss, by predicted loss."""
   figure = _figure()
   axes = _axes(
     figure, xlabel='predicted loss (nats per token)', ylabel='measured - predicted (nats)'
@@ -223,13 +223,13 @@ def _residuals(sparse, dense, runs):
 
 
 def _budgets(runs):
-  """FLOPs to draw curves over: the runs' and a decade more; without runs those of the paper."""
+  """FLOPs of the curves: those of the runs and a decade more; without runs the paper's."""
   flops = [run.flops for run in runs] or [1e18, 1e25]
   return np.geomspace(min(flops) / 3, max(flops) * 10, 81)
 
 
 def _last_granularity(law, expansion_rate, runs, flops):
-  """The largest one worth a curve: the best at the largest budget, or the largest of the runs."""
+  """The largest granularity to plot: the best at the largest budget, or the runs' largest."""
   best = optimal.best(law, expansion_rate, flops).granularity
   return max([best, *(run.granularity for run in runs)])
 

@@ -1,4 +1,4 @@
-"""Fitted laws on disk and on the screen."""
+"""Fitted laws as files and as text."""
 
 import dataclasses
 import json
@@ -20,10 +20,10 @@ def _as_dict(one):
 
 
 def load(name):
-  """Coefficients by expansion rate: published ones by name, or those of a file of `save`.
+  """Coefficients by expansion rate: published ones by name, or from a file of `save`.
 
   Raises:
-    ValueError: there is neither.
+    ValueError: it is neither.
   """
   if name in laws.PUBLISHED:
     return laws.PUBLISHED[name]
@@ -32,10 +32,10 @@ def load(name):
     return {float(rate): _coefficients(one['coefficients']) for rate, one in fits.items()}
   except OSError as error:
     raise ValueError(
-      f'--coefficients={name}: expected {" or ".join(laws.PUBLISHED)}, or a file that `fit` wrote.'
+      f'--coefficients={name}: expected {" or ".join(laws.PUBLISHED)}, or a fit.json.'
     ) from error
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'--coefficients={name} is not a file that `fit` wrote: {error!r}.') from error
+    raise ValueError(f'--coefficients={name} is not a valid fit.json: {error!r}.') from error
 
 
 def _coefficients(fields):
@@ -46,10 +46,10 @@ def _coefficients(fields):
 
 
 def choose_rate(coefficients, expansion_rate=None):
-  """The expansion rate if there are coefficients for it; of None, the largest that there is.
+  """The expansion rate, checked to have coefficients; for None, the largest that has.
 
   Raises:
-    ValueError: there are none.
+    ValueError: it has no coefficients.
   """
   if expansion_rate is None:
     return max(coefficients)
@@ -57,17 +57,17 @@ def choose_rate(coefficients, expansion_rate=None):
     known = ', '.join(f'{rate:g}' for rate in sorted(coefficients))
     raise ValueError(
       f'--expansion_rate={expansion_rate:g}: these coefficients are for {known} (1 is dense). '
-      'A law holds for one expansion rate; `fit` finds that of other runs.'
+      'A law holds for one expansion rate; `fit` one for others.'
     )
   return expansion_rate
 
 
 def describe(fits, excluded):
-  """What a fit found, for people.
+  """The fits as text.
 
   Args:
     fits: dict of expansion rate to `fit.Fit`.
-    excluded: runs that were not fitted at all, and why.
+    excluded: runs that were not fitted: name -> reason.
   """
   lines = []
   for rate, one in fits.items():
@@ -75,12 +75,12 @@ def describe(fits, excluded):
     lines.append(f'{one.form} law of {kind}, from {len(one.used)} runs')
     for name, value in one.coefficients._asdict().items():
       if value is not None:
-        spread = ' to '.join(map(_digits, one.intervals.get(name, ())))
-        lines.append(f'  {name:6} {_digits(value)} {spread}'.rstrip())
+        interval = ' to '.join(map(_digits, one.intervals.get(name, ())))
+        lines.append(f'  {name:6} {_digits(value)} {interval}'.rstrip())
     lines.append(f'  RMSE {one.rmse:.5f} nats' + _held_out(one))
     lines += [f'  warning: {warning}' for warning in one.warnings]
-    lines += [f'  not used: {name}: {why}' for name, why in one.excluded.items()]
-  lines += [f'not used: {name}: {why}' for name, why in excluded.items()]
+    lines += [f'  not used: {name}: {reason}' for name, reason in one.excluded.items()]
+  lines += [f'not used: {name}: {reason}' for name, reason in excluded.items()]
   return '\n'.join(lines)
 
 

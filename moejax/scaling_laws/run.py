@@ -1,4 +1,4 @@
-"""Training the cells of a grid: here, several small ones at once, or by commands for elsewhere."""
+"""Trains the cells of a grid: locally, several at a time, or by commands for other machines."""
 
 import contextlib
 import fcntl
@@ -16,24 +16,24 @@ import tqdm
 from moejax import cli, config as config_lib, metrics, run_folder
 
 _POLL_SECONDS = 0.5
-_PROCESS_BYTES = 1 << 30  # of a training process, whatever its model
-_BYTES_PER_PARAM = 40  # parameters, gradients and moments in float32, and room for activations
+_PROCESS_BYTES = 1 << 30  # of a training process, without its model
+_BYTES_PER_PARAM = 40  # float32 parameters, gradients and moments, plus activations
 
 
 def run(cells, workdir):
-  """Trains what is not trained yet: cell by cell a program of its own in `workdir`/NAME.
+  """Trains the unfinished cells, each in a process with the workdir `workdir`/NAME.
 
-  On CPUs as many cells run at once as there are cores for and half of the memory allows; anywhere
-  else one, because a process takes the whole accelerator. What was interrupted goes on from its
-  checkpoint; a cell that fails does not stop the others. A folder belongs to a cell by its run's
-  config, not by its name alone.
+  On CPUs, cores and half of the memory limit how many cells run at a time; on accelerators it is
+  one, because a process takes the whole accelerator. Interrupted cells resume from their
+  checkpoints; a failing cell does not stop the others. A folder belongs to a cell if its run has
+  the cell's config, not by its name alone.
 
   Returns:
     The exit code.
 
   Raises:
-    ValueError: another program is training in `workdir`, or a run of other settings has the name of
-      a cell there, or cells are not told apart by name or by settings.
+    ValueError: another program is training in `workdir`, a run there has a cell's name but another
+      config, or two cells have the same name or config.
   """
   workdir = pathlib.Path(workdir)
   settings = {cell.name: _settings(cell) for cell in cells}
@@ -45,10 +45,10 @@ def run(cells, workdir):
     with _stop_on_signals() as stop:
       failed = scheduler.work(stop)
   if stop.is_set():
-    print('interrupted; the same command goes on from there')
+    print('interrupted; run the same command again to resume')
     return cli.INTERRUPTED
   for name in failed:
-    print(f'{name} failed: the end of {workdir / name}.log says why', file=sys.stderr)
+    print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
   done = sum(_is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
   return cli.FAILED if failed else cli.OK
@@ -73,27 +73,27 @@ def _check_distinct(cells, settings):
   names = [cell.name for cell in cells]
   for number, name in enumerate(names):
     if name in names[:number]:
-      raise ValueError(f'two cells are called {name}, which is the name of one folder.')
+      raise ValueError(f'two cells are named {name}, so they would share a folder.')
     for other in names[:number]:
       if settings[other] == settings[name]:
-        raise ValueError(f'{other} and {name} are one run: their commands set the same.')
+        raise ValueError(f'{other} and {name} have the same configuration.')
 
 
 def _check_same_runs(settings, workdir):
   problems = []
   for name, wanted in settings.items():
     if (workdir / name / 'summary.json').exists() and not (workdir / name / 'config.json').exists():
-      problems.append(f'{name}: it has a summary.json, but no config.json that tells of what')
+      problems.append(f'{name}: it has a summary.json but no config.json')
     elif (workdir / name / 'config.json').exists():
-      there = _flat(run_folder.read(workdir / name))
+      found = _flat(run_folder.read(workdir / name))
       problems += [
-        f'{name}: {field} = {there.get(field)!r} there, {wanted.get(field)!r} in the grid'
-        for field in sorted(there.keys() | wanted.keys())
-        if there.get(field) != wanted.get(field)
+        f'{name}: {field} = {found.get(field)!r} in the folder, {wanted.get(field)!r} in the grid'
+        for field in sorted(found.keys() | wanted.keys())
+        if found.get(field) != wanted.get(field)
       ]
   if problems:
     raise ValueError(
-      f'--workdir={workdir} holds runs of another grid; choose another folder, or remove theirs.\n'
+      f'--workdir={workdir} holds runs of another grid; choose another folder or delete them.\n'
       + '\n'.join(problems)
     )
 
@@ -104,14 +104,14 @@ def _is_done(workdir, cell):
 
 @contextlib.contextmanager
 def _lock(workdir):
-  """Held by this program and by the cells it starts, so that orphans of a killed one count."""
+  """Held by this program and its training processes, so that orphans of a killed one count."""
   with (workdir / 'lock').open('w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise ValueError(
-        f'--workdir={workdir}: another program is training cells there, or cells are still running '
-        'that a killed one started. Wait for them, or stop them.'
+        f'--workdir={workdir}: another program is training cells there, or the training processes '
+        'of a killed one are still running. Wait for them or stop them.'
       ) from error
     yield file
 
@@ -131,7 +131,7 @@ def _stop_on_signals():
 
 
 class _Scheduler:
-  """Cells that wait, cells that run, and how far all of them are."""
+  """Waiting and running cells, and the progress of all."""
 
   def __init__(self, cells, workdir, lock):
     self.cells, self.workdir, self.lock = cells, workdir, lock
@@ -165,7 +165,7 @@ class _Scheduler:
     return not self.running or len(self.running) < self.most and need <= self.memory
 
   def _start(self, cell):
-    # JAX takes NPROC for the number of cores: cells at once do better with cores of their own.
+    # JAX reads NPROC as the number of cores: concurrent cells are faster on separate cores.
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
     _, *arguments = shlex.split(cell.command)
     with (self.workdir / f'{cell.name}.log').open('a') as log:
@@ -202,21 +202,21 @@ class _Scheduler:
 
 
 def _backend():
-  """Asked of another process: one that initialises JAX takes the accelerator for itself."""
+  """Read in another process, because initialising JAX takes the accelerator."""
   program = 'import jax; print(jax.default_backend())'
-  asked = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
-  if asked.returncode:
-    raise RuntimeError(f'JAX does not start:\n{asked.stderr}')
-  return asked.stdout.strip()
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+  if done.returncode:
+    raise RuntimeError(f'JAX failed to start:\n{done.stderr}')
+  return done.stdout.strip()
 
 
 def launch_commands(cells, workdir, template):
-  """Yields a command per cell that has it trained on another machine.
+  """Yields a command per cell that trains it on another machine.
 
   Args:
     cells: of a grid.
-    workdir: the folder of the grid as that machine sees it, such as gs://bucket/grid.
-    template: with {name}, the cell's, and {command}, what to run, quoted for a shell.
+    workdir: the grid's folder on that machine, such as gs://bucket/grid.
+    template: with {name}, the cell's name, and {command}, its command quoted for a shell.
 
   Raises:
     ValueError: the template has other braces, or no {command}.
@@ -227,7 +227,7 @@ def launch_commands(cells, workdir, template):
     try:
       launch = template.format(name=cell.name, command=command)
     except (KeyError, IndexError, ValueError) as error:
-      raise ValueError(f'--launch={template!r} may only have {{name}} and {{command}}.') from error
+      raise ValueError(f'--launch={template!r} may only use {{name}} and {{command}}.') from error
     if command not in launch:
-      raise ValueError(f'--launch={template!r} has no {{command}}, what the machine is to run.')
+      raise ValueError(f'--launch={template!r} has no {{command}}, the command to run.')
     yield launch

@@ -1,4 +1,4 @@
-"""Reading compiled programs: against what is known of a model, and in the TPU's way of writing."""
+"""Costs of compiled programs: known costs of a model, and HLO as written by the TPU compiler."""
 
 import functools
 import pathlib
@@ -28,7 +28,7 @@ def test_flops_are_those_of_the_model(blocks):
   assert got.flops == per_token * tiny.B * tiny.L
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loops_count_every_iteration():
   mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
 
   def exchange(x, _):
@@ -54,13 +54,13 @@ def test_loops_count_as_often_as_they_run():
   }
 
 
-def test_of_an_indexed_array_what_is_taken_counts():
-  rows, width, steps = 512, 1024, 16
-  stack = jnp.zeros((steps, rows, width))
-  body = lambda total, row: (total + row, None)
-  f = lambda stack: jax.lax.scan(body, jnp.zeros((rows, width)), stack)[0]
-  array = 4 * rows * width
-  # Every step reads a part and the total, and writes the total; the loop starts from one write.
+def test_indexing_counts_only_accessed_elements():
+  height, width, steps = 512, 1024, 16
+  stack = jnp.zeros((steps, height, width))
+  body = lambda total, slice_: (total + slice_, None)
+  f = lambda stack: jax.lax.scan(body, jnp.zeros((height, width)), stack)[0]
+  array = 4 * height * width
+  # Every step reads a slice and the total and writes the total; one write precedes the loop.
   assert 3 * steps * array <= _compile(f, stack).memory_bytes < 3.3 * steps * array
 
 
@@ -83,15 +83,15 @@ def test_groups(text, groups):
 
 
 def test_unknown_groups_are_an_error():
-  with pytest.raises(ValueError, match='not known: mesh of old'):
+  with pytest.raises(ValueError, match='unknown HLO syntax: mesh of old'):
     hlo.device_groups('mesh of old', 8)
 
 
-def test_a_tpus_program():
-  """As its compiler writes.
+def test_a_tpu_program():
+  """HLO as written by the TPU compiler.
 
-  A gather that goes on beside a product, in computations of its own; a reduce-scatter in a fusion;
-  a loop unrolled by two; a sum over slices by the host; buffers in on-chip memory, S(1); tiles.
+  An asynchronous all-gather that overlaps a matmul; a reduce-scatter in a fusion; a loop unrolled
+  by two; an all-reduce over slices by the host; buffers in on-chip memory, S(1); tiles.
   """
   got = hlo.cost((pathlib.Path(__file__).parent / 'tpu.hlo').read_text())
   assert {c.kind: (c.bytes, n) for c, n in got.collectives.items()} == {
@@ -100,8 +100,8 @@ def test_a_tpus_program():
     'all-reduce': (8 * 128 * 4, 1),
   }
   assert [c.groups for c in got.collectives if c.kind == 'all-reduce'] == [hlo.SLICES]
-  assert got.flops == 2 * 8 * 16 * 24 * 32  # a batch of 8 products
-  tile = 8 * 128 * 4  # what [8, 1] takes; read and written, with the counter of 4 bytes
+  assert got.flops == 2 * 8 * 16 * 24 * 32  # a batch of 8 matmuls
+  tile = 8 * 128 * 4  # of [8, 1]; read and written, with the 4-byte counter
   assert got.memory_bytes == 5 * (2 * tile + 3 * 4 + 2 * 4)
 
 
@@ -112,7 +112,7 @@ def test_bytes_sent(kind, sent):
   assert hlo.sent_bytes(hlo.Collective(kind, '', 100), 4) == sent
 
 
-def test_convolutions_count_what_meets_values():
+def test_convolutions_do_not_count_padding():
   image, kernel = jnp.zeros((2, 3, 9)), jnp.zeros((5, 3, 4))
   convolve = functools.partial(
     jax.lax.conv_general_dilated,
@@ -120,5 +120,5 @@ def test_convolutions_count_what_meets_values():
     padding=[(3, 3)],
     dimension_numbers=('NCH', 'OIH', 'NCH'),
   )
-  positions = convolve(jnp.ones((1, 1, 9)), jnp.ones((1, 1, 4)))  # products at each position
+  positions = convolve(jnp.ones((1, 1, 9)), jnp.ones((1, 1, 4)))  # products per position
   assert _compile(convolve, image, kernel).flops == 2 * 2 * 3 * 5 * np.sum(positions)

@@ -1,4 +1,4 @@
-"""Reports of training steps, compiled for CPU devices that stand for a machine, and for a TPU."""
+"""Reports of training steps, compiled for CPU devices in place of TPUs, and for TPUs."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,7 @@ needs_libtpu = pytest.mark.skipif(not _HAS_LIBTPU, reason='needs libtpu: the ext
 
 
 class _OfCpu(topologies.Topology):
-  """8 chips that are CPU devices."""
+  """8 CPU devices in place of chips."""
 
   platform = 'cpu'
 
@@ -49,7 +49,7 @@ def test_a_report(machine):
   assert report.tokens == tokens
   per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
   assert report.model_flops == per_token['model'] * tokens / 8
-  # Experts have slots to spare, and each device has a part of everything but those of `data`.
+  # Experts have spare slots, and everything is sharded over all axes but `data`.
   assert report.model_flops < report.flops < 2 * report.model_flops
   assert 4 * counts['total'] / 4 <= report.memory['parameters'] < 4 * counts['total']
   assert 1.9 < report.memory['optimizer'] / report.memory['parameters'] < 2.1
@@ -66,14 +66,14 @@ def test_fits_means_training_and_evaluation(machine, monkeypatch):
   report = step.compile_step(config, machine)
   state = report.memory['parameters'] + report.memory['optimizer']
   assert report.fits
-  assert state < report.evaluation < sum(report.memory.values())  # cut as in training
-  assert f'{report_lib.size(report.evaluation)}, at another time' in report.describe()
-  peaks = iter([0, 20 * 2**30, 0])  # of training, evaluation, and evaluation without drops
+  assert state < report.evaluation < sum(report.memory.values())  # same microbatch as in training
+  assert f'{report_lib.size(report.evaluation)}, separately' in report.describe()
+  peaks = iter([0, 20 * 2**30, 0])  # of training, evaluation, and dropless evaluation
   monkeypatch.setattr(step, '_peak_bytes', lambda compiled: next(peaks))
   assert not step.compile_step(config, machine).fits
 
 
-def test_remat_is_seen(machine):
+def test_remat_shows_in_the_report(machine):
   reports = {
     policy: step.compile_step(_config(moe, **MESH | {'model.remat': policy}), machine)
     for policy in ('none', 'full')
@@ -83,14 +83,14 @@ def test_remat_is_seen(machine):
   assert saved['full'] < saved['none'] / 2
 
 
-def test_the_vocabulary_needs_no_file():
-  config = step.without_text(mot.get_config('base'))
+def test_the_vocabulary_size_needs_no_file():
+  config = step.without_data(mot.get_config('base'))
   assert config.model.vocab_size == 50260
   assert config_lib.resolve(config).model.vocab_size == 50260
   missing = mot.get_config('base')
   missing.data.tokenizer = 'nowhere.model'
   with pytest.raises(ValueError, match='set model.vocab_size'):
-    step.without_text(missing)
+    step.without_data(missing)
 
 
 def _report(**changes):
@@ -129,12 +129,12 @@ def test_advice_for_what_does_not_fit():
     'model.loss_chunk',
     'more',
   ]
-  assert '12 GiB on each chip, of which 768 MiB stay' in advice[0]
+  assert '12 GiB on each chip, 768 MiB if sharded over all chips' in advice[0]
   config.model.remat, config.model.loss_chunk = 'full', 32
-  spread = _report(mesh={'fsdp': 16}, accumulation=16)
+  sharded = _report(mesh={'fsdp': 16}, accumulation=16)
   config.optimizer.accumulation = 16
-  assert [line[:10] for line in spread.advice(config)] == ['more chips']
-  assert 'needs 21.3GiB' in spread.describe() and spread.describe().endswith('NO')
+  assert [line[:10] for line in sharded.advice(config)] == ['more chips']
+  assert 'needs 21.3GiB' in sharded.describe() and sharded.describe().endswith('NO')
 
 
 @pytest.mark.heavy
@@ -145,7 +145,7 @@ def test_a_search_ranks_what_is_possible(machine, capsys):
   lines = capsys.readouterr().out.splitlines()
   ranked = [line for line in lines if line.startswith(tuple('0123456789')) and 'bound by' in line]
   assert len(ranked) == 2
-  assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('The best'))
+  assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('Best: '))
 
 
 def _run(*args):
@@ -157,7 +157,7 @@ def _run(*args):
   'args, message',
   [
     ([], '--topology: expected a machine'),
-    (['--topology=v5e-17'], 'no such topology'),
+    (['--topology=v5e-17'], 'unknown topology'),
   ],
 )
 def test_bad_names(args, message):
@@ -181,7 +181,7 @@ def test_bad_meshes(machine, changes, message):
 
 
 def _compiled_for_tpu(tmp_path, *args):
-  """The report of moejax.aot in a process of its own, and its exit code."""
+  """The report and the exit code of moejax.aot in a separate process."""
   path = tmp_path / 'report.json'
   done = _run(f'--json={path}', *args)
   assert path.exists(), done.stderr
@@ -206,7 +206,7 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
   report, code = _compiled_for_tpu(tmp_path, *args)
   assert code == 0 and report.fits
   assert 'expert' in {e.axes for e in report.exchanges if e.kind == 'all-to-all'}
-  # Nothing but other parameters is gathered: a fraction of the experts' bytes on a chip.
+  # Only non-expert parameters are gathered: a fraction of the experts' bytes per chip.
   gathered = sum(e.bytes for e in report.exchanges if e.kind == 'all-gather')
   assert 0 < gathered < 2 * 0.9 * report.params / 4 / 2
 
@@ -218,9 +218,9 @@ def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
   report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
   assert code == 0 and report.fits
   d_model, blocks, *_ = variants.MOE_MAMBA_SIZES['3M']
-  matrix = 2 * 32 * d_model * 4 * d_model  # of all experts of a block
+  matrix = 2 * 32 * d_model * 4 * d_model  # all experts of a block
   gathers = [e for e in report.exchanges if e.kind == 'all-gather']
   gathered = sum(e.bytes for e in gathers) / (7 / 8)
-  # Both matrices of every block, for the forward and for the backward pass, and little else.
+  # Both matrices of every block, for the forward and the backward pass, and little else.
   assert 1 <= gathered / (2 * 2 * blocks * matrix) < 1.4
   assert gathered / sum(e.count for e in gathers) < matrix

@@ -1,4 +1,4 @@
-"""Names of machines, and times of collectives that can be worked out by hand."""
+"""Topology names, and collective times that can be checked by hand."""
 
 import types
 
@@ -36,13 +36,13 @@ def test_slices():
 @pytest.mark.parametrize(
   'name, slices, message',
   [
-    ('v5e-17', 1, r'there is no such topology. Those there are:\n(.*\n)*  v5e: v5e:1x1, v5e-1, '),
-    ('v7x', 1, 'no such topology'),
+    ('v5e-17', 1, r'unknown topology. Available:\n(.*\n)*  v5e: v5e:1x1, v5e-1, '),
+    ('v7x', 1, 'unknown topology'),
     ('v5e-16', 0, '--slices must be at least 1, got 0'),
     ('h100x8', 2, 'only TPUs have slices'),
   ],
 )
-def test_what_is_not_there(name, slices, message):
+def test_unknown_topologies(name, slices, message):
   with pytest.raises(ValueError, match=message):
     topologies.parse(name, slices)
 
@@ -51,14 +51,14 @@ def test_what_is_not_there(name, slices, message):
   'name, message',
   [('v5e-8', r"pip install 'moejax\[tpu-aot\]'"), ('h100x8', r"pip install 'moejax\[cuda\]'")],
 )
-def test_a_compiler_that_is_missing(monkeypatch, name, message):
+def test_a_missing_compiler(monkeypatch, name, message):
   monkeypatch.setattr(topologies.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=message):
     topologies.devices(topologies.parse(name))
 
 
 def _chips(topology):
-  """All chips, by coordinates, the first dimension the fastest."""
+  """All chips in order of coordinates, the first dimension fastest."""
   places = np.array(list(np.ndindex(topology.shape[::-1])))[:, ::-1]
   return np.array(
     [
@@ -78,11 +78,11 @@ def _seconds(topology, kind, chips):
 @pytest.mark.parametrize(
   'kind, count, seconds',
   [
-    # A row of 4 without a link from end to end: 3/4 over one link.
+    # A line of 4 without wraparound: 3/4 over one link.
     ('all-gather', 4, 0.75 / 50),
     ('reduce-scatter', 4, 0.75 / 50),
     ('all-reduce', 4, 2 * 0.75 / 50),
-    # Half of what two chips have crosses the middle.
+    # Half of the data of two chips crosses the middle.
     ('all-to-all', 4, 1 / 50),
     # A square of 4 by 4: links in two directions.
     ('all-gather', 16, 15 / 16 / 100),
@@ -97,10 +97,10 @@ def test_times_on_a_small_slice(kind, count, seconds):
 
 def test_times_on_a_torus():
   topology = topologies.parse('v5e-256')
-  ring = _chips(topology)[:16]  # closed: both ways at once
+  ring = _chips(topology)[:16]  # wraps around: both directions at once
   assert _seconds(topology, 'all-gather', ring) == pytest.approx(15 / 16 / 100)
   assert _seconds(topology, 'all-to-all', ring) == pytest.approx(16 / 4 / 100)
-  # Every fourth chip of the ring: links are shared with the three groups in between.
+  # Every fourth chip of the ring shares its links with the three other groups.
   assert _seconds(topology, 'all-gather', ring[::4]) == pytest.approx(4 * 0.75 / 100)
   cube = topologies.parse('v5p-128')
   assert cube.wraps() == (True, True, True)

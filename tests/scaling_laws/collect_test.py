@@ -1,4 +1,4 @@
-"""Runs as they come from summary.json files and tables."""
+"""Reading runs from summary.json files and tables."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def _summary(folder, *, sublayer='mlp', loss=2.0, corpus='c', granularity=4, exp
   (folder / 'summary.json').write_text(json.dumps(summary))
 
 
-def test_a_grid_s_folder(tmp_path):
+def test_the_folder_of_a_grid(tmp_path):
   _summary(tmp_path / 'dense')
   _summary(tmp_path / 'sparse', sublayer='moe', loss=1.5)
   _summary(tmp_path / 'mixed', sublayer='mot')
@@ -52,7 +52,7 @@ def test_a_grid_s_folder(tmp_path):
   }
 
 
-def test_tables_come_back_as_they_were(tmp_path):
+def test_tables_round_trip(tmp_path):
   _summary(tmp_path / 'dense')
   _summary(tmp_path / 'sparse', sublayer='moe', loss=1.5)
   runs, _ = collect.collect([tmp_path / 'dense', tmp_path / 'sparse'])
@@ -69,7 +69,7 @@ def test_four_columns_are_enough(tmp_path):
   d_model = (run.params * 64 / 516) ** (1 / 3)
   assert run.flops == pytest.approx(1e9 * laws.flops_per_token(d_model, d_model / 64, 64, 2))
   assert list(excluded) == ['runs.csv:3']
-  with pytest.raises(ValueError, match='line 2: there is no expansion_rate'):
+  with pytest.raises(ValueError, match='line 2: no expansion_rate'):
     collect.collect([path])
 
 
@@ -77,7 +77,7 @@ _HEADER = 'params,tokens,granularity,expansion_rate,loss'
 
 
 def _with(**changed):
-  """A table of a good row and of one that is good but for these values, in line 3."""
+  """A table with a valid row and, in line 3, a row with these values changed."""
   row = {'params': '4e7', 'tokens': '1e9', 'granularity': '2', 'expansion_rate': '8', 'loss': '3'}
   return '\n'.join([_HEADER, ','.join(row.values()), ','.join((row | changed).values())]) + '\n'
 
@@ -92,24 +92,24 @@ def _with(**changed):
     (_with(params='1e400'), "line 3: params = '1e400'"),
     (_with(tokens='-5'), "line 3: tokens = '-5'"),
     (_with(tokens='"1,5"'), "line 3: tokens = '1,5'"),
-    (_with(granularity='1.5'), "line 3: granularity = '1.5': expected a whole number, 0 for"),
+    (_with(granularity='1.5'), "line 3: granularity = '1.5': expected an integer, 0 for"),
     (_with(granularity='-1'), "line 3: granularity = '-1'"),
     (_with(granularity='inf'), "line 3: granularity = 'inf'"),
-    (_with(granularity='0'), "line 3: expansion_rate = '8', but granularity 0 is a dense model"),
+    (_with(granularity='0'), "line 3: expansion_rate = '8', but granularity 0 means dense"),
     (_with(expansion_rate='0.5'), "line 3: expansion_rate = '0.5': expected"),
     (_with(expansion_rate='nan'), "line 3: expansion_rate = 'nan': expected"),
     (_with(loss='0'), "line 3: loss = '0': expected a finite number above 0"),
     (_with(loss='-1'), "line 3: loss = '-1'"),
     (_with(loss='x'), "line 3: loss = 'x'"),
-    (_with(loss='3,4'), 'line 3: it has more or fewer values than the first line has columns'),
-    (f'{_HEADER}\n4e7,1e9\n', 'line 2: it has more or fewer values'),
+    (_with(loss='3,4'), 'line 3: more or fewer values than columns in the header'),
+    (f'{_HEADER}\n4e7,1e9\n', 'line 2: more or fewer values'),
     (f'{_HEADER}\n4e7,1e9,2,8,"3\n', 'unexpected end of data'),
     ('', 'line 1: no column params, tokens, granularity, loss in nothing'),
-    (f'{_HEADER}\n', 'has no rows below its first line'),
+    (f'{_HEADER}\n', 'has no rows below the header'),
     ('params,tokens,loss\n1,2,3\n', 'line 1: no column granularity in params, tokens, loss'),
     (_HEADER.replace(',', ';'), 'columns are separated by commas'),
-    (f'{_HEADER},loss\n4e7,1e9,2,8,3,4\n', 'line 1: two columns are called loss'),
-    ('name,params,tokens,granularity,loss\na,1,2,0,3\na,1,2,0,3\n', 'several runs are called a'),
+    (f'{_HEADER},loss\n4e7,1e9,2,8,3,4\n', 'line 1: two columns are named loss'),
+    ('name,params,tokens,granularity,loss\na,1,2,0,3\na,1,2,0,3\n', 'several runs are named a'),
   ],
 )
 def test_bad_tables(tmp_path, text, message):
@@ -118,7 +118,7 @@ def test_bad_tables(tmp_path, text, message):
   with pytest.raises(ValueError) as caught:
     collect.collect([path])
   assert message in str(caught.value)
-  assert 'runs are called' in message or str(path) in str(caught.value)
+  assert 'runs are named' in message or str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-32-be', 'latin-1'])
@@ -129,8 +129,8 @@ def test_tables_in_other_encodings(tmp_path, encoding):
     collect.collect([path])
 
 
-def test_tables_as_other_programs_write_them(tmp_path):
-  """Excel: a byte order mark, empty lines of commas; pandas: an index, decimals; old Macs: CR."""
+def test_tables_of_other_programs(tmp_path):
+  """Excel: byte order mark, empty lines of commas; pandas: index, decimals; old Macs: CR."""
   path = tmp_path / 'RUNS.CSV'
   text = 'params, tokens,granularity,expansion_rate,loss\r4e7,1000.0,2.0,8.0,3\r,,,,\r\r'
   path.write_bytes(b'\xef\xbb\xbf' + text.encode())
@@ -151,8 +151,8 @@ def test_tables_as_other_programs_write_them(tmp_path):
     (lambda s: s.update(tokens_seen=0), 'tokens_seen = 0: expected a finite number above 0'),
     (lambda s: s.update(tokens_seen='many'), "tokens_seen = 'many'"),
     (lambda s: s['validation'].update(loss=0.0), 'validation.loss = 0.0'),
-    (lambda s: s.update(validation=[]), 'is not a summary that training wrote'),
-    (lambda s: s['config']['model'].update(blocks=3), 'is not a summary that training wrote'),
+    (lambda s: s.update(validation=[]), 'is not a valid run summary'),
+    (lambda s: s['config']['model'].update(blocks=3), 'is not a valid run summary'),
   ],
 )
 def test_bad_summaries(tmp_path, change, message):
@@ -167,14 +167,14 @@ def test_bad_summaries(tmp_path, change, message):
 
 
 @pytest.mark.parametrize('content', [b'', b'{"config": {"mo', b'[]', b'\xff\xfe{\0}\0'])
-def test_summaries_that_are_none(tmp_path, content):
+def test_damaged_summaries(tmp_path, content):
   _summary(tmp_path / 'a')
   (tmp_path / 'a' / 'summary.json').write_bytes(content)
   with pytest.raises(ValueError, match='summary.json'):
     collect.collect([tmp_path])
 
 
-def test_a_summary_of_before_fields_that_no_law_needs(tmp_path):
+def test_a_summary_without_optional_fields(tmp_path):
   _summary(tmp_path / 'a')
   path = tmp_path / 'a' / 'summary.json'
   summary = json.loads(path.read_text())
@@ -190,32 +190,32 @@ def test_a_summary_of_before_fields_that_no_law_needs(tmp_path):
   ('name', 'message'),
   [('nowhere', 'does not exist'), ('nowhere.csv', 'does not exist'), ('runs.txt', 'nor a .csv')],
 )
-def test_paths_that_hold_nothing_to_read(tmp_path, name, message):
+def test_unreadable_paths(tmp_path, name, message):
   (tmp_path / 'runs.txt').write_text(_with())
   with pytest.raises(ValueError, match=message):
     collect.collect([tmp_path / name])
 
 
-def test_runs_on_different_data_are_refused_and_listed(tmp_path):
+def test_runs_on_different_data_are_rejected(tmp_path):
   _summary(tmp_path / 'a')
   _summary(tmp_path / 'b', corpus='another')
   with pytest.raises(ValueError, match='(?s)c/t: a.*another/t: b'):
     collect.collect([tmp_path])
 
 
-def test_one_run_under_two_names_does_not_count_twice(tmp_path):
+def test_duplicate_runs_are_rejected(tmp_path):
   _summary(tmp_path / 'a')
   _summary(tmp_path / 'copy_of_a')
-  with pytest.raises(ValueError, match='a and copy_of_a are one run'):
+  with pytest.raises(ValueError, match='a and copy_of_a have the same configuration'):
     collect.collect([tmp_path])
 
 
-def test_a_folder_without_runs_is_named(tmp_path):
+def test_a_folder_without_runs(tmp_path):
   with pytest.raises(ValueError, match='holds no run'):
     collect.collect([tmp_path])
 
 
-def test_one_law_is_for_one_expansion_rate(tmp_path):
+def test_mixed_expansion_rates_are_rejected(tmp_path):
   _summary(tmp_path / 'a', sublayer='moe')
   runs, _ = collect.collect([tmp_path])
   other = dataclasses.replace(runs[0], name='b', expansion_rate=16)

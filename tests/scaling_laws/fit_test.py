@@ -1,4 +1,4 @@
-"""Fits recover laws that the losses were made with, and say what they cannot know."""
+"""Fits recover the laws that generated the losses, and warn of undetermined coefficients."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ import pytest
 from moejax.scaling_laws import collect, fit, grid, laws, report
 
 TRUTH = laws.PUBLISHED['four_digits']
-NOISE = 0.015  # the paper's error of fit
+NOISE = 0.015  # the paper's fitting error
 QUICK = {'starts': 8, 'repeats': 0}
 
 
 def _runs(noise=0.0, seed=0):
-  """The paper's 78 sparse and 22 dense runs, with losses that the law says."""
+  """The paper's 78 sparse and 22 dense runs, with losses predicted by the law."""
   rng = np.random.default_rng(seed)
   cells = grid.make('paper', TRUTH)
   assert [cell.granularity > 0 for cell in cells] == [True] * 78 + [False] * 22
@@ -35,51 +35,51 @@ def _assert_recovered(found, truth):
 
 
 @pytest.mark.parametrize('c', [None, 0.472], ids=['c_free', 'c_fixed'])
-def test_exact_losses_give_the_coefficients_back(c):
+def test_exact_losses_recover_the_coefficients(c):
   sparse, dense = _runs()
   fits = fit.fit_moe_and_dense(sparse, dense, c=c, **QUICK)
   _assert_recovered(fits[64], TRUTH[64])
   _assert_recovered(fits[1], TRUTH[1])
 
 
-def test_chinchillas_form():
+def test_the_chinchilla_form():
   _, dense = _runs()
   _assert_recovered(fit.fit(dense, 'chinchilla', **QUICK), TRUTH[1])
 
 
-def test_one_start_may_end_elsewhere_but_many_do_not():
+def test_many_starts_reach_the_same_optimum():
   sparse, _ = _runs(NOISE)
   best = [fit.fit(sparse, 'moe', c=0.472, starts=12, repeats=0, seed=s).rmse for s in range(3)]
   assert best == pytest.approx([best[0]] * 3, rel=1e-4)
 
 
-def test_the_paper_s_penalty_costs_more_than_its_error_of_fit():
+def test_the_penalty_of_the_paper_exceeds_its_fitting_error():
   sparse, _ = _runs()
   assert fit.fit(sparse, 'moe', c=0.472, penalty=5e-4, **QUICK).rmse > NOISE
 
 
 @pytest.mark.parametrize(
-  ('off', 'why'), [(0.5, 'diverged'), (1e30, 'diverged'), (-0.5, 'too good')]
+  ('offset', 'reason'), [(0.5, 'diverged'), (1e30, 'diverged'), (-0.5, 'too good')]
 )
-def test_a_run_far_off_the_law_is_left_out_and_named(off, why):
+def test_outliers_are_excluded_and_named(offset, reason):
   sparse, _ = _runs(NOISE)
   clean = fit.fit(sparse[1:], 'moe', c=0.472, **QUICK)
-  sparse[0] = dataclasses.replace(sparse[0], loss=sparse[0].loss + off)
+  sparse[0] = dataclasses.replace(sparse[0], loss=sparse[0].loss + offset)
   found = fit.fit(sparse, 'moe', c=0.472, **QUICK)
   assert list(found.excluded) == [sparse[0].name]
-  assert found.excluded[sparse[0].name].startswith(why)
+  assert found.excluded[sparse[0].name].startswith(reason)
   assert found.coefficients == pytest.approx(clean.coefficients, rel=1e-4)
 
 
 @pytest.mark.parametrize('c', [-1, math.nan, 9])
-def test_a_c_that_cannot_be(c):
+def test_an_invalid_c(c):
   _, dense = _runs()
   with pytest.raises(ValueError, match='--c=.*below the lowest loss, '):
     fit.fit(dense, 'dense', c=c)
 
 
-def test_c_without_influence_is_zero_and_said_to_be_unknown():
-  """Losses of two powers alone: the search for log c has no end."""
+def test_an_undetermined_c_is_zero_with_a_warning():
+  """Losses of two power laws without c: log c has no optimum."""
   _, dense = _runs()
   law = TRUTH[1]._replace(c=0)
   runs = [dataclasses.replace(r, loss=laws.loss(law, r.params, r.tokens, 0) - 0.1) for r in dense]
@@ -88,7 +88,7 @@ def test_c_without_influence_is_zero_and_said_to_be_unknown():
   assert any(w.startswith('c = 0 is known only to +-') for w in found.warnings)
 
 
-def test_the_slopes_are_those_of_the_residuals():
+def test_the_jacobian_matches_finite_differences():
   sparse, dense = _runs(NOISE)
   for runs, form in ((sparse, 'moe'), (dense, 'chinchilla')):
     law = fit.FORMS[form]
@@ -106,7 +106,7 @@ def test_the_slopes_are_those_of_the_residuals():
   ('column', 'value', 'named'),
   [('granularity', 4, {'g', 'gamma'}), ('tokens', 1e10, {'b', 'beta'})],
 )
-def test_what_the_runs_do_not_vary_is_not_identified(column, value, named):
+def test_coefficients_of_constant_quantities_are_not_identified(column, value, named):
   sparse, _ = _runs()
   sizes = ((run, dataclasses.replace(run, **{column: value})) for run in sparse)
   law = TRUTH[64]
@@ -125,7 +125,7 @@ def test_too_few_runs():
     fit.fit([], 'dense')
 
 
-def test_fits_survive_the_disk(tmp_path):
+def test_fits_round_trip_through_files(tmp_path):
   sparse, dense = _runs(NOISE)
   fits = fit.fit_moe_and_dense(sparse, dense, c=0.472, starts=8, repeats=5)
   report.save(fits, tmp_path / 'fit.json')
@@ -145,7 +145,7 @@ def test_fits_survive_the_disk(tmp_path):
     b'{"64": {"coefficients": {"c": 1}}}',
   ],
 )
-def test_files_that_hold_no_law(tmp_path, content):
+def test_invalid_fit_files(tmp_path, content):
   if content:
     (tmp_path / 'law.json').write_bytes(content)
   with pytest.raises(ValueError, match='--coefficients=.*law.json'):
@@ -153,8 +153,8 @@ def test_files_that_hold_no_law(tmp_path, content):
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth_as_often_as_they_say():
-  """100 noisy copies of the paper's runs: an interval from 10 to 90 % covers in 80 % of them."""
+def test_intervals_have_their_nominal_coverage():
+  """100 noisy copies of the paper's runs: intervals from 10 to 90 % cover the truth in 80."""
   covered = {name: 0 for name in fit.FORMS['moe'].names if name != 'c'}
   for seed in range(100):
     sparse, _ = _runs(NOISE, seed)
@@ -163,6 +163,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
       low, high = found.intervals[name]
       covered[name] += low <= getattr(TRUTH[64], name) <= high
   print(covered)
-  # The deviation of one count is 4, of their mean a little less: they depend on each other.
+  # A count has a standard deviation of 4, their mean a little less: the counts are correlated.
   assert all(68 <= count <= 92 for count in covered.values()), covered
   assert math.isclose(np.mean(list(covered.values())), 80, abs_tol=8), covered

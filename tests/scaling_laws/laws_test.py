@@ -1,4 +1,4 @@
-"""The laws' arithmetic, against the paper and against our own count of FLOPs."""
+"""The arithmetic of the laws, compared with the paper and with flops.py."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_laws_broadcast():
   assert loss[1, 2] == laws.loss(law, 2e9, 1e10, 4)
 
 
-def test_dense_flops_are_those_of_the_program_but_for_attention_scores_and_head():
+def test_dense_flops_match_the_model_without_attention_scores_and_head():
   config = tiny.model_config(blocks=tiny.DENSE, d_ff=4 * tiny.model_config().d_model)
   ours = flops.forward_flops_per_token(config, tiny.L)
   counted = ours['attention_projections'] + ours['mlp']

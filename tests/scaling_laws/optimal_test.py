@@ -1,4 +1,4 @@
-"""Optima of the paper's laws against its tables."""
+"""Optima of the paper's laws, compared with its tables."""
 
 import math
 
@@ -9,7 +9,7 @@ from tests.scaling_laws import paper
 
 FOUR_DIGITS = laws.PUBLISHED['four_digits'][64]
 PRINTED = laws.PUBLISHED['printed']
-# Table 5: the fit that did not see the runs of lowest perplexity.
+# Table 5: the fit without the runs of lowest perplexity.
 HELD_OUT = laws.Coefficients(c=0.472, a=17.6, alpha=0.114, b=26.7, beta=0.14, g=2.07, gamma=0.57)
 
 
@@ -71,12 +71,12 @@ def test_budgets_at_which_finer_experts_become_best(finer, log10_flops):
 
 
 def test_dense_models_need_twenty_times_the_flops():
-  """The paper's 20 at 1e20; that the ratio exceeds 40 at 1e25 does not follow from its law."""
+  """The paper's 20 at 1e20; its law does not give its ratio of over 40 at 1e25."""
   ratios = {}
   for flops in (1e18, 1e20, 1e22, 1e25):
     loss = optimal.best(PRINTED[64], 64, flops).loss
     ratios[flops] = optimal.solve(PRINTED[1], 1, loss=loss).flops / flops
-  assert 15 < ratios[1e20] < 27  # what the rounding of the printed coefficients leaves open
+  assert 15 < ratios[1e20] < 27  # the range that rounding of the printed coefficients allows
   assert list(ratios.values()) == pytest.approx([17.23, 21.28, 25.41, 32.01], rel=1e-3)
 
 
@@ -91,7 +91,7 @@ def _flops_for(loss):
 
 
 def test_a_dense_optimum_has_its_closed_form():
-  """Of c + a N^-alpha + b D^-beta at 6 N D = F: a alpha N^-alpha = b beta D^-beta."""
+  """For c + a N^-alpha + b D^-beta at 6 N D = F: a alpha N^-alpha = b beta D^-beta."""
   law = PRINTED[1]
   best = optimal.best(law, 1, 1e21)
   slopes = law.a * law.alpha * best.params**-law.alpha, law.b * law.beta * best.tokens**-law.beta

@@ -1,4 +1,4 @@
-"""Training the cells of a grid: all of them, at once, and again after a kill."""
+"""Training the cells of a grid: concurrently, and resumed after a kill."""
 
 import dataclasses
 import json
@@ -51,13 +51,13 @@ def _wait_for_step(folder, step):
 
 
 @pytest.mark.slow
-def test_a_grid_is_trained_and_goes_on_after_a_kill(tmp_path):
+def test_a_grid_is_trained_and_resumes_after_a_kill(tmp_path):
   cells = [_cell('short', 4), _cell('long', 1000)]
   first = _start(cells, tmp_path)
   _wait_for_step(tmp_path / 'runs' / 'long', 50)
   first.send_signal(signal.SIGTERM)
   out, _ = first.communicate(timeout=120)
-  assert first.returncode == cli.INTERRUPTED and 'the same command goes on' in out
+  assert first.returncode == cli.INTERRUPTED and 'run the same command again to resume' in out
   reached = metrics.read_metrics(tmp_path / 'runs' / 'long')[-1]['step']
   assert 50 <= reached < 1000
 
@@ -76,7 +76,7 @@ def test_two_programs_do_not_train_the_same_cells(tmp_path):
 
 
 def _folder_of(cell, workdir, **changed):
-  """A finished run of the cell, but for fields of its config."""
+  """A finished run of the cell, with fields of its config changed."""
   config = cli.config_of(shlex.split(cell.command)[3:])
   config.update_from_flattened_dict(changed)
   (workdir / cell.name).mkdir(exist_ok=True)
@@ -98,29 +98,29 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
   'changed', [{'train.steps': 8}, {'train.seed': 5}, {'optimizer.peak_lr': 0.5}, {'model.d_ff': 8}]
 )
 @pytest.mark.parametrize('finished', [True, False])
-def test_runs_of_an_edited_grid_are_not_taken_for_the_new_ones(tmp_path, changed, finished):
+def test_runs_of_an_edited_grid_are_rejected(tmp_path, changed, finished):
   cell = _cell('a', 4)
   _folder_of(cell, tmp_path, **changed)
   if not finished:
     (tmp_path / 'a' / 'summary.json').unlink()
   ((field, value),) = changed.items()
-  with pytest.raises(ValueError, match=f'a: {field} = {value} there, .* in the grid'):
+  with pytest.raises(ValueError, match=f'a: {field} = {value} in the folder, .* in the grid'):
     run.run([cell], tmp_path)
 
 
-def test_a_summary_without_its_config_is_nobody_s(tmp_path):
+def test_a_summary_without_a_config_is_rejected(tmp_path):
   cell = _cell('a', 4)
   _folder_of(cell, tmp_path)
   (tmp_path / 'a' / 'config.json').unlink()
-  with pytest.raises(ValueError, match='a: it has a summary.json, but no config.json'):
+  with pytest.raises(ValueError, match='a: it has a summary.json but no config.json'):
     run.run([cell], tmp_path)
 
 
 @pytest.mark.parametrize(
   ('cells', 'message'),
   [
-    ([_cell('a', 4), _cell('a', 8)], 'two cells are called a'),
-    ([_cell('a', 4), _cell('b', 8), _cell('c', 4)], 'a and c are one run'),
+    ([_cell('a', 4), _cell('a', 8)], 'two cells are named a'),
+    ([_cell('a', 4), _cell('b', 8), _cell('c', 4)], 'a and c have the same configuration'),
     (
       [_cell('a', 4, seeds=3)],
       "a: --config.train.seeds: the config has no such field; did you mean 'train.seed'",
@@ -129,7 +129,7 @@ def test_a_summary_without_its_config_is_nobody_s(tmp_path):
     ([dataclasses.replace(_cell('a', 4), command='true')], 'a: expected a command python -m moe'),
   ],
 )
-def test_cells_that_cannot_be_told_apart_or_trained(tmp_path, cells, message):
+def test_invalid_cells(tmp_path, cells, message):
   with pytest.raises(ValueError, match=message):
     run.run(cells, tmp_path / 'runs')
   assert not (tmp_path / 'runs').exists()
@@ -153,6 +153,6 @@ def test_launch_commands_survive_two_shells():
 
 
 @pytest.mark.parametrize('template', ['ssh {name}', 'ssh {host} {command}', 'ssh {} {command}'])
-def test_launch_templates_that_cannot_work(template):
+def test_invalid_launch_templates(template):
   with pytest.raises(ValueError, match='--launch'):
     list(run.launch_commands(grid.make('laptop')[:1], 'runs', template))

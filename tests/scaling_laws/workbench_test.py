@@ -1,4 +1,4 @@
-"""The commands as a user gives them, the grids, the plans and the figures."""
+"""The commands as users run them, the grids, the plans and the figures."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def test_a_plan_as_json():
     (('plan', '--flops=nan'), 'expected a finite number'),
     (('plot', '--expansion_rate=32'), '--expansion_rate=32: these coefficients are for 1, 16, 64'),
     (('fit',), 'fit needs folders of runs'),
-    (('run', '--workdir=x', '--grid=nowhere.json'), 'there is no such file'),
+    (('run', '--workdir=x', '--grid=nowhere.json'), 'file not found'),
   ],
   ids=['nothing', 'no_target', 'two_targets', 'no_number', 'no_law', 'no_runs', 'no_grid'],
 )
@@ -55,7 +55,7 @@ def test_bad_command_lines(arguments, message):
 
 
 def test_every_command_has_help():
-  assert '--runs: Runs to draw as well' in _call('plot', '--help').stdout
+  assert '--runs: Runs to plot too' in _call('plot', '--help').stdout
   assert set(program.COMMANDS) == {'plan', 'grid', 'run', 'fit', 'plot'}
 
 
@@ -83,12 +83,12 @@ def test_from_a_grid_to_figures(tmp_path):
   assert figures == names
   with (law / 'residuals.csv').open(newline='') as file:
     residuals = [float(row['residual']) for row in csv.DictReader(file)]
-  assert len(residuals) == 100 and max(map(abs, residuals)) < 0.002  # three digits were kept
+  assert len(residuals) == 100 and max(map(abs, residuals)) < 0.002  # losses have three digits
   done = _call('plan', '--target_loss=2.5', files[0])
   assert done.returncode == cli.OK and 'granularity G     16' in done.stdout
 
 
-def test_figures_of_a_law_without_runs_and_of_a_dense_one(tmp_path):
+def test_figures_without_runs_and_of_a_dense_law(tmp_path):
   assert len(plots.plot(PRINTED, 64, [], tmp_path / 'both')) == 3
   with (tmp_path / 'both' / 'optimal_granularity.csv').open(newline='') as file:
     for row in csv.DictReader(file):
@@ -98,7 +98,7 @@ def test_figures_of_a_law_without_runs_and_of_a_dense_one(tmp_path):
   assert [p.stem for p in plots.plot(only_dense, 1, [], tmp_path / 'dense')] == ['loss_by_flops']
 
 
-def test_the_paper_s_grid():
+def test_the_paper_grid():
   cells = grid.make('paper', PRINTED)
   sparse = [cell for cell in cells if cell.granularity]
   assert (len(sparse), len(cells)) == (78, 100)
@@ -109,7 +109,7 @@ def test_the_paper_s_grid():
   assert words[3] == '--config=configs/fine_grained.py:3M,granularity=1,expansion_rate=64'
 
 
-def test_the_laptop_s_grid():
+def test_the_laptop_grid():
   cells = grid.make('laptop')
   assert len(cells) == 45 and len({(c.d_model, c.blocks) for c in cells}) == 3
   assert {c.granularity for c in cells} == {laws.DENSE, 1, 2, 4, 8}
@@ -129,15 +129,15 @@ def test_the_laptop_s_grid():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda cell: cell.pop('steps'), 'is not a file that `grid` wrote: .*steps'),
-    (lambda cell: cell.update(rate=1), 'is not a file that `grid` wrote: .*rate'),
+    (lambda cell: cell.pop('steps'), 'is not a valid grid file: .*steps'),
+    (lambda cell: cell.update(rate=1), 'is not a valid grid file: .*rate'),
     (lambda cell: cell.update(steps='many'), "d32x2-dense-200: steps = 'many': expected a number"),
     (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number above 0'),
-    (lambda cell: cell.update(command=None), 'command = None: expected text'),
-    (lambda cell: cell.update(name='../a'), "name = '../a': expected the name of a folder"),
+    (lambda cell: cell.update(command=None), 'command = None: expected a string'),
+    (lambda cell: cell.update(name='../a'), "name = '../a': expected a folder name"),
   ],
 )
-def test_grids_that_were_spoilt(tmp_path, change, message):
+def test_invalid_grids(tmp_path, change, message):
   path = tmp_path / 'grid.json'
   grid.write(grid.make('laptop'), path)
   cells = json.loads(path.read_text())
@@ -148,10 +148,10 @@ def test_grids_that_were_spoilt(tmp_path, change, message):
 
 
 @pytest.mark.parametrize('content', [b'', b'[1]', b'{"name": 1}', b'[{"name"', b'\xff\xfe[\0'])
-def test_files_that_are_no_grid(tmp_path, content):
+def test_files_that_are_not_grids(tmp_path, content):
   path = tmp_path / 'grid.json'
   path.write_bytes(content)
-  with pytest.raises(ValueError, match='grid.json is not a file that `grid` wrote'):
+  with pytest.raises(ValueError, match='grid.json is not a valid grid file'):
     grid.read(path)
 
 
@@ -169,7 +169,7 @@ def test_commands_set_fields_that_the_config_has():
   assert config.data.batch_size * config.data.sequence_length * config.train.steps == cell.tokens
 
 
-def test_the_planned_model_has_whole_blocks_and_the_budget():
+def test_the_planned_model_has_integer_blocks_and_the_budget():
   result = plan.make(PRINTED, 64, {'flops': 1e21}, grid.PAPER)
   model = result['model']
   assert model['d_model'] == 64 * model['blocks'] and model['experts'] == 64 * 16
@@ -195,7 +195,7 @@ def test_a_dense_plan():
     ({'chip': 'v5e', 'mfu': 40}, '--mfu=40'),
   ],
 )
-def test_plans_that_cannot_be_made(changes, message):
+def test_invalid_plans(changes, message):
   arguments = {'expansion_rate': 64, 'target': {'flops': 1e21}, 'recipe': grid.PAPER} | changes
   with pytest.raises(ValueError, match=message):
     plan.make(PRINTED, **arguments)
