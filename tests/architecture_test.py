@@ -18,6 +18,8 @@ def _names(path):
       yield node.name
     elif isinstance(node, ast.Assign):
       yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      yield node.target.id
 
 
 def _pairs(page):
