@@ -1,4 +1,4 @@
-"""Several runs side by side: one plot of their losses, and one table of what they reached.
+"""Compares runs: one plot of their losses, and one table of their results.
 
 python -m moejax.compare --runs=runs/dense,runs/mot --output=compare.png
 """
@@ -16,12 +16,12 @@ _COLUMNS = '{:{width}} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 def compare(runs, output):
   """Plots the losses of finished runs and returns the table.
 
-  Its column `speed-up` says how many times fewer steps a run takes to the final validation loss of
-  the first run than that did.
+  Its column `speed-up` is the steps of the first run over the steps that a run takes to reach the
+  first run's final validation loss.
 
   Args:
-    runs: their folders. A run is called by as much of the end of its path as no other run has; one
-      that is given twice counts once.
+    runs: their folders. A run's name is the shortest end of its path that is unique; a run that is
+      given twice counts once.
     output: the PNG file to write.
 
   Raises:
@@ -34,7 +34,7 @@ def compare(runs, output):
   corpora = {(s['corpus'], s['tokenizer']) for s in summaries.values()}
   if len(corpora) > 1:
     raise ValueError(
-      'the runs were trained on different corpora or tokenizers, so their losses do not compare: '
+      'the runs were trained on different corpora or tokenizers; their losses are not comparable: '
       + ', '.join(f'{run} on {s["corpus"]}/{s["tokenizer"]}' for run, s in summaries.items())
     )
   curves, validation = {}, {}
@@ -57,7 +57,7 @@ def compare(runs, output):
 
 
 def _name(run, runs):
-  """As many of the last parts of a folder's path as no other run ends in."""
+  """The shortest end of a run's path that no other run's path ends in."""
   for number in range(1, len(run.parts) + 1):
     end = run.parts[-number:]
     if sum(other.parts[-number:] == end for other in runs) == 1:
@@ -66,9 +66,9 @@ def _name(run, runs):
 
 
 def steps_to_reach(loss, curve):
-  """Steps after which a curve of (step, loss) first is at `loss` or below, or None if it never is.
+  """Steps until a curve of (step, loss) first reaches `loss`, or None if it never does.
 
-  Between two measurements the loss is taken to fall evenly.
+  Interpolates linearly between measurements.
   """
   for i, (step, reached) in enumerate(curve):
     if reached <= loss:
@@ -85,7 +85,9 @@ def _summary(run):
     summary = json.loads(path.read_text())
     _cells(summary, None), summary['corpus'], summary['tokenizer']
   except (KeyError, OSError, TypeError, ValueError) as error:
-    raise ValueError(f'--runs: {path} is cut off or of another version ({error!r}).') from error
+    raise ValueError(
+      f'--runs: {path} is incomplete or from another version ({error!r}).'
+    ) from error
   return summary
 
 
@@ -107,6 +109,6 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.define_paths('runs', None, 'Folders of finished runs, with commas between.', required=True)
+  cli.define_paths('runs', None, 'Folders of finished runs, separated by commas.', required=True)
   cli.define_path('output', 'compare.png', 'The plot to write.')
   cli.run(main, needs_config=False)

@@ -1,4 +1,4 @@
-"""From a config file's sections to checked dataclasses, one per stage."""
+"""From a config file's sections to validated dataclasses."""
 
 import ast
 import dataclasses
@@ -20,26 +20,26 @@ from moejax.text import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(fields.Section):
-  """How long a run trains, and what it does meanwhile."""
+  """How long a run trains, and how often it logs, evaluates and saves."""
 
   PATH = 'train'
 
-  steps: int = default(3000, 'at which the run ends', minimum=1)
-  seed: int = default(0, 'of the parameters', minimum=0, maximum=fields.MAX_SEED)
-  log_interval: int = default(10, 'steps between two lines of the log', minimum=1)
-  eval_interval: int = default(250, 'steps between two evaluations', minimum=1)
-  eval_batches: int = default(32, 'batches of an evaluation', minimum=1)
-  checkpoint_interval: int = default(250, 'steps between two checkpoints', minimum=1)
-  keep_checkpoints: int = default(3, 'checkpoints that are kept, the latest', minimum=1)
-  sample_prompt: str = default('def ', 'what the sample at the end of a run begins with')
-  sample_length: int = default(120, 'tokens of that sample; 0: none', minimum=0)
+  steps: int = default(3000, 'length of the run', minimum=1)
+  seed: int = default(0, 'of initialisation and noise', minimum=0, maximum=fields.MAX_SEED)
+  log_interval: int = default(10, 'steps between log lines', minimum=1)
+  eval_interval: int = default(250, 'steps between evaluations', minimum=1)
+  eval_batches: int = default(32, 'batches per evaluation', minimum=1)
+  checkpoint_interval: int = default(250, 'steps between checkpoints', minimum=1)
+  keep_checkpoints: int = default(3, 'number of latest checkpoints to keep', minimum=1)
+  sample_prompt: str = default('def ', 'prompt of the sample at the end of a run')
+  sample_length: int = default(120, 'tokens of that sample; 0: no sample', minimum=0)
 
   def conflicts(self):
     if self.sample_length > 0 and not self.sample_prompt:
       yield 'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
 
 
-# The sections of a config, from which everything about its fields is made.
+# The sections of a config, by name.
 SECTIONS = {
   'model': ModelConfig,
   'data': DataConfig,
@@ -56,12 +56,12 @@ def baseline() -> Any:
 
 
 def flat_fields():
-  """All fields that there are: 'section.field' -> dataclasses.Field."""
+  """All config fields: 'section.field' -> dataclasses.Field."""
   return {name: f for section in SECTIONS.values() for name, f in fields.flat(section).items()}
 
 
 def reference():
-  """A list of all fields, in Markdown: `--help`, and the end of docs/configuration.md."""
+  """All fields in Markdown, for `--help` and the end of docs/configuration.md."""
   lines, path = [], None
   for name, f in flat_fields().items():
     if path != (path := name.rpartition('.')[0]):
@@ -74,7 +74,7 @@ def reference():
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-  """A whole run's configuration, checked."""
+  """The validated configuration of a run."""
 
   model: ModelConfig
   data: DataConfig
@@ -100,7 +100,7 @@ def resolve(config):
 
   if not isinstance(config, ml_collections.ConfigDict) or {*config} != {*SECTIONS}:
     raise ValueError(
-      f'the config must have the sections {", ".join(SECTIONS)}: begin with '
+      f'the config must have the sections {", ".join(SECTIONS)}: start from '
       'moejax.config.baseline() and change what differs.'
     )
   data_config = attempt(lambda: fields.make(DataConfig, config.data))
@@ -118,70 +118,71 @@ def resolve(config):
 
 
 def _model_config(section, data_config, tokenizer):
-  # Without a length or a tokenizer, their own errors are reported, and none that they would cause.
+  # If length or tokenizer are invalid, only their own errors are reported, not the follow-ups.
   length = data_config.sequence_length if data_config else sys.maxsize
   needed = tokenizer.vocab_size if tokenizer else 1
   model = fields.make(ModelConfig, {**section, 'max_length': length})
   if tokenizer and 0 < model.vocab_size < needed:
     raise ValueError(
       f'model.vocab_size = {model.vocab_size} is smaller than the {needed} ids of data.tokenizer = '
-      f'{data_config.tokenizer!r}. Raise it, or set 0: as many as needed.'
+      f'{data_config.tokenizer!r}. Raise it, or set 0 for as many as needed.'
     )
   return dataclasses.replace(model, vocab_size=model.vocab_size or needed)
 
 
 def _batch_problems(data_config, model, optimizer):
-  batch, parts = data_config.batch_size, optimizer.accumulation
-  if batch % parts:
-    yield f'optimizer.accumulation = {parts} must divide data.batch_size = {batch}.'
+  batch, microbatches = data_config.batch_size, optimizer.accumulation
+  if batch % microbatches:
+    yield f'optimizer.accumulation = {microbatches} must divide data.batch_size = {batch}.'
     return
   for field, size in model.groups.items():
-    if batch // parts % size:
+    if batch // microbatches % size:
       yield (
-        f'{field} = {size} must divide the {batch // parts} sequences that are in one pass '
-        f'(data.batch_size = {batch} / optimizer.accumulation = {parts}). Change one of the three.'
+        f'{field} = {size} must divide the {batch // microbatches} sequences of a microbatch '
+        f'(data.batch_size = {batch} / optimizer.accumulation = {microbatches}). Change one of the '
+        'three.'
       )
 
 
 def check_batch(stages, mesh):
   """Raises ValueError if the batch cannot be split over the devices of the mesh."""
-  rows, shards = _rows(stages), batch_shards(mesh)
-  if rows % shards:
+  sequences, shards = _microbatch_size(stages), batch_shards(mesh)
+  if sequences % shards:
     raise ValueError(
-      f'data.batch_size / optimizer.accumulation = {rows} sequences cannot be split over the '
+      f'data.batch_size / optimizer.accumulation = {sequences} sequences cannot be split over the '
       f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
       'multiple, or give mesh.tensor more devices.'
     )
   num_parts = process_part(mesh, stages.data.batch_size)['num_parts']
   if stages.data.source == 'seqio' and num_parts < jax.process_count():
     raise ValueError(
-      f'data.source = seqio: every process reads rows of its own, but mesh.tensor leaves '
-      f'{num_parts} parts of the batch for {jax.process_count()} processes. Lower mesh.tensor to '
-      'the devices of one process, or write the task to files (python -m moejax.tokenize).'
+      f'data.source = seqio: every process reads its own part of the batch, but mesh.tensor leaves '
+      f'{num_parts} parts for {jax.process_count()} processes. Lower mesh.tensor to the devices of '
+      'one process, or write the task to files (python -m moejax.tokenize).'
     )
 
 
 def check_mesh(stages, mesh):
-  """Raises ValueError if devices of the mesh would have nothing to do, or all do the same."""
+  """Raises ValueError if the mesh would leave devices idle or duplicate their work."""
   check_batch(stages, mesh)
   problems = list(_mesh_problems(stages, mesh))
   if problems:
     raise ValueError('\n'.join(problems))
 
 
-def _rows(stages):
-  """Sequences of one pass."""
+def _microbatch_size(stages):
+  """Sequences per microbatch."""
   return stages.data.batch_size // stages.optimizer.accumulation
 
 
 def _mesh_problems(stages, mesh):
-  rows = _rows(stages) // batch_shards(mesh)
+  sequences = _microbatch_size(stages) // batch_shards(mesh)
   for field, size in stages.model.whole_groups.items():
-    if rows % size:
+    if sequences % size:
       yield (
-        f'{field} = {size} must divide the {rows} sequences of a device, where its groups of whole '
-        'sequences are routed (data.batch_size / optimizer.accumulation, over mesh axes data, fsdp '
-        'and expert). Lower it or optimizer.accumulation, raise data.batch_size, or give '
+        f'{field} = {size} must divide the {sequences} sequences of a device, because it routes '
+        'groups of whole sequences (data.batch_size / optimizer.accumulation, over mesh axes data, '
+        'fsdp and expert). Lower it or optimizer.accumulation, raise data.batch_size, or give '
         'mesh.tensor more devices.'
       )
   for field, number in stages.model.experts.items():
@@ -199,17 +200,17 @@ def _mesh_problems(stages, mesh):
 
 
 def override(config, texts):
-  """`set_fields` of a run's config; experts of Mixture of Tokens keep their width in any group."""
+  """`set_fields` for the config of a run; MoT experts keep their width when groups change."""
   mot = MoTConfig(**config.model.mot)
   config.model.mot.expert_width = mot.width(config.model.d_ff)
   set_fields(config, texts)
 
 
 def set_fields(config, texts):
-  """Sets fields to what the command line says: {'model.mot.group_size': '4'}.
+  """Sets fields from the texts of the command line: {'model.mot.group_size': '4'}.
 
   Raises:
-    ValueError: there is no such field, or the text is none of its values.
+    ValueError: a field is unknown or its value is invalid.
   """
   known = flat_fields()
   for name, text in texts.items():
@@ -219,7 +220,7 @@ def set_fields(config, texts):
     try:
       value = _READERS[known[name].type](text)
     except (KeyError, SyntaxError, ValueError):
-      value = text  # of which the error tells
+      value = text  # for the error message
     value = fields.checked(f'--config.{name}', known[name], value)
     config.update_from_flattened_dict({name: value})
 
@@ -235,7 +236,7 @@ _READERS = {
 
 
 def flatten(tree, prefix=''):
-  """Nested dicts as one: {'model.moe.granularity': 1}."""
+  """Flattens nested dicts: {'model.moe.granularity': 1}."""
   flat = {}
   for key, value in tree.items():
     is_section = isinstance(value, dict)

@@ -1,7 +1,7 @@
-"""Several processes in one run: they start together and stop together.
+"""Multi-process runs: all processes start together and stop together.
 
-Every process runs the same program on its own devices, reads its own rows of each batch, and takes
-part in every collective. Process 0 alone prints, and writes everything but checkpoints.
+Every process runs the same program on its own devices, reads its own sequences of each batch, and
+takes part in every collective. Only process 0 prints, and writes everything except checkpoints.
 """
 
 import ctypes
@@ -16,32 +16,32 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which jax ends the other processes
+_HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which jax ends the other processes
 _SHUTDOWN_TIMEOUT = 30  # seconds that a process waits for the others before it exits
 _NOT_JOINED = (
-  'the other processes of this run did not join this one (jax says above what happened). Start the '
-  'same command on all hosts; docs/launch.md says how.'
+  "the other processes of this run did not join this one (see jax's message above). Start the same "
+  'command on all hosts (see docs/launch.md).'
 )
 _LOST = (
-  'the run has lost a process (jax says above which, its own log says why), so this one ends too. '
-  'The same command on all hosts resumes from the last checkpoint.'
+  "the run has lost a process (see jax's message above and that process's log), so this one exits "
+  'too. Run the same command on all hosts to resume from the last checkpoint.'
 )
 
 
 def initialize(coordinator_address=None, num_processes=None, process_id=None):
-  """Joins this process to those of its run; before any other use of jax.
+  """Joins this process to its run; call it before any other use of jax.
 
-  A process that dies ends all others within a minute, with a message and an exit code that is not
-  0, so that whoever started them can start them again.
+  When a process dies, all others exit within a minute, with a message and a nonzero exit code, so
+  that a launcher can restart them.
 
   Args:
     coordinator_address: HOST:PORT of process 0, or None: jax looks for a TPU slice, a SLURM step of
-      several tasks, or Open MPI; where there is none of them, this process is alone.
-    num_processes: how many there are; None with `coordinator_address`.
-    process_id: which one this is, from 0; likewise.
+      several tasks, or Open MPI; without any of them, the run has one process.
+    num_processes: number of processes; None if `coordinator_address` is.
+    process_id: index of this process, from 0; None if `coordinator_address` is.
 
   Raises:
-    ValueError: some of the three are missing, or impossible.
+    ValueError: some of the three are missing or invalid.
   """
   timeouts = {'heartbeat_timeout_seconds': _HEARTBEAT_TIMEOUT}
   if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
@@ -50,38 +50,38 @@ def initialize(coordinator_address=None, num_processes=None, process_id=None):
   given = (coordinator_address, num_processes, process_id)
   if any(value is not None for value in given):
     _check(*given)
-    _explain_abort(_NOT_JOINED)
+    _on_abort_print(_NOT_JOINED)
     join(*given)
-  elif _is_alone():
+  elif _is_single_process():
     return
   else:
-    _explain_abort(_NOT_JOINED)
+    _on_abort_print(_NOT_JOINED)
     try:
       join()
-    except ValueError:  # jax knows none of the ways in which processes are started together
+    except ValueError:  # jax detected no cluster
       ctypes.CDLL(None).signal(signal.SIGABRT, None)
       return
-  _explain_abort(_LOST)
+  _on_abort_print(_LOST)
   if not leads():
     sys.stdout = open(os.devnull, 'w')
 
 
-def _is_alone():
-  """Whether SLURM or Open MPI, if one of them is there, has started this process alone.
+def _is_single_process():
+  """Whether SLURM or Open MPI, if present, started this process alone.
 
-  The variables of a SLURM allocation are also those of a shell in it (salloc, srun --pty); only a
-  step has several processes. Of a single one, jax would use one GPU and leave the others.
+  A shell in a SLURM allocation (salloc, srun --pty) has its variables too; only a step has several
+  processes. A process that joins as the only one uses one GPU and leaves the others idle.
   """
   if 'OMPI_MCA_orte_hnp_uri' in os.environ:
     return os.environ.get('OMPI_COMM_WORLD_SIZE', '1') == '1'
   if 'SLURM_JOB_ID' in os.environ:
-    in_a_shell = sys.stdin is not None and sys.stdin.isatty()  # srun gives a task no terminal
+    in_a_shell = sys.stdin is not None and sys.stdin.isatty()  # a task of srun has no terminal
     return in_a_shell or os.environ.get('SLURM_STEP_NUM_TASKS', '1') == '1'
   return False
 
 
-def _explain_abort(message):
-  """What to say when jax aborts because of other processes; Python cannot catch that."""
+def _on_abort_print(message):
+  """Sets what to print when jax aborts because of another process; Python cannot catch that."""
   global _on_abort  # the C library keeps no reference
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -118,15 +118,15 @@ def _check(address, num_processes, process_id):
 
 
 def leads():
-  """Whether this process is the one that prints and writes."""
+  """Whether this is process 0, the one that prints and writes."""
   return jax.process_index() == 0
 
 
 class Interrupt:
   """A context in which SIGINT or SIGTERM to any process stops all of them after the same step.
 
-  Alone, a process looks at a flag. Several leave it to jax's preemption service, which has listened
-  to SIGTERM since they were joined, and agrees on a step that none of them has begun.
+  A single process checks a flag. Several use jax's preemption service, which handles SIGTERM from
+  `initialize` on and agrees on a step that none of them has started.
   """
 
   def __init__(self):
@@ -150,7 +150,7 @@ class Interrupt:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
   def reached(self, step):
-    """Whether to stop before this step; to be asked once before every step."""
+    """Whether to stop before this step; call it once before every step."""
     if self._several:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._event.is_set()

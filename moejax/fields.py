@@ -1,13 +1,12 @@
-"""A section of a config is a frozen dataclass whose fields say all there is to know about them.
+"""Sections of a config: frozen dataclasses whose fields carry default, meaning and allowed values.
 
   @dataclasses.dataclass(frozen=True)
   class MoEConfig(fields.Section):
     PATH = 'model.moe'
     granularity: int = fields.default(1, 'experts are d_ff / granularity wide', minimum=1)
 
-The baseline, the checks of single values, `--help` and docs/configuration.md are made from this, so
-that a new field is one line (docs/configuration.md). What several fields must fulfil together is a
-method beside them.
+The baseline, validation, `--help` and docs/configuration.md are generated from this, so a new field
+is one line. Constraints between fields go into the method `conflicts`.
 """
 
 import dataclasses
@@ -16,12 +15,12 @@ from typing import Any
 
 from moejax import text
 
-MAX_SEED = 2**32 - 1  # JAX's keys take 32 bits; more would silently be cut off
+MAX_SEED = 2**32 - 1  # JAX keys take 32 bits and silently truncate the rest
 _KINDS = {
   int: 'an integer',
   float: 'a finite number',
   bool: 'True or False',
-  str: 'a text',
+  str: 'a string',
   tuple: 'a tuple',
 }
 
@@ -29,14 +28,14 @@ _KINDS = {
 def default(
   value, meaning, *, choices=None, minimum=None, maximum=None, above=None, below=None
 ) -> Any:
-  """A field of a Section: its default, one line of meaning, and the values it takes.
+  """A field of a Section: its default, one line of meaning, and its allowed values.
 
   Args:
-    choices: the values allowed, or a function that returns them, where they are not known yet.
-    minimum, maximum, above, below: bounds of a number; the last two are excluded themselves.
+    choices: the allowed values, or a function that returns them, if they are defined later.
+    minimum, maximum, above, below: bounds of a number; the last two are exclusive.
   """
   bounds = {'at least': minimum, 'above': above, 'at most': maximum, 'below': below}
-  bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+  bounds = {relation: bound for relation, bound in bounds.items() if bound is not None}
   metadata = {
     'meaning': meaning,
     'choices': choices if callable(choices) else lambda: choices or (),
@@ -46,12 +45,12 @@ def default(
 
 
 def section(kind, meaning) -> Any:
-  """A field of a Section that is a Section itself; a mapping of its fields becomes one."""
+  """A field that holds a nested Section; a mapping of its fields is converted to one."""
   return dataclasses.field(default_factory=kind, metadata={'meaning': meaning})
 
 
 class Section:
-  """Base of the dataclasses; raises ValueError, with one line for every field that is wrong."""
+  """Base class of the sections; raises ValueError with one line per invalid field."""
 
   PATH = ''  # in a config: 'model.moe'
 
@@ -68,15 +67,15 @@ class Section:
       raise ValueError('\n'.join(problems))
 
   def conflicts(self):
-    """Yields one sentence per combination of values that cannot work."""
+    """Yields one message per invalid combination of values."""
     return ()
 
 
 def make(kind, values):
-  """A Section of a mapping of its fields; ValueError if it has one that there is not."""
+  """Makes a Section from a mapping of its fields; raises ValueError for unknown ones."""
   known = [f.name for f in dataclasses.fields(kind)]
   unknown = [
-    f'{kind.PATH}.{name}: there is no such field{text.did_you_mean(name, known)}'
+    f'{kind.PATH}.{name}: no such field{text.did_you_mean(name, known)}'
     for name in values
     if name not in known
   ]
@@ -86,22 +85,22 @@ def make(kind, values):
 
 
 def of(kind):
-  """The fields of a Section that a config has; others are what its owner derives from them."""
+  """The fields of a Section that appear in a config; its owner derives the others."""
   return [f for f in dataclasses.fields(kind) if 'meaning' in f.metadata]
 
 
 def is_section(f):
-  """Whether a field is a section itself."""
+  """Whether a field holds a nested section."""
   return 'choices' not in f.metadata
 
 
 def baseline(kind):
-  """The fields of a Section and their defaults, nested."""
+  """The default values of a Section, as nested dicts."""
   return {f.name: baseline(f.type) if is_section(f) else f.default for f in of(kind)}
 
 
 def flat(kind):
-  """All fields of a Section and of those inside of it: 'model.moe.granularity' -> field."""
+  """All fields of a Section and its nested sections: 'model.moe.granularity' -> field."""
   found = {}
   for f in of(kind):
     found |= flat(f.type) if is_section(f) else {f'{kind.PATH}.{f.name}': f}
@@ -109,16 +108,16 @@ def flat(kind):
 
 
 def allowed(f):
-  """Which values a field takes, such as 'at least 1', or '' for all of its type."""
+  """The allowed values of a field, such as 'at least 1'; '' if its type is the only limit."""
   choices = f.metadata['choices']()
   if choices:
     return 'one of ' + ', '.join(choice or "''" for choice in choices)
   bounds = f.metadata['bounds'].items()
-  return ' and '.join(f'{words} {bound}' for words, bound in bounds).replace('above 0', 'positive')
+  return ' and '.join(f'{name} {bound}' for name, bound in bounds).replace('above 0', 'positive')
 
 
 def checked(name, f, value: Any):
-  """A value as the field's type has it; ValueError, which calls the field `name`, if it is none."""
+  """A value converted to the field's type; raises ValueError, naming it `name`, if invalid."""
   if is_section(f):
     return value if isinstance(value, f.type) else make(f.type, value)
   if f.type is float and type(value) is int:
@@ -143,9 +142,9 @@ def _within(value, bounds):
     'at most': lambda bound: value <= bound,
     'below': lambda bound: value < bound,
   }
-  return all(holds[words](bound) for words, bound in bounds.items())
+  return all(holds[relation](bound) for relation, bound in bounds.items())
 
 
 def tuples(value) -> Any:
-  """Lists, as JSON has them, as tuples, however nested."""
+  """Converts nested lists, as JSON has them, to tuples."""
   return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value

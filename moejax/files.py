@@ -1,4 +1,4 @@
-"""Files that are there entirely or not at all."""
+"""Atomic writing of files and folders."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives a name to write a file or a folder to, which becomes `path` at the end.
+  """Yields a temporary path for a file or folder, which is renamed to `path` at the end.
 
-  Missing parent folders are created. After an error nothing is left.
+  Missing parent folders are created. On an error, what was written is deleted.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # keeps the ending, which some look at
+  temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # keeps the suffix: savefig reads it
   try:
     yield temporary
     temporary.replace(path)
@@ -29,6 +29,6 @@ def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a file, text as UTF-8, replacing what is there."""
+  """Writes a file atomically, text as UTF-8, replacing an existing one."""
   with atomic_output(path) as temporary:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -3,9 +3,9 @@
   python -m moejax.generate --workdir=DIR --prompt="def "
   python -m moejax.generate --workdir=DIR --prompt="def " --mode=unmixed
 
-All sequences of a batch walk through the positions together, because Mixture-of-Tokens layers mix
-the sequences of a group at equal positions, in decoding as in training. Requests of one group
-therefore influence each other, unless `--mode=unmixed` keeps each by itself.
+All sequences of a batch advance position by position together, because Mixture-of-Tokens layers mix
+the sequences of a group at equal positions, in decoding as in training. Requests in one group
+therefore influence each other, unless `--mode=unmixed` decodes each by itself.
 """
 
 import functools
@@ -23,10 +23,10 @@ from moejax.layers.common import Tokens
 
 
 def generate(model_config, params, prompts, length, *, temperature=0.8, key=None):
-  """Continues prompts together, past the model's context if need be.
+  """Continues prompts together, past the model's context if necessary.
 
-  Where prompt and continuation fill the context, their newest half becomes the prompt from which
-  the continuation goes on. A prompt longer than the context begins so.
+  When prompt and continuation fill the context, their newest half becomes the new prompt. A prompt
+  longer than the context is cut in the same way.
 
   Args:
     prompts: sequences of token ids; at least one token each.
@@ -47,16 +47,16 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
   key = jax.random.key(0) if key is None else key
   context = model_config.max_length
   texts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  made = [np.zeros(0, np.int32)] * len(prompts)
+  outputs = [np.zeros(0, np.int32)] * len(prompts)
   while length:
     if max(map(len, texts)) > context:
       texts = [text[-max(1, context // 2) :] for text in texts]
-    number = min(length, context + 1 - max(map(len, texts)))
+    fitting = min(length, context + 1 - max(map(len, texts)))
     key, key_now = jax.random.split(key)
-    new = _within_context(model_config, params, texts, number, temperature, key_now)
-    texts, made = (list(map(_join, before, new)) for before in (texts, made))
-    length -= number
-  return made
+    new = _within_context(model_config, params, texts, fitting, temperature, key_now)
+    texts, outputs = (list(map(_join, before, new)) for before in (texts, outputs))
+    length -= fitting
+  return outputs
 
 
 def _join(before, after):
@@ -65,14 +65,14 @@ def _join(before, after):
 
 def _within_context(model_config, params, prompts, length, temperature, key):
   lengths = np.array([len(p) for p in prompts])
-  # Rows up to a multiple of the group are padding: segment 0 keeps them out of every mixture.
-  rows = _full_groups(model_config, len(prompts))
-  prompts_BS = np.zeros((rows, lengths.max()), np.int32)
-  for row, prompt in enumerate(prompts):
-    prompts_BS[row, : len(prompt)] = prompt
-  prompt_lengths_B = np.ones(rows, np.int32)
+  # Sequences that fill up the last group are padding: segment 0 keeps them out of every mixture.
+  B = _full_groups(model_config, len(prompts))
+  prompts_BS = np.zeros((B, lengths.max()), np.int32)
+  for i, prompt in enumerate(prompts):
+    prompts_BS[i, : len(prompt)] = prompt
+  prompt_lengths_B = np.ones(B, np.int32)
   prompt_lengths_B[: len(prompts)] = lengths
-  valid_B = np.arange(rows) < len(prompts)
+  valid_B = np.arange(B) < len(prompts)
   common, steps = int(lengths.min()), int(lengths.max()) + length - 1
   out_BS = _decode(
     model_config,
@@ -86,21 +86,22 @@ def _within_context(model_config, params, prompts, length, temperature, key):
     key,
   )
   out_BS = sharding.fetch(out_BS)
-  # out_BS[:, i] is the token after position common - 1 + i.
-  return [out_BS[row, n - common : n - common + length] for row, n in enumerate(lengths)]
+  # out_BS[:, j] is the token after position common - 1 + j.
+  return [out_BS[i, n - common : n - common + length] for i, n in enumerate(lengths)]
 
 
-def _full_groups(model_config, rows):
+def _full_groups(model_config, num_sequences):
+  """The number of sequences, rounded up to full groups."""
   M = model_config.mixed_sequences
-  return -(-rows // M) * M
+  return -(-num_sequences // M) * M
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
-  """The tokens after positions common - 1 ... steps - 1: a prompt's own as long as it has one.
+  """The tokens after positions common - 1 ... steps - 1; inside a prompt, the prompt's own.
 
-  The first `common` positions, which all prompts have, go through the model in parallel; then
-  follows one after the other.
+  The first `common` positions, which all prompts have, are prefilled in parallel; the others are
+  decoded one after the other.
   """
   model = model_lib.bind(config, params)
   B, S = prompts_BS.shape
@@ -133,13 +134,11 @@ def _sample(logits_BV, temperature, key):
 def continuations(model_config, params, tokenizer, prompts, length, *, temperature=0.8, seed=0):
   """One continuation of each text in `prompts`, as text.
 
-  A group of a mixing model that the prompts do not fill is filled with further continuations of
-  the same prompts: a mixture of fewer tokens than in training would be a distribution the model has
-  not seen.
+  If the prompts do not fill the groups of a mixing model, further continuations of them do: a
+  mixture of fewer tokens than in training would be out of distribution.
   """
-  rows = _full_groups(model_config, len(prompts))
   ids = [tokenizer.encode(text) for text in prompts]
-  repeated = [ids[row % len(ids)] for row in range(rows)]
+  repeated = [ids[i % len(ids)] for i in range(_full_groups(model_config, len(prompts)))]
   key = jax.random.key(seed)
   out = generate(model_config, params, repeated, length, temperature=temperature, key=key)
   return [tokenizer.decode(_until_end(o, tokenizer)) for o in out[: len(prompts)]]
@@ -151,7 +150,7 @@ def _until_end(ids, tokenizer):
 
 
 def _beyond_context(context, longest, length):
-  """What happens to prompts of up to `longest` tokens and `length` new ones, if they do not fit."""
+  """A note for the user if prompts of up to `longest` tokens and `length` new ones do not fit."""
   half = max(1, context // 2)
   if longest > context:
     return (
@@ -160,8 +159,8 @@ def _beyond_context(context, longest, length):
     )
   if longest + length > context + 1:
     return (
-      f'note: {longest} + {length} tokens are more than the context of {context} '
-      f'(data.sequence_length): when it is full, the model reads only the newest {half} again.'
+      f'note: {longest} + {length} tokens exceed the context of {context} (data.sequence_length): '
+      f'when it is full, only the newest {half} become the new prompt.'
     )
   return ''
 
@@ -196,13 +195,13 @@ if __name__ == '__main__':
   flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
   flags.DEFINE_integer('length', 100, 'Tokens to generate.')
   flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)
-  flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 takes the likeliest token.', lower_bound=0)
+  flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 is greedy.', lower_bound=0)
   flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_bound=fields.MAX_SEED)
   flags.DEFINE_enum(
     'mode',
     'mixed',
     ['mixed', 'unmixed', 'discrete'],
-    'What requests that are mixed see of each other; moejax.evaluate compares the losses.',
+    'How mixed requests see each other; moejax.evaluate compares the losses.',
   )
-  flags.DEFINE_integer('group_size', 0, 'Requests mixed with each other; 0: as in training.')
+  flags.DEFINE_integer('group_size', 0, 'Requests per mixing group; 0: as in training.')
   cli.run(main, needs_config=False, takes_overrides=True)

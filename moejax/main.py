@@ -15,7 +15,7 @@ from absl import flags
 
 from moejax import cli
 
-cli.define_path('workdir', None, 'Folder of the run; without it, a new one in runs/.')
+cli.define_path('workdir', None, 'Folder of the run; by default a new one in runs/.')
 cli.define_process_flags()
 _PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and stop.')
 
@@ -25,7 +25,7 @@ def main(config):
     print(config)
     return cli.OK
   cli.join_processes()
-  from moejax import train  # after the flags are known to be good: importing JAX takes seconds
+  from moejax import train  # after the flags are checked: importing JAX takes seconds
 
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
@@ -37,11 +37,11 @@ def main(config):
 
 @contextlib.contextmanager
 def _new_folder():
-  """A folder in runs/ that no other run has, called after the time; it goes if it stays empty."""
+  """A new folder in runs/, named after the current time; removed again if it stays empty."""
   import jax
 
   if jax.process_count() > 1:
-    raise ValueError('--workdir is required for a run of several processes: the same for all.')
+    raise ValueError('--workdir is required for a multi-process run: the same for all.')
   started = f'{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
   for name in itertools.chain([started], (f'{started}-{i}' for i in itertools.count(2))):
     folder = pathlib.Path('runs', name)
@@ -53,7 +53,7 @@ def _new_folder():
   try:
     yield folder
   finally:
-    with contextlib.suppress(OSError):  # what is in use stays
+    with contextlib.suppress(OSError):  # not empty
       folder.rmdir()
       folder.parent.rmdir()
 

@@ -1,7 +1,7 @@
-"""What a run measures: averaged over steps, written to metrics.jsonl and TensorBoard.
+"""Metrics of a run: averaged over steps, written to metrics.jsonl and TensorBoard.
 
-metrics.jsonl is the truth: one JSON object per line with its 'step', in order, each step's metric
-once. Numbers that are not finite are null there, as JSON has no NaN.
+metrics.jsonl is authoritative: one JSON object per line with its 'step', in order, each metric once
+per step. Non-finite numbers are null, because JSON has no NaN.
 """
 
 import json
@@ -19,21 +19,21 @@ _FILE = 'metrics.jsonl'
 
 
 class MetricsWriter:
-  """Appends to metrics.jsonl and to TensorBoard events in a folder; for one process of a run."""
+  """Appends to metrics.jsonl and to TensorBoard events in a folder; for process 0 of a run."""
 
   def __init__(self, workdir, start_step: int):
-    """Opens both, without what an earlier, longer attempt wrote.
+    """Opens both, and drops what an earlier, longer attempt wrote.
 
     Args:
       workdir: the run's folder; created if it does not exist.
-      start_step: the step that the run resumes from: later lines are dropped. 0: all are.
+      start_step: the step that the run resumes from. Later lines are dropped; with 0, all.
     """
     path = pathlib.Path(workdir) / _FILE
     first = start_step + 1 if start_step else 0
     kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
     files.write(path, ''.join(map(_line, kept)))
     self._lines = path.open('a')
-    self._events = tensorboardX.SummaryWriter(  # a file name per second is too few for short runs
+    self._events = tensorboardX.SummaryWriter(  # short runs would share a file name
       str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
     )
 
@@ -54,7 +54,7 @@ class MetricsWriter:
 
 
 class NoWriter:
-  """Has the methods of a `MetricsWriter` and writes nothing."""
+  """A `MetricsWriter` that writes nothing."""
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
     pass
@@ -64,21 +64,21 @@ class NoWriter:
 
 
 def make_writer(workdir, start_step: int) -> MetricsWriter | NoWriter:
-  """A MetricsWriter in process 0 of a run; the others write nothing."""
+  """A MetricsWriter in process 0 of a run, a NoWriter in the others."""
   return MetricsWriter(workdir, start_step) if jax.process_index() == 0 else NoWriter()
 
 
 def read_metrics(workdir) -> list[dict]:
-  """All lines of metrics.jsonl that are whole; [] if there is no file."""
+  """All intact lines of metrics.jsonl; [] if there is no file."""
   path = pathlib.Path(workdir) / _FILE
   if not path.exists():
     return []
-  *lines, _ = path.read_text(errors='replace').split('\n')  # the last was cut off in writing
+  *lines, _ = path.read_text(errors='replace').split('\n')  # the last is empty or incomplete
   return [entry for line in lines if (entry := _entry(line))]
 
 
 def _entry(line):
-  """What a line says, or None if it is damaged."""
+  """The entry of a line, or None if it is damaged."""
   try:
     entry = json.loads(line)
   except ValueError:
@@ -93,46 +93,46 @@ def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
 
 
 def flatten_aux(aux: dict) -> dict[str, float]:
-  """Measurements of sublayers by name: 'name/00', 'name/01', ... in their order.
+  """Metrics of sublayers by name: 'name/00', 'name/01', ... in their order.
 
-  Those with more than one number per sublayer are for plots and left out.
+  Those with more than one number per sublayer are left out; they are for plots.
   """
-  rows = {name: np.asarray(values) for name, values in aux.items()}
+  arrays = {name: np.asarray(values) for name, values in aux.items()}
   return {
     f'{name}/{i:02d}': float(value)
-    for name, values in rows.items()
+    for name, values in arrays.items()
     if values.ndim == 1
     for i, value in enumerate(values)
   }
 
 
 class Diverged(RuntimeError):
-  """A step whose loss, gradient or update is not finite; says which."""
+  """A step had a loss, gradient or update that is not finite."""
 
 
 class MetricAverager:
-  """Metrics since the last log line, and the time they took without evaluation and saving.
+  """Averages metrics since the last log line, and times steps without evaluation and saving.
 
-  A run that resumes takes up the totals of the one before it: its log lines are the same.
+  A resumed run restores the totals of the interrupted one, so that its log lines are the same.
   """
 
   def __init__(self, sums=None, count=0):
-    """Starts the clock; `sums` and `count` are those of `totals`."""
+    """Starts the clock; `sums` and `count` are from `totals`."""
     self._sums, self._count, self._restored = dict(sums or {}), count, count
     self._unread = None
     self._started = time.monotonic()
 
   def add(self, step, measured):
-    """Takes in a step just dispatched; reads the one before while the device works on this.
+    """Adds a dispatched step; reads the previous one while the device computes this one.
 
     Raises:
-      Diverged: the one before.
+      Diverged: the previous step did.
     """
     self.read()
     self._unread = step, measured
 
   def read(self):
-    """Waits for the step taken in last.
+    """Waits for the step that was added last.
 
     Raises:
       Diverged: its loss, gradient or update is not finite.
@@ -151,16 +151,16 @@ class MetricAverager:
       self._count += 1
 
   def skip(self, seconds):
-    """Leaves out some time."""
+    """Excludes some time from the timing."""
     self._started += seconds
 
   def totals(self):
-    """The arguments that make the same averager again, as JSON can hold them."""
+    """The constructor arguments that restore this averager, serialisable as JSON."""
     self.read()
     return {'sums': self._sums, 'count': self._count}
 
   def means(self):
-    """The average of every metric, and 'seconds_per_step' of the steps taken in here."""
+    """The mean of every metric, and 'seconds_per_step' of the steps since restoring."""
     self.read()
     seconds = time.monotonic() - self._started
     means = {name: total / self._count for name, total in self._sums.items()}
@@ -168,7 +168,7 @@ class MetricAverager:
 
 
 def flat_metrics(measured):
-  """Device metrics as floats, those of sublayers as by `flatten_aux`."""
+  """Device metrics as floats, those of sublayers flattened by `flatten_aux`."""
   measured = jax.device_get(measured)
   flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
   return flat | flatten_aux(measured['aux'])
@@ -179,7 +179,7 @@ def _line(entry):
 
 
 def plain(value):
-  """Arrays and numpy scalars become lists and numbers, NaN and infinities None."""
+  """Converts arrays and numpy scalars to lists and numbers, NaN and infinities to None."""
   if isinstance(value, dict):
     return {str(key): plain(v) for key, v in value.items()}
   if isinstance(value, list | tuple):

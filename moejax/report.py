@@ -1,4 +1,4 @@
-"""What a run tells people: the progress line, plots, and summary.json."""
+"""Reports of a run: the progress line, plots, and summary.json."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ def progress_line(
 ) -> str:
   """One line of at most 100 columns; None is left out.
 
-  `mfu` is a fraction of the peak, `dropped` of the choices of experts.
+  `mfu` is a fraction of peak FLOP/s, `dropped` of the expert assignments.
   """
   parts = [
     f'step {step:>{len(str(steps))}}/{steps}',
@@ -45,7 +45,7 @@ def progress_line(
 
 
 def describe(result: dict) -> str:
-  """What an evaluation measured, in words."""
+  """The results of an evaluation as text."""
   parts = [f'loss {result["loss"]:.4f} nats per token']
   if 'bits_per_byte' in result:
     parts.append(f'{result["bits_per_byte"]:.4f} bits per byte')
@@ -111,7 +111,7 @@ def plot_router(load, path) -> None:
 
 
 def running_mean(values) -> np.ndarray:
-  """The mean of a window around every point, a twentieth of all wide, cut off at both ends."""
+  """The mean of a centred window, a twentieth of the curve wide and cut off at both ends."""
   values = np.asarray(values, float)
   index, half = np.arange(len(values)), len(values) // 40
   first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
@@ -120,7 +120,7 @@ def running_mean(values) -> np.ndarray:
 
 
 def _limits(curves):
-  """Lowest and highest loss to show: the first twentieth of the steps may lie above."""
+  """Lowest and highest loss to show; the first twentieth of the steps may exceed them."""
   last = max(points[-1, 0] for points in curves)
   settled = [points[points[:, 0] >= 0.05 * last, 1] for points in curves]
   losses = np.concatenate(settled)
@@ -130,7 +130,7 @@ def _limits(curves):
 
 
 def versions() -> dict:
-  """What else decides a run's numbers: versions of programs, and the devices they run on."""
+  """What else determines a run's numbers: versions of packages, and the devices."""
   packages = ('jax', 'jaxlib', 'flax', 'optax')
   device = jax.devices()[0]
   return {
@@ -145,9 +145,9 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-  """The commit of the source tree, with '-dirty' if files differ from it; None outside of git."""
+  """The commit of the source tree, with '-dirty' if files differ from it; None outside git."""
   root = pathlib.Path(__file__).resolve().parent.parent
-  if not (root / '.git').exists():  # an installed copy may lie inside somebody else's repository
+  if not (root / '.git').exists():  # an installed copy may be inside another repository
     return None
   command = 'git describe --always --dirty --abbrev=40 --exclude=*'.split()
   try:
@@ -160,7 +160,7 @@ def git_commit() -> str | None:
 
 
 def read_summary(workdir) -> dict:
-  """What `write_summary` wrote; {} if there is nothing that can be read."""
+  """The content of summary.json; {} if it is missing or unreadable."""
   try:
     summary = json.loads((pathlib.Path(workdir) / 'summary.json').read_text())
   except (OSError, ValueError):
@@ -169,6 +169,6 @@ def read_summary(workdir) -> dict:
 
 
 def write_summary(workdir, summary: dict) -> None:
-  """Writes summary.json, whole or not at all."""
+  """Writes summary.json atomically."""
   content = json.dumps(metrics.plain(summary), indent=2, sort_keys=True, allow_nan=False)
   files.write(pathlib.Path(workdir) / 'summary.json', content + '\n')

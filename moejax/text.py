@@ -1,4 +1,4 @@
-"""Words for people: short numbers, sizes and times, and what was probably meant."""
+"""Text for humans: short numbers, sizes, durations, and did-you-mean hints."""
 
 import difflib
 
@@ -40,5 +40,5 @@ def duration(seconds: float) -> str:
 
 
 def short_time(seconds: float) -> str:
-  """'12.5 ms' or '3.21 s': of something that is repeated, such as a step."""
+  """'12.5 ms' or '3.21 s': for something repeated, such as a step."""
   return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{seconds:.3g} s'

@@ -1,4 +1,4 @@
-r"""Writes a corpus to flat token files, once, for runs that then need no TensorFlow.
+r"""Writes a corpus to flat token files, so that runs need no TensorFlow.
 
   python -m moejax.tokenize --config=configs/mot.py:medium --output=/data/c4_tokens
   python -m moejax.main --config=configs/mot.py:medium --config.data.source=tokens \
@@ -16,7 +16,7 @@ from moejax.data import token_files, tokenizer as tokenizer_lib
 
 
 def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
-  """Writes both splits of a corpus into a new directory and returns a sentence about them.
+  """Writes both splits of a corpus into a new directory and returns a summary of them.
 
   Raises ValueError, naming the config field or flag, if that is impossible.
   """

@@ -2,7 +2,7 @@ r"""Trains a SentencePiece tokenizer on the training split of a corpus.
 
   python -m moejax.tokenizer --config=configs/mot.py --vocab_size=4096 --output=tok.model
 
-`data.tokenizer` of the config does not matter here; `--config.data.*` chooses the corpus.
+`--config.data.*` chooses the corpus; `data.tokenizer` is ignored.
 """
 
 import os
@@ -23,11 +23,11 @@ def train(
   Args:
     config: the corpus to read.
     vocab_size: number of ids.
-    output: the file to write, replaced if it is there.
-    max_megabytes: how much text (10^6 bytes) to read at most.
+    output: the file to write, replaced if it exists.
+    max_megabytes: the most text to read, in 10^6 bytes.
 
   Returns:
-    A sentence about the result.
+    A summary of the result.
 
   Raises:
     ValueError: the corpus cannot be read, or the vocabulary size does not fit it.
@@ -50,7 +50,7 @@ def train(
 def _texts(config: data.DataConfig) -> Iterator[bytes]:
   """Yields the documents of the training split."""
   if config.source == 'tokens':
-    raise ValueError("data.source: 'tokens' holds no text; name the source that it was made from.")
+    raise ValueError("data.source: 'tokens' holds no text; use the source it was written from.")
   if config.source == 'seqio':
     from moejax.data import seqio_loader
 
@@ -59,7 +59,7 @@ def _texts(config: data.DataConfig) -> Iterator[bytes]:
 
 
 def _first_bytes(texts: Iterable[bytes], limit: int) -> Iterator[bytes]:
-  """Yields texts until `limit` bytes have been read; the last one may go beyond it."""
+  """Yields texts until they hold `limit` bytes; the last one may exceed it."""
   for text in texts:
     yield text
     limit -= len(text)

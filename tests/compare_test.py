@@ -35,7 +35,7 @@ def test_runs_are_plotted_and_tabulated(tmp_path):
   assert (tmp_path / 'both.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_table_says_how_much_sooner_the_first_runs_loss_is_reached(tmp_path):
+def test_speed_up_to_the_loss_of_the_first_run(tmp_path):
   for name, losses in {'slow': (3.0, 2.5), 'fast': (2.75, 2.25), 'never': (4.0, 3.5)}.items():
     _run(tmp_path / name)
     writer = metrics.MetricsWriter(tmp_path / name, 0)
@@ -54,7 +54,7 @@ def test_steps_to_reach_a_loss(loss, steps):
   assert compare.steps_to_reach(loss, [(10, 4.0), (20, 2.0), (30, 2.0), (40, 1.0)]) == steps
 
 
-def test_runs_on_different_data_are_refused(tmp_path):
+def test_runs_on_different_data_are_rejected(tmp_path):
   _run(tmp_path / 'a')
   _run(tmp_path / 'b', corpus='another')
   with pytest.raises(ValueError, match='different corpora'):
@@ -70,7 +70,7 @@ def _column(table, index):
   return [line.split()[index] for line in table.splitlines()[1:]]
 
 
-def test_runs_with_the_same_last_name_are_two(tmp_path):
+def test_runs_in_folders_of_the_same_name_are_distinguished(tmp_path):
   for name, loss in {'a/dense': 1.5, 'b/dense': 1.25, 'b/mot': 1.0, 'c/x/mot': 1.0}.items():
     _run(tmp_path / name, loss=loss)
   folders = [tmp_path / name for name in ('a/dense', 'b/dense', 'b/mot', 'c/x/mot')]
@@ -80,7 +80,7 @@ def test_runs_with_the_same_last_name_are_two(tmp_path):
   assert table == compare.compare(folders, tmp_path / 'new' / 'folder' / 'all.png')
 
 
-def test_a_path_that_ends_as_another_one_is_told_from_it():
+def test_a_path_that_ends_like_another_is_distinguished():
   paths = [pathlib.Path(p) for p in ('/runs/dense', '/old/runs/dense', '/old')]
   assert [compare._name(p, paths) for p in paths] == ['/runs/dense', 'old/runs/dense', 'old']
 
@@ -98,10 +98,10 @@ def test_a_run_given_twice_counts_once_by_its_first_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'text', ['', '{"corpus": "c"', '[]', '{"corpus": "c", "tokenizer": "t", "parameters": 3}', '\xff']
 )
-def test_a_summary_that_is_cut_off_or_older_is_named(tmp_path, text):
+def test_an_incomplete_or_older_summary_is_named(tmp_path, text):
   _run(tmp_path / 'a')
   (tmp_path / 'a' / 'summary.json').write_text(text)
-  with pytest.raises(ValueError, match='a/summary.json is cut off or of another version'):
+  with pytest.raises(ValueError, match='a/summary.json is incomplete or from another version'):
     compare.compare([tmp_path / 'a'], tmp_path / 'both.png')
 
 

@@ -1,4 +1,4 @@
-"""A field of a config is written once, and everything about it is made from there."""
+"""A config field is defined once; everything else about it is generated from that."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ def test_the_page_lists_every_field(request):
   if request.config.getoption('--update-golden'):
     PAGE.write_text(text + heading + config_lib.reference())
   else:
-    assert listed == config_lib.reference(), 'write it anew with pytest --update-golden'
+    assert listed == config_lib.reference(), 'update it with pytest --update-golden'
 
 
 def test_every_field_has_a_meaning_and_a_default_of_its_type():
@@ -28,7 +28,7 @@ def test_every_field_has_a_meaning_and_a_default_of_its_type():
 
 @pytest.fixture
 def toy(monkeypatch):
-  """The section of the page, as if it were one of a config."""
+  """The example section of the page, added to the config."""
   page = {'__name__': 'page'}
   (code,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
   exec(compile(code, 'configuration.md', 'exec'), page)
@@ -59,7 +59,7 @@ def test_a_field_is_one_line(toy):
       {'shape': 'squar'},
       "toy.shape must be one of round, square; got 'squar'; did you mean 'square'?",
     ),
-    ({'shape': 3}, 'toy.shape must be a text, got 3.'),
+    ({'shape': 3}, 'toy.shape must be a string, got 3.'),
     ({'shape': 'square'}, 'toy.width = 3 must be even with toy.shape = square.'),
     (
       {'width': -1, 'shape': ''},
@@ -67,7 +67,7 @@ def test_a_field_is_one_line(toy):
     ),
   ],
 )
-def test_a_bad_value_is_named(toy, values, message):
+def test_an_invalid_value_is_named(toy, values, message):
   with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
     toy(**values)
 
@@ -104,14 +104,14 @@ def test_lists_become_tuples_and_mappings_sections():
     config_lib.ModelConfig(max_length=8, moe={'granularity': 0})
 
 
-def test_what_the_baseline_does_not_have_is_named():
+def test_unknown_fields_are_named():
   c = config_lib.baseline().unlock()
   c.model.d_modle, c.model.moe.experts, c.train.step = 3, 4, 5
   with pytest.raises(ValueError) as raised:
     config_lib.resolve(c)
   assert str(raised.value) == (
-    "model.d_modle: there is no such field; did you mean 'd_model'?\n"
-    "train.step: there is no such field; did you mean 'steps'?"
+    "model.d_modle: no such field; did you mean 'd_model'?\n"
+    "train.step: no such field; did you mean 'steps'?"
   )
   del c.model.d_modle, c.train.step
   with pytest.raises(ValueError, match="model.moe.experts: .*; did you mean 'experts_per_token'?"):
@@ -132,7 +132,7 @@ def test_the_page_says_where_every_section_is():
     assert f'`{folder}.py`' in page or f'`{pathlib.Path(folder).parent}/`' in page, section
 
 
-def test_all_problems_come_together():
+def test_all_problems_are_reported_together():
   c = variants.baseline()
   c.model.d_model, c.model.moe.group_size, c.data.batch_size, c.train.seed = 0, 0, 0, 2**32
   with pytest.raises(ValueError) as raised:

@@ -1,4 +1,4 @@
-"""Several processes on one machine: the numbers of one, one stop for all, and no survivor hangs."""
+"""Several processes on one machine: same results as one, all stop together, and none hangs."""
 
 import json
 import os
@@ -29,12 +29,12 @@ CHANGES = {
   'train.checkpoint_interval': 10,
   'train.sample_length': 4,
 }
-# As main, but a dead process is missed sooner.
+# Like main, but a dead process is noticed sooner.
 PROGRAM = 'from moejax import distributed, main; distributed._HEARTBEAT_TIMEOUT = 5; main.run()'
 
 
 class Processes:
-  """Processes of this machine, with 4 devices together, that train with `CHANGES`."""
+  """Processes on this machine, with 4 devices in total, that train with `CHANGES`."""
 
   def __init__(self, folder, number, *args):
     folder.mkdir()
@@ -90,7 +90,7 @@ def _assert_same_runs(workdir, other):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """A run of one process, which joins nobody: with the same collectives, then, as several."""
+  """A single-process run; the collectives are those of several processes."""
   folder = tmp_path_factory.mktemp('alone')
   with Processes(folder / 'logs', 1, f'--workdir={folder}/run') as run:
     assert run.codes() == [cli.OK], run.output()
@@ -98,12 +98,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.heavy
-def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp_path):
+def test_two_processes_interrupted_and_killed_match_one(alone, tmp_path):
   folder = tmp_path / 'lr[3e-4]'  # no pattern
   workdir = f'--workdir={folder}'
   with Processes(tmp_path / 'interrupted', 2, workdir) as run:
     run.wait_for(r'step +3/60')
-    run.processes[1].send_signal(signal.SIGINT)  # handed on as SIGTERM
+    run.processes[1].send_signal(signal.SIGINT)  # forwarded as SIGTERM
     assert run.codes() == [cli.INTERRUPTED] * 2, run.output()
     assert 'the same command goes on from there' in run.output()
     assert 'step' not in run.output(1)
@@ -122,7 +122,7 @@ def test_two_processes_interrupted_and_killed_give_the_numbers_of_one(alone, tmp
 
 
 @pytest.mark.slow
-def test_four_processes_give_the_numbers_of_one(alone, tmp_path):
+def test_four_processes_match_one(alone, tmp_path):
   with Processes(tmp_path / 'logs', 4, f'--workdir={tmp_path}/run') as run:
     assert run.codes() == [cli.OK] * 4, run.output()
   _assert_same_runs(alone, tmp_path / 'run')
@@ -139,12 +139,12 @@ def test_four_processes_give_the_numbers_of_one(alone, tmp_path):
     (('host:1', 2, 2), r'--process_id: expected 0 to --num_processes - 1 = 1, got 2'),
   ],
 )
-def test_incomplete_or_impossible_flags_are_refused(given, message):
+def test_incomplete_or_invalid_flags_are_rejected(given, message):
   with pytest.raises(ValueError, match=message):
     distributed.initialize(*given)
 
 
-def test_where_jax_finds_no_others_a_process_is_alone(monkeypatch):
+def test_without_a_cluster_a_run_has_one_process(monkeypatch):
   asked = []
 
   def nothing_found(**timeouts):
@@ -177,7 +177,7 @@ def test_only_processes_of_one_step_wait_for_each_other(monkeypatch, environment
   joined = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: joined.append(1))
   monkeypatch.setattr(sys.stdin, 'isatty', lambda: terminal, raising=False)
-  monkeypatch.setattr(distributed, '_explain_abort', lambda message: None)
+  monkeypatch.setattr(distributed, '_on_abort_print', lambda message: None)
   for name in [n for n in os.environ if n.startswith(('SLURM_', 'OMPI_'))]:
     monkeypatch.delenv(name)
   for name, value in environment.items():
@@ -186,7 +186,7 @@ def test_only_processes_of_one_step_wait_for_each_other(monkeypatch, environment
   assert bool(joined) != alone
 
 
-def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
+def test_a_folder_that_is_not_shared_is_rejected(monkeypatch, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   gather = lambda seen: np.array([seen, 0])  # the other process does not see it
   multihost = 'moejax.checkpoint.multihost_utils'

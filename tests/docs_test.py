@@ -228,4 +228,4 @@ def test_the_first_commands_of_the_readme(tmp_path):
     code, output = _finished([sys.executable, *arguments])
     assert code == 0, output
   assert 'def ' in output and '-' * 40 in output
-  assert 'more than the context of 64' in output
+  assert 'exceed the context of 64' in output

@@ -1,4 +1,4 @@
-"""What tokens see of the other documents in their row, on batches of a source of text."""
+"""What tokens see of the other documents in their sequence, on batches of a text source."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_document_mask_keeps_documents_apart(batch, blocks, positions):
   assert counted['counted'].sum() > tiny.B
   nats, nats_of_other = (_nats(masked, params, b | counted) for b in (batch, other))
   assert nats == nats_of_other
-  # Without the mask a row is one text: the first document matters, and positions count the row.
+  # Without the mask a sequence is one text: the first document matters, positions do not restart.
   whole = tiny.model_config(**changes)
   nats, nats_of_other = (_nats(whole, params, b | counted) for b in (batch, other))
   assert abs(nats - nats_of_other) > 1e-3

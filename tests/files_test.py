@@ -1,11 +1,11 @@
-"""Writing files whole."""
+"""Atomic writing."""
 
 import pytest
 
 from moejax import files
 
 
-def test_a_file_and_a_folder_appear_in_folders_that_were_not_there(tmp_path):
+def test_parent_folders_are_created(tmp_path):
   files.write(tmp_path / 'a' / 'b' / 'text', 'é\n')
   assert (tmp_path / 'a' / 'b' / 'text').read_bytes() == b'\xc3\xa9\n'
   files.write(tmp_path / 'a' / 'b' / 'text', b'\0')
@@ -16,7 +16,7 @@ def test_a_file_and_a_folder_appear_in_folders_that_were_not_there(tmp_path):
 
 
 @pytest.mark.parametrize('folder', [False, True])
-def test_after_an_error_what_was_there_is_still_there_and_nothing_else(tmp_path, folder):
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, folder):
   files.write(tmp_path / 'x', 'before')
   with pytest.raises(KeyboardInterrupt):
     with files.atomic_output(tmp_path / 'x') as temporary:

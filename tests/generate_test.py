@@ -23,13 +23,13 @@ def test_greedy_decoding_follows_the_forward_pass(trained):
   config, params = trained
   prompts = [[5, 6, 7], [8], [9, 10], [11, 12, 13]]
   continuations = _greedy(trained, prompts, length=2)
-  rows = [np.concatenate([p, c])[:4] for p, c in zip(prompts, continuations, strict=True)]
-  longest = max(map(len, rows))
-  inputs = np.array([np.pad(row, (0, longest - len(row)), constant_values=1) for row in rows])
+  texts = [np.concatenate([p, c])[:4] for p, c in zip(prompts, continuations, strict=True)]
+  longest = max(map(len, texts))
+  inputs = np.array([np.pad(t, (0, longest - len(t)), constant_values=1) for t in texts])
   tokens = tiny.tokens(
     {
       'segments': np.ones(inputs.shape, np.int32),
-      'positions': np.tile(np.arange(longest, dtype=np.int32), (len(rows), 1)),
+      'positions': np.tile(np.arange(longest, dtype=np.int32), (len(texts), 1)),
     }
   )
   logits = jax.jit(lambda p, x: model_lib.bind(config, p).logits(x, tokens))(params, inputs)
@@ -41,7 +41,7 @@ def test_greedy_decoding_follows_the_forward_pass(trained):
   assert continuations[1][0] == likeliest[1, 0]
 
 
-def test_one_prompt_alone_is_padded_with_rows_that_have_no_influence(trained):
+def test_padding_a_group_does_not_influence_a_single_prompt(trained):
   (alone,) = _greedy(trained, [[5, 6, 7]])
   assert alone.shape == (3,)
   config, params = trained
@@ -63,26 +63,26 @@ def test_token_0_is_a_token():
   assert generate._sample(logits_BV, 0.0, jax.random.key(0)).tolist() == [0, 1]
 
 
-def test_impossible_requests_are_refused(trained):
+def test_invalid_requests_are_rejected(trained):
   with pytest.raises(ValueError, match='at least one token'):
     _greedy(trained, [[]])
   with pytest.raises(ValueError, match='length must be at least one'):
     _greedy(trained, [[1]], length=0)
 
 
-def test_past_the_context_its_newest_half_is_the_prompt(trained):
+def test_past_the_context_its_newest_half_becomes_the_prompt(trained):
   prompts = [[5, 6, 7], [8]] * 2
-  made = _greedy(trained, prompts, length=20)
-  assert [len(m) for m in made] == [20] * 4
-  texts = [np.concatenate([p, m]) for p, m in zip(prompts, made, strict=True)]
-  # The context is 11: the longest prompt has room for 8 tokens and one that is not read any more.
+  outputs = _greedy(trained, prompts, length=20)
+  assert [len(out) for out in outputs] == [20] * 4
+  texts = [np.concatenate([p, out]) for p, out in zip(prompts, outputs, strict=True)]
+  # The context is 11: the longest prompt has room for 8 tokens and one that is not read again.
   first = _greedy(trained, prompts, length=9)
-  np.testing.assert_array_equal([m[:9] for m in made], first)
+  np.testing.assert_array_equal([out[:9] for out in outputs], first)
   newest = [text[:-11][-5:] for text in texts]
-  np.testing.assert_array_equal([m[9:16] for m in made], _greedy(trained, newest, length=7))
+  np.testing.assert_array_equal([out[9:16] for out in outputs], _greedy(trained, newest, length=7))
 
 
-def test_a_prompt_longer_than_the_context_counts_from_its_end(trained):
+def test_a_prompt_longer_than_the_context_is_cut_to_its_end(trained):
   long = [3] * 9 + [5, 6, 7, 8, 9]
   (cut,), (short,) = (_greedy(trained, [p], length=2) for p in (long, long[-5:]))
   np.testing.assert_array_equal(cut, short)
@@ -92,15 +92,15 @@ def test_a_prompt_longer_than_the_context_counts_from_its_end(trained):
   ('longest', 'length', 'said'),
   [
     (4, 61, ''),
-    (4, 62, 'note: 4 + 62 tokens are more than the context of 64'),
+    (4, 62, 'note: 4 + 62 tokens exceed the context of 64'),
     (64, 1, ''),
     (65, 1, 'warning: a prompt of 65 tokens is longer than the context of 64'),
   ],
 )
-def test_what_is_said_of_texts_beyond_the_context(longest, length, said):
+def test_note_about_texts_beyond_the_context(longest, length, said):
   assert generate._beyond_context(64, longest, length).partition(' (')[0] == said
 
 
-def test_samples_differ_where_a_window_comes_to_the_same_position_again(trained):
+def test_samples_differ_when_a_new_context_reaches_the_same_position(trained):
   a = generate.generate(*trained, [[5, 6]] * 4, 24, temperature=100.0)
   assert not np.array_equal(a[0][-6:], a[0][-12:-6])

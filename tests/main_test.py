@@ -1,4 +1,4 @@
-"""The folder of a run that was given none."""
+"""The default folder of a run."""
 
 import datetime
 import types
@@ -18,7 +18,7 @@ def in_a_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own_and_empty_ones_go(tmp_path):
+def test_runs_of_the_same_second_get_separate_folders_and_empty_ones_are_removed(tmp_path):
   with main._new_folder() as first, main._new_folder() as second, main._new_folder() as third:
     (second / 'config.json').touch()
   assert [p.name for p in (first, second, third)] == [
@@ -29,8 +29,8 @@ def test_runs_of_the_same_second_have_folders_of_their_own_and_empty_ones_go(tmp
   assert list((tmp_path / 'runs').iterdir()) == [tmp_path / second]
 
 
-def test_several_processes_need_to_be_told_their_folder(monkeypatch):
+def test_several_processes_require_a_folder(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='--workdir is required for a run of several processes'):
+  with pytest.raises(ValueError, match='--workdir is required for a multi-process run'):
     with main._new_folder():
       pass

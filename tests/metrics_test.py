@@ -1,4 +1,4 @@
-"""What a run reports is complete, valid and without duplicates."""
+"""The reports of a run are complete, valid and without duplicates."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_starting_at_zero_drops_everything(tmp_path):
   assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1]
 
 
-def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_left_out(tmp_path):
   write(tmp_path, 0, [1, 2])
   path = tmp_path / 'metrics.jsonl'
   path.write_text(path.read_text()[:-5])
@@ -94,7 +94,7 @@ def _measured(loss, others=()):
   }
 
 
-def test_an_average_goes_on_where_it_was_saved():
+def test_an_average_is_restored():
   averager = metrics.MetricAverager()
   averager.add(1, _measured(3.0))
   averager.add(2, _measured(5.0))
@@ -104,7 +104,7 @@ def test_an_average_goes_on_where_it_was_saved():
     assert restored.means()[name] == value
 
 
-def test_an_average_of_before_a_metric_existed_leaves_it_out():
+def test_an_average_restored_from_before_a_metric_existed_leaves_it_out():
   averager = metrics.MetricAverager({'loss': 4.0}, 1)
   averager.add(2, _measured(6.0))
   assert set(averager.means()) == {'loss', 'seconds_per_step'} and averager.means()['loss'] == 5
@@ -119,7 +119,7 @@ def test_an_average_times_the_steps_alone():
 
 
 @pytest.mark.parametrize('name', ['loss', 'grad_norm', 'update_norm'])
-def test_a_number_that_is_not_finite_is_noticed_a_step_later(name):
+def test_a_non_finite_number_is_noticed_one_step_later(name):
   averager = metrics.MetricAverager()
   averager.add(1, _measured(1.0))
   averager.add(2, _measured(1.0, {name: math.nan}))
@@ -128,7 +128,7 @@ def test_a_number_that_is_not_finite_is_noticed_a_step_later(name):
   assert averager.totals()['count'] == 1
 
 
-def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+def test_non_finite_numbers_stay_valid_json(tmp_path):
   writer = metrics.MetricsWriter(tmp_path, 0)
   writer.write(1, {'loss': math.nan, 'grad_norm': math.inf, 'mfu': 0.5})
   writer.write(2, {'loss': 1.0})

@@ -1,4 +1,4 @@
-"""Numbers, sizes and times for people."""
+"""Numbers, sizes and durations for humans."""
 
 import pytest
 
