@@ -10,21 +10,21 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 FILE = '#1f4e79'
-# The walk of a batch, from the top: what happens, where.
+# The path of a batch, from the top: what happens, where.
 BATCH = (
-  ('flags and config file become a checked config', 'main.py, cli.py, config.py'),
-  ('the run opens its folder, the loop starts', 'train.py, run_folder.py'),
-  ('a batch of a step: a function of seed and step', 'data/loader.py'),
-  ('its rows go to the devices', 'sharding/arrays.py'),
-  ('microbatches; gradients add up', 'step.py'),
+  ('flags and config file to a checked config', 'main.py, cli.py, config.py'),
+  ('lock the folder, restore, start the loop', 'train.py, run_folder.py'),
+  ('load a batch: a function of seed and step', 'data/loader.py'),
+  ('shard its sequences over the devices', 'sharding/arrays.py'),
+  ('microbatches; gradients are summed', 'step.py'),
   ('embedding, stack of blocks, head', 'model.py'),
   ('sublayers: attention, mlp, moe, mot, mamba', 'layers/'),
   ('their mathematics: arrays in, arrays out', 'ops/'),
   ('loss in nats, by chunks of positions', 'layers/loss.py'),
   ('the update', 'optimizer.py'),
-  ('measurements, checkpoint, summary', 'metrics.py, checkpoint.py, report.py'),
+  ('metrics, checkpoint, summary', 'metrics.py, checkpoint.py, report.py'),
 )
-# The way of a routed token: what, where; from device 0, over the expert axis, and back.
+# The path of a routed token: what, where; on two devices along the expert axis.
 TOKEN = (
   ('groups', 'sharding/groups.py'),
   ('scores', 'ops/routing.py'),
@@ -49,7 +49,7 @@ def arrow(ax, start, end, **style):
   ax.annotate('', end, start, arrowprops={'arrowstyle': '-|>', 'color': '#333333', **style})
 
 
-def walk_of_a_batch(ax):
+def path_of_a_batch(ax):
   ax.set_title('A batch', loc='left', fontweight='bold')
   for i, (what, where) in enumerate(BATCH):
     y = -i * 1.0
@@ -60,7 +60,7 @@ def walk_of_a_batch(ax):
   ax.set(xlim=(-0.1, 5.1), ylim=(-10.2, 0.9))
 
 
-def walk_of_a_token(ax):
+def path_of_a_token(ax):
   ax.set_title('A routed token (layers/moe.py)', loc='left', fontweight='bold')
   for i, (what, where) in enumerate(TOKEN):
     for device, x in enumerate((0, 4.2)):
@@ -76,13 +76,13 @@ def walk_of_a_token(ax):
   text = dict(ha='left', va='center', fontsize=8.5, color='#555555')
   ax.text(7.0, -5.0, 'all-to-all of slots\n(sharding/exchange.py)', **text)
   ax.text(7.0, -6.55, 'all-to-all back', **text)
-  ax.text(7.0, -2.7, 'who goes where,\nas data: a Plan', **text)
+  ax.text(7.0, -2.7, 'a Plan: which token\ngoes to which expert', **text)
   ax.text(
     0,
     -9.6,
-    'Without a capacity, tokens travel instead of slots: an all-gather before the plan,\n'
+    'Without a capacity, tokens travel instead of slots: an all-gather before the plan\n'
     'and a reduce-scatter after combine. On a CPU, dispatch, experts and combine are\n'
-    'one loop (ops/expert_loop.py). On one device nothing crosses.',
+    'one loop (ops/expert_loop.py). On one device there are no collectives.',
     ha='left',
     va='center',
     fontsize=9,
@@ -93,7 +93,7 @@ def walk_of_a_token(ax):
 def main():
   widths = {'width_ratios': (5.2, 9.3)}
   _, (left, right) = plt.subplots(1, 2, figsize=(11, 7.6), gridspec_kw=widths, layout='tight')
-  for ax, draw in ((left, walk_of_a_batch), (right, walk_of_a_token)):
+  for ax, draw in ((left, path_of_a_batch), (right, path_of_a_token)):
     draw(ax)
     ax.axis('off')
   path = pathlib.Path(__file__).with_suffix('.svg')
