@@ -19,8 +19,8 @@ Floor. T tokens of width D, each sent to k of E experts of width F; the dense la
 The floor of a ratio is the larger of its FLOPs at the speed of the dense layer and of its bytes at
 the speed of a copy to new memory, both measured in the same rounds. It omits two costs of fine
 experts on a CPU. Small matmuls are slower than large ones: 64 tokens of width 256 by 128 reach
-about 3/4 of the speed forward and at most 1/2 backward. And the pages of the weights' gradients
-(134 MB for 512x8) are allocated anew in every run, which no matmul overlaps with.
+about 3/4 of the speed forward and at most 1/2 backward. And every run allocates new pages for the
+weights' gradients (134 MB for 512x8), which overlaps with no matmul.
 
 `move` is dispatch and combine without the experts, `experts` the rest of the layer.
 """

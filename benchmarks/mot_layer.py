@@ -28,7 +28,7 @@ from moe_layer import Program, measure
 from moejax.layers import common, mot
 
 TOKENS, LENGTH, M = 4096, 64, 32
-_EXPERTS = flags.DEFINE_multi_integer('experts', [32, 64, 128, 256, 512, 1024], 'To measure.')
+_EXPERTS = flags.DEFINE_multi_integer('experts', [32, 64, 128, 256, 512, 1024], 'Expert counts.')
 
 
 def programs_of(D, E):

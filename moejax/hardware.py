@@ -31,7 +31,7 @@ _V5E = Chip(197 * _TERA, 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB)
 _V5P = Chip(459 * _TERA, 95 * _GIB, 2765 * _GB, 100 * _GB, 6.25 * _GB)
 _V6E = Chip(918 * _TERA, 32 * _GIB, 1600 * _GB, 100 * _GB, 12.5 * _GB)
 
-# By a word of `jax.Device.device_kind`, the most specific first. V100 and T4 have float16 only.
+# By a word in `jax.Device.device_kind`, the most specific first. V100 and T4 have float16 only.
 CHIPS = {
   'v2': Chip(45 / 2 * _TERA),
   'v3': Chip(123 / 2 * _TERA),

@@ -40,7 +40,7 @@ def _define_number(name, default, meaning, lower_bound=None, upper_bound=None):
 
 
 def _define_expansion_rate(what):
-  _define_number('expansion_rate', None, f'{what}; 1 is dense.', lower_bound=1)
+  _define_number('expansion_rate', None, f'Expansion rate {what}; 1 is dense.', lower_bound=1)
 
 
 def _define_plan():
@@ -126,7 +126,7 @@ def run():
 
 
 def _define_fit():
-  _define_expansion_rate('Of sparse runs in CSV files without this column')
+  _define_expansion_rate('of sparse runs in CSV files without this column')
   flags.DEFINE_enum(
     'law',
     'moe',

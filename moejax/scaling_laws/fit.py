@@ -17,7 +17,7 @@ from moejax.scaling_laws import laws
 
 SCALES = ('c', 'a', 'b', 'g')
 INTERVAL = (10, 90)  # percentiles of the bootstrap samples, as in Table 6
-SAMPLED = 0.8  # fraction of the runs, as in the paper; samples of all give too narrow intervals
+SAMPLED = 0.8  # runs per bootstrap sample, as in the paper; 1 gives too narrow intervals
 OUTLIER = 0.2  # nats from the law of the other runs: five times the spread of seeds
 _ZERO = math.log(1e-9)  # log of a scale that counts as 0
 _NOISE_FLOOR = 1e-3  # nats; the least error of a loss, however well a law fits
@@ -62,7 +62,7 @@ def fit(runs, form, *, c=None, starts=8, repeats=100, held_out=0.2, penalty=0.0,
     form: a key of FORMS.
     c: a fixed value of c; None fits it.
     starts: random starting points per optimization; the best result is used. Nearly all reach the
-      same optimum. (It is no starting point for bootstrap samples: with c near 0 it is flat.)
+      same optimum. (It is a poor start for bootstrap samples: with c near 0 it is flat.)
     repeats: bootstrap samples. 0: no intervals.
     held_out: fraction of the runs, those of lowest loss, held out from the validation fit.
     penalty: weight of the sum of squares of exponents and logarithms of scales. The paper's 5e-4

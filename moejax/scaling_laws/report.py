@@ -57,7 +57,7 @@ def choose_rate(coefficients, expansion_rate=None):
     known = ', '.join(f'{rate:g}' for rate in sorted(coefficients))
     raise ValueError(
       f'--expansion_rate={expansion_rate:g}: these coefficients are for {known} (1 is dense). '
-      'A law holds for one expansion rate; `fit` one for others.'
+      'A law holds for one expansion rate; run `fit` for others.'
     )
   return expansion_rate
 
