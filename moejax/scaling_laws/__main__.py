@@ -45,7 +45,7 @@ def _define_expansion_rate(what):
 
 def _define_plan():
   _define_coefficients()
-  _define_expansion_rate('Of the model to train; default: the largest with coefficients')
+  _define_expansion_rate('of the model to train; default: the largest with coefficients')
   _define_number('flops', None, 'Training FLOPs.')
   _define_number('target_loss', None, 'Target loss in nats per token.')
   _define_number('params', None, 'Active parameters: 7e9 is the "64x7B" of the paper.')
@@ -167,7 +167,7 @@ def fit(paths):
 
 def _define_plot():
   _define_coefficients()
-  _define_expansion_rate('Of the sparse law to plot; default: the largest with coefficients')
+  _define_expansion_rate('of the sparse law to plot; default: the largest with coefficients')
   cli.define_paths('runs', [], 'Runs to plot too: folders or CSV files.')
   cli.define_path('output', 'law', 'Output folder.')
 

@@ -112,7 +112,7 @@ def from_summary(name, summary):
     tokens=tokens,
     granularity=granularity,
     expansion_rate=expansion_rate,
-    flops=laws.flops_per_token(d_model, blocks, expansion_rate, granularity) * tokens,
+    flops=float(laws.flops_per_token(d_model, blocks, expansion_rate, granularity) * tokens),
     loss=_loss('validation.loss', summary['validation']['loss']),
     data='/'.join(filter(None, (summary.get('corpus'), summary.get('tokenizer')))),
     config_hash=hashlib.sha256(config.encode()).hexdigest()[:12],
@@ -167,13 +167,14 @@ def _from_row(name, row, expansion_rate):
   granularity = _granularity(row['granularity'])
   rate = _expansion_rate(granularity, row.get('expansion_rate'), expansion_rate)
   flops = row.get('flops')
+  flops = _positive('flops', flops) if flops else _default_flops(params, tokens, rate, granularity)
   return Run(
     name=name,
     params=params,
     tokens=tokens,
     granularity=granularity,
     expansion_rate=rate,
-    flops=_positive('flops', flops) if flops else _default_flops(params, tokens, rate, granularity),
+    flops=float(flops),
     loss=_loss('loss', row['loss'] or 'nan'),
     data=row.get('data') or '',
     config_hash=row.get('config_hash') or '',

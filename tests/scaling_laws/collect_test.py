@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from moejax.scaling_laws import collect, laws
@@ -71,6 +72,18 @@ def test_four_columns_are_enough(tmp_path):
   assert list(excluded) == ['runs.csv:3']
   with pytest.raises(ValueError, match='line 2: no expansion_rate'):
     collect.collect([path])
+
+
+def test_flops_are_floats(tmp_path):
+  """numpy cannot compute with integers beyond 2^63."""
+  table = tmp_path / 'runs.csv'
+  table.write_text(f'params,tokens,granularity,flops,loss\n4e9,9e9,0,{10**20},3\n')
+  _summary(tmp_path / 'a')
+  path = tmp_path / 'a' / 'summary.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'tokens_seen': 10**17}))
+  for source in (table, tmp_path / 'a'):
+    (run,), _ = collect.collect([source])
+    assert run.flops > 2**63 and np.log10([run.flops]).dtype == np.float64
 
 
 _HEADER = 'params,tokens,granularity,expansion_rate,loss'
