@@ -249,7 +249,6 @@ def _json_documents(root: pathlib.Path, names: list[str], field: str) -> Iterato
   for name in names:
     with _open(root / name) as file:
       for number, line in enumerate(file, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
           data = _json_text(line, field, f'{root / name}, line {number}')
           yield Document(f'{name}:{number}', _split_of(data), data)
@@ -285,9 +284,8 @@ def _cut(data: bytes) -> int:
   cut = len(data) - size
   if newline := data.rfind(b'\n', cut - size, cut) + 1:
     return newline
-  while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-    cut -= 1
-  return cut
+  begins = lambda i: not b'\x80' <= data[i : i + 1] < b'\xc0'  # a character of UTF-8, or the end
+  return next(filter(begins, range(cut, max(cut - 4, 0), -1)), cut)
 
 
 # How files begin that hold compressed text, and how they are opened.
@@ -302,6 +300,8 @@ _NO_TEXT = {
   b'%PDF': 'a PDF; extract its text',
   b'PAR1': 'a Parquet file; write its text as JSON lines',
   b'ARROW1': 'an Arrow file; write its text as JSON lines',
+  codecs.BOM_UTF16_LE: 'in UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)',
+  codecs.BOM_UTF16_BE: 'in UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)',
   b'\x89HDF': 'an HDF5 file; write its text as JSON lines',
 }
 
@@ -313,7 +313,10 @@ def _read(path: pathlib.Path) -> bytes:
 
 @contextlib.contextmanager
 def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """Opens a text in bytes, unpacked; raises ValueError, naming the file, if it cannot be read."""
+  """Opens a text in bytes, unpacked, behind a byte order mark, which is not part of it.
+
+  Raises ValueError, naming the file, if it cannot be read.
+  """
   try:
     with open(path, 'rb') as file:
       start = file.read(16)
@@ -324,6 +327,8 @@ def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
       what = 'a tar archive; unpack it' if peek[257:262] == b'ustar' else what
       if what:
         raise ValueError(f'data.files: {path} is {what}.')
+      if peek.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
       yield file
   except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
     reason = getattr(error, 'strerror', None) or error

@@ -27,6 +27,7 @@ _GPT2_FILES = ('vocab.json', 'merges.txt')
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # tiktoken's regular expression panics on a longer run of whitespace.
 _LONGEST_WHITESPACE = 999_000
+_MAX_IDS = 2**24  # far beyond every vocabulary: a typing error in an id, not a gap
 # A sentence of the trainer is a line of text, or a part of one (minified code, flattened books).
 _MAX_SENTENCE_BYTES = 16_384
 
@@ -357,8 +358,8 @@ def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
   ids = json.loads(vocab)
   if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
     raise ValueError('vocab.json: expected an object of tokens and their ids')
-  if min(ids.values()) < 0 or len(set(ids.values())) < len(ids):
-    raise ValueError('vocab.json: expected ids from 0, each of one token')
+  if len(set(ids.values())) < len(ids) or not all(0 <= i < _MAX_IDS for i in ids.values()):
+    raise ValueError(f'vocab.json: expected ids from 0 to {_MAX_IDS - 1}, each of one token')
   return ids
 
 

@@ -88,6 +88,12 @@ def test_few_files_without_newlines_are_cut_between_characters(make_config, tmp_
   assert [len(t.decode()) for t in validation] == [25, 25]
 
 
+def test_a_file_of_other_bytes_is_cut_too(make_config, tmp_path):
+  (tmp_path / 'one.txt').write_bytes(b'\x80' * 1000)  # that begin no character of UTF-8
+  config = make_config(source='text', files=f'{tmp_path}/one.txt')
+  assert [len(d.data) for d in corpus.documents(config)] == [950, 50]
+
+
 def test_nothing_matches(make_config, text_folder):
   with pytest.raises(ValueError, match=r'data\.files: .*\*\.md.* holds 21 entries \(0\.txt'):
     list(corpus.documents(make_config(source='text', files=f'{text_folder}/*.md')))
@@ -170,11 +176,13 @@ def test_one_json_document_is_cut(make_config, tmp_path):
   assert 0.05 <= len(validation) / len(text) < 0.06
 
 
-def test_a_byte_order_mark_is_no_json(make_config, tmp_path):
+def test_a_byte_order_mark_is_no_text(make_config, tmp_path):
   lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines), encoding='utf-8-sig')
   config = make_config(source='jsonl', files=f'{tmp_path}/a.jsonl')
   assert len(list(corpus.documents(config))) == 100
+  config = make_config(source='text', files=f'{tmp_path}/a.jsonl')
+  assert next(corpus.documents(config)).data.startswith(b'{"text"')
 
 
 COMPRESS = {
@@ -206,8 +214,20 @@ def test_compressed_text_is_read(make_config, tmp_path, suffix):
     (b'PK\x03\x04....', 'a.x is a zip archive'),
     (b'PAR1....', 'a.x is a Parquet file; write its text as JSON lines'),
     (gzip.compress(b'a' * 257 + b'ustar  \0' + b'text' * 99), 'a.x is a tar archive'),
+    ('{"text": "a"}'.encode('utf-16-le').join([b'\xff\xfe', b'']), 'a.x is in UTF-16; write it as'),
+    (gzip.compress(b'\xfe\xff' + 'text'.encode('utf-16-be')), 'a.x is in UTF-16'),
   ],
-  ids=['cut_gzip', 'cut_xz', 'damaged_gzip', 'zstd', 'zip', 'parquet', 'tar'],
+  ids=[
+    'cut_gzip',
+    'cut_xz',
+    'damaged_gzip',
+    'zstd',
+    'zip',
+    'parquet',
+    'tar',
+    'utf_16',
+    'gzip_utf_16',
+  ],
 )
 @pytest.mark.parametrize('source', ['text', 'jsonl'])
 def test_files_without_readable_text(make_config, tmp_path, source, content, message):

@@ -189,6 +189,7 @@ def test_a_long_run_of_whitespace(gpt2_folder, space):
     ('vocab.json', '["a"]', 'expected an object of tokens and their ids'),
     ('vocab.json', '{"a": "0"}', 'expected an object of tokens and their ids'),
     ('vocab.json', '{"a": 0, "b": 0}', 'each of one token'),
+    ('vocab.json', '{"a": 2147483647}', 'ids from 0 to 16777215'),
     ('vocab.json', '{"a"', 'cannot use'),
   ],
 )
