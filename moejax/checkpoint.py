@@ -5,15 +5,13 @@
                   state/         the arrays, by orbax
                   manifest.json  size and CRC-32 of every file above
 
-This is also the order of writing. orbax gives `state/` its name when all arrays of all processes
-are on disk, so a folder without it is a save that never finished: it is passed over, and removed by
-the next save. Deleting starts with metadata.json, so that a half-deleted step is not taken for a
-whole one.
+They are written in this order. orbax gives `state/` its name when all arrays of all processes are
+on disk, so a folder without it is an unfinished save: it is ignored, and removed by the next save.
+Deleting starts with metadata.json, so that a half-deleted step does not pass for a complete one.
 
-The manifest exists because orbax keeps no checksums: most flipped bits restore as wrong weights
-without a word. A step whose files disagree with its manifest is damaged and never used. A step
-without one was cut off between the last two lines above; nothing says that it is damaged, so it
-counts, with a warning.
+The manifest exists because orbax keeps no checksums: most flipped bits would silently restore as
+wrong weights. A step whose files disagree with its manifest is damaged and never used. A step
+without a manifest was interrupted between the last two lines above; it is used, with a warning.
 """
 
 import concurrent.futures
@@ -37,22 +35,20 @@ from jax.experimental import multihost_utils
 
 from moejax import files
 
-_SHOWN = 10  # differing parameters that an error lists
+_SHOWN = 10  # differing arrays that an error lists
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 
 
 class Checkpoints:
   """The checkpoints of one run. With several processes, all of them make every call.
 
-  At most one save is under way: the next call waits for it, and raises RuntimeError if it failed.
+  At most one save is in progress: the next call waits for it, and raises RuntimeError if it failed.
   """
 
   def __init__(self, directory, keep: int = 3):
-    """Opens a folder of checkpoints, which need not exist yet.
+    """Opens a folder, which need not exist yet, on a disk that all processes share.
 
-    Args:
-      directory: the folder, on a disk that all processes share.
-      keep: how many of the newest steps to keep.
+    `keep`: how many of the newest steps to keep.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._link = _link(self._directory)
@@ -60,22 +56,22 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_is_worth_showing)
     self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1)
-    self._pending = None  # step and future of the save under way
+    self._pending = None  # step and future of the save in progress
 
   def check_writable(self, num_bytes: int) -> None:
-    """Creates the folder, to find out before training that it can be.
+    """Creates the folder, and checks it before training.
 
     Args:
       num_bytes: size of the arrays of one checkpoint.
 
     Raises:
-      ValueError: the folder cannot be created, or not be written, or its disk has no room for a
-        checkpoint, or other processes do not see it.
+      ValueError: the folder cannot be created or written, its disk has no space for a checkpoint,
+        or other processes do not see it.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       with tempfile.NamedTemporaryFile(dir=self._directory) as probe:
-        probe.write(bytes(1 << 16))  # more than a nearly full disk still takes
+        probe.write(bytes(1 << 16))  # more than fits on a nearly full disk
     except OSError as error:
       raise ValueError(
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
@@ -96,14 +92,13 @@ class Checkpoints:
   def save(self, step: int, state, loader, metadata: dict) -> None:
     """Starts to save a step; `state` may be donated as soon as this returns.
 
-    A step that is there already and intact is kept: the run went through it before. Once the save
-    is complete, all but the newest `keep` steps are deleted, and so are steps beyond this one,
-    which are the damaged ones that the run was set back from.
+    A step that exists and is intact is left as it is. Once the save is complete, all but the newest
+    `keep` steps are deleted, and so are later ones: damaged steps that the run resumed before.
 
     Args:
       step: number of optimizer steps done.
       state: pytree of arrays.
-      loader: its `save(directory)` stores the position in the data; None if there is no loader.
+      loader: its `save(directory)` stores the position in the data; or None.
       metadata: anything that JSON can hold; the run's config under 'config'.
     """
     self.wait()
@@ -121,8 +116,8 @@ class Checkpoints:
       if jax.process_index() == 0:
         files.write(folder / 'metadata.json', json.dumps(metadata))
       tree = traverse_util.unflatten_dict(by_name(state), sep='/')
-      # In a thread of its own, which has no mesh set: under one, jax 0.7 refuses what orbax does to
-      # the shards of single devices.
+      # In another thread, where no mesh is set: under one, jax 0.7 refuses what orbax does to the
+      # shards of single devices.
       args = ocp.args.PyTreeSave(tree)
       self._background.submit(self._checkpointer.save, self._state(step), args=args).result()
     self._pending = step, self._background.submit(self._finish, step)
@@ -134,20 +129,20 @@ class Checkpoints:
       ValueError: all steps are damaged, and starting again would overwrite the run.
     """
     self.wait()
-    # Process 0 looks, so that all processes decide alike.
-    step, damaged = self._newest() if jax.process_index() == 0 else (-1, [])
+    # Process 0 decides for all.
+    step, damaged = self._newest() if jax.process_index() == 0 else (_NONE, [])
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == _ALL_DAMAGED:
       raise ValueError(
-        f'workdir: no checkpoint in {self._directory} is intact: {", ".join(damaged)}. Bring back '
-        'a copy, or delete this folder to start again from step 0.'
+        f'workdir: no checkpoint in {self._directory} is intact: {", ".join(damaged)}. Restore a '
+        'backup, or delete this folder to start again from step 0.'
       )
     return None if step == _NONE else step
 
   def read_newest(self, read) -> tuple:
     """(step, `read(step)`) of the newest intact step; (None, None) if nothing was saved.
 
-    It is read again, from a newer step, if a run that goes on deleted the step meanwhile.
+    If a running training deletes that step meanwhile, a newer one is read.
     """
     while True:
       steps = self._steps()
@@ -159,19 +154,19 @@ class Checkpoints:
           raise
 
   def metadata(self, step: int) -> dict:
-    """What `save` was given as metadata."""
+    """The metadata given to `save`."""
     path = self._folder(step) / 'metadata.json'
     with explain(f'cannot read {path}'):
       return json.loads(path.read_text())
 
   def restore(self, step: int, abstract_state, loader=None, config: dict | None = None):
-    """Loads a whole step, on any mesh.
+    """Loads the state of a step, on any mesh.
 
     Args:
       step: which one.
       abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to load to.
-      loader: its `load(directory)` takes up the position in the data.
-      config: of the run that restores; an error then says where it differs from the saved one.
+      loader: its `load(directory)` restores the position in the data; or None.
+      config: of the run that restores, for errors: where it differs from the saved one.
 
     Returns:
       A pytree of arrays like `abstract_state`.
@@ -185,11 +180,11 @@ class Checkpoints:
     return state
 
   def restore_params(self, step: int, abstract_params, config: dict | None = None):
-    """Like `restore`, of the parameters alone: optimizer arrays are not loaded."""
+    """`restore` of the parameters alone; optimizer arrays are not read."""
     return self._load(step, {'params': abstract_params}, 'params/', config)['params']
 
   def close(self) -> None:
-    """Waits for the save under way, then frees the threads."""
+    """Waits for the save in progress, then frees the threads."""
     try:
       self.wait()
     finally:
@@ -202,11 +197,11 @@ class Checkpoints:
     return self._directory / str(step)
 
   def _state(self, step):
-    """The arrays of a step, where orbax finds them."""
+    """Path of the arrays of a step, for orbax."""
     return self._link / str(step) / 'state'
 
   def _steps(self):
-    """Steps whose saves were finished, in order, damaged or not."""
+    """Steps whose saves were finished, sorted, damaged or not."""
     return sorted(
       int(folder.name)
       for folder in self._directory.glob('*')  # none if there is no directory yet
@@ -226,38 +221,33 @@ class Checkpoints:
     return seen.all()
 
   def _newest(self):
-    """The newest intact step, or why there is none; and a description of every damaged one."""
+    """The newest intact step, _NONE or _ALL_DAMAGED; and a description of every damaged one."""
     damaged = []
     for step in reversed(self._steps()):
-      problem = _problem(self._folder(step))
-      if not problem:
-        self._warn(step, damaged)
-        return step, damaged
-      damaged.append(f'{step} ({problem})')
+      folder = self._folder(step)
+      if problem := _problem(folder):
+        damaged.append(f'{step} ({problem})')
+        continue
+      if damaged:
+        logging.warning(
+          f'{self._directory}: skipped damaged checkpoints: {", ".join(damaged)}. Going back to '
+          f'step {step}.'
+        )
+      if not (folder / 'manifest.json').exists():
+        logging.warning(
+          f'{folder}: used unverified; its save was interrupted before manifest.json.'
+        )
+      return step, damaged
     return (_ALL_DAMAGED if damaged else _NONE), damaged
 
   def _problem(self, step):
-    """What is wrong with a step, or ''. Process 0 looks, so that all processes decide alike."""
+    """What is wrong with a step, or ''. Process 0 decides for all."""
     problem = _problem(self._folder(step)) if jax.process_index() == 0 else ''
     found = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
     return problem or ('process 0 found it damaged' if found else '')
 
-  def _warn(self, step, damaged):
-    if damaged:
-      logging.warning(
-        '%s: skipped damaged checkpoints: %s. Going back to step %d.',
-        self._directory,
-        ', '.join(damaged),
-        step,
-      )
-    if not (self._folder(step) / 'manifest.json').exists():
-      logging.warning(
-        '%s: used unverified; it has no manifest.json, as its save was cut off at the very end.',
-        self._folder(step),
-      )
-
   def _finish(self, step):
-    """What follows when the arrays are on disk; runs in the background."""
+    """Waits for the arrays, then writes the manifest and deletes old steps; in the background."""
     self._checkpointer.wait_until_finished()
     if jax.process_index() == 0:
       folder = self._folder(step)
@@ -268,7 +258,7 @@ class Checkpoints:
           _delete(other)
 
   def wait(self) -> None:
-    """Waits for the save under way; raises RuntimeError if it failed."""
+    """Waits for the save in progress; raises RuntimeError if it failed."""
     if self._pending:
       step, future = self._pending
       self._pending = None
@@ -279,19 +269,17 @@ class Checkpoints:
     return explain(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
 
   def _load(self, step, abstract, prefix, config):
-    """The arrays of `abstract`, which are all that the step holds under `prefix`."""
+    """The arrays of `abstract`, which must be all that the step holds under `prefix`."""
     self.wait()
     folder = self._folder(step)
-    problem = self._problem(step)
-    if problem:
+    if problem := self._problem(step):
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
     wanted = by_name(abstract)
     with explain(f'cannot read checkpoint {folder}'):
       described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
       stored = by_name(described.tree)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
-    lines = differences(stored, wanted)
-    if lines:
+    if lines := differences(stored, wanted):
       saved = self.metadata(step).get('config', {})
       raise ValueError(_misfit(folder, lines, changed_fields(saved, config) if config else {}))
     tree = traverse_util.unflatten_dict(wanted, sep='/')
@@ -306,12 +294,12 @@ class Checkpoints:
 
 
 def _is_worth_showing(record):
-  """A logging filter: orbax reports all it does, and logs the errors that it raises as well."""
+  """A logging filter: orbax logs all it does, and also the errors that it raises."""
   return f'orbax{os.sep}checkpoint' not in record.pathname
 
 
 def _link(directory):
-  """The directory itself, or a link to it if its path holds what orbax takes for a pattern."""
+  """The directory itself, or a link to it if orbax would read its path as a glob pattern."""
   if directory == pathlib.Path(glob.escape(str(directory))):
     return directory
   link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
@@ -321,7 +309,7 @@ def _link(directory):
 
 @contextlib.contextmanager
 def explain(what, kind: type[Exception] = ValueError):
-  """Turns any error into one line: orbax raises many kinds, some of them a thousand lines long."""
+  """Shortens any error to one line: orbax raises many kinds, some of a thousand lines."""
   try:
     yield
   except Exception as error:
@@ -331,34 +319,34 @@ def explain(what, kind: type[Exception] = ValueError):
 
 
 def by_name(tree):
-  """The leaves of a pytree by path: 'params/blocks/0/w'. Named tuples and dicts look the same."""
+  """The leaves of a pytree by path, 'params/blocks/0/w'; named tuples look like dicts."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def differences(stored, wanted):
-  """The lines of `_differences`, at most _SHOWN of them and how many there are more."""
+  """Lines of `_differences`, at most _SHOWN, and how many more there are."""
   lines = list(_differences(stored, wanted))
   more = len(lines) - _SHOWN
   return lines[:_SHOWN] + ([f'... and {more} more'] if more > 0 else [])
 
 
 def _differences(stored, wanted):
-  """One line for every array that two dicts, from name to shape and dtype, disagree on."""
+  """Yields a line for every array whose shape or dtype differs between two dicts by name."""
   for name in sorted(stored.keys() | wanted.keys()):
-    if name not in wanted:
-      yield f'{name}: only in the checkpoint, {tuple(stored[name].shape)}'
-    elif name not in stored:
-      yield f'{name}: not in the checkpoint, config {tuple(wanted[name].shape)}'
-    elif tuple(stored[name].shape) != tuple(wanted[name].shape):
-      shapes = tuple(stored[name].shape), tuple(wanted[name].shape)
-      yield f'{name}: checkpoint {shapes[0]} vs config {shapes[1]}'
-    elif stored[name].dtype != wanted[name].dtype:
-      yield f'{name}: checkpoint {stored[name].dtype} vs config {wanted[name].dtype}'
+    old, new = (tree[name] if name in tree else None for tree in (stored, wanted))
+    if new is None:
+      yield f'{name}: only in the checkpoint, {tuple(old.shape)}'
+    elif old is None:
+      yield f'{name}: not in the checkpoint, config {tuple(new.shape)}'
+    elif tuple(old.shape) != tuple(new.shape):
+      yield f'{name}: checkpoint {tuple(old.shape)} vs config {tuple(new.shape)}'
+    elif old.dtype != new.dtype:
+      yield f'{name}: checkpoint {old.dtype} vs config {new.dtype}'
 
 
 def changed_fields(old, new):
-  """Fields that two nested dicts of a config have different: (old value, new value) by name."""
+  """Fields that differ between two nested dicts of a config: (old value, new value) by name."""
   old, new = (
     traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (old, new)
   )
@@ -367,19 +355,17 @@ def changed_fields(old, new):
 
 
 def _misfit(folder, lines, changed):
-  fields = [f'{name}: checkpoint {old} vs config {new}' for name, (old, new) in changed.items()]
-  return '\n'.join(
-    [
-      f'checkpoint {folder} does not fit the model of this config. Use the config that it was '
-      'trained with, or another --workdir. Arrays that differ:',
-      *lines,
-      *(['Config fields that differ:', *fields] if fields else []),
-    ]
+  text = (
+    f'checkpoint {folder} does not fit the model of this config. Use the config that it was '
+    'trained with, or another --workdir. Arrays that differ:'
   )
+  fields = [f'{name}: checkpoint {old} vs config {new}' for name, (old, new) in changed.items()]
+  heading = ['Config fields that differ:'] if fields else []
+  return '\n'.join([text, *lines, *heading, *fields])
 
 
 def _problem(folder):
-  """Why a step cannot be used, or ''. Reads every file that its manifest names."""
+  """Why a step cannot be used, or ''. Reads every file in its manifest."""
   for name in ('metadata.json', 'state'):
     if not (folder / name).exists():
       return f'{name} is missing'
@@ -396,8 +382,8 @@ def _problem(folder):
 
 
 def _manifest(folder):
-  files = (path for path in folder.rglob('*') if path.is_file())
-  return _checksums(folder, sorted(str(path.relative_to(folder)) for path in files))
+  paths = (path for path in folder.rglob('*') if path.is_file())
+  return _checksums(folder, sorted(str(path.relative_to(folder)) for path in paths))
 
 
 def _checksums(folder, names):

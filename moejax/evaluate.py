@@ -3,15 +3,15 @@
   python -m moejax.evaluate --workdir=DIR
   python -m moejax.evaluate --workdir=DIR --modes=mixed,unmixed,discrete,mixed_with_corpus
 
-A mode says what sequences that are evaluated, or requests that are decoded, together see of each
-other in a model that mixes them:
+In a model that mixes sequences, a mode says how those that are evaluated or decoded together
+influence each other:
 
   mixed              groups as in training: one request influences another
   unmixed            groups of one: every expert sees every token, and the outputs add up
-  discrete           an expert of Mixture of Tokens takes one token of a group as it is; which one,
+  discrete           an expert of Mixture of Tokens takes a single token of a group; which one
                      depends on the others
-  mixed_with_corpus  every sequence by itself in a group filled with training text: how the paper
-                     scores single prompts (evaluation only; costs as much as a whole group)
+  mixed_with_corpus  every sequence in a group of its own, filled with training text: how the paper
+                     scores single prompts (evaluation only; costs as much as a full group)
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
 
 
 def decoding(model_config, mode, group_size=0):
-  """The model whose forward pass and decoding treat sequences as a mode says; same parameters.
+  """The model config for a mode; same parameters.
 
   Args:
     model_config: the model as it was trained.
-    mode: one of MODES; 'mixed_with_corpus' needs `evaluate` to fill the groups.
+    mode: one of MODES; for 'mixed_with_corpus', `evaluate` fills the groups.
     group_size: sequences mixed with each other; 0: as in training.
 
   Raises:
-    ValueError: the model cannot be used so.
+    ValueError: the model does not support the mode or the group size.
   """
   if mode not in MODES:
     raise ValueError(f'mode: expected one of {", ".join(MODES)}, got {mode!r}.')
@@ -56,8 +56,7 @@ def decoding(model_config, mode, group_size=0):
   mixing = [sublayer for sublayer in model_config.used if sublayer.mixes]
   if not mixing:
     raise ValueError(
-      f'mode {mode}: no layer of this model mixes sequences, so there is one way to use it. Leave '
-      'out the mode and the group size.'
+      f'mode {mode}: no layer of this model mixes sequences. Leave out the mode and the group size.'
     )
   changes = {}
   for sublayer in mixing:
@@ -67,25 +66,25 @@ def decoding(model_config, mode, group_size=0):
 
 @jax.jit
 def _num_bytes(batch):
-  """The bytes of text behind the targets of a batch that count."""
+  """The bytes of text of the targets of a batch that count."""
   return jnp.sum(batch['bytes'] * model_lib.counted(batch))
 
 
 def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None):
-  """Mean loss over the first `num_batches` batches of a loader, or all; never over one twice.
+  """Mean loss over the first `num_batches` batches of a loader, at most over one pass.
 
   Args:
     model_config, params: the model.
     loader: of the validation split.
-    num_batches: how many at most; None: as many as there are.
-    mesh: where the parameters lie.
+    num_batches: the most batches; None: all.
+    mesh: of the parameters.
     accumulation: microbatches that a batch is split into, as in training.
-    corpus: another loader; every sequence is mixed with sequences of that one alone.
+    corpus: another loader; every sequence is mixed only with sequences of this one.
 
   Returns:
-    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' (of the text of the targets that
-    were evaluated), 'tokens', and for models that drop tokens 'loss_dropless'; and aux, the
-    measurements of the sublayers, as numpy arrays [sublayers that measure it, ...].
+    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' (of the evaluated targets),
+    'tokens', and for models that drop tokens 'loss_dropless'; and aux, the measurements of the
+    sublayers, as numpy arrays [sublayers that measure it, ...].
 
   Raises:
     ValueError: the split is smaller than one batch.
@@ -93,8 +92,7 @@ def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, co
   dropless = model_config.dropless()
   total = {'nats': 0.0, 'tokens': 0.0, 'bytes': 0, 'nats_dropless': 0.0}
   all_aux = []
-  batches = map(loader.batch, itertools.count())
-  batches = itertools.islice(batches, num_batches)
+  batches = itertools.islice(map(loader.batch, itertools.count()), num_batches)
   if corpus:
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
   for batch in batches:
@@ -104,7 +102,7 @@ def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, co
     del batch['bytes']
     number = step_lib.microbatches(model_config, len(batch['inputs']), accumulation)
     nats, tokens, aux = step_lib.eval_step(model_config, number, params, batch)
-    if not tokens:  # of any process: the split has been gone through
+    if not tokens:  # of any process: the split is exhausted
       break
     all_aux.append(sharding.fetch(aux))
     total['nats'] += float(nats)
@@ -127,28 +125,28 @@ def _among_others(batches, corpus, group_size):
   rng = np.random.default_rng(0)
   others = map(corpus.batch, itertools.count())
   for batch in batches:
-    rows = len(batch['inputs'])
-    for first in range(0, rows, rows // group_size):
-      mine = {name: values[first : first + rows // group_size] for name, values in batch.items()}
-      places = np.arange(0, rows, group_size)
-      places += rng.integers(group_size, size=len(places))
+    batch_size = len(batch['inputs'])
+    groups = batch_size // group_size
+    for first in range(0, batch_size, groups):
+      places = np.arange(0, batch_size, group_size)
+      places += rng.integers(group_size, size=groups)
       mixed = {name: values.copy() for name, values in next(others).items()}
-      for name, values in mine.items():
-        mixed[name][places] = values
+      for name, values in batch.items():
+        mixed[name][places] = values[first : first + groups]
       counted = np.zeros(mixed['segments'].shape, bool)
       counted[places] = True
       yield mixed | {'counted': counted}
 
 
 def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
-  """Evaluates every mode at every group size; 0 is that of training, and unmixed has only one.
+  """Evaluates every mode at every group size; 0: as in training. 'unmixed' has only one.
 
   Returns:
-    One dict per combination: what it is, 'leaks' (whether one request influences another when text
-    is generated so), and what `evaluate` measures.
+    One dict per combination: 'mode', 'group_size', 'leaks' (whether one request influences another
+    in generation), and what `evaluate` measures.
 
   Raises:
-    ValueError: the model has no such mode, or a batch cannot be cut into such groups.
+    ValueError: the model does not support a mode, or a group size does not divide the batch.
   """
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
   models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]
@@ -161,19 +159,18 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
       )
   if 'mixed_with_corpus' in modes and jax.process_count() > 1:
     raise ValueError('--modes: mixed_with_corpus fills groups on one host; evaluate it on one.')
-  rows = []
+  results = []
   part = sharding.process_part(mesh, batch_size)
   for mode, model in models:
     alone = mode == 'mixed_with_corpus'
     validation = data.make_loader(stages.data, 'validation', **part)
     corpus = data.make_loader(stages.data, 'train') if alone else None
-    result, aux = evaluate(
-      model, params, validation, num_batches, mesh, stages.optimizer.accumulation, corpus
-    )
+    accumulation = stages.optimizer.accumulation
+    result, aux = evaluate(model, params, validation, num_batches, mesh, accumulation, corpus)
     group = model.mixed_sequences
     what = {'mode': mode, 'group_size': group, 'leaks': group > 1 and not alone}
-    rows.append({**what, **result, **metrics.flatten_aux(aux)})
-  return rows
+    results.append({**what, **result, **metrics.flatten_aux(aux)})
+  return results
 
 
 def main(overrides):
@@ -183,9 +180,9 @@ def main(overrides):
   config_lib.check_batch(stages, mesh)
   num_batches = None if args.batches < 0 else args.batches or stages.train.eval_batches
   with jax.set_mesh(mesh):
-    rows = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)
-  for row in rows:
-    print(json.dumps({'step': step, **row}))
+    results = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)
+  for result in results:
+    print(json.dumps({'step': step, **result}))
   return cli.OK
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who writes it, its config, what may change on resuming, opening it."""
+"""The folder of a run: its lock, its config, what may change on resuming, opening it."""
 
 import contextlib
 import datetime
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from moejax import config as config_lib, fields, files, model as model_lib, sharding
@@ -22,9 +23,9 @@ from moejax.checkpoint import Checkpoints, changed_fields
 
 @contextlib.contextmanager
 def lock(workdir):
-  """A context in which this run, in all its processes, is the only one that writes to its folder.
+  """A context in which no other run writes to this folder.
 
-  Process 0 holds a lock of the operating system, which ends with it, however it ends.
+  Process 0 holds a lock of the operating system, which is released however the process ends.
 
   Raises:
     ValueError: another program holds the lock, or the folder cannot be written.
@@ -41,7 +42,7 @@ def lock(workdir):
 
 
 def _take(path, stack):
-  """Locks a file until `stack` is closed, or returns who has."""
+  """Locks a file until `stack` is closed and returns '', or returns who holds the lock."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = stack.enter_context(path.open('a+'))
@@ -65,16 +66,13 @@ def _take(path, stack):
 
 
 def write(config, workdir, corpus=None):
-  """Writes `config.json`, from which `read` makes the same ConfigDict.
-
-  `corpus`, the fingerprint of the text, stands beside its sections for those who read the file.
-  """
+  """Writes `config.json` for `read`; the fingerprint `corpus` is there for people only."""
   text = json.dumps({'corpus': corpus, **config.to_dict()}, indent=2)
   files.write(pathlib.Path(workdir) / 'config.json', text)
 
 
 def read(workdir):
-  """The ConfigDict of a run, with today's defaults for fields that are newer than the run.
+  """The ConfigDict of a run; fields that are newer than the run have their default.
 
   Raises:
     ValueError: there is no run in `workdir`, or this version cannot read its config.
@@ -86,7 +84,7 @@ def read(workdir):
 
 
 def read_json(path):
-  """The object in a JSON file of a run; ValueError if it cannot be read, or is none."""
+  """The object in a JSON file of a run; ValueError if it cannot be read or is not an object."""
   try:
     content = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -95,7 +93,7 @@ def read_json(path):
 
 
 def parse_json(content, source):
-  """The object that is written in `content`, bytes or text of the file `source`."""
+  """The JSON object in `content`, the bytes or text of the file `source`."""
   try:
     saved = json.loads(content.decode() if isinstance(content, bytes) else content)
   except (ValueError, RecursionError) as error:
@@ -105,8 +103,8 @@ def parse_json(content, source):
   return saved
 
 
-# Fields that are gone: the value that every run now has, and what to do about another.
-_GONE = {
+# Removed fields: the value that every run now has, and what to do about any other.
+_REMOVED = {
   'model.moe.balance_convention': (
     'uniform_is_1',
     'multiply model.moe.balance_loss by the experts of a token',
@@ -115,28 +113,28 @@ _GONE = {
 
 
 def from_saved(saved, source):
-  """The ConfigDict of a config that any version saved, as nested dicts, in the file `source`.
+  """The ConfigDict of nested dicts that any version saved in the file `source`.
 
-  Fields that it lacks have their default. One that is gone is left out if it changes nothing.
+  Missing fields have their default; removed fields are dropped if they change nothing.
 
   Raises:
-    ValueError: one line for every field that this version does not know, or cannot take.
+    ValueError: one line for every field that is unknown to this version, or has a bad value.
   """
   known, values, problems = config_lib.flat_fields(), {}, []
   if not saved.keys() & config_lib.SECTIONS.keys():
     problems.append('this is no config of moejax.')
-  for name, value in config_lib.flatten(saved).items():
+  for name, value in flatten_dict(saved, sep='.').items():
     if name in known:
       try:
         values[name] = fields.checked(name, known[name], value)
       except ValueError as error:
         problems.append(str(error))
-    elif name in _GONE:
-      now, advice = _GONE[name]
+    elif name in _REMOVED:
+      now, advice = _REMOVED[name]
       if value == now:
-        print(f'note: {source}: {name} is gone; all runs are as it says.', file=sys.stderr)
+        print(f'note: {source}: {name} was removed; all runs behave so.', file=sys.stderr)
       else:
-        problems.append(f'{name} = {value!r} is gone; {advice} and remove it.')
+        problems.append(f'{name} = {value!r} was removed; {advice} and remove it.')
     elif name != 'corpus':
       problems.append(
         f'{name} = {value!r} is not known to this version of moejax. Use the later version that '
@@ -150,12 +148,17 @@ def from_saved(saved, source):
 
 
 def checkpoint_dir(workdir):
-  """Where the checkpoints of a run lie."""
+  """The folder of a run's checkpoints."""
   return pathlib.Path(workdir) / 'checkpoints'
 
 
+def checkpoints(workdir, stages):
+  """The checkpoints of a run, to be closed."""
+  return Checkpoints(checkpoint_dir(workdir), stages.train.keep_checkpoints)
+
+
 def check_tokenizer(metadata, tokenizer):
-  """Raises ValueError if a checkpoint's metadata speak of another tokenizer."""
+  """Raises ValueError if the metadata of a checkpoint name another tokenizer."""
   if metadata['tokenizer'] != tokenizer.fingerprint:
     raise ValueError(
       f'data.tokenizer: the checkpoint was trained with tokenizer {metadata["tokenizer"]}, but the '
@@ -163,20 +166,18 @@ def check_tokenizer(metadata, tokenizer):
     )
 
 
-# Fields that may always change on resuming: how it is computed, and where its text lies (that the
-# text is the same, the corpus' fingerprint in the checkpoint tells).
-RESUMABLE_FIELDS = {
-  'model': ('remat', 'loss_chunk', 'moe.impl'),
-  'data': ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer'),
-  'optimizer': ('accumulation',),
-}
+# Fields that may always change on resuming: how to compute, and where to find the text, whose
+# fingerprint is in the checkpoint.
+RESUMABLE_FIELDS = {'model.remat', 'model.loss_chunk', 'model.moe.impl', 'optimizer.accumulation'}
+_TEXT_FIELDS = ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer')
+RESUMABLE_FIELDS |= {f'data.{name}' for name in _TEXT_FIELDS}
 
 
 def check_same_run(config, workdir):
   """Raises ValueError if `workdir` holds a run with another model or other data."""
   if (pathlib.Path(workdir) / 'config.json').exists():
-    changed = _changed(read(workdir), config, ('model.', 'data.'))
-    _refuse(f'--workdir={workdir} holds a run with another configuration', changed)
+    what = f'--workdir={workdir} holds a run with another configuration'
+    _check_unchanged(read(workdir), config, ('model.', 'data.'), what)
 
 
 def check_resume(saved, config, step, workdir, imported=False):
@@ -184,42 +185,37 @@ def check_resume(saved, config, step, workdir, imported=False):
 
   Args:
     saved: the ConfigDict that it was trained with until now.
-    config: the one that it shall resume with.
-    step: where it is.
+    config: the one to resume with.
+    step: of its checkpoint.
     workdir: its folder.
-    imported: its parameters come from elsewhere, not from its seed.
+    imported: its parameters do not come from its seed.
   """
   if config.train.steps < step:
     raise ValueError(
       f'train.steps = {config.train.steps}: the run in {workdir} is at step {step} already. Raise '
       'it, or choose another folder.'
     )
-  if config.train.steps == step:  # nothing will be trained with what is new
-    changed = _changed(saved, config, ('optimizer.', 'train.steps', 'train.seed'))
-    _refuse(f'--workdir={workdir} holds a finished run that was trained with other', changed)
+  if config.train.steps == step:  # nothing would be trained with the new settings
+    what = f'--workdir={workdir} holds a finished run that was trained with other'
+    _check_unchanged(saved, config, ('optimizer.', 'train.steps', 'train.seed'), what)
   if not imported:
-    changed = _changed(saved, config, ('train.seed',))
-    _refuse(f'--workdir={workdir} holds a run that began with another seed', changed)
+    what = f'--workdir={workdir} holds a run that began with another seed'
+    _check_unchanged(saved, config, ('train.seed',), what)
 
 
-def _changed(old, new, prefixes):
-  free = {f'{section}.{field}' for section, names in RESUMABLE_FIELDS.items() for field in names}
-  changed = changed_fields(old.to_dict(), new.to_dict())
-  return {
-    name: values
-    for name, values in changed.items()
-    if name.startswith(prefixes) and name not in free
-  }
-
-
-def _refuse(what, changed):
-  if changed:
-    lines = [f'{name}: {there} there, {here} here' for name, (there, here) in changed.items()]
+def _check_unchanged(old, new, prefixes, what):
+  """Raises ValueError if fields with these prefixes differ, other than RESUMABLE_FIELDS."""
+  lines = [
+    f'{name}: {there} there, {here} here'
+    for name, (there, here) in changed_fields(old.to_dict(), new.to_dict()).items()
+    if name.startswith(prefixes) and name not in RESUMABLE_FIELDS
+  ]
+  if lines:
     raise ValueError('\n'.join([f'{what}; choose another folder, or set', *lines]))
 
 
 class SavedRun(NamedTuple):
-  """A run that others open, at its newest checkpoint."""
+  """A run opened at its newest checkpoint."""
 
   config: ml_collections.ConfigDict
   stages: Any  # of the config
@@ -233,33 +229,33 @@ def open_run(workdir, overrides=None, flag='--workdir'):
   Args:
     workdir: the folder.
     overrides: of its config, as `config.override` takes them.
-    flag: that names the folder, for errors.
+    flag: the flag that named the folder, for errors.
 
   Raises:
-    ValueError: no run, no checkpoint, or a tokenizer that is not the one of the run.
+    ValueError: there is no run or no checkpoint, or the tokenizer is not the run's.
   """
   config = read(workdir)
   config_lib.override(config, overrides or {})
   stages = config_lib.resolve(config)
-  checkpoints = Checkpoints(checkpoint_dir(workdir), stages.train.keep_checkpoints)
-  step, metadata = checkpoints.read_newest(checkpoints.metadata)
+  opened = checkpoints(workdir, stages)
+  step, metadata = opened.read_newest(opened.metadata)
   if step is None:
     raise ValueError(f'{flag}={workdir}: the run has not written a checkpoint yet.')
   check_tokenizer(metadata, stages.tokenizer)
-  return SavedRun(config, stages, checkpoints, step)
+  return SavedRun(config, stages, opened, step)
 
 
 def load_run(workdir, overrides=None):
-  """What evaluation and generation need of a finished or interrupted run: `open_run`, loaded.
+  """Opens a run as `open_run` does, and loads its parameters.
 
   Returns:
-    (stages, step, params, mesh); the mesh has all devices here along `fsdp`.
+    (stages, step, params, mesh); the mesh has all devices along `fsdp`.
   """
-  config, stages, checkpoints, _ = open_run(workdir, overrides)
+  config, stages, saved, _ = open_run(workdir, overrides)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
   init = functools.partial(model_lib.init_params, stages.model, jax.random.key(0))
   abstract = sharding.abstract(init, mesh)
-  restore = lambda step: checkpoints.restore_params(step, abstract, config.to_dict())
-  with contextlib.closing(checkpoints):
-    step, params = checkpoints.read_newest(restore)
+  restore = lambda step: saved.restore_params(step, abstract, config.to_dict())
+  with contextlib.closing(saved):
+    step, params = saved.read_newest(restore)
   return stages, step, params, mesh

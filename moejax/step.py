@@ -1,6 +1,6 @@
 """The train state and what is computed from it: a training step, an evaluation step.
 
-Both are pure functions of arrays and a config; `train_step` is the whole of what a run computes.
+Both are pure functions of arrays and a config.
 """
 
 import functools
@@ -13,7 +13,7 @@ import optax
 from moejax import model as model_lib, sharding
 from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
 
-_NOISE = 0x6E6F6973  # keeps the noise of a step apart from the draws of parameters, which count up
+_NOISE = 0x6E6F6973  # keeps the noise apart from the keys of parameters, which count up
 
 
 def init_state(model_config, optimizer, key):
@@ -33,15 +33,15 @@ def new_state(params, optimizer):
 
 
 def noise_key(seed):
-  """The key of the noise in training; parameters are drawn from the seed's own key."""
+  """The key of the noise in training; parameters use the seed's own key."""
   return jax.random.fold_in(jax.random.key(seed), _NOISE)
 
 
 def make_state(init, abstract_state):
   """Calls `init` (see `fresh_state`) into the shardings of `abstract_state`.
 
-  It runs once, so CPUs compile it with less effort: the same bits, in a third of the time. What
-  XLA_FLAGS says of that holds.
+  As it runs once, CPUs compile it at a lower optimization level, unless XLA_FLAGS sets one: the
+  same bits, in a third of the time.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   level = 'xla_backend_optimization_level'
@@ -58,12 +58,12 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
     batch: int32 arrays [B, L]: inputs, targets, segments, positions.
     model_config, optimizer, schedule: static; what to train and how.
     accumulation: microbatches the batch is split into, as consecutive blocks of sequences.
-    key: of the noise in training; that of a step is folded in from it.
+    key: of the noise in training; the step is folded in.
 
   Returns:
     The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
     'update_norm' (of the change of all parameters), 'learning_rate', and under 'aux' float32 arrays
-    with one row per sublayer that measures it.
+    with one entry per sublayer that measures it.
   """
   num_targets = jnp.sum(batch['segments'] > 0)
   keys = jax.random.split(jax.random.fold_in(key, state['step']), accumulation)
@@ -110,10 +110,7 @@ def _wide(array):
 def jit_train_step(stages, abstract_state, mesh):
   """`train_step` of a run, jitted: `step(state, batch)`, which donates the state.
 
-  Args:
-    stages: the run's.
-    abstract_state: its state, as `sharding.abstract` describes it.
-    mesh: where it lies.
+  `abstract_state` is from `sharding.abstract`, on the same mesh.
   """
 
   def step(state, batch):
@@ -128,14 +125,14 @@ def jit_train_step(stages, abstract_state, mesh):
     )
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  everywhere = sharding.replicated(mesh)  # every process reads the metrics
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+  replicated = sharding.replicated(mesh)  # every process reads the metrics
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def lower_train_step(stages, abstract_state, mesh, platforms=None):
-  """`jit_train_step`, ready to be compiled; set the mesh (`jax.set_mesh`) around this call.
+  """`jit_train_step`, lowered; set the mesh (`jax.set_mesh`) around this call.
 
-  `platforms`, as JAX names them: what to lower for, where the devices of the mesh are not there.
+  `platforms`, as JAX names them, is for a mesh of devices that this machine does not have.
   """
   jitted = jit_train_step(stages, abstract_state, mesh)
   traced = jitted.trace(abstract_state, sharding.abstract_batch(stages.data, mesh))
@@ -144,13 +141,12 @@ def lower_train_step(stages, abstract_state, mesh, platforms=None):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def eval_step(model_config, microbatches, params, batch):
-  """The loss of one batch, cut as in training: it takes no more memory than a training step.
+  """The loss of one batch, in microbatches, so that it needs no more memory than a training step.
 
   Args:
-    model_config: the model.
+    model_config, params: the model.
     microbatches: how many the batch is split into, as consecutive blocks of sequences.
-    params: of the model.
-    batch: as `train_step` takes it; 'counted' may say which targets count.
+    batch: as for `train_step`; may have 'counted', which targets count.
 
   Returns:
     Summed nats, number of targets, and aux, averaged over microbatches.
@@ -164,14 +160,14 @@ def eval_step(model_config, microbatches, params, batch):
 
 
 def microbatches(model_config, batch_size, accumulation):
-  """How many microbatches an evaluation takes: those of training, or fewer for larger groups."""
+  """The number of microbatches of an evaluation: as in training, or fewer for larger groups."""
   M = model_config.mixed_sequences
   fits = lambda number: accumulation % number == 0 and batch_size // number % M == 0
   return next(filter(fits, range(accumulation, 0, -1)), 1)
 
 
 def lower_eval_step(stages, abstract_params, mesh, platforms=None):
-  """`eval_step` of a run, ready to be compiled; arguments as of `lower_train_step`."""
+  """`eval_step` of a run, lowered; arguments as of `lower_train_step`."""
   batch = sharding.abstract_batch(stages.data, mesh)
   traced = eval_step.trace(stages.model, stages.optimizer.accumulation, abstract_params, batch)
   return traced.lower(lowering_platforms=platforms)

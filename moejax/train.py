@@ -1,13 +1,14 @@
-"""Training: set-up, the loop that measures, evaluates and saves, and what is left at the end.
+"""Training: set-up, the loop that measures, evaluates and saves, and the results at the end.
 
-A run is a function of its config: data by step from its seed, noise by step from the same. No state
-is saved that is not finite or has no finite loss.
+A run is a function of its config: the data and the noise of a step follow from the seeds and the
+step. Only states that are finite and have a finite loss are saved.
 """
 
 import contextlib
 import dataclasses
 import math
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from moejax import (
   run_folder,
   sharding,
 )
-from moejax.checkpoint import Checkpoints, changed_fields
+from moejax.checkpoint import changed_fields
 from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
@@ -43,7 +44,7 @@ from moejax.step import (
 
 @dataclasses.dataclass
 class Run:
-  """A run in progress: what it computes with, where it is, and where its numbers go."""
+  """A run in progress."""
 
   config: Any  # the ConfigDict
   stages: Any  # what it resolves to
@@ -52,11 +53,11 @@ class Run:
   loader: Any
   eval_loader: Any
   checkpoints: Any = None
-  history: list = dataclasses.field(default_factory=list)  # fields that changed, from which step on
+  history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
   step: int = 0  # optimizer steps done
   first_step: int = 0  # where this process began
-  seconds_before: float = 0.0  # that earlier processes took for the steps until there
-  started: float = 0.0  # when this one began, by time.monotonic
+  seconds_before: float = 0.0  # of earlier processes, for the steps before `first_step`
+  started: float = 0.0  # when this process began, by time.monotonic
   totals: dict = dataclasses.field(default_factory=dict)  # of the averager, restored
   train_step: Any = None
   state: Any = None
@@ -73,11 +74,11 @@ class Run:
 
   @property
   def seconds(self):
-    """What all processes took for the steps until now, one after the other."""
+    """Total time of the run, across resumes."""
     return self.seconds_before + time.monotonic() - self.started
 
   def describe(self):
-    """What a checkpoint and the summary say of the run."""
+    """The metadata of a checkpoint, also part of the summary."""
     return {
       'config': self.config.to_dict(),
       'corpus': self.loader.fingerprint,
@@ -88,39 +89,39 @@ class Run:
 
 
 def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
-  """Runs a config in a folder, from its last checkpoint if there is one.
+  """Trains a config in a folder, resuming from its last checkpoint if there is one.
 
   Args:
     config: a ConfigDict.
     workdir: the folder.
-    start: what a run without a checkpoint begins with: `start(run, abstract_state)` returns a state
+    start: makes the first state instead of `init_state`: `start(run, abstract_state)` returns one
       with the shardings of `abstract_state`, at any step; it is evaluated and saved before the
-      first step. None: `init_state`.
-    summarize: called at the end; a dict of what else the summary says.
+      first step.
+    summarize: called at the end; returns further entries of the summary.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
 
   Raises:
     ValueError: the config, the data or the folder cannot be used; nothing was written.
-    RuntimeError: training diverged; the last good checkpoint is there.
+    RuntimeError: training diverged; the last good checkpoint is kept.
   """
   run = prepare(config, pathlib.Path(workdir))
   with (
     Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
     run_folder.lock(run.workdir),
-    contextlib.closing(open_checkpoints(run)) as run.checkpoints,
+    contextlib.closing(run_folder.checkpoints(run.workdir, run.stages)) as run.checkpoints,
   ):
     step = resume(run)
     if is_finished(run):
-      print(f'{workdir} was finished before, at step {step}; nothing is changed')
+      print(f'{workdir} is already finished, at step {step}; nothing is changed')
       return cli.OK
     try:
       set_up(run, step, start)
       with contextlib.closing(run.writer):
         if not loop(run, interrupt):
-          print(f'interrupted at step {run.step}; the same command goes on from there')
+          print(f'interrupted at step {run.step}; run the same command again to resume')
           return cli.INTERRUPTED
         finish(run, summarize)
     except Diverged as diverged:
@@ -139,20 +140,14 @@ def prepare(config, workdir):
   loader = data.make_loader(stages.data, 'train', **part)
   eval_loader = data.make_loader(stages.data, 'validation', **part)
   with tempfile.TemporaryDirectory() as folder:
-    loader.save(pathlib.Path(folder))  # what cannot be saved is found out before training
+    loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
   if stages.model.leaks():
     print(f'warning: {stages.model.leaks()}')
   return Run(config, stages, mesh, workdir, loader, eval_loader)
 
 
-def open_checkpoints(run):
-  """The checkpoints of a Run, to be closed."""
-  keep = run.stages.train.keep_checkpoints
-  return Checkpoints(run_folder.checkpoint_dir(run.workdir), keep)
-
-
 def _check_prompt(stages):
-  """Raises ValueError if the sample at the end could not begin with its prompt."""
+  """Raises ValueError unless the prompt of the final sample fits into the context."""
   train, context = stages.train, stages.model.max_length
   length = len(stages.tokenizer.encode(train.sample_prompt))
   if train.sample_length and not 0 < length < context:
@@ -164,18 +159,18 @@ def _check_prompt(stages):
 
 
 def resume(run):
-  """The step to resume from, with what its checkpoint says of the run; None: there is none.
+  """Restores the history of a run from its newest checkpoint; returns its step, None without one.
 
   Raises:
-    ValueError: the run may not resume so, or not with this text.
+    ValueError: the run cannot resume with this config, tokenizer or corpus.
   """
-  run_folder.check_same_run(run.config, run.workdir)  # again: now nobody else writes there
+  run_folder.check_same_run(run.config, run.workdir)  # again, now that the folder is locked
   step = run.checkpoints.latest_step()
   if step is None:
     return None
   metadata = run.checkpoints.metadata(step)
   run_folder.check_tokenizer(metadata, run.stages.tokenizer)
-  imported = metadata['corpus'] is None  # moejax.convert has read no text
+  imported = metadata['corpus'] is None  # by moejax.convert, which reads no text
   if not imported and metadata['corpus'] != run.loader.fingerprint:
     raise ValueError(
       f'--workdir={run.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
@@ -186,11 +181,11 @@ def resume(run):
   run_folder.check_resume(saved, run.config, step, run.workdir, imported)
   run.history = metadata.get('history', [])
   if step == run.stages.train.steps:
-    run.config = saved  # what it was trained with
+    run.config = saved
   elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
   run.step = run.first_step = step
-  summary = report.read_summary(run.workdir)  # also counts what followed the last checkpoint
+  summary = report.read_summary(run.workdir)  # includes the time after the last checkpoint
   finished = summary.get('seconds', 0.0) if summary.get('steps') == step else 0.0
   run.seconds_before = max(metadata.get('seconds', 0.0), finished)
   run.totals = metadata.get('window', {})
@@ -198,17 +193,17 @@ def resume(run):
 
 
 def is_finished(run):
-  """Whether an earlier process has trained all steps and written the summary."""
+  """Whether an earlier process trained all steps and wrote the summary."""
   steps = run.stages.train.steps
   return run.step == steps == report.read_summary(run.workdir).get('steps')
 
 
 def set_up(run, step, start=None):
-  """Makes what the loop needs: the compiled step, the state at `step`, and files to write to.
+  """Compiles the steps, initialises or restores the state at `step`, and opens the metrics files.
 
   Raises:
-    ValueError: the state is not finite, or a checkpoint has no room.
-    Diverged: the state that `start` made has no loss.
+    ValueError: the state is not finite, or there is no space for a checkpoint.
+    Diverged: the loss of the state that `start` made is not finite.
   """
   init = fresh_state(run.stages)
   abstract = sharding.abstract(init, run.mesh)
@@ -217,12 +212,18 @@ def set_up(run, step, start=None):
   run.train_step = _compile(run, abstract)
   if step is not None:
     print(f'resuming from step {step}')
-    run.state = _restore(run, step, abstract)
+    loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
+    run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
   else:
     run.state = start(run, abstract) if start else make_state(init, abstract)
     run.step = run.first_step = int(run.state['step'])
   if not is_finite(run.state):
-    raise ValueError(_not_finite(run, step))
+    if step is None:
+      raise ValueError('the parameters of the first step are not finite; lower model.init_scale.')
+    raise ValueError(
+      f'workdir: checkpoint {run_folder.checkpoint_dir(run.workdir)}/{step} holds numbers that are '
+      'not finite. Delete it to resume from the previous one.'
+    )
   if leads() and run.step < run.stages.train.steps:
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
   run.writer = metrics_lib.make_writer(run.workdir, run.step)
@@ -241,7 +242,7 @@ def _compile(run, abstract_state):
   """The training step. The evaluation step is compiled as well: an interrupt leaves no time."""
   args = run.stages, abstract_state, run.mesh
   jax_config: Any = jax.config
-  if jax_config.jax_disable_jit:  # how people debug: operation by operation
+  if jax_config.jax_disable_jit:  # for debugging
     return jit_train_step(*args)
   started = time.monotonic()
   compiled = lower_train_step(*args).compile()
@@ -251,24 +252,8 @@ def _compile(run, abstract_state):
   return compiled
 
 
-def _restore(run, step, abstract_state):
-  read_text = run.checkpoints.metadata(step)['corpus'] is not None
-  loader = run.loader if read_text else None
-  return run.checkpoints.restore(step, abstract_state, loader, run.config.to_dict())
-
-
-def _not_finite(run, step):
-  if step is None:
-    return 'the parameters of the first step are not finite; lower model.init_scale.'
-  folder = run_folder.checkpoint_dir(run.workdir) / str(step)
-  return (
-    f'workdir: checkpoint {folder} holds numbers that are not finite. Delete it to resume from the '
-    'one before.'
-  )
-
-
 def _peak_flops(dtype):
-  """Of all devices together; those of CPUs share one processor."""
+  """FLOP/s of all devices together; CPU devices share one processor."""
   peak = flops.peak_flops(jax.devices()[0], dtype) or flops.measured_peak_flops(dtype)
   return peak * (1 if jax.default_backend() == 'cpu' else jax.device_count())
 
@@ -302,7 +287,7 @@ def loop(run, interrupt):
 
 
 def check_health(run):
-  """Raises Diverged unless the state is finite, and gives a finite loss for the last batch."""
+  """Raises Diverged unless the state and its loss on the last batch are finite."""
   run.averager.read()
   good = bool(is_finite(run.state))
   if good and run.batch is not None:
@@ -320,7 +305,7 @@ def _save(run):
 
 
 def _advice(diverged, run):
-  """One sentence: what happened, what is left, what to do."""
+  """One sentence: what happened, what was kept, what to do."""
   step = run.checkpoints.latest_step()
   kept = 'no checkpoint was saved' if step is None else f'the checkpoint of step {step} is good'
   first = ' or model.init_scale' if run.step == 1 else ''
@@ -332,6 +317,7 @@ def _log(run, means):
   seconds = means['seconds_per_step']
   speed = run.tokens_per_step / seconds
   mfu = speed * run.flops_per_token['model'] / run.peak_flops
+  dropped = [value for name, value in means.items() if name.startswith('moe/dropped/')]
   run.writer.write(run.step, means | {'tokens_per_second': speed, 'mfu': mfu})
   print(
     report.progress_line(
@@ -341,16 +327,11 @@ def _log(run, means):
       grad_norm=means['grad_norm'],
       tokens_per_second=speed,
       mfu=mfu,
-      dropped=_mean_of(means, 'moe/dropped/') if run.stages.model.dropless() else None,
+      dropped=statistics.fmean(dropped) if run.stages.model.dropless() else None,
       seconds_left=(train.steps - run.step) * seconds,
     ),
     flush=True,
   )
-
-
-def _mean_of(means, prefix):
-  values = [value for name, value in means.items() if name.startswith(prefix)]
-  return sum(values) / len(values)
 
 
 def _evaluate(run):
@@ -362,7 +343,8 @@ def _evaluate(run):
     run.mesh,
     run.stages.optimizer.accumulation,
   )
-  if not _is_logged(run):
+  name = 'validation/loss'  # the previous process may have written it at the step it stopped at
+  if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name)):
     measured = run.eval_result | metrics_lib.flatten_aux(aux)
     run.writer.write(run.step, measured, prefix='validation')
   if leads() and 'moe/load' in aux:
@@ -373,12 +355,12 @@ def _evaluate(run):
 
 
 def finish(run, summarize: Callable[[], dict] = dict):
-  """Writes the summary and the plot, and prints a sample and where everything is."""
-  if not run.eval_result:  # the process before was ended after its last checkpoint
+  """Writes the summary and the plot, and prints a sample and where the results are."""
+  if not run.eval_result:  # the previous process ended after its last checkpoint
     _evaluate(run)
   run.checkpoints.wait()
   summary = _summary(run) | summarize()
-  if leads():  # before anything else that might fail
+  if leads():  # before anything else can fail
     report.write_summary(run.workdir, summary)
   sample = _sample(run)
   if not leads():
@@ -395,22 +377,15 @@ def finish(run, summarize: Callable[[], dict] = dict):
   print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
 
 
-def _is_logged(run):
-  """Whether the process before has written the evaluation of the step that this one began at."""
-  name = 'validation/loss'
-  return run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name))
-
-
 def _sample(run):
-  """Text from the model; a failure is reported, and does not undo the training."""
-  train = run.stages.train
-  room = run.stages.model.max_length - len(run.stages.tokenizer.encode(train.sample_prompt))
+  """Text from the model, '' if there is none; a failure only prints a warning."""
+  model, train, tokenizer = run.stages.model, run.stages.train, run.stages.tokenizer
+  room = model.max_length - len(tokenizer.encode(train.sample_prompt))
   length = min(train.sample_length, room)
   if length < 1:
     return ''
-  model, params, tokenizer = run.stages.model, run.state['params'], run.stages.tokenizer
   try:
-    return continuations(model, params, tokenizer, [train.sample_prompt], length)[0]
+    return continuations(model, run.state['params'], tokenizer, [train.sample_prompt], length)[0]
   except Exception as error:
     print(f'warning: no sample: {type(error).__name__}: {error}')
     return ''

@@ -1,11 +1,11 @@
-"""Transition tuning: a trained Mixture-of-Tokens model goes on as a sparse one (arXiv:2310.15961).
+"""Transition tuning: trains a Mixture-of-Tokens model further as a sparse one (arXiv:2310.15961).
 
   python -m moejax.transition_tuning --from=runs/mot --workdir=runs/tuned --router=token_choice
 
-The same experts, with the controller as their router, are trained for a tenth more steps: batches,
-steps and, if one likes, moments and learning rate go on where the Mixture-of-Tokens run stopped.
-Nothing is initialised anew. What comes out is a run like any other, whose model decodes one request
-alone at the cost of a sparse model. `--router=mot` goes on with mixing, in groups of another size:
+The same experts, with the controller as their router, are trained for a tenth more steps. Steps,
+batches and, optionally, moments and learning rate continue from the Mixture-of-Tokens run; no
+parameter is initialised again. The result is an ordinary run, whose model decodes single requests
+at the cost of a sparse model. `--router=mot` keeps mixing, in groups of another size:
 --config.model.mot.group_size=16.
 """
 
@@ -34,8 +34,8 @@ from moejax.layers import moe
 from moejax.optimizer import fresh_moments, make_optimizer
 
 ROUTERS = (*moe.ROUTERS, 'mot')
-# What a Mixture-of-Tokens layer may not have that becomes sparse: more parameters, or a temperature
-# that changes.
+# What sparse layers lack, so that only these values of `model.mot` can become sparse: further
+# parameters and changing temperatures.
 _PLAIN = {
   'emit': 'same',
   'separate_controllers': False,
@@ -47,7 +47,7 @@ _PLAIN = {
 def make_sparse(config, router):
   """Turns the ConfigDict of a Mixture-of-Tokens model into that of a sparse one, same experts.
 
-  Of k * m experts of width d_ff / m a token gets m, on average with expert choice: the FLOPs of a
+  A token gets m of k * m experts of width d_ff / m (on average with expert choice): the FLOPs of a
   dense layer, as before.
 
   Raises:
@@ -57,14 +57,14 @@ def make_sparse(config, router):
   kinds = {kind for pattern, _ in model.blocks for kind in pattern}
   if 'mot' not in kinds or 'moe' in kinds:
     raise ValueError(
-      '--from: transition tuning goes from a model with mot layers, and without moe layers, to a '
-      f'sparse one; model.blocks of this run has {", ".join(sorted(kinds))}.'
+      '--from: transition tuning needs a model with mot layers and without moe layers; '
+      f'model.blocks of this run has {", ".join(sorted(kinds))}.'
     )
   for name, plain in _PLAIN.items():
     if getattr(mot, name) != plain:
       raise ValueError(
-        f'--from: a sparse layer has nothing like model.mot.{name} = {getattr(mot, name)}; '
-        f'only models with {plain} can become sparse.'
+        f'--from: a sparse layer has no model.mot.{name} = {getattr(mot, name)}; only models with '
+        f'{plain} can become sparse.'
       )
   width = mot.width(model.d_ff)
   if model.d_ff % width or mot.num_experts * width % model.d_ff:
@@ -93,15 +93,14 @@ def convert(source, fresh, temperature=1.0):
 
   Args:
     source: the state, or a part of it, as a pytree of arrays.
-    fresh: a pytree that has the names of the sparse model: every array that `source` has is taken
-      from there, those it has not (an output norm, say) stay.
-    temperature: of the softmax of `source`; it goes into the router and its moments.
+    fresh: a state of the sparse model; arrays that `source` lacks (an output norm, say) stay.
+    temperature: of the softmax of `source`, for the scale of the router and its moments.
 
   Raises:
-    ValueError: an array of `source` has no place, or one of another shape, in `fresh`.
+    ValueError: an array of `source` is missing in `fresh`, or has another shape there.
   """
   wanted = by_name(fresh)
-  # What an optimizer may keep for every parameter: a mean of gradients, and of their squares.
+  # Optimizers keep a mean of the gradients of a parameter, and one of their squares.
   scale = {'params': 1 / temperature, 'mu': temperature, 'trace': temperature, 'nu': temperature**2}
   taken = {}
   for name, leaf in by_name(source).items():
@@ -124,21 +123,15 @@ def _sparse_name(name):
 def start(run, abstract_state, *, source, moments):
   """The first state of a run: that of `source`, a run_folder.SavedRun, converted.
 
-  Into the new run's metrics goes the loss before the switch. `moments` as of `tune`.
+  Writes the loss before the switch to the metrics of the new run. `moments` as of `tune`.
   """
   old, new = source.stages, run.stages
   optimizer = make_optimizer(old.optimizer, old.train.steps)
   init = functools.partial(step_lib.init_state, old.model, optimizer, jax.random.key(0))
   abstract = sharding.abstract(init, run.mesh)
   state = source.checkpoints.restore(source.step, abstract, run.loader, source.config.to_dict())
-  before, _ = evaluate(
-    old.model,
-    state['params'],
-    run.eval_loader,
-    new.train.eval_batches,
-    run.mesh,
-    new.optimizer.accumulation,
-  )
+  how = (run.eval_loader, new.train.eval_batches, run.mesh, new.optimizer.accumulation)
+  before, _ = evaluate(old.model, state['params'], *how)
   with contextlib.closing(metrics.make_writer(run.workdir, 0)) as writer:
     writer.write(source.step, before, prefix='before')
   print(f'step {source.step}: before the switch {before["loss"]:.4f} nats per token', flush=True)
@@ -164,15 +157,15 @@ def report(workdir):
 
 
 def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='continue', fields=None):
-  """Trains on in `workdir` what the run in `folder` has learnt.
+  """Trains the model of the run in `folder` further, in `workdir`.
 
   Args:
     folder: of the run to start from.
-    workdir: of the new run; goes on from its last checkpoint if there is one.
+    workdir: of the new run; resumes from its last checkpoint if there is one.
     router: one of ROUTERS.
     steps: further steps; 0: a tenth of those done.
-    moments: 'continue' with those of the optimizer, or 'restart' without.
-    schedule: 'continue' as in a run of all steps together, or 'restart' with a warm-up.
+    moments: of the optimizer: 'continue' with them, or 'restart' without.
+    schedule: 'continue' as in one run of all steps, or 'restart' with a warm-up.
     fields: of the new config, as `config.override` takes them.
 
   Returns:
@@ -189,8 +182,8 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
     first = functools.partial(start, source=source, moments=moments)
-    said = lambda: {'transition': {'from': str(folder), **report(workdir)}} if leads() else {}
-    return train.train(config, workdir, first, said)
+    result = lambda: {'transition': {'from': str(folder), **report(workdir)}} if leads() else {}
+    return train.train(config, workdir, first, result)
 
 
 def main(overrides):
@@ -208,18 +201,11 @@ if __name__ == '__main__':
   cli.define_process_flags()
   cli.define_path('from', None, 'Folder of the Mixture-of-Tokens run to start from.', required=True)
   cli.define_path('workdir', None, 'Folder of the new run.', required=True)
-  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'What the controller becomes.')
+  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'The router that the controller becomes.')
   flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
-  flags.DEFINE_enum(
-    'optimizer',
-    'continue',
-    ['continue', 'restart'],
-    "Keep the optimizer's moments, or forget them.",
-  )
-  flags.DEFINE_enum(
-    'schedule',
-    'continue',
-    ['continue', 'restart'],
-    'The learning rate of a run of all steps together, or warm-up and decay over the further ones.',
-  )
+  for name, meaning in (
+    ('optimizer', "Keep the optimizer's moments, or start with zeros."),
+    ('schedule', 'The learning rate of one run of all steps, or a new warm-up and decay.'),
+  ):
+    flags.DEFINE_enum(name, 'continue', ['continue', 'restart'], meaning)
   cli.run(main, needs_config=False, takes_overrides=True)

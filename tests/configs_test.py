@@ -121,7 +121,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 75
-  assert 'the same command goes on from there' in output
+  assert 'run the same command again to resume' in output
   steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdecimal()]
   last = f'--config.train.steps={max(steps) + 2}'
   resumed = _moejax(*args[:2], last)

@@ -79,7 +79,7 @@ def test_a_field_that_is_gone_and_changes_nothing_is_left_out(run, capsys):
   folder = run(lambda saved: saved['model']['moe'].update(balance_convention='uniform_is_1'))
   assert run_folder.read(folder) == moe.get_config('debug')
   assert capsys.readouterr().err == (
-    f'note: {folder}/config.json: model.moe.balance_convention is gone; all runs are as it says.\n'
+    f'note: {folder}/config.json: model.moe.balance_convention was removed; all runs behave so.\n'
   )
 
 
@@ -88,7 +88,9 @@ def test_a_field_that_is_gone_and_changes_nothing_is_left_out(run, capsys):
   [
     (
       lambda saved: saved['model']['moe'].update(balance_convention='uniform_is_k'),
-      ["model.moe.balance_convention = 'uniform_is_k' is gone; multiply model.moe.balance_loss"],
+      [
+        "model.moe.balance_convention = 'uniform_is_k' was removed; multiply model.moe.balance_loss"
+      ],
     ),
     (
       lambda saved: saved['model'].update(qk_norm=True, heads={'kv': 2}),

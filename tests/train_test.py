@@ -259,7 +259,10 @@ def run(texts, tmp_path):
   """A Run of 3 steps with its state, before its first one; saves and evaluates once, at the end."""
   changes = {'train.steps': 3, 'train.log_interval': 2}
   run = train.prepare(_small_config(texts, **changes), tmp_path)
-  with contextlib.closing(train.open_checkpoints(run)) as run.checkpoints, jax.set_mesh(run.mesh):
+  with (
+    contextlib.closing(run_folder.checkpoints(tmp_path, run.stages)) as run.checkpoints,
+    jax.set_mesh(run.mesh),
+  ):
     train.set_up(run, train.resume(run))
     with contextlib.closing(run.writer):
       yield run
@@ -349,7 +352,7 @@ def test_a_checkpoint_that_is_not_finite_is_named(texts, tmp_path):
   stages = config_lib.resolve(config)
   state = step_lib.fresh_state(stages)()
   run = train.prepare(config, tmp_path)
-  with contextlib.closing(train.open_checkpoints(run)) as checkpoints:
+  with contextlib.closing(run_folder.checkpoints(tmp_path, run.stages)) as checkpoints:
     state['params'] = jax.tree.map(lambda a: a * jnp.nan, state['params'])
     checkpoints.save(2, state, run.loader, run.describe())
   with pytest.raises(ValueError, match='checkpoints/2 holds numbers that are not finite. Delete'):

@@ -150,7 +150,7 @@ def test_models_that_cannot_become_sparse_are_refused():
     transition_tuning.make_sparse(dense.get_config(), 'token_choice')
   config = mot.get_config()
   config.model.mot.temperature_mode = 'learned'
-  with pytest.raises(ValueError, match='nothing like model.mot.temperature_mode = learned'):
+  with pytest.raises(ValueError, match='has no model.mot.temperature_mode = learned'):
     transition_tuning.make_sparse(config, 'token_choice')
   config = mot.get_config()
   config.model.mot.expert_width = 24
