@@ -292,7 +292,7 @@ def _find_config(argument):
   if not path.exists() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
     path = bundled
   elif not path.exists():
-    known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem != '__init__')
+    known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem not in ('__init__', 'common'))
     sys.exit(_fail(f'--config={given}: no such file; bundled files are {", ".join(known)}.'))
   return f'--config={path}{colon}{variants}'
 

@@ -14,11 +14,11 @@ import time
 import pytest
 
 from configs import fine_grained, moe as moe_config, moe_mamba, mot
-from moejax import metrics, model, variants
+from moejax import cli, metrics, model, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'run')
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
 )
 
 
@@ -219,3 +219,12 @@ def test_bad_variants_are_rejected(module, variants, message):
 def test_unknown_variants_are_rejected():
   with pytest.raises(ValueError, match="did you mean 'experts='"):
     variants.parse_arg('expert=3', experts=1)
+
+
+def test_a_users_older_file_finds_what_config_files_share(tmp_path):
+  file = tmp_path / 'older.py'
+  file.write_text(
+    'from configs import common\n\n\ndef get_config(arg=None):\n'
+    "  arg = common.parse_arg(arg)\n  return common.shrink(common.sized('laptop'))\n"
+  )
+  assert cli.config_of([f'--config={file}']).model.d_model == 16
