@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import time
 import pytest
 
 from configs import fine_grained, moe as moe_config, moe_mamba, mot
-from moejax import cli, metrics, model, variants
+from moejax import metrics, model, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -227,4 +228,4 @@ def test_a_users_older_file_finds_what_config_files_share(tmp_path):
     'from configs import common\n\n\ndef get_config(arg=None):\n'
     "  arg = common.parse_arg(arg)\n  return common.shrink(common.sized('laptop'))\n"
   )
-  assert cli.config_of([f'--config={file}']).model.d_model == 16
+  assert runpy.run_path(str(file))['get_config']().model.d_model == 16
