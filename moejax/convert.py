@@ -1,19 +1,19 @@
-r"""Models in other formats: a safetensors file for every model, transformers' folders for Mamba.
+r"""Converts models to and from other formats: safetensors, and for Mamba, transformers folders.
 
   python -m moejax.convert to_safetensors --workdir=RUN --output=model.safetensors
   python -m moejax.convert from_safetensors --input=model.safetensors --workdir=NEW
   python -m moejax.convert to_hf --workdir=RUN --output=FOLDER
   python -m moejax.convert from_hf --model=FOLDER --workdir=NEW --config=configs/mamba.py
 
-In the file, a tensor's name is the path of the parameter, joined by dots. A stack of blocks, here
-one array with a leading axis, is one tensor per block, numbered behind the stack's name:
-`stack_1.0.1_mot.layer.controller` is the controller in the first block of stack_1, which is the
-block's sublayer 1. This is what other tools expect of a model: layers that can be listed, compared
-and read one by one. Shapes are otherwise ours, dtypes are kept. The file's metadata hold the config
-as JSON, the step, and the fingerprint of the tokenizer.
+In a safetensors file, a tensor's name is the path of the parameter, joined by dots. A stack of
+blocks, one array with a leading axis here, becomes one tensor per block, with the block's index
+after the stack's name: `stack_1.0.1_mot.layer.controller` is the controller in the first block of
+stack_1, in the block's sublayer 1. Other tools expect this: layers that can be listed, compared and
+read one by one. Shapes are otherwise the same, dtypes are kept. The metadata hold the config as
+JSON, the step, and the fingerprint of the tokenizer.
 
-What becomes a run is at step 0: a fresh optimizer, no position in a corpus. docs/convert.md shows
-how to train it on.
+A run made from a model is at step 0, with a fresh optimizer and no data position. docs/convert.md
+shows how to train it further.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ from moejax.optimizer import make_optimizer
 
 
 def to_safetensors(workdir, output):
-  """Writes the newest checkpoint of a run to one file; returns a sentence about it."""
-  output = _free(output)
+  """Writes the latest checkpoint of a run to one file; returns a summary."""
+  output = _new_path(output)
   stages, step, params, _ = run_folder.load_run(workdir)
   tensors = to_tensors(jax.device_get(params))
   metadata = {
@@ -60,11 +60,11 @@ def to_safetensors(workdir, output):
 
 
 def from_safetensors(path, workdir, tokenizer=None):
-  """Makes a run from a file that `to_safetensors` wrote; returns a sentence about it.
+  """Makes a run from a file that `to_safetensors` wrote; returns a summary.
 
-  `tokenizer` is where its tokenizer lies now, as in data.tokenizer; None: where the config says.
+  `tokenizer` replaces data.tokenizer of the config, for files that have moved.
   """
-  workdir = _free(workdir)
+  workdir = _new_path(workdir)
   tensors, metadata = _read(path)
   if metadata.get('format') != 'moejax':
     raise ValueError(
@@ -82,8 +82,8 @@ def from_safetensors(path, workdir, tokenizer=None):
 
 
 def to_hf(workdir, output):
-  """Writes a folder that transformers' MambaForCausalLM loads; returns a sentence about it."""
-  output = _free(output)
+  """Writes a folder that transformers' MambaForCausalLM loads; returns a summary."""
+  output = _new_path(output)
   stages, step, params, _ = run_folder.load_run(workdir)
   options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
   tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
@@ -95,14 +95,14 @@ def to_hf(workdir, output):
 
 
 def from_hf(config, model, workdir):
-  """Makes a run from a Mamba of transformers; returns a sentence about it.
+  """Makes a run from a Mamba of transformers; returns a summary.
 
   Args:
-    config: what is not of the model, such as data and tokenizer, and the dtypes.
+    config: everything but the model: data, tokenizer, optimizer, dtypes.
     model: a folder with config.json and model.safetensors, or a name on Hugging Face's hub.
-    workdir: the run to make. Its token ids are those of the model.
+    workdir: the run to create. Its token ids are those of the model.
   """
-  workdir = _free(workdir)
+  workdir = _new_path(workdir)
   folder = hf_mamba.folder(model)
   options = hf_mamba.read_options(folder / 'config.json')
   hf_mamba.import_options(options, config)
@@ -120,7 +120,7 @@ def from_hf(config, model, workdir):
 
 
 def to_tensors(params):
-  """Parameters as tensors by name, one per block; those of numpy arrays are views."""
+  """Converts parameters to tensors by name, one per block; numpy arrays become views."""
   tensors = {}
   flat: dict[str, Any] = traverse_util.flatten_dict(params, sep='.')
   for path, array in flat.items():
@@ -153,14 +153,14 @@ def abstract_params(model):
 
 
 def _check(tensors, expected, source):
-  """Raises ValueError if names, shapes or dtypes are not those expected."""
+  """Raises ValueError if names, shapes or dtypes differ from those expected."""
   lines = checkpoint.differences(tensors, expected)
   if lines:
-    raise ValueError('\n'.join([f'{source} does not hold the model of its config:', *lines]))
+    raise ValueError('\n'.join([f'{source} does not match the model of its config:', *lines]))
 
 
 def _read(path, dtype=None):
-  """Tensors, in their own dtype or that one, and metadata of a safetensors file."""
+  """Reads tensors, converted to `dtype` if given, and metadata of a safetensors file."""
   with checkpoint.explain(f'cannot read {path} as safetensors'):
     with safetensors.safe_open(path, 'np') as file:
       tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -169,13 +169,13 @@ def _read(path, dtype=None):
 
 
 def _write(tensors, metadata, path):
-  # In C order: what safetensors stores of an array is its buffer, whatever the strides.
+  # In C order: safetensors stores the buffer of an array, ignoring its strides.
   tensors = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
   safetensors.numpy.save_file(tensors, path, metadata)
 
 
 def write_run(config, stages, params, workdir):
-  """Writes a run at step 0, as training does; returns a sentence about it.
+  """Writes a run at step 0, in the format of training; returns a summary.
 
   Args:
     config: the run's ConfigDict.
@@ -187,7 +187,7 @@ def write_run(config, stages, params, workdir):
   state = step_lib.new_state(jax.tree.map(jnp.asarray, params), optimizer)
   metadata = {
     'config': config.to_dict(),
-    'corpus': None,  # nothing was read
+    'corpus': None,  # no data was read
     'tokenizer': stages.tokenizer.fingerprint,
   }
   with _output(workdir) as path:
@@ -200,17 +200,17 @@ def write_run(config, stages, params, workdir):
   return f'written to {workdir}: a run at step 0. To train it: python -m moejax.main {flags}'
 
 
-def _free(path):
-  """The absolute path of what is to be written; ValueError if something is there."""
+def _new_path(path):
+  """The absolute path of an output; raises ValueError if it exists, unless as an empty folder."""
   path = pathlib.Path(path).expanduser().absolute()
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise ValueError(f'{path} exists and is not overwritten. Choose another name.')
+    raise ValueError(f'{path} already exists and is not overwritten. Choose another name.')
   return path
 
 
 @contextlib.contextmanager
 def _output(target):
-  """`files.atomic_output`, with one line for what goes wrong."""
+  """`files.atomic_output` with one-line errors."""
   with (
     checkpoint.explain(f'cannot write {target}', RuntimeError),
     files.atomic_output(target) as temporary,
@@ -219,7 +219,7 @@ def _output(target):
 
 
 def _command(convert, needs_config=False, optional=(), **texts):
-  """A command whose flags are the arguments of `convert`, in their order."""
+  """A command whose flags are the arguments of `convert`, in order."""
 
   def define():
     for name, text in texts.items():
@@ -234,7 +234,7 @@ def _command(convert, needs_config=False, optional=(), **texts):
 
 
 _RUN = 'Folder of the run.'
-_NEW = 'Folder of the run to make; must not exist.'
+_NEW = 'Folder of the run to create; must not exist.'
 _FILE = 'The file to write; must not exist.'
 _MODEL = "A folder with config.json and model.safetensors, or a name on Hugging Face's hub."
 COMMANDS = {
@@ -243,7 +243,7 @@ COMMANDS = {
     from_safetensors,
     input='A file that to_safetensors wrote.',
     workdir=_NEW,
-    tokenizer='Where its tokenizer lies now, if not where the config says.',
+    tokenizer='Its tokenizer, as in data.tokenizer, if the files have moved.',
     optional=['tokenizer'],
   ),
   'to_hf': _command(to_hf, workdir=_RUN, output='The folder to write; must not exist.'),

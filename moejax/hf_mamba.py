@@ -1,8 +1,8 @@
-"""Mamba as the package transformers has it (MambaForCausalLM): names, layouts and options.
+"""Mamba in the package transformers (MambaForCausalLM): names, layouts and options.
 
-Both sides are tensors by name: theirs, and those of moejax.convert. Checkpoints of Mamba-1 that
-begin with `backbone.embeddings.weight` are of this kind, among them those whose names on Hugging
-Face's hub end in -hf.
+Converts tensors by name: between theirs and those of moejax.convert. Checkpoints of Mamba-1 that
+contain `backbone.embeddings.weight` have their format, such as those whose names on Hugging Face's
+hub end in -hf.
 """
 
 import importlib
@@ -15,11 +15,11 @@ import numpy as np
 from moejax import checkpoint
 from moejax.layers import mamba
 
-# How a parameter is laid out there: the way there, the way back.
+# Layouts of their parameters: the conversion to theirs, and to ours.
 _SAME = (lambda a: a, lambda a: a)
 _MATRIX = (lambda w: w.T, lambda w: w.T)  # PyTorch's are [out, in]
 _KERNEL = (lambda kernel_WI: kernel_WI.T[:, None], lambda kernel: kernel[:, 0].T)
-# A layer: name there, layout, and ours, of which several stand side by side.
+# A layer: their name, its layout, and our names, of which several are concatenated.
 _LAYER = (
   ('norm.weight', _SAME, 'norm.scale'),
   ('mixer.in_proj.weight', _MATRIX, 'layer.w_in', 'layer.w_gate'),
@@ -32,7 +32,7 @@ _LAYER = (
   ('mixer.D', _SAME, 'layer.skip'),
   ('mixer.out_proj.weight', _MATRIX, 'layer.w_out'),
 )
-# Options that have one value here, and what transformers takes others for if its config is silent.
+# Options that have one value here, and the defaults of transformers for the others.
 _FIXED = {'use_bias': False, 'hidden_act': 'silu', 'layer_norm_epsilon': 1e-5}
 _DEFAULTS = {
   'expand': 2,
@@ -50,21 +50,21 @@ _SPECIAL = ('bos', 'eos', 'pad')
 
 
 def export_tensors(tensors, model):
-  """Their tensors from ours; `model` is a ModelConfig for which `export_options` does not raise."""
+  """Converts our tensors to theirs; `model` is a ModelConfig that `export_options` accepts."""
   join = lambda names: jnp.concatenate([tensors[name] for name in names], axis=-1)
-  return {name: there(join(ours)) for name, (there, _), *ours in _table(model)}
+  return {name: to_theirs(join(ours)) for name, (to_theirs, _), *ours in _table(model)}
 
 
 def import_tensors(tensors, model):
   """The inverse of `export_tensors`, on numpy arrays."""
   found = {}
-  for name, (_, back), *ours in _table(model):
-    found |= zip(ours, np.split(back(tensors[name]), len(ours), axis=-1), strict=True)
+  for name, (_, to_ours), *ours in _table(model):
+    found |= zip(ours, np.split(to_ours(tensors[name]), len(ours), axis=-1), strict=True)
   return found
 
 
 def _table(model):
-  """Rows as in _LAYER for a whole model."""
+  """Yields entries like those of _LAYER for a whole model."""
   yield 'backbone.embeddings.weight', _SAME, 'embedding'
   for i, layer in enumerate(_layers(model)):
     for name, layout, *ours in _LAYER:
@@ -75,7 +75,7 @@ def _table(model):
 
 
 def _layers(model):
-  """Our names of all sublayers in order."""
+  """Yields our names of all sublayers, in order."""
   for stack, (pattern, repeats) in enumerate(model.blocks):
     for block in range(repeats):
       for i, kind in enumerate(pattern):
@@ -88,10 +88,10 @@ def export_options(model, data, tokenizer):
   Args:
     model: a ModelConfig.
     data: the DataConfig, which keeps the special ids of a converted model.
-    tokenizer: whose ids they are otherwise.
+    tokenizer: the source of the special ids otherwise.
 
   Raises:
-    ValueError: `model` is not a Mamba as theirs.
+    ValueError: transformers cannot express the model.
   """
   problems = []
   needed = {'positions': 'none', 'norm': 'rms_norm', 'final_norm': True}
@@ -99,11 +99,11 @@ def export_options(model, data, tokenizer):
     if getattr(model, name) != value:
       problems.append(f'model.{name} must be {value}, got {getattr(model, name)}.')
   if {kind for pattern, _ in model.blocks for kind in pattern} != {'mamba'}:
-    problems.append(f'model.blocks must hold mamba sublayers alone, got {model.blocks}.')
+    problems.append(f'model.blocks must consist of mamba sublayers, got {model.blocks}.')
   if model.mamba.expand != int(model.mamba.expand):
-    problems.append(f'model.mamba.expand must be a whole number, got {model.mamba.expand}.')
+    problems.append(f'model.mamba.expand must be an integer, got {model.mamba.expand}.')
   if problems:
-    heading = 'transformers has no such Mamba. Train a run with the fields that it needs:'
+    heading = 'transformers cannot express this model. Train a run with the fields that it needs:'
     raise ValueError('\n'.join([heading, *problems]))
   return {
     **_FIXED,
@@ -125,7 +125,7 @@ def export_options(model, data, tokenizer):
 
 
 def _special_ids(data, tokenizer):
-  """Their options for ids that are no text."""
+  """Their options for special ids."""
   kept = {name: getattr(data, f'{name}_id') for name in _SPECIAL}
   if set(kept.values()) == {-1}:
     kept |= {'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
@@ -136,14 +136,14 @@ def read_options(path):
   """Their config.json, completed with defaults.
 
   Raises:
-    ValueError: it cannot be read, or it describes another model than we have.
+    ValueError: it cannot be read, or its model is not supported.
   """
   with checkpoint.explain(f'cannot read {path}'):
     options = _FIXED | _DEFAULTS | json.loads(path.read_text())
   if options.get('model_type') != 'mamba':
     raise ValueError(
       f'{path}: model_type must be mamba, got {options.get("model_type")}. Checkpoints of the '
-      'package mamba_ssm say none; on the hub, names with -hf are those made for transformers.'
+      'package mamba_ssm have none; on the hub, those for transformers have -hf in their names.'
     )
   missing = {'vocab_size', 'hidden_size', 'num_hidden_layers'} - options.keys()
   if missing:
@@ -151,7 +151,7 @@ def read_options(path):
   known = {name: [value] for name, value in _FIXED.items()}
   known['time_step_rank'] = ['auto', mamba.delta_rank(options['hidden_size'])]
   problems = [
-    f'{path}: {name} = {options[name]!r} does not exist here, only {values[-1]!r}.'
+    f'{path}: {name} = {options[name]!r} is not supported, only {values[-1]!r}.'
     for name, values in known.items()
     if options[name] not in values
   ]
@@ -161,9 +161,9 @@ def read_options(path):
 
 
 def import_options(options, config):
-  """Sets the model of a config, and its special ids, to what `read_options` returned."""
+  """Sets the model and the special ids of a config from what `read_options` returned."""
   for name in _SPECIAL:
-    ids = options[f'{name}_token_id']  # of several ends of a text, the first
+    ids = options[f'{name}_token_id']  # of several end ids, the first
     first = ids[0] if isinstance(ids, list) and ids else ids
     config.data[f'{name}_id'] = -1 if first in (None, []) else first
   section = config.model
@@ -185,7 +185,7 @@ def import_options(options, config):
 
 
 def complete(tensors, options, expected):
-  """Their tensors with what they may have in other ways: an old name, no bias, a head twice.
+  """Their tensors, normalised: an old name renamed, missing biases 0, a tied head dropped.
 
   Args:
     tensors: by name, as in the file.
@@ -205,10 +205,10 @@ def complete(tensors, options, expected):
 
 
 def folder(name):
-  """The folder of a model: a path, or a name on Hugging Face's hub, from which it is fetched.
+  """The folder of a model: a path, or a name on Hugging Face's hub, which is downloaded.
 
   Raises:
-    ValueError: there is none.
+    ValueError: it is not found.
   """
   if pathlib.Path(name).is_dir():
     return pathlib.Path(name)
@@ -216,15 +216,15 @@ def folder(name):
     hub = importlib.import_module('huggingface_hub')  # an extra
   except ImportError as error:
     raise ValueError(
-      f"--model={name} is no folder here. To look for it on the hub, pip install 'moejax[hf]'."
+      f"--model={name}: no such folder. To download it from the hub, pip install 'moejax[hf]'."
     ) from error
-  with checkpoint.explain(f'--model={name} is no folder here, and the hub does not give it'):
+  with checkpoint.explain(f'--model={name}: no such folder, and the download from the hub failed'):
     wanted = ['config.json', '*.safetensors', '*.safetensors.index.json']
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=wanted))
 
 
 def files(folder):
-  """The safetensors files of a model, which may be in several.
+  """The safetensors files of a model, of which there may be several.
 
   Raises:
     ValueError: there are none.
@@ -235,7 +235,7 @@ def files(folder):
       return [folder / n for n in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
   if not (folder / 'model.safetensors').exists():
     raise ValueError(
-      f'{folder} holds no model.safetensors. A pytorch_model.bin is for PyTorch alone; write it '
-      'anew, with MambaForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers.'
+      f'{folder} has no model.safetensors. A pytorch_model.bin cannot be read without PyTorch; '
+      'convert it with MambaForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW).'
     )
   return [folder / 'model.safetensors']

@@ -1,4 +1,4 @@
-"""Conversions are exact both ways, and what cannot be converted leaves nothing behind."""
+"""Conversions are exact both ways, and failed ones leave nothing behind."""
 
 import dataclasses
 import json
@@ -96,20 +96,20 @@ def _logits(workdir, dtype, ids):
   return logits(params)
 
 
-def test_logits_are_those_of_transformers(from_hf):
+def test_logits_match_transformers(from_hf):
   reference = np.load(HF / 'logits.npz')
   logits = _logits(from_hf, 'float32', reference['ids'])
   assert np.abs(reference['logits']).max() > 1
   np.testing.assert_allclose(logits, reference['logits'], atol=2e-6)
 
 
-def test_logits_agree_in_float64(from_hf, x64):
+def test_logits_match_in_float64(from_hf, x64):
   reference = np.load(HF / 'logits.npz')
   logits = _logits(from_hf, 'float64', reference['ids'])
   np.testing.assert_allclose(logits, reference['logits_float64'], rtol=1e-12, atol=1e-13)
 
 
-def test_the_way_back_is_bitwise(from_hf, tmp_path):
+def test_export_is_bitwise(from_hf, tmp_path):
   convert.to_hf(from_hf, tmp_path / 'hf')
   assert {path.name for path in (tmp_path / 'hf').iterdir()} == {'config.json', 'model.safetensors'}
   theirs, ours = (json.loads((f / 'config.json').read_text()) for f in (HF, tmp_path / 'hf'))
@@ -122,7 +122,7 @@ def test_the_way_back_is_bitwise(from_hf, tmp_path):
   [
     ({'bos': 5, 'eos': 7, 'pad': 0}, {'bos': 5, 'eos': 7, 'pad': 0}),
     ({'bos': None, 'eos': [3, 0], 'pad': None}, {'bos': None, 'eos': 3, 'pad': None}),
-    ({}, {'bos': 0, 'eos': 0, 'pad': 0}),  # what transformers takes them for
+    ({}, {'bos': 0, 'eos': 0, 'pad': 0}),  # the defaults of transformers
   ],
 )
 def test_special_ids_are_kept(tmp_path, theirs, ours):
@@ -139,7 +139,7 @@ def test_special_ids_are_kept(tmp_path, theirs, ours):
   assert {name: back[f'{name}_token_id'] for name in ours} == ours
 
 
-def test_a_run_of_our_own_says_its_tokenizers_ids():
+def test_our_own_run_exports_its_tokenizers_ids():
   config = _config(**{'model.norm': 'rms_norm', 'model.final_norm': True})
   stages = config_lib.resolve(config)
   options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
@@ -147,9 +147,9 @@ def test_a_run_of_our_own_says_its_tokenizers_ids():
   assert ids == [None, 1, 0]
 
 
-def test_generation_of_an_imported_model_ends_at_its_own_id(from_hf, monkeypatch):
+def test_generation_of_an_imported_model_ends_at_its_own_eos_id(from_hf, monkeypatch):
   stages, _, params, _ = run_folder.load_run(from_hf)
-  said = np.array([70, 1, 71, 0, 72])  # 1 ends a text of ours, 0 one of theirs
+  said = np.array([70, 1, 71, 0, 72])  # 1 is our eos_id, 0 is theirs
   monkeypatch.setattr(generate, 'generate', lambda *args, **options: [said])
   (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['x'], 5)
   assert text == 'CD'
@@ -209,10 +209,10 @@ def test_bfloat16_keeps_its_values(tmp_path, param_dtype):
 @pytest.mark.parametrize(
   'options, message',
   [
-    ({'use_bias': True}, 'use_bias = True does not exist here, only False'),
-    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon = 1e-06 does not exist here, only 1e-05'),
-    ({'hidden_act': 'gelu'}, "hidden_act = 'gelu' does not exist here"),
-    ({'time_step_rank': 3}, 'time_step_rank = 3 does not exist here, only 2'),
+    ({'use_bias': True}, 'use_bias = True is not supported, only False'),
+    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon = 1e-06 is not supported, only 1e-05'),
+    ({'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported"),
+    ({'time_step_rank': 3}, 'time_step_rank = 3 is not supported, only 2'),
     ({'model_type': 'mamba2'}, 'model_type must be mamba, got mamba2'),
     ({'vocab_size': 100}, 'model.vocab_size = 100 is smaller than the 259 ids'),
     ({'expand': 3}, r'mixer.A_log: checkpoint \(40, 5\) vs config \(60, 5\)'),
@@ -220,7 +220,7 @@ def test_bfloat16_keeps_its_values(tmp_path, param_dtype):
     ({'tie_word_embeddings': False}, 'lm_head.weight: not in the checkpoint'),
   ],
 )
-def test_other_mambas_are_refused(tmp_path, options, message):
+def test_unsupported_mambas_are_rejected(tmp_path, options, message):
   folder = _hf_folder(tmp_path / 'hf', **options)
   with pytest.raises(ValueError, match=message):
     convert.from_hf(_config(), folder, tmp_path / 'run')
@@ -239,7 +239,7 @@ def _only_pytorch(folder):
   (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
 
 
-def _a_shard_too_few(folder):
+def _missing_shard(folder):
   index = {'weight_map': {'backbone.norm_f.weight': 'model-7.safetensors'}}
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
 
@@ -249,11 +249,11 @@ def _a_shard_too_few(folder):
   [
     (_no_config, 'cannot read .*config.json'),
     (_no_width, 'hidden_size, num_hidden_layers must be given'),
-    (_only_pytorch, 'holds no model.safetensors. A pytorch_model.bin is for PyTorch alone'),
-    (_a_shard_too_few, 'cannot read .*model-7.safetensors'),
+    (_only_pytorch, 'has no model.safetensors. A pytorch_model.bin cannot be read without PyTorch'),
+    (_missing_shard, 'cannot read .*model-7.safetensors'),
   ],
 )
-def test_incomplete_folders_are_refused(tmp_path, damage, message):
+def test_incomplete_folders_are_rejected(tmp_path, damage, message):
   damage(_hf_folder(tmp_path / 'hf'))
   with pytest.raises(ValueError, match=message):
     convert.from_hf(_config(), str(tmp_path / 'hf'), tmp_path / 'run')
@@ -261,7 +261,7 @@ def test_incomplete_folders_are_refused(tmp_path, damage, message):
 
 def test_a_name_on_the_hub(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ValueError, match=r"--model=some/mamba is no folder .*'moejax\[hf\]'"):
+  with pytest.raises(ValueError, match=r"--model=some/mamba: no such folder.*'moejax\[hf\]'"):
     hf_mamba.folder('some/mamba')
   hub = types.SimpleNamespace(snapshot_download=lambda name, allow_patterns: f'/hub/{name}')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
@@ -271,11 +271,11 @@ def test_a_name_on_the_hub(monkeypatch):
     raise OSError('no network\nand much more')
 
   hub.snapshot_download = offline
-  with pytest.raises(ValueError, match='the hub does not give it: no network$'):
+  with pytest.raises(ValueError, match='the download from the hub failed: no network$'):
     hf_mamba.folder('some/mamba')
 
 
-def test_other_runs_are_no_mamba_of_transformers():
+def test_runs_that_transformers_cannot_express_are_rejected():
   stages = config_lib.resolve(_config(mot, **{'model.mamba.expand': 1.5}))
   with pytest.raises(ValueError) as error:
     hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
@@ -314,7 +314,7 @@ def mot_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', RUNS)
-def test_there_and_back_is_bitwise(kind, tmp_path):
+def test_round_trip_is_bitwise(kind, tmp_path):
   params = _make_run(RUNS[kind], tmp_path / 'run')
   convert.to_safetensors(tmp_path / 'run', tmp_path / 'model.safetensors')
   convert.from_safetensors(tmp_path / 'model.safetensors', tmp_path / 'new')
@@ -370,7 +370,7 @@ def _other_tokenizer(tensors, metadata):
     (_other_tokenizer, 'data.tokenizer: the checkpoint was trained with tokenizer 0000'),
   ],
 )
-def test_other_files_are_refused(mot_file, tmp_path, change, message):
+def test_files_that_do_not_match_their_config_are_rejected(mot_file, tmp_path, change, message):
   tensors = safetensors.numpy.load_file(mot_file)
   with safetensors.safe_open(mot_file, 'np') as file:
     metadata = file.metadata()
@@ -381,14 +381,14 @@ def test_other_files_are_refused(mot_file, tmp_path, change, message):
   assert [path.name for path in tmp_path.iterdir()] == ['changed']
 
 
-def test_what_is_no_safetensors_file_is_refused(mot_file, tmp_path):
+def test_files_that_are_not_safetensors_are_rejected(mot_file, tmp_path):
   (tmp_path / 'cut').write_bytes(mot_file.read_bytes()[:-1])
   for path in (tmp_path / 'cut', tmp_path / 'nothing'):
     with pytest.raises(ValueError, match=f'cannot read {path} as safetensors'):
       convert.from_safetensors(path, tmp_path / 'run')
 
 
-def test_a_tokenizer_that_moved_is_found_by_its_flag(mot_file, tmp_path):
+def test_the_tokenizer_flag_replaces_a_moved_tokenizer(mot_file, tmp_path):
   tensors = safetensors.numpy.load_file(mot_file)
   with safetensors.safe_open(mot_file, 'np') as file:
     metadata = file.metadata()
@@ -402,9 +402,9 @@ def test_a_tokenizer_that_moved_is_found_by_its_flag(mot_file, tmp_path):
 
 def test_nothing_is_overwritten(mot_file, tmp_path):
   run_folder = mot_file.parent / 'run'
-  with pytest.raises(ValueError, match='exists and is not overwritten'):
+  with pytest.raises(ValueError, match='already exists and is not overwritten'):
     convert.from_safetensors(mot_file, run_folder)
-  with pytest.raises(ValueError, match='exists and is not overwritten'):
+  with pytest.raises(ValueError, match='already exists and is not overwritten'):
     convert.to_safetensors(run_folder, mot_file)
   with pytest.raises(ValueError, match='holds no run'):
     convert.to_safetensors(tmp_path, tmp_path / 'model.safetensors')
@@ -428,7 +428,7 @@ def test_a_full_disk_leaves_nothing(mot_file, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_converted_run_trains_as_from_its_first_step(tmp_path):
+def test_a_converted_run_trains_like_a_fresh_one(tmp_path):
   changes = {'mesh.tensor': 8, 'model.num_heads': 8, 'optimizer.accumulation': 1}
   changes |= {'train.steps': 2, 'train.eval_batches': 1, 'train.sample_length': 0}
   config = _config(dense, **changes)
@@ -452,5 +452,5 @@ def test_the_program(from_hf, tmp_path):
   assert run_folder.read(tmp_path / 'run').data.seed == 7
   _assert_same(_params(tmp_path / 'run'), _params(from_hf))
   again = call('from_hf', *args)
-  assert again.returncode == cli.USAGE and 'exists and is not overwritten' in again.stderr
+  assert again.returncode == cli.USAGE and 'already exists and is not overwritten' in again.stderr
   assert all(line.startswith('error: ') for line in again.stderr.splitlines())

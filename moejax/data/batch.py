@@ -1,11 +1,11 @@
-"""What every source of batches gives.
+"""The interface of data loaders.
 
 A batch is a dict of int32 arrays [B, L]: `inputs`, `targets`, `segments` (1, 2, ... for the
-documents in a row, 0 for padding) and `positions` (inside the segment). A target's segment is its
-document's: where `positions` is 0, the input is what came before the document (its predecessor's
-end-of-document id, or 0), or the row begins in the middle of one. The loss counts where
-`segments > 0`; whether tokens see other documents of their row is `model.document_mask`'s to say.
-With several processes, each gets its part of the rows of the global batch.
+documents of a sequence, 0 for padding) and `positions` (within the segment). Segments are those of
+the targets: where `positions` is 0, the input is the token before the document (the end-of-document
+id of the previous one, or 0), or the sequence starts inside a document. The loss covers
+`segments > 0`; `model.document_mask` decides whether tokens see other documents of their sequence.
+With several processes, each loads its part of the sequences of the global batch.
 """
 
 import hashlib
@@ -22,31 +22,31 @@ Batch = dict[str, np.ndarray]
 class Loader(Protocol):
   """A source of batches."""
 
-  fingerprint: str  # 16 hex digits for corpus and tokenizer, the same in every run
+  fingerprint: str  # 16 hex digits that identify corpus and tokenizer
   tokenizer: tokenizer_lib.Tokenizer
 
   def batch(self, step: int) -> Batch:
-    """Returns this process's rows of the global batch of a step.
+    """Returns this process's sequences of the global batch of a step.
 
-    Training never ends. Beyond one pass of validation, every row is padding.
+    Training repeats the data forever. Validation has one epoch; later batches are padding.
     """
     ...
 
   def save(self, directory: pathlib.Path) -> None:
-    """Writes this process's position into a directory; nothing where the step is the position."""
+    """Writes this process's position to a directory; nothing if the step is the position."""
     ...
 
   def load(self, directory: pathlib.Path) -> None:
-    """Continues from what `save` wrote."""
+    """Restores the position that `save` wrote."""
     ...
 
 
-def padding(num_rows: int, length: int) -> Batch:
-  """Rows in which nothing counts."""
+def padding(num_sequences: int, length: int) -> Batch:
+  """Returns a batch that is all padding."""
   names = ('inputs', 'targets', 'segments', 'positions')
-  return {name: np.zeros((num_rows, length), np.int32) for name in names}
+  return {name: np.zeros((num_sequences, length), np.int32) for name in names}
 
 
 def fingerprint(*parts: str) -> str:
-  """Returns 16 hex digits for some fingerprints together."""
+  """Combines fingerprints into one of 16 hex digits."""
   return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]

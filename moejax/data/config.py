@@ -10,7 +10,7 @@ _READS_FILES = ('text', 'jsonl', 'tokens')
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-  """Which text a run reads, how it becomes tokens, and the shape of a batch [B, L]."""
+  """Which text a run reads, how it is tokenised, and the shape of a batch [B, L]."""
 
   PATH = 'data'
 
@@ -18,17 +18,15 @@ class DataConfig(Section):
   files: str = default('', 'text, jsonl: a glob; tokens: the folder that moejax.tokenize wrote')
   field: str = default('text', 'jsonl: the field that holds the text')
   task: str = default('', 'seqio: c4_en, a registered task or mixture, or MODULE:TASK to import')
-  tfds_data_dir: str = default('', "seqio: where tensorflow-datasets look; '' is their default")
+  tfds_data_dir: str = default('', "seqio: folder of tensorflow-datasets; '': its default")
   tokenizer: str = default('bytes', 'bytes, a SentencePiece .model file, or gpt2:FOLDER')
   eos_id: int = default(
-    -1, 'ends a document and a continuation; -1: the id of the tokenizer', minimum=-1
+    -1, 'ends documents and generated texts; -1: the id of the tokenizer', minimum=-1
   )
   bos_id: int = default(
-    -1, 'kept of a converted model, for moejax.convert to_hf; -1: none', minimum=-1
+    -1, 'of a converted model, kept for moejax.convert to_hf; -1: none', minimum=-1
   )
-  pad_id: int = default(
-    -1, 'kept likewise; nothing here is told by an id to be padding', minimum=-1
-  )
+  pad_id: int = default(-1, 'like bos_id; batches mark padding by segments', minimum=-1)
   sequence_length: int = default(64, 'tokens of a sequence', minimum=1)
   batch_size: int = default(32, 'sequences per step, over all devices', minimum=1)
   seed: int = default(0, 'of the order of the training data', minimum=0, maximum=MAX_SEED)

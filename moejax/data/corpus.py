@@ -1,11 +1,11 @@
-"""Documents of the sources that need no TensorFlow, each with the split it belongs to.
+"""Documents of the sources that need no TensorFlow, each with its split.
 
-Who decides about the split:
-  stdlib, text: a hash of the file's path below the corpus' root, so that moving the corpus, or
-    changing another file, changes nothing; one file in twenty is validation.
-  jsonl: a hash of the document's text, so that copies of it stay on one side.
-Where that leaves a split without any document (of a single file, say), the end of every document is
-validation instead.
+About one document in twenty is validation, chosen by a hash:
+  stdlib, text: of the file's path relative to the root of the corpus, so that moving the corpus or
+    changing another file changes nothing.
+  jsonl: of the document's text, so that its duplicates are in the same split.
+If that leaves a split empty (a single file, for example), the end of every document is validation
+instead.
 """
 
 import bz2
@@ -34,14 +34,14 @@ from moejax.data import config as config_lib, tokenizer as tokenizer_lib
 SPLITS = ('train', 'validation')
 _VALIDATION_ONE_IN = 20
 
-# Tests and bundled programs: distributions disagree about shipping them, and packages are not ours.
+# Tests and bundled programs, which not every distribution includes, and installed packages.
 _NOT_LIBRARY = {'test', 'tests', 'idle_test', 'idlelib', 'lib2to3'}
 _NOT_LIBRARY |= {'site-packages', 'dist-packages', '__pycache__'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text as UTF-8 (not checked), its place in the corpus, and its split."""
+  """A text as UTF-8 (not validated), its name within the corpus, and its split."""
 
   name: str
   split: str
@@ -50,7 +50,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedDocument:
-  """A document as int32 ids [n], the end-of-document id included; bytes 0 where unknown."""
+  """A document as int32 ids [n], with the end-of-document id; `num_bytes` is 0 if unknown."""
 
   split: str
   ids: np.ndarray
@@ -60,7 +60,7 @@ class EncodedDocument:
 def documents(config: config_lib.DataConfig) -> Iterator[Document]:
   """Yields every document of both splits, always in the same order.
 
-  Raises ValueError, naming the config field, where there is nothing to read.
+  Raises ValueError, naming the config field, if there is nothing to read.
   """
   if config.source == 'stdlib':
     return _from_files(*_stdlib_files())
@@ -80,11 +80,11 @@ def encode(
   Args:
     config: what to read.
     tokenizer: how to encode it.
-    digest: a hashlib object; at the end it has taken in names and bytes of all documents of both
-      splits, so it identifies the corpus.
+    digest: a hashlib object, updated with names and bytes of all documents of both splits, so that
+      it identifies the corpus.
     splits: the splits to encode.
 
-  Warns once, with a count, where bytes that are not UTF-8 had to be replaced.
+  Warns once, with a count, if invalid UTF-8 was replaced.
   """
   num_replaced, first = 0, ''
   for document in documents(config):
@@ -100,7 +100,7 @@ def encode(
     )
   if num_replaced:
     logging.warning(
-      'Replaced %d stretches of bytes that are not UTF-8 by U+FFFD, the first in %s. '
+      'Replaced %d invalid UTF-8 sequences by U+FFFD, the first in %s. '
       "data.tokenizer='bytes' would keep them.",
       num_replaced,
       first,
@@ -108,7 +108,7 @@ def encode(
 
 
 def num_invalid(data: bytes) -> int:
-  """Counts the replacement characters that decoding as UTF-8 puts in."""
+  """Counts the replacement characters that decoding as UTF-8 inserts."""
   try:
     data.decode('utf-8')
   except UnicodeDecodeError:
@@ -117,7 +117,7 @@ def num_invalid(data: bytes) -> int:
 
 
 def short_digest(digest: Any) -> str:
-  """Returns the 16 hex digits by which a corpus is known."""
+  """Returns the 16 hex digits that identify a corpus."""
   return digest.hexdigest()[:16]
 
 
@@ -142,19 +142,19 @@ def _stdlib_files() -> tuple[pathlib.Path, list[str]]:
 def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
   """Returns the part of a glob before its first wildcard, and the sorted paths below it.
 
-  Every real file has one path, its own if that is there, whatever links lead to it.
+  Every file is listed once, however many links lead to it: by its real path, if that matches.
   """
   pattern = os.path.abspath(os.path.expanduser(pattern))
   root, wild = _parts(pattern)
   paths = _glob(os.path.join(glob.escape(str(root)), wild)) if wild else [pattern]
   files = [pathlib.Path(path) for path in paths if os.path.isfile(path)]
   if broken := [path for path in paths if not os.path.exists(path) and os.path.islink(path)]:
-    logging.warning('Skipped %d links to nothing, the first %s.', len(broken), min(broken))
+    logging.warning('Skipped %d broken links, the first %s.', len(broken), min(broken))
   names = _one_per_file(root if wild else root.parent, files)
   root = root if wild else root.parent
   if not names:
     if os.path.isdir(pattern):
-      seen = f'it is a folder; for all that it holds, write {pattern}/**/*'
+      seen = f'it is a folder; for all files in it, write {pattern}/**/*'
     elif not root.is_dir():
       seen = f'the folder {root} does not exist'
     else:
@@ -167,7 +167,7 @@ def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
 
 
 def _parts(pattern: str) -> tuple[pathlib.Path, str]:
-  """Cuts a path before its first wildcard; a name with brackets that is there is none."""
+  """Splits a path before its first wildcard; brackets in a name that exists are none."""
   first, *others = pathlib.Path(pattern).parts
   fixed = pathlib.Path(first)
   for i, part in enumerate(others):
@@ -189,7 +189,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _folders(top: str) -> Iterator[str]:
-  """Yields a folder and those below it, but none twice: links come after all others."""
+  """Yields a folder and its subfolders, each once: links are followed last."""
   seen, pending = set(), [top]
   for link in pending:
     for folder, subfolders, _ in os.walk(link):
@@ -205,8 +205,8 @@ def _folders(top: str) -> Iterator[str]:
 
 
 def _one_per_file(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
-  """Returns the sorted paths below `root`, for files with several the one without links."""
-  real_path = functools.cache(os.path.realpath)  # of folders; asked for once
+  """Returns sorted paths relative to `root`, one per file, preferably without links."""
+  real_path = functools.cache(os.path.realpath)  # of folders; resolved once
   name_of = {}
   for path in files:
     name, status = path.relative_to(root).as_posix(), path.stat()
@@ -219,26 +219,26 @@ def _one_per_file(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
 
 
 def _from_files(root: pathlib.Path, names: list[str]) -> Iterator[Document]:
-  """Yields one document per file, or two where the files themselves must be split."""
+  """Yields one document per file, or two if the files themselves must be split."""
   splits = [_split_of(name.encode('utf-8', 'surrogateescape')) for name in names]
   documents = (
     Document(name, split, _read(root / name)) for name, split in zip(names, splits, strict=True)
   )
-  return documents if set(splits) == set(SPLITS) else _halves(documents)
+  return documents if set(splits) == set(SPLITS) else _split_each(documents)
 
 
 def _from_json_lines(root: pathlib.Path, names: list[str], field: str) -> Iterator[Document]:
-  """Yields one document per line, or two where the lines themselves must be split."""
+  """Yields one document per line, or two if the lines themselves must be split."""
   splits = set()
   for document in _json_documents(root, names, field):
     splits.add(document.split)
     if len(splits) == len(SPLITS):
       return _json_documents(root, names, field)
-  return _halves(_json_documents(root, names, field))
+  return _split_each(_json_documents(root, names, field))
 
 
-def _halves(documents: Iterable[Document]) -> Iterator[Document]:
-  """Yields the beginning of every document as training text, and its end as validation."""
+def _split_each(documents: Iterable[Document]) -> Iterator[Document]:
+  """Yields the beginning of every document as a training document, its end as validation."""
   for document in documents:
     cut = _cut(document.data)
     yield dataclasses.replace(document, split='train', data=document.data[:cut])
@@ -255,7 +255,7 @@ def _json_documents(root: pathlib.Path, names: list[str], field: str) -> Iterato
 
 
 def _json_text(line: bytes, field: str, place: str) -> bytes:
-  """Returns one field of a JSON object as bytes; bytes that are not UTF-8 pass through."""
+  """Returns one field of a JSON object as bytes; invalid UTF-8 passes through."""
   try:
     record = json.loads(line.decode('utf-8', 'surrogateescape'))
   except (ValueError, RecursionError) as error:
@@ -279,7 +279,7 @@ def _split_of(key: bytes) -> str:
 
 
 def _cut(data: bytes) -> int:
-  """Where the last twentieth begins: after a newline near there, or else before a character."""
+  """Where the last twentieth begins: after a nearby newline, or else between characters."""
   size = len(data) // _VALIDATION_ONE_IN
   cut = len(data) - size
   if newline := data.rfind(b'\n', cut - size, cut) + 1:
@@ -288,11 +288,11 @@ def _cut(data: bytes) -> int:
   return next(filter(begins, range(cut, max(cut - 4, 0), -1)), cut)
 
 
-# How files begin that hold compressed text, and how they are opened.
+# First bytes of compressed files, and how to open them.
 _COMPRESSED = {b'\x1f\x8b\x08': gzip.open, b'\xfd7zXZ\0': lzma.open}
 _COMPRESSED |= {b'BZh%d1AY&SY' % level: bz2.open for level in range(1, 10)}
-# How files begin that hold text in a way that is not read here.
-_NO_TEXT = {
+# First bytes of files in formats that are not supported.
+_UNSUPPORTED = {
   b'\x28\xb5\x2f\xfd': 'compressed by zstd; unpack it (zstd -d)',
   b'\x04\x22\x4d\x18': 'compressed by lz4; unpack it (lz4 -d)',
   b'PK\x03\x04': 'a zip archive; unpack it',
@@ -313,7 +313,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 @contextlib.contextmanager
 def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """Opens a text in bytes, unpacked, behind a byte order mark, which is not part of it.
+  """Opens a file to read its bytes, decompressed and without a byte order mark.
 
   Raises ValueError, naming the file, if it cannot be read.
   """
@@ -323,7 +323,7 @@ def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
     unpack = next((how for magic, how in _COMPRESSED.items() if start.startswith(magic)), open)
     with unpack(path, 'rb') as file:
       peek = file.peek(512)[:512]
-      what = next((what for magic, what in _NO_TEXT.items() if peek.startswith(magic)), '')
+      what = next((what for magic, what in _UNSUPPORTED.items() if peek.startswith(magic)), '')
       what = 'a tar archive; unpack it' if peek[257:262] == b'ustar' else what
       if what:
         raise ValueError(f'data.files: {path} is {what}.')

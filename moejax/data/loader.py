@@ -1,4 +1,4 @@
-"""Batches cut from the tokens of a corpus; `make_loader` for every source."""
+"""Batches from the tokens of a corpus; `make_loader` for every source."""
 
 import hashlib
 import pathlib
@@ -21,15 +21,15 @@ def make_loader(
   *,
   part: int = 0,
   num_parts: int = 1,
-  rows: Sequence[int] | None = None,
+  sequences: Sequence[int] | None = None,
 ) -> batch_lib.Loader:
   """Returns the loader of a split, 'train' or 'validation'.
 
   Args:
     config: what to read.
     split: of `corpus.SPLITS`.
-    part, num_parts: which of how many equal parts of every batch this process reads.
-    rows: the rows of the global batch that are this part; default: the block number `part`.
+    part, num_parts: index and number of the equal parts of a batch; this process reads this part.
+    sequences: indices of its sequences in the global batch; default: contiguous.
 
   Raises ValueError, naming the config field, if the source cannot be read or is too small.
   """
@@ -44,28 +44,29 @@ def make_loader(
 
     return seqio_loader.SeqioLoader(config, split, part, num_parts)
   size = config.batch_size // num_parts
-  return TokenLoader(config, split, range(part * size, (part + 1) * size) if rows is None else rows)
+  block = range(part * size, (part + 1) * size)
+  return TokenLoader(config, split, block if sequences is None else sequences)
 
 
 class TokenLoader:
-  """Cuts one long array of tokens into rows; keeps no state.
+  """Cuts one long array of tokens into sequences; stateless.
 
-  Documents follow each other, each closed by its end-of-document id, and are cut into chunks of L
-  tokens. Row i of the corpus has tokens i*L .. (i+1)*L - 1 as inputs and those one further on as
-  targets, so every token but the first is a target once per pass (up to L - 1 at the end are left
-  over).
+  Documents are concatenated, each closed by its end-of-document id, and cut into chunks of L
+  tokens. Sequence i of the corpus has tokens i*L .. (i+1)*L - 1 as inputs and the tokens one later
+  as targets, so every token but the first is a target once per epoch (up to L - 1 at the end are
+  dropped).
 
-  `segments` counts the documents of a row, `positions` the place in that part of the document
-  which is in the row. The end-of-document id as an input stands at position 0 of the document that
-  follows it, for it is what its first token is predicted from. No text encodes to that id; a seqio
-  task that writes it inside its documents makes several of each.
+  `segments` counts the documents of a sequence, `positions` the tokens of each document within the
+  sequence. As an input, the end-of-document id has position 0 of the next document, because that
+  document's first token is predicted from it. No text encodes to that id; a seqio task that writes
+  it inside its documents splits them.
 
-  Training visits the rows of every pass in a pseudo-random order that is a function of seed and
-  pass; validation goes through its full batches in order, once. Hence `batch(step)` depends on
-  corpus, seed and step alone: any step at once, the same rows for any number of processes.
+  Training visits the sequences of every epoch in a pseudo-random order, a function of seed and
+  epoch; validation reads its full batches in order, once. Hence `batch(step)` depends only on
+  corpus, seed and step: steps are random access, and the same for any number of processes.
   """
 
-  def __init__(self, config, split, rows):
+  def __init__(self, config, split, sequences):
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
     if config.source == 'tokens':
       index = token_files.read_index(config, self.tokenizer)
@@ -75,26 +76,26 @@ class TokenLoader:
       self._tokens, corpus_fingerprint = _read_tokens(config, self.tokenizer, split)
     size, length = config.batch_size, config.sequence_length
     if len(self._tokens) < 2:
-      raise ValueError(f'data.files: there is no text for the {split} split; give more of it.')
+      raise ValueError(f'data.files: no text for the {split} split; add more text.')
     if len(self._tokens) <= size * length:
       raise ValueError(
         f'data.batch_size: the {split} split has {len(self._tokens)} tokens, but one batch of '
-        f'{size} rows of {length} needs {size * length + 1}; lower data.batch_size or '
-        'data.sequence_length, or give more text.'
+        f'{size} sequences of {length} needs {size * length + 1}; lower data.batch_size or '
+        'data.sequence_length, or add more text.'
       )
     self.fingerprint = batch_lib.fingerprint(corpus_fingerprint, self.tokenizer.fingerprint)
-    self.num_rows = (len(self._tokens) - 1) // length
-    self.num_batches = self.num_rows // size
+    self.num_sequences = (len(self._tokens) - 1) // length
+    self.num_batches = self.num_sequences // size
     self._length, self._size, self._seed = length, size, config.seed
     self._is_train = split == 'train'
-    self._in_batch = np.array(rows)
+    self._in_batch = np.array(sequences)
 
   def batch(self, step: int) -> batch_lib.Batch:
-    """Returns this process's rows of the global batch of any step."""
+    """Returns this process's sequences of the global batch of any step."""
     length = self._length
     if not self._is_train and step >= self.num_batches:
       return batch_lib.padding(len(self._in_batch), length)
-    tokens = np.stack([self._tokens[i : i + length + 1] for i in self._rows(step) * length])
+    tokens = np.stack([self._tokens[i : i + length + 1] for i in self._indices(step) * length])
     tokens = tokens.astype(np.int32)
     inputs = np.ascontiguousarray(tokens[:, :-1])
     begins = inputs == self.tokenizer.eos_id
@@ -108,34 +109,34 @@ class TokenLoader:
     }
 
   def save(self, directory: pathlib.Path) -> None:
-    """Nothing to write: the step says where we are."""
+    """Nothing to write: the step is the position."""
 
   def load(self, directory: pathlib.Path) -> None:
     """Nothing to read."""
 
-  def _rows(self, step: int) -> np.ndarray:
-    """Returns which rows of the corpus this process reads at a step."""
+  def _indices(self, step: int) -> np.ndarray:
+    """Returns which sequences of the corpus this process reads at a step."""
     if not self._is_train:
       return step * self._size + self._in_batch
     place = step * self._size + self._in_batch
-    passes = place // self.num_rows
-    rows = np.empty_like(place)
-    for number in np.unique(passes):  # a batch may end one pass and begin the next
-      here = passes == number
-      rows[here] = permute(place[here] % self.num_rows, self.num_rows, (self._seed, int(number)))
-    return rows
+    epochs, place = np.divmod(place, self.num_sequences)
+    indices = np.empty_like(place)
+    for epoch in np.unique(epochs):  # a batch may end one epoch and begin the next
+      here = epochs == epoch
+      indices[here] = permute(place[here], self.num_sequences, (self._seed, int(epoch)))
+    return indices
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-  """A pseudo-random permutation of range(size), evaluated at some places only.
+  """A pseudo-random permutation of range(size), evaluated only at `index`.
 
-  A Feistel network of four rounds over the next power of four, applied again and again until the
-  result is below `size` (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
-  2002). Its memory does not grow with `size`.
+  A Feistel network of four rounds over the next power of four, applied repeatedly until the result
+  is below `size` (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+  Its memory does not grow with `size`.
 
   Args:
-    index: int64 array of places in [0, size).
-    size: how many there are.
+    index: int64 array of indices in [0, size).
+    size: the length of the permutation.
     key: non-negative integers that choose the permutation.
 
   Returns:
@@ -150,7 +151,7 @@ def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-  """One pass of the network over numbers of 2 * bits bits."""
+  """Applies the network once to numbers of 2 * bits bits."""
   mask = np.uint64(2**bits - 1)
   left, right = x >> np.uint64(bits), x & mask
   for key in keys:

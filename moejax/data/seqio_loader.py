@@ -1,6 +1,6 @@
-"""Packed batches from seqio tasks: C4, any task or mixture that a module registers.
+"""Packed batches from seqio tasks: C4, or any registered task or mixture.
 
-The one module that imports TensorFlow, on first use and without its start-up lines.
+The only module that imports TensorFlow, on first use and without its startup messages.
 """
 
 import contextlib
@@ -22,25 +22,25 @@ from moejax.data import batch as batch_lib, config as config_lib, corpus, tokeni
 from moejax.text import did_you_mean
 
 # Tasks that need no registration: text of a tensorflow-datasets corpus. The first version that is
-# prepared is read. c4/en 3.0.1 is what others prepared over the years (the library can read it but
-# no longer build it), 3.1.0 what it builds today.
+# prepared is read. Most existing copies of c4/en are 3.0.1 (the library can read it but no longer
+# build it); today it builds 3.1.0.
 TFDS_TASKS = {
   'c4_en': ('c4/en:3.0.1', 'c4/en:3.1.0'),
   'c4_realnewslike': ('c4/realnewslike:3.0.1', 'c4/realnewslike:3.1.0'),
 }
-_PIECES_TO_SHUFFLE = 4096  # pieces of one long document would otherwise follow each other
+_PIECES_TO_SHUFFLE = 4096  # pieces of one long document would otherwise stay together
 
 
 class SeqioLoader:
-  """Packs the documents of a seqio task into rows.
+  """Packs the documents of a seqio task into sequences.
 
-  Documents longer than L are cut into pieces of L tokens, never truncated away; pieces are packed,
-  each its own segment with positions from 0. `inputs` are the targets one place later, with 0 at
-  the start of each segment; `segments` is 0 where nothing fitted.
+  Documents longer than L are cut into pieces of L tokens, never truncated; pieces are packed, each
+  its own segment with positions from 0. `inputs` are the targets shifted right by one, with 0 at
+  the start of each segment; `segments` is 0 for unfilled positions.
 
-  A task's data can only be read in order, so steps must follow each other, from 0 or from the step
-  after the saved one; step 0 always starts again from the beginning. Training never ends;
-  validation goes through the full batches of its split in order, once.
+  A task can only be read in order, so steps must be consecutive, from 0 or from the step after the
+  saved one; step 0 always restarts from the beginning. Training repeats the data forever;
+  validation reads the full batches of its split in order, once.
 
   Raises ValueError for a training split whose position cannot be saved.
   """
@@ -48,7 +48,7 @@ class SeqioLoader:
   def __init__(self, config, split, part, num_parts):
     self._tf = _modules().tf
     self._sequence_length = config.sequence_length
-    self._rows = config.batch_size // num_parts
+    self._num_sequences = config.batch_size // num_parts
     self._part, self._num_parts = part, num_parts
     self._task = config.task
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
@@ -56,14 +56,14 @@ class SeqioLoader:
     self._make_dataset = functools.partial(_packed, config, task, split, part, num_parts)
     self.fingerprint = batch_lib.fingerprint('seqio', name, self.tokenizer.fingerprint)
     self._restart()
-    if split == 'train':  # told now rather than at the first checkpoint
-      self.batch(0)  # what was never asked for anything can always be saved
+    if split == 'train':  # fails now rather than at the first checkpoint
+      self.batch(0)  # an iterator that was never used can always be saved
       with tempfile.TemporaryDirectory() as directory:
         self.save(pathlib.Path(directory))
       self._restart()
 
   def batch(self, step: int) -> batch_lib.Batch:
-    """Returns this process's rows of a step, which must be the next one, or 0."""
+    """Returns this process's sequences of a step, which must be the next one, or 0."""
     if step == 0 and self._next_step != 0:
       self._restart()
     if step != self._next_step:
@@ -72,18 +72,18 @@ class SeqioLoader:
         'load the saved position first.'
       )
     self._next_step += 1
-    row = next(self._iterator, None)
-    if row is None:
-      return batch_lib.padding(self._rows, self._sequence_length)
+    features = next(self._iterator, None)
+    if features is None:
+      return batch_lib.padding(self._num_sequences, self._sequence_length)
     return {
-      'inputs': row['decoder_input_tokens'].numpy(),
-      'targets': row['decoder_target_tokens'].numpy(),
-      'segments': row['decoder_segment_ids'].numpy(),
-      'positions': row['decoder_positions'].numpy(),
+      'inputs': features['decoder_input_tokens'].numpy(),
+      'targets': features['decoder_target_tokens'].numpy(),
+      'segments': features['decoder_segment_ids'].numpy(),
+      'positions': features['decoder_positions'].numpy(),
     }
 
   def save(self, directory: pathlib.Path) -> None:
-    """Writes this process's iterator, buffers included, and the step that comes next.
+    """Writes this process's iterator, including its buffers, and the next step.
 
     Raises ValueError for a task with an operation whose state TensorFlow cannot save.
     """
@@ -93,41 +93,41 @@ class SeqioLoader:
       self._tf.train.Checkpoint(iterator=self._iterator).write(str(self._state_path(directory)))
     except self._tf.errors.FailedPreconditionError as error:
       raise ValueError(
-        f'data.task: a run could not resume with {self._task!r}, for TensorFlow cannot save the '
-        'state of one of its operations (Dataset.from_generator, a numpy_function, random numbers '
-        'without a seed of their own). Write the task to files once, with python -m '
-        f"moejax.tokenize, and use data.source='tokens'. ({str(error).splitlines()[0][:200]})"
+        f'data.task: a run with {self._task!r} could not resume, because TensorFlow cannot save '
+        'the state of one of its operations (Dataset.from_generator, numpy_function, random '
+        'numbers without an op seed). Write the task to files once with python -m moejax.tokenize '
+        f"and use data.source='tokens'. ({str(error).splitlines()[0][:200]})"
       ) from error
     state = {'next_step': self._next_step} | self._identity()
     self._state_path(directory).with_suffix('.json').write_text(json.dumps(state))
 
   def load(self, directory: pathlib.Path) -> None:
-    """Continues after the last batch before `save`.
+    """Restores the position after the last batch before `save`.
 
-    Raises ValueError if nothing was saved there, or by a run with other data, another row length
-    or another number of processes.
+    Raises ValueError if nothing was saved there, or by a run with other data, another sequence
+    length or another number of processes.
     """
     path = self._state_path(pathlib.Path(directory))
     if not path.with_suffix('.json').is_file():
       saved = sorted(file.name for file in pathlib.Path(directory).glob('seqio-*.json'))
       raise ValueError(
-        f'the checkpoint holds no data position for process {self._part} of '
-        f'{self._num_parts} in {directory}, only {saved}; a seqio task resumes with the number '
-        'of processes it was saved with.'
+        f'the checkpoint has no data position for process {self._part} of {self._num_parts} in '
+        f'{directory}, only {saved}; a seqio task must resume with the number of processes that '
+        'saved it.'
       )
     state = json.loads(path.with_suffix('.json').read_text())
     for key, value in self._identity().items():
       if state[key] != value:
         raise ValueError(
           f'data: the saved position in {directory} has {key} {state[key]}, this run {value}; '
-          'a seqio task cannot resume with another one.'
+          'a seqio task cannot resume with a different one.'
         )
     self._restart()
     self._tf.train.Checkpoint(iterator=self._iterator).read(str(path)).assert_consumed()
     self._next_step = state['next_step']
 
   def _restart(self) -> None:
-    # Made anew: a shuffled dataset has another order each time that it is iterated.
+    # A new dataset: a shuffled one has a different order in each iteration.
     self._iterator = iter(self._make_dataset())
     self._next_step = 0
 
@@ -141,7 +141,7 @@ class SeqioLoader:
 def encode(
   config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer, digest: Any
 ) -> Iterator[corpus.EncodedDocument]:
-  """Yields both splits of a task once, as documents of token ids; `digest` takes in the ids."""
+  """Yields the documents of both splits of a task as token ids; updates `digest` with them."""
   for split, example in _examples(config, tokenizer, corpus.SPLITS):
     ids = example['targets']
     if not len(ids) or ids[-1] != tokenizer.eos_id:
@@ -163,7 +163,7 @@ def texts(config: config_lib.DataConfig) -> Iterator[bytes]:
 
 @functools.cache
 def _modules() -> SimpleNamespace:
-  """Imports TensorFlow and seqio quietly and keeps TensorFlow away from accelerators."""
+  """Imports TensorFlow and seqio quietly, and hides accelerators from TensorFlow."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   try:
@@ -173,7 +173,7 @@ def _modules() -> SimpleNamespace:
       import tensorflow_datasets as tfds
 
       for kind in ('GPU', 'TPU'):
-        with contextlib.suppress(RuntimeError):  # somebody else has initialised them
+        with contextlib.suppress(RuntimeError):  # they are already initialised
           tf.config.set_visible_devices([], kind)
   except ModuleNotFoundError as error:
     raise ValueError(
@@ -201,7 +201,7 @@ def _quiet_stderr():
 def _find_task(config, tokenizer) -> tuple[Any, str]:
   """Returns a task or mixture whose ids are the tokenizer's, and a name that identifies its text.
 
-  Without a tokenizer, its vocabulary does not matter (its text is what is wanted).
+  Without a tokenizer, its vocabulary is not checked: only its text is used.
   """
   seqio = _modules().seqio
   module, _, name = config.task.rpartition(':')
@@ -249,7 +249,7 @@ def _text_task(config, name, dataset, tokenizer):
 def vocabulary(tokenizer: tokenizer_lib.Tokenizer):
   """Returns a seqio vocabulary with the ids of a tokenizer.
 
-  TensorFlow's own ops where they give the same ids; otherwise the tokenizer called from the graph,
+  Uses TensorFlow's own ops if they give the same ids; otherwise calls the tokenizer from the graph,
   which is slower.
   """
   seqio, tf = _modules().seqio, _modules().tf
@@ -265,7 +265,7 @@ def vocabulary(tokenizer: tokenizer_lib.Tokenizer):
     return tokenizer.encode_bytes(np.asarray(text, object).item())
 
   class Wrapped(seqio.PassThroughVocabulary):
-    """Gives seqio a tokenizer of ours."""
+    """Adapts our tokenizer to seqio."""
 
     def _encode(self, s):
       return tokenizer.encode(s).tolist()
@@ -291,8 +291,8 @@ def _check_vocabulary(config, task, tokenizer) -> None:
   elif isinstance(theirs, seqio.SentencePieceVocabulary):
     same = getattr(tokenizer, 'model', None) == theirs.sp_model and not tokenizer.shift
   else:
-    as_they_are = isinstance(theirs, seqio.PassThroughVocabulary)
-    same = as_they_are and theirs.vocab_size <= tokenizer.vocab_size
+    unchanged = isinstance(theirs, seqio.PassThroughVocabulary)
+    same = unchanged and theirs.vocab_size <= tokenizer.vocab_size
   if not same:
     raise ValueError(
       f'data.tokenizer: the task {config.task!r} is tokenised with {theirs} of '
@@ -302,7 +302,7 @@ def _check_vocabulary(config, task, tokenizer) -> None:
 
 
 def _packed(config, task, split, part, num_parts):
-  """Returns the dataset of one process's packed batches, for training without an end."""
+  """Returns the dataset of one process's packed batches; it repeats forever in training."""
   seqio, tf = _modules().seqio, _modules().tf
   length, shuffle = config.sequence_length, split == 'train'
   shard, epochs = seqio.ShardInfo(part, num_parts), None if shuffle else 1
@@ -337,13 +337,13 @@ def _examples(config, tokenizer, splits) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _dataset(config, task, split, **options):
-  """Returns the documents of a task or mixture, whole."""
+  """Returns the documents of a task or mixture, not truncated."""
   with _quiet_log(), _clear_errors(config):
     if split not in task.splits:
       raise ValueError(
         f'data.task: {config.task!r} has the splits {sorted(task.splits)}, but no {split!r}.'
       )
-    # No sequence_length: tasks would trim their documents to it and lose the rest.
+    # No sequence_length: tasks would truncate their documents to it.
     return task.get_dataset(sequence_length=None, split=split, try_in_mem_cache=False, **options)
 
 
@@ -365,7 +365,7 @@ def _prepared_version(config, versions: tuple[str, ...]) -> str:
 
 @contextlib.contextmanager
 def _quiet_log():
-  """Drops the libraries' notes about where they look and how they share out the files."""
+  """Silences the libraries' messages about paths and file sharding."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.WARNING)
   try:
@@ -376,10 +376,10 @@ def _quiet_log():
 
 @contextlib.contextmanager
 def _clear_errors(config):
-  """Says in one sentence that a corpus is not there.
+  """Turns the libraries' errors about a corpus that is not prepared into one message.
 
-  The libraries say it as an assertion about versions, as splits that are empty or not there, or as
-  a missing info file, depending on what they know about the corpus.
+  These are an assertion about versions, empty or missing splits, or a missing info file, depending
+  on what the libraries know about the corpus.
   """
   known = (
     'cannot be loaded at version',

@@ -1,8 +1,8 @@
-"""A corpus as flat files of token ids, written once and memory-mapped ever after.
+"""A corpus as flat files of token ids, written once and memory-mapped for reading.
 
 A directory holds train.bin and validation.bin (ids of all documents, little-endian uint16 or
-uint32, each document closed by its end-of-document id), index.json, and the files of the tokenizer
-where it has any. Reading needs numpy only.
+uint32, each document closed by its end-of-document id), index.json, and the files of the tokenizer,
+if any. Reading needs only numpy.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ _FORMAT = 1
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-  """Returns the smallest file type that holds every id of a vocabulary."""
+  """Returns the smallest dtype that holds every id of a vocabulary."""
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[str, Any]:
   """Tokenises both splits of a source into a new directory.
 
-  The directory appears under its name only when it is complete.
+  The directory is renamed into place when it is complete.
 
   Args:
     config: what to read and how to encode it; any source but 'tokens'.
@@ -39,17 +39,17 @@ def write(config: config_lib.DataConfig, directory: str | os.PathLike) -> dict[s
   Returns:
     The index: `tokenizer` (relative to the directory), `tokenizer_fingerprint`, `vocab_size`,
     `dtype`, `source`, `fingerprint` (of the corpus) and `splits`, which gives `documents`,
-    `tokens`, `bytes` (0 where the text is not known) and `max_id` for each split.
+    `tokens`, `bytes` (0 if the text is unknown) and `max_id` for each split.
 
   Raises:
     ValueError: the directory exists, or the source cannot be read.
     OSError: the directory cannot be written.
   """
   if config.source == 'tokens':
-    raise ValueError("data.source: 'tokens' is tokenised already; name the source of the text.")
+    raise ValueError("data.source: 'tokens' is already tokenised; use the source of the text.")
   directory = pathlib.Path(directory).expanduser()
   if directory.exists():
-    raise ValueError(f'--output: {directory} exists already; remove it or name another directory.')
+    raise ValueError(f'--output: {directory} already exists; remove it or choose another name.')
   tokenizer = tokenizer_lib.make_tokenizer(config)
   with files.atomic_output(directory) as temporary:
     temporary.mkdir()

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-Every tokenizer keeps the same three ids free: 0 is nothing (a batch says in `segments` what is
-padding), 1 ends a document, 2 is unknown. No text encodes to 0 or 1.
+Every tokenizer reserves the same three ids: 0 is unused (batches mark padding by `segments`), 1
+ends a document, 2 is unknown. No text encodes to 0 or 1.
 """
 
 import functools
@@ -23,25 +23,25 @@ NUM_SPECIAL = 3
 
 _GPT2_PREFIX = 'gpt2:'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
-# The pre-tokenizer of GPT-2: contractions, words, numbers, signs (each with the space before it).
+# The pre-tokenizer of GPT-2: contractions, words, numbers, symbols (each with a space before it).
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # tiktoken's regular expression panics on a longer run of whitespace.
 _LONGEST_WHITESPACE = 999_000
-_MAX_IDS = 2**24  # far beyond every vocabulary: a typing error in an id, not a gap
+_MAX_IDS = 2**24  # beyond any real vocabulary: larger ids are typing errors
 # A sentence of the trainer is a line of text, or a part of one (minified code, flattened books).
 _MAX_SENTENCE_BYTES = 16_384
 
 
 class Tokenizer:
-  """A vocabulary of ids that stand for bytes of text."""
+  """Maps text to token ids, each of which represents some bytes."""
 
   vocab_size: int
-  fingerprint: str  # 16 hex digits that change with every change of the ids
-  keeps_bytes = False  # whether bytes that are not UTF-8 survive
+  fingerprint: str  # 16 hex digits that identify the ids of all texts
+  keeps_bytes = False  # whether invalid UTF-8 is preserved
   pad_id = PAD_ID
   eos_id = EOS_ID
 
-  _bytes: list[bytes]  # of every id; b'' of special ones
+  _bytes: list[bytes]  # of every id; b'' for special ones
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the int32 ids of a text, without an end-of-document id."""
@@ -52,28 +52,28 @@ class Tokenizer:
     raise NotImplementedError
 
   def decode(self, ids: Any) -> str:
-    """Returns the text of ids; special ids and ids beyond the vocabulary have none.
+    """Returns the text of ids; special ids and ids beyond the vocabulary are skipped.
 
-    The ids are taken to follow others, so that texts of successive ids can be joined: the space
-    that some SentencePiece models put before a whole text comes back.
+    Ids are decoded as a continuation, so that texts of successive ids can be joined: the space that
+    some SentencePiece models prepend to a text is included.
     """
     ids, end = np.asarray(ids, np.int64).reshape(-1), len(self._bytes)
     ids = ids[(ids >= 0) & (ids < end) & (ids != self.eos_id)].tolist()
     return b''.join(self._bytes[i] for i in ids).decode('utf-8', 'replace')
 
   def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    """Counts the bytes of UTF-8 that each target stands for, int32 like `targets`.
+    """Counts the bytes of UTF-8 that each target represents, int32 like `targets`.
 
     `inputs` are the ids before the targets: after the end of a document (or padding, with which
-    seqio begins one), the space that a model puts before a whole text is not part of the text.
-    Special ids count 0, and so does the unknown id, whose text is lost.
+    seqio begins one), the space that a model prepends is not part of the text. Special ids count 0,
+    and so does the unknown id, whose text is lost.
     """
     del inputs
     return self._lengths.take(targets, mode='clip')
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
-    lengths = np.zeros(self.vocab_size + 1, np.int32)  # the last: of ids beyond the vocabulary
+    lengths = np.zeros(self.vocab_size + 1, np.int32)  # the last is for ids beyond the vocabulary
     lengths[: len(self._bytes)] = [len(data) for data in self._bytes]
     lengths[self.eos_id] = 0
     return lengths
@@ -96,9 +96,9 @@ class BytesTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model.
 
-  A model trained with pad 0, end of sentence 1, unknown 2 (ours, T5's) keeps its ids. Any other
-  (no padding, or Llama's unknown 0) has its ids moved up by 3, so that the first three mean what
-  they mean everywhere here; its own unknown id becomes 2.
+  A model trained with pad 0, end of sentence 1, unknown 2 (ours, T5's) keeps its ids. Those of any
+  other (no padding, or Llama's unknown 0) are shifted by 3, to make room for the reserved ids; its
+  own unknown id becomes 2.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -143,7 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   @functools.cached_property
   def _lengths_at_start(self) -> np.ndarray:
-    """Those of the first piece of a text: without the space, if the model put it there."""
+    """Lengths at the start of a text: without the space, if the model prepends one."""
     adds_space = self._processor.encode('a', out_type=str)[0].startswith('\u2581')
     begins = [data.startswith(b' ') for data in self._bytes]
     lengths = self._lengths.copy()
@@ -152,15 +152,15 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class Gpt2Tokenizer(Tokenizer):
-  """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids moved up by 3.
+  """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids are shifted by 3.
 
   GPT-2 uses id 0 for '!' and its last id, <|endoftext|>, for the end of a document; here they are
-  id 3 and an id that never occurs, and the end of a document is id 1. So it is with the special
-  tokens of other vocabularies (RoBERTa's), wherever they stand.
+  id 3 and an id that never occurs, and the end of a document is id 1. The special tokens of other
+  vocabularies (RoBERTa's) never occur either, whatever their ids.
   """
 
   def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
-    """Reads the two files; raises ValueError if they do not fit together."""
+    """Reads the two files; raises ValueError if they are inconsistent."""
     import tiktoken
 
     vocab, merges = vocab_path.read_bytes(), merges_path.read_bytes()
@@ -190,10 +190,10 @@ def make_tokenizer(config) -> Tokenizer:
   """Returns the tokenizer that `data.tokenizer` names.
 
   Args:
-    config: a DataConfig; `eos_id`, where it is not -1, takes the place of the tokenizer's own.
+    config: a DataConfig; its `eos_id`, unless it is -1, replaces the tokenizer's own.
 
   Raises:
-    ValueError: a file is missing or is not what its name says.
+    ValueError: a file is missing or invalid.
   """
   tokenizer = _tokenizer_named(config.tokenizer)
   if config.eos_id not in (-1, tokenizer.eos_id):
@@ -222,22 +222,22 @@ def _tokenizer_named(name: str) -> Tokenizer:
 
 
 def known_vocab_size(name: str) -> int:
-  """Number of ids of a tokenizer whose files need not be there.
+  """The vocabulary size of a tokenizer whose files may be missing.
 
   Raises:
-    ValueError: only its file tells, and is not there.
+    ValueError: the size is known only from a file that is missing.
   """
   if all(path.is_file() for path in tokenizer_files(name)):
     return _tokenizer_named(name).vocab_size
   if name.startswith(_GPT2_PREFIX):
     return 50257 + NUM_SPECIAL  # the published vocabulary
   raise ValueError(
-    f'data.tokenizer = {name!r} is not here to tell how many ids it has; set model.vocab_size.'
+    f'data.tokenizer = {name!r} is missing and its vocabulary size unknown; set model.vocab_size.'
   )
 
 
 def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
-  """Returns the files that a `data.tokenizer` value stands for; none for 'bytes'."""
+  """Returns the files that a `data.tokenizer` value names; none for 'bytes'."""
   if name == 'bytes':
     return ()
   if name.startswith(_GPT2_PREFIX):
@@ -266,15 +266,15 @@ def tokenizer_in(name: str, directory: pathlib.Path) -> str:
 
 
 def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
-  """Trains a BPE model that gives back texts exactly, code and emoji included.
+  """Trains a BPE model that reproduces texts exactly, including code and emoji.
 
-  (Only U+2581, with which SentencePiece marks spaces, comes back as a space.) Characters outside
+  (Except U+2581, with which SentencePiece marks spaces: it decodes to a space.) Characters outside
   the vocabulary fall back to their bytes, nothing is normalised, and runs of spaces may be one
   piece (indentation: a third fewer tokens on Python code).
 
   Args:
     texts: UTF-8 documents.
-    vocab_size: number of ids, the three special ones and 256 bytes included.
+    vocab_size: number of ids, including the three special ones and 256 bytes.
 
   Returns:
     The bytes of a .model file, the same for the same texts.
@@ -284,7 +284,7 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
   """
   import sentencepiece
 
-  # U+2585 is a mark of the trainer's own: it would leave out every line that has one.
+  # The trainer reserves U+2585 and would skip every line that contains it.
   split = re.compile('[\n\u2585]').split
   lines = (line for text in texts for line in split(text.decode('utf-8', 'replace')) if line)
   sentences = (sentence for line in lines for sentence in _sentences(line))
@@ -309,14 +309,14 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
       minloglevel=2,
     )
   except RuntimeError as error:
-    # After the place in its source and the condition.
+    # The reason follows the source location and the condition.
     reason = str(error).rpartition('] ')[2] or 'there is too little text'
     raise ValueError(f'--vocab_size: {vocab_size} does not fit these texts: {reason}') from error
   return model.getvalue()
 
 
 def _sentences(line: str) -> Iterator[str]:
-  """Cuts a line that is too long for the trainer, before spaces where it has any."""
+  """Cuts a line that is too long for the trainer, before spaces if it has any."""
   is_long, size = len(line.encode()) > _MAX_SENTENCE_BYTES, _MAX_SENTENCE_BYTES // 4  # characters
   start = 0
   while is_long and start + size < len(line):
@@ -343,7 +343,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def _whitespace_cut(text: str) -> Iterator[str]:
-  """Yields a text in parts without a run of whitespace that is too long; mostly the whole text."""
+  """Cuts a text within runs of whitespace that are too long; usually yields it unchanged."""
   start = 0
   if len(text) > _LONGEST_WHITESPACE:
     for run in re.finditer(r'\s+', text):
@@ -359,12 +359,12 @@ def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
   if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
     raise ValueError('vocab.json: expected an object of tokens and their ids')
   if len(set(ids.values())) < len(ids) or not all(0 <= i < _MAX_IDS for i in ids.values()):
-    raise ValueError(f'vocab.json: expected ids from 0 to {_MAX_IDS - 1}, each of one token')
+    raise ValueError(f'vocab.json: expected unique ids from 0 to {_MAX_IDS - 1}')
   return ids
 
 
 def _gpt2_tokens(merges: bytes) -> list[str]:
-  """Returns the tokens in the order of merging: the alphabet, then those of merges.txt."""
+  """Returns the tokens in merge order: the alphabet, then those of merges.txt."""
   alphabet = _gpt2_alphabet()
   tokens = dict.fromkeys(alphabet)
   lines = merges.decode('utf-8-sig').splitlines()  # no token holds any kind of white space

@@ -74,7 +74,7 @@ def process_part(mesh, num_rows):
       f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
     )
   mine = tuple(sorted(rows[jax.process_index()]))
-  return {'rows': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
+  return {'sequences': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
 
 
 def fetch(tree):

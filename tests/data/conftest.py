@@ -26,7 +26,7 @@ def make_config():
 
 @pytest.fixture(scope='session')
 def sentencepiece_file(tmp_path_factory):
-  """A SentencePiece model of the package's own trainer."""
+  """A SentencePiece model from the package's own trainer."""
   from moejax.data import tokenizer
 
   texts = [f'def f_{i}(x):\n\treturn x + {i}\n    # naïve\n'.encode() for i in range(200)]
@@ -61,7 +61,7 @@ def foreign_file(train_foreign, tmp_path_factory):
 
 @pytest.fixture
 def text_folder(tmp_path):
-  """A folder of 60 small text files, some in a folder below; the hash splits them."""
+  """A folder of 60 small text files, some in a subfolder; the hash splits them."""
   folder = tmp_path / 'texts'
   (folder / 'below').mkdir(parents=True)
   for i in range(60):

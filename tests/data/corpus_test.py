@@ -160,7 +160,7 @@ def test_bad_json_lines(make_config, tmp_path, line, message):
     list(corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl')))
 
 
-def test_half_an_emoji_in_json(make_config, tmp_path):
+def test_a_lone_surrogate_in_json(make_config, tmp_path):
   (tmp_path / 'a.jsonl').write_text(r'{"text": "half \ud83c"}')
   document, _ = corpus.documents(make_config(source='jsonl', files=f'{tmp_path}/*.jsonl'))
   assert document.data.startswith(b'half ')
@@ -176,7 +176,7 @@ def test_one_json_document_is_cut(make_config, tmp_path):
   assert 0.05 <= len(validation) / len(text) < 0.06
 
 
-def test_a_byte_order_mark_is_no_text(make_config, tmp_path):
+def test_a_byte_order_mark_is_skipped(make_config, tmp_path):
   lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines), encoding='utf-8-sig')
   config = make_config(source='jsonl', files=f'{tmp_path}/a.jsonl')
@@ -230,7 +230,7 @@ def test_compressed_text_is_read(make_config, tmp_path, suffix):
   ],
 )
 @pytest.mark.parametrize('source', ['text', 'jsonl'])
-def test_files_without_readable_text(make_config, tmp_path, source, content, message):
+def test_unreadable_files_are_rejected(make_config, tmp_path, source, content, message):
   (tmp_path / 'a.x').write_bytes(content)
   with pytest.raises(ValueError, match=f'data.files: .*{message}'):
     list(corpus.documents(make_config(source=source, files=f'{tmp_path}/a.x')))
@@ -259,7 +259,7 @@ def test_every_real_file_is_one_document(make_config, text_folder):
   assert len({d.data for d in corpus.documents(flat)}) == 60
 
 
-def test_folders_that_only_links_lead_to_are_read(make_config, text_folder, tmp_path):
+def test_folders_reached_only_by_links_are_read(make_config, text_folder, tmp_path):
   outside = tmp_path / 'outside' / 'deep'
   outside.mkdir(parents=True)
   (outside / 'new.txt').write_text('new')

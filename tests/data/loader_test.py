@@ -38,13 +38,13 @@ def test_permutation_is_pinned():
 
 
 def test_permutation_looks_random():
-  """Neighbours land apart: with 10^4 places, a third of a range between them on average."""
+  """Neighbours are separated: on average by a third of the range, here with 10^4 indices."""
   order = loader.permute(np.arange(10_000), 10_000, (5,))
   assert abs(np.abs(np.diff(order)).mean() / 10_000 - 1 / 3) < 0.02
   assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
 
 
-def test_batch_has_the_documented_form(config):
+def test_batch_has_the_documented_format(config):
   batch = data.make_loader(config, 'train').batch(0)
   assert set(batch) == {'inputs', 'targets', 'segments', 'positions'}
   for array in batch.values():
@@ -55,14 +55,14 @@ def test_batch_has_the_documented_form(config):
 
 
 def _check_documents(batch, eos_id=1):
-  """Segments and positions of every token, one after the other."""
-  for row in range(len(batch['inputs'])):
+  """Checks segment and position of every token, one after the other."""
+  for b, inputs in enumerate(batch['inputs']):
     segment, position = 0, 0
-    for column, token in enumerate(batch['inputs'][row]):
-      begins = token == eos_id or column == 0
+    for i, token in enumerate(inputs):
+      begins = token == eos_id or i == 0
       segment, position = segment + begins, 0 if begins else position + 1
-      assert batch['segments'][row, column] == segment
-      assert batch['positions'][row, column] == position
+      assert batch['segments'][b, i] == segment
+      assert batch['positions'][b, i] == position
 
 
 def test_segments_and_positions_are_of_documents(make_config, tmp_path, sentencepiece_file):
@@ -84,9 +84,9 @@ def test_segments_and_positions_are_of_documents(make_config, tmp_path, sentence
         _check_documents(batch)
 
 
-def test_seeking_anywhere_equals_iterating(config):
-  walked = data.make_loader(config, 'train')
-  batches = [walked.batch(step) for step in range(50)]
+def test_random_access_equals_iterating(config):
+  in_order = data.make_loader(config, 'train')
+  batches = [in_order.batch(step) for step in range(50)]
   for step in (49, 3, 17):
     _equal(data.make_loader(config, 'train').batch(step), batches[step])
   data.make_loader(config, 'train').batch(10**9)
@@ -102,30 +102,31 @@ def test_processes_share_one_global_batch(config, split, count):
     _equal({k: np.concatenate([b[k] for b in joined]) for k in joined[0]}, whole.batch(step))
 
 
-def test_a_process_may_read_scattered_rows(config):
+def test_a_process_may_read_scattered_sequences(config):
   whole, some = (
     data.make_loader(config, 'train'),
-    data.make_loader(config, 'train', part=1, num_parts=2, rows=(0, 3)),
+    data.make_loader(config, 'train', part=1, num_parts=2, sequences=(0, 3)),
   )
   _equal(some.batch(7), {k: v[[0, 3]] for k, v in whole.batch(7).items()})
 
 
-def test_a_pass_visits_every_row_once(config):
+def test_an_epoch_visits_every_sequence_once(config):
   train = data.make_loader(config, 'train')
-  steps = -(-2 * train.num_rows // 4)
-  rows = np.concatenate([train.batch(step)['targets'] for step in range(steps)])
-  first, second = rows[: train.num_rows], rows[train.num_rows : 2 * train.num_rows]
+  n = train.num_sequences
+  steps = -(-2 * n // 4)
+  targets = np.concatenate([train.batch(step)['targets'] for step in range(steps)])
+  first, second = targets[:n], targets[n : 2 * n]
   tokenizer = tokenizer_lib.BytesTokenizer()
   documents = [d.data for d in corpus.documents(config) if d.split == 'train']
   tokens = np.concatenate([np.append(tokenizer.encode_bytes(d), 1) for d in documents])
-  expected = tokens[1 : 1 + train.num_rows * 7].reshape(-1, 7)
+  expected = tokens[1 : 1 + n * 7].reshape(-1, 7)
   order = lambda x: x[np.lexsort(x.T)]
   np.testing.assert_array_equal(order(first), order(expected))
   np.testing.assert_array_equal(order(second), order(expected))
   assert (first != second).any()
 
 
-def test_validation_goes_in_order_and_ends(config):
+def test_validation_is_in_order_and_ends(config):
   validation = data.make_loader(config, 'validation')
   n = validation.num_batches
   assert not any(array.any() for array in validation.batch(n).values())
@@ -164,8 +165,8 @@ def test_too_little_text(make_config, tmp_path):
   (tmp_path / 'a.txt').write_text('x\n' * 200)
   config = make_config(source='text', files=f'{tmp_path}/a.txt')
   message = (
-    r'data\.batch_size: the validation split has 21 tokens, but one batch of 4 rows of 7 needs 29; '
-    r'lower data\.batch_size or data\.sequence_length'
+    r'data\.batch_size: the validation split has 21 tokens, but one batch of 4 sequences of 7 '
+    r'needs 29; lower data\.batch_size or data\.sequence_length'
   )
   with pytest.raises(ValueError, match=message):
     data.make_loader(config, 'validation')
@@ -179,7 +180,7 @@ def test_a_batch_that_is_just_large_enough(make_config, tmp_path):
 
 def test_no_text(make_config, tmp_path):
   (tmp_path / 'a.jsonl').write_text('\n')
-  with pytest.raises(ValueError, match=r'data\.files: there is no text for the train split'):
+  with pytest.raises(ValueError, match=r'data\.files: no text for the train split'):
     data.make_loader(make_config(source='jsonl', files=f'{tmp_path}/a.jsonl'), 'train')
 
 

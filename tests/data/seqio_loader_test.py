@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 @pytest.fixture(scope='session')
 def tfds_data_dir(tmp_path_factory):
-  """A directory in which c4/en 3.0.1 lies as if prepared, in 4 + 1 shards."""
+  """A directory with a prepared c4/en 3.0.1, in 4 + 1 shards."""
   modules = seqio_loader._modules()
   tf, tfds = modules.tf, modules.tfds
   root = tmp_path_factory.mktemp('tfds')
@@ -43,7 +43,7 @@ def tfds_data_dir(tmp_path_factory):
 
 
 def _shard_texts(split, shard):
-  """Texts of 10 to 130 bytes: shorter and longer than a row."""
+  """Texts of 10 to 130 bytes: shorter and longer than a sequence."""
   return [f'{split} {shard}.{i} ' + 'né🎉' * ((7 * i) % 18) for i in range(20)]
 
 
@@ -59,7 +59,7 @@ def config(make_config, tfds_data_dir):
 
 
 def _segments(batch):
-  """Yields the targets of every segment of a batch, row by row."""
+  """Yields the targets of every segment of a batch, sequence by sequence."""
   for targets, segments in zip(batch['targets'], batch['segments'], strict=True):
     for number in range(1, segments.max() + 1):
       yield targets[segments == number]
@@ -71,8 +71,8 @@ def _equal(first, second):
 
 
 def test_packing_loses_no_token_and_repeats_none(make_config, config):
-  one_row = make_config(**vars(config) | {'batch_size': 1})
-  validation = data.make_loader(one_row, 'validation')
+  one_sequence = make_config(**vars(config) | {'batch_size': 1})
+  validation = data.make_loader(one_sequence, 'validation')
   batches = [validation.batch(step) for step in range(100)]
   found = [s for batch in batches for s in _segments(batch)]
   tokenizer = tokenizer_lib.BytesTokenizer()
@@ -91,7 +91,7 @@ def test_packing_loses_no_token_and_repeats_none(make_config, config):
 def test_validation_has_full_batches_only(config):
   validation = data.make_loader(config, 'validation')
   full = [(validation.batch(step)['segments'] > 0).any(axis=1) for step in range(20)]
-  assert all(rows.all() or not rows.any() for rows in full)
+  assert all(filled.all() or not filled.any() for filled in full)
   assert full[1].all() and not full[-1].any()
 
 
@@ -104,7 +104,7 @@ def test_training_sees_every_document(config):
       assert f'train {shard}.{i} ' in seen
 
 
-def test_form_of_a_batch(config):
+def test_format_of_a_batch(config):
   batch = data.make_loader(config, 'train').batch(0)
   assert set(batch) == {'inputs', 'targets', 'segments', 'positions'}
   for array in batch.values():
@@ -134,7 +134,7 @@ def test_saved_position_continues_exactly(config, tmp_path):
   assert any((batches[5][k] != batches[0][k]).any() for k in batches[0])
 
 
-def test_steps_must_follow_each_other_or_start_again(config):
+def test_steps_must_be_consecutive_or_restart(config):
   train = data.make_loader(config, 'train')
   with pytest.raises(ValueError, match='expected step 0 .* got 3'):
     train.batch(3)
@@ -146,7 +146,7 @@ def test_steps_must_follow_each_other_or_start_again(config):
   train.batch(1)
 
 
-def test_another_run_cannot_take_over_the_position(config, make_config, tmp_path):
+def test_a_different_run_cannot_restore_the_position(config, make_config, tmp_path):
   train = data.make_loader(config, 'train')
   train.batch(0)
   train.save(tmp_path)
@@ -174,7 +174,7 @@ def test_processes_read_different_documents(config):
   assert not {n.split('.')[0] for n in first} & {n.split('.')[0] for n in second}  # whole shards
 
 
-def test_seed_decides_the_order(config, make_config):
+def test_seed_determines_the_order(config, make_config):
   fields = {'source': 'seqio', 'task': 'c4_en', 'tfds_data_dir': config.tfds_data_dir}
   first, same, other = (
     data.make_loader(make_config(**fields, sequence_length=32, seed=seed), 'train').batch(0)
@@ -246,7 +246,7 @@ for read in (generator, numpy_function, random_filter):
 
 
 @pytest.mark.parametrize('name', ['generator', 'numpy_function', 'random_filter'])
-def test_a_task_that_cannot_be_saved_is_refused_at_the_start(make_config, stateful, tmp_path, name):
+def test_a_task_that_cannot_be_saved_is_rejected_at_start(make_config, stateful, tmp_path, name):
   config = make_config(source='seqio', task=f'stateful_tasks:{name}', sequence_length=16)
   message = f"data.task: .*'stateful_tasks:{name}'.*python -m moejax.tokenize"
   with pytest.raises(ValueError, match=message):
@@ -345,7 +345,7 @@ def test_registered_tasks_by_name(make_config, registered, sentencepiece_file, n
 
 
 @pytest.mark.slow
-def test_start_up_is_quiet(config):
+def test_startup_is_quiet(config):
   code = f"""
 from absl import logging
 from moejax import data

@@ -50,7 +50,7 @@ def test_files_give_the_batches_of_the_source(source, make_config, tmp_path):
   assert [path.name for path in directory.parent.iterdir()] == ['tokens']
 
 
-def test_type_of_the_ids():
+def test_dtype_of_the_ids():
   assert token_files.dtype_for(65_536).itemsize == 2
   assert token_files.dtype_for(65_537).itemsize == 4
 
@@ -69,18 +69,18 @@ def test_an_interrupted_run_leaves_nothing(make_config, text_folder, tmp_path, m
   assert not list((tmp_path / 'out').iterdir())
 
 
-def test_writing_is_refused(make_config, written, text_folder, tmp_path):
+def test_invalid_outputs_are_rejected(make_config, written, text_folder, tmp_path):
   config = make_config(source='text', files=f'{text_folder}/**/*.txt')
-  with pytest.raises(ValueError, match=r'--output: .*tokens exists already'):
+  with pytest.raises(ValueError, match=r'--output: .*tokens already exists'):
     token_files.write(config, written)
   (tmp_path / 'file').write_text('')
   with pytest.raises(OSError, match='file'):
     token_files.write(config, tmp_path / 'file' / 'tokens')
-  with pytest.raises(ValueError, match=r"data\.source: 'tokens' is tokenised already"):
+  with pytest.raises(ValueError, match=r"data\.source: 'tokens' is already tokenised"):
     token_files.write(make_config(source='tokens', files=str(written)), tmp_path / 'again')
 
 
-def test_another_tokenizer_is_refused(make_config, written, sentencepiece_file):
+def test_another_tokenizer_is_rejected(make_config, written, sentencepiece_file):
   config = make_config(source='tokens', files=str(written), tokenizer=str(sentencepiece_file))
   with pytest.raises(
     ValueError, match=r'data\.tokenizer: .*another tokenizer.*data\.tokenizer=bytes'
@@ -88,7 +88,7 @@ def test_another_tokenizer_is_refused(make_config, written, sentencepiece_file):
     data.make_loader(config, 'train')
 
 
-def test_an_id_beyond_the_vocabulary_is_refused(make_config, written):
+def test_an_id_beyond_the_vocabulary_is_rejected(make_config, written):
   _edit_index(written, lambda index: index['splits']['train'].update(max_id=300))
   with pytest.raises(ValueError, match=r'data\.tokenizer: .*vocabulary of 259.*hold id 300'):
     data.make_loader(make_config(source='tokens', files=str(written)), 'train')

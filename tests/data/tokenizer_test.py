@@ -75,7 +75,7 @@ def test_foreign_sentencepiece_models_are_shifted(make_config, tmp_path, train_f
   ids = tokenizer.encode('the quick dog')
   assert ids.min() >= 3
   assert ids.max() < 48
-  assert tokenizer.decode(ids) == ' the quick dog'  # with the space that the model puts before it
+  assert tokenizer.decode(ids) == ' the quick dog'  # with the space that the model prepends
   assert tokenizer.encode('dog 漢').tolist()[-1] == 2  # unknown
 
 
@@ -104,7 +104,7 @@ def test_bytes_of_ids_are_those_of_the_text(
     tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=name))
     assert _direct_bytes(tokenizer, TEXTS) == [len(t.encode()) for t in TEXTS]
     assert tokenizer.num_bytes([1], [tokenizer.vocab_size + 5]).tolist() == [0]
-  # Models that put a space before a text, which is no byte of it; Llama's kind falls back to bytes.
+  # Models that prepend a space, which is not part of the text; Llama's kind falls back to bytes.
   llama = train_foreign(tmp_path / 'llama.model', byte_fallback=True, vocab_size=320)
   keeps_spaces = train_foreign(tmp_path / 'spaces.model', remove_extra_whitespaces=False)
   texts = ['the quick dog', 'dog', 'jugs again the']
@@ -141,7 +141,7 @@ def _gpt2(folder):
 
 
 def test_special_tokens_and_gaps_anywhere(gpt2_folder):
-  """As RoBERTa (whose ids are not in the order of merging) and Hugging Face's trainer write it."""
+  """Like RoBERTa (whose ids are not in merge order) and Hugging Face's trainer."""
   plain = _gpt2(gpt2_folder)
   vocab = json.loads((gpt2_folder / 'vocab.json').read_text())
   ids = {token: 4 + 2 * i for i, token in enumerate(reversed(vocab))}
@@ -188,12 +188,12 @@ def test_a_long_run_of_whitespace(gpt2_folder, space):
     ('merges.txt', 'l o\nr e\nl o\n', "merges.txt makes 'lo' twice"),
     ('vocab.json', '["a"]', 'expected an object of tokens and their ids'),
     ('vocab.json', '{"a": "0"}', 'expected an object of tokens and their ids'),
-    ('vocab.json', '{"a": 0, "b": 0}', 'each of one token'),
+    ('vocab.json', '{"a": 0, "b": 0}', 'expected unique ids from 0'),
     ('vocab.json', '{"a": 2147483647}', 'ids from 0 to 16777215'),
     ('vocab.json', '{"a"', 'cannot use'),
   ],
 )
-def test_gpt2_files_that_cannot_be(make_config, gpt2_folder, file, content, message):
+def test_invalid_gpt2_files_are_rejected(make_config, gpt2_folder, file, content, message):
   (gpt2_folder / file).write_text(content)
   with pytest.raises(ValueError, match=f'data.tokenizer: .*{message}'):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{gpt2_folder}'))
@@ -217,7 +217,7 @@ def test_missing_and_broken_files(make_config, tmp_path):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=str(tmp_path / 'broken.model')))
 
 
-def test_fingerprints_tell_tokenizers_apart(
+def test_fingerprints_distinguish_tokenizers(
   make_config, sentencepiece_file, foreign_file, tmp_path
 ):
   names = ['bytes', str(sentencepiece_file), str(foreign_file)]
@@ -242,7 +242,7 @@ def test_program_trains_on_the_training_split(make_config, text_folder, tmp_path
   assert output.read_bytes() == first
 
 
-def test_lines_with_the_trainers_own_mark_are_trained_on():
+def test_lines_with_the_trainers_reserved_character_are_trained_on():
   texts = [f'bar ▅▅▅ of number {i} is done\n'.encode() for i in range(300)]
   pieces = sentencepiece.SentencePieceProcessor(
     model_proto=tokenizer_lib.train_sentencepiece(texts, 300)

@@ -42,7 +42,7 @@ def _parts(monkeypatch, sizes, processes, num_rows):
 )
 def test_every_process_reads_the_rows_of_its_devices(monkeypatch, sizes, processes, rows):
   parts = _parts(monkeypatch, sizes, processes, 8)
-  assert [part['rows'] for part in parts] == [tuple(r) for r in rows]
+  assert [part['sequences'] for part in parts] == [tuple(r) for r in rows]
   distinct = sorted({tuple(r) for r in rows})
   assert [part['part'] for part in parts] == [distinct.index(tuple(r)) for r in rows]
   assert {part['num_parts'] for part in parts} == {len(distinct)}
