@@ -16,7 +16,6 @@ without a manifest was interrupted between the last two lines above; it is used,
 
 import concurrent.futures
 import contextlib
-import glob
 import json
 import os
 import pathlib
@@ -299,8 +298,8 @@ def _is_worth_showing(record):
 
 
 def _link(directory):
-  """The directory itself, or a link to it if orbax would read its path as a glob pattern."""
-  if directory == pathlib.Path(glob.escape(str(directory))):
+  """The directory itself, or a link to it if orbax would take its path for another, or for none."""
+  if str(directory).isprintable() and not set('*?[\\') & set(str(directory)):
     return directory
   link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
   link.symlink_to(directory)

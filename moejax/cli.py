@@ -120,7 +120,7 @@ def path(text):
   """The local path that a flag or an argument names, with `~` expanded.
 
   Raises:
-    ValueError: the path is empty or in a bucket.
+    ValueError: the path is empty, in a bucket, or in the home of an unknown user.
   """
   if not text:
     raise ValueError('expected a path, got nothing.')
@@ -129,7 +129,10 @@ def path(text):
       f'expected a local path, got {text}. Mount the bucket, as launch/tpu_run.sh does (see '
       'docs/launch.md).'
     )
-  return os.path.expanduser(text)
+  expanded = os.path.expanduser(text)
+  if expanded.startswith('~'):
+    raise ValueError(f'{text}: no such user; for a folder of that name, write ./{text}.')
+  return expanded
 
 
 class _PathParser(flags.ArgumentParser):

@@ -395,9 +395,10 @@ def test_failed_save_is_reported_by_the_next_call(tmp_path, monkeypatch, error, 
     checkpoints.close()
 
 
-@pytest.mark.parametrize('name', ['lr[3e-4]', 'a[b]/run', 'what?', '*'])
-def test_a_path_is_no_pattern(tmp_path, opened, name):
+@pytest.mark.parametrize('name', ['lr[3e-4]', 'a[b]/run', 'what?', '*', 'a\\b', '\udcff'])
+def test_every_path_can_hold_checkpoints(tmp_path, opened, name):
   save(tmp_path / name / 'checkpoints', 1)
+  assert [path.name for path in tmp_path.iterdir()] == name.split('/')[:1]
   (tmp_path / name).rename(tmp_path / 'renamed')
   restored = opened(tmp_path / 'renamed' / 'checkpoints').restore(1, abstract_of(make_state(1)))
   assert_same(restored, make_state(1))
