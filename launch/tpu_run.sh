@@ -99,9 +99,9 @@ tpus() { run gcloud compute tpus "$@" "${where[@]}" --quiet; }
 
 # worker HOSTS COMMAND [ARGUMENT...]: launch/worker.sh on one host ('0') or on 'all'.
 worker() {
-  local words
-  printf -v words ' %q' "${@:2}"
-  tpus tpu-vm ssh "$name" --worker="$1" --command="bash worker.sh$words"
+  local arguments
+  printf -v arguments ' %q' "${@:2}"
+  tpus tpu-vm ssh "$name" --worker="$1" --command="bash worker.sh$arguments"
 }
 
 create() {
