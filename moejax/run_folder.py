@@ -71,15 +71,17 @@ def write(config, workdir, corpus=None):
   files.write(pathlib.Path(workdir) / 'config.json', text)
 
 
-def read(workdir):
+def read(workdir, flag='--workdir'):
   """The ConfigDict of a run; fields that are newer than the run have their default.
+
+  `flag`: the flag that named the folder, for errors.
 
   Raises:
     ValueError: there is no run in `workdir`, or this version cannot read its config.
   """
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
-    raise ValueError(f'--workdir={workdir} holds no run: {path} does not exist.')
+    raise ValueError(f'{flag}={workdir} holds no run: {path} does not exist.')
   return from_saved(read_json(path), path)
 
 
@@ -234,7 +236,7 @@ def open_run(workdir, overrides=None, flag='--workdir'):
   Raises:
     ValueError: there is no run or no checkpoint, or the tokenizer is not the run's.
   """
-  config = read(workdir)
+  config = read(workdir, flag)
   config_lib.override(config, overrides or {})
   stages = config_lib.resolve(config)
   opened = checkpoints(workdir, stages)

@@ -53,6 +53,7 @@ class Run:
   loader: Any
   eval_loader: Any
   checkpoints: Any = None
+  origin: dict | None = None  # choices that made its first state and are not in the config
   history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
   step: int = 0  # optimizer steps done
   first_step: int = 0  # where this process began
@@ -84,11 +85,12 @@ class Run:
       'corpus': self.loader.fingerprint,
       'tokenizer': self.stages.tokenizer.fingerprint,
       'history': self.history,
+      'origin': self.origin,
       'seconds': self.seconds,
     }
 
 
-def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
+def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, origin=None):
   """Trains a config in a folder, resuming from its last checkpoint if there is one.
 
   Args:
@@ -98,6 +100,7 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
       with the shardings of `abstract_state`, at any step; it is evaluated and saved before the
       first step.
     summarize: called at the end; returns further entries of the summary.
+    origin: choices of `start`, as JSON has them; a run resumes only with the same.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
@@ -107,6 +110,7 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict):
     RuntimeError: training diverged; the last good checkpoint is kept.
   """
   run = prepare(config, pathlib.Path(workdir))
+  run.origin = origin
   with (
     Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
@@ -179,9 +183,19 @@ def resume(run):
     )
   saved = run_folder.from_saved(metadata['config'], f'checkpoint {step}')
   run_folder.check_resume(saved, run.config, step, run.workdir, imported)
+  origin = metadata.get('origin', run.origin)
+  if run.origin and origin != run.origin:
+    raise ValueError(
+      f'--workdir={run.workdir} holds a run that began with {origin}, not {run.origin}; choose '
+      'another folder.'
+    )
+  run.origin = origin
   run.history = metadata.get('history', [])
   if step == run.stages.train.steps:
-    run.config = saved
+    run.config, run.stages = (
+      saved,
+      dataclasses.replace(run.stages, train=config_lib.TrainConfig(**saved.train)),
+    )
   elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
   run.step = run.first_step = step

@@ -149,11 +149,13 @@ def start(run, abstract_state, *, source, moments):
 
 
 def report(workdir):
-  """Losses (nats per token, validation) before, at and after the switch."""
-  losses = {'before': metrics.loss_curve(workdir, 'before/loss')[0]}
+  """Losses (nats per token, validation) before, at and after the switch, where they are known."""
+  before = metrics.loss_curve(workdir, 'before/loss')
   validation = metrics.loss_curve(workdir, 'validation/loss')
-  losses |= {'at_the_switch': validation[0], 'after': validation[-1]}
-  return {name: {'step': step, 'loss': loss} for name, (step, loss) in losses.items()}
+  losses = {'before': before[:1], 'at_the_switch': validation[:1], 'after': validation[-1:]}
+  return {
+    name: {'step': step, 'loss': loss} for name, curve in losses.items() for step, loss in curve
+  }
 
 
 def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='continue', fields=None):
@@ -183,7 +185,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     config_lib.override(config, fields or {})
     first = functools.partial(start, source=source, moments=moments)
     result = lambda: {'transition': {'from': str(folder), **report(workdir)}} if leads() else {}
-    return train.train(config, workdir, first, result)
+    return train.train(config, workdir, first, result, origin={'optimizer': moments})
 
 
 def main(overrides):

@@ -116,7 +116,8 @@ def test_running_a_finished_run_again_changes_nothing(finished, monkeypatch):
 def test_a_run_ended_between_its_last_checkpoint_and_its_summary_is_finished(finished, tmp_path):
   run = shutil.copytree(finished, tmp_path / 'run')
   (run / 'summary.json').write_text('{"steps": 6, "tra')
-  assert train.train(_debug_config(**{'train.log_interval': 1}), run) == cli.OK
+  changes = {'train.log_interval': 1, 'train.eval_batches': 1}
+  assert train.train(_debug_config(**changes), run) == cli.OK
   before, after = map(report.read_summary, (finished, run))
   for name in ('config', 'train_loss', 'sample', 'steps', 'tokens_seen', 'history'):
     assert after[name] == before[name]

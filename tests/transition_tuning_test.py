@@ -108,6 +108,23 @@ def test_the_new_run_decodes_one_request_alone(runs):
   assert isinstance(text, str)
 
 
+def test_losses_that_are_not_known_are_left_out(tmp_path):
+  assert transition_tuning.report(tmp_path) == {}
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 6, "validation/loss": 2.0}\n')
+  last = {'step': 6, 'loss': 2.0}
+  assert transition_tuning.report(tmp_path) == {'at_the_switch': last, 'after': last}
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+  with pytest.raises(ValueError, match='--from=.*/nothing holds no run'):
+    transition_tuning.tune(tmp_path / 'nothing', tmp_path / 'new', 'token_choice')
+
+
+def test_a_run_that_began_with_other_moments_is_refused(runs):
+  with pytest.raises(ValueError, match="began with {'optimizer': 'continue'}, not"):
+    transition_tuning.tune(*runs, 'token_choice', steps=2, moments='restart')
+
+
 def _params(config):
   return jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
 
