@@ -137,7 +137,9 @@ def path(text):
 
 class _PathParser(flags.ArgumentParser):
   syntactic_help = 'a path'
-  parse = staticmethod(path)
+
+  def parse(self, argument):
+    return path(argument)
 
 
 class _PathsParser(flags.ListParser):
