@@ -70,14 +70,16 @@ def _outer(c, arg):
     c.model.moe.expansion_rate = arg.experts or 96 // expert
 
 
+_RATIOS = {f'{n}x{6 - n}': (n, 6 - n) for n in range(1, 6)}
+
+
 def _ratio(text):
-  parts = [int(n) for n in text.split('x') if n.isdecimal() and int(n)]
-  if len(parts) != 2 or sum(parts) != 6:
+  if text not in _RATIOS:
     raise ValueError(
       f'--config=...:ratio={text}: expected MAMBAxEXPERT, sixths of the active parameters, from '
       '1x5 to 5x1.'
     )
-  return parts
+  return _RATIOS[text]
 
 
 def _inner(c, arg):

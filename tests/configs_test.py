@@ -186,6 +186,7 @@ def test_sizes_of_the_moe_mamba_paper():
     ('ratio=4x3', 'expected MAMBAxEXPERT'),
     ('ratio=6x0', 'expected MAMBAxEXPERT'),
     ('ratio=2', 'expected MAMBAxEXPERT'),
+    ('ratio=3x3x', 'expected MAMBAxEXPERT'),
     ('inner=conv+out,experts=9', 'split evenly among its 2 projections'),
     ('inner=conv,parallel', 'inner= has no Switch layers'),
     ('every_other', 'every_other needs experts inside Mamba'),
