@@ -10,6 +10,7 @@ from absl import flags
 
 from moejax import cli, metrics, report
 
+FORMATS = ('.png', '.pdf', '.svg')
 _COLUMNS = '{:{width}} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 
 
@@ -22,11 +23,14 @@ def compare(runs, output):
   Args:
     runs: their folders. A run's name is the shortest end of its path that is unique; a run that is
       given twice counts once.
-    output: the PNG file to write.
+    output: the file to write; its name ends in one of FORMATS.
 
   Raises:
-    ValueError: a folder holds no finished run, or the runs are on different data.
+    ValueError: a folder holds no finished run, the runs are on different data, or `output` names no
+      file of this kind.
   """
+  if pathlib.Path(output).suffix not in FORMATS:
+    raise ValueError(f'--output={output}: expected a name that ends in {", ".join(FORMATS)}.')
   runs = [pathlib.Path(run).absolute() for run in runs]
   runs = list({run.resolve(): run for run in reversed(runs)}.values())[::-1]
   names = {run: _name(run, runs) for run in runs}

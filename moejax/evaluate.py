@@ -146,8 +146,11 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
     in generation), and what `evaluate` measures.
 
   Raises:
-    ValueError: the model does not support a mode, or a group size does not divide the batch.
+    ValueError: there is no mode, the model does not support one, or a group size does not divide
+      the batch.
   """
+  if not modes:
+    raise ValueError(f'--modes: expected at least one of {", ".join(MODES)}.')
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
   models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]
   batch_size = stages.data.batch_size

@@ -9,6 +9,7 @@ therefore influence each other, unless `--mode=unmixed` decodes each by itself.
 """
 
 import functools
+import math
 import sys
 
 import jax
@@ -38,12 +39,14 @@ def generate(model_config, params, prompts, length, *, temperature=0.8, key=None
     One int32 array per prompt: its continuation of `length` tokens.
 
   Raises:
-    ValueError: a prompt is empty, or the length is below 1.
+    ValueError: a prompt is empty, the length is below 1, or the temperature is no such number.
   """
   if not len(prompts) or min(map(len, prompts)) < 1:
     raise ValueError('generate: every prompt must have at least one token.')
   if length < 1:
     raise ValueError(f'generate: length must be at least one token, got {length}.')
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f'generate: temperature must be finite and at least 0, got {temperature}.')
   key = jax.random.key(0) if key is None else key
   context = model_config.max_length
   texts = [np.asarray(prompt, np.int32) for prompt in prompts]

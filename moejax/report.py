@@ -55,7 +55,7 @@ def describe(result: dict) -> str:
 
 
 def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
-  """Writes `loss_figure` to a PNG file."""
+  """Writes `loss_figure` to a file; its suffix says in which format."""
   with files.atomic_output(path) as temporary:
     loss_figure(curves).savefig(temporary)
 
@@ -75,13 +75,14 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
   for label, points in arrays.items():
     run = re.sub(r'\s*(train|validation)$', '', label)
     colour = colours.setdefault(run, f'C{len(colours)}')
+    shown = re.sub('^_', ' _', label).replace('$', r'\$')  # matplotlib hides _x and sets $x$
     if label.endswith('validation'):
       style = {'marker': 'o', 'markersize': 6, 'markeredgecolor': 'white', 'linestyle': '--'}
-      axes.plot(*points.T, color=colour, linewidth=1, zorder=3, label=label, **style)
+      axes.plot(*points.T, color=colour, linewidth=1, zorder=3, label=shown, **style)
     else:
       steps, losses = points.T
       axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
-      axes.plot(steps, running_mean(losses), color=colour, linewidth=2, label=label)
+      axes.plot(steps, running_mean(losses), color=colour, linewidth=2, label=shown)
   if arrays:
     axes.set_ylim(*_limits(arrays.values()))
     axes.legend(frameon=False)

@@ -35,6 +35,15 @@ def test_runs_are_plotted_and_tabulated(tmp_path):
   assert (tmp_path / 'both.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.parametrize('name', ['folder', 'a.foo', 'png'])
+def test_a_plot_of_no_known_format_is_refused(tmp_path, name):
+  _run(tmp_path / 'dense')
+  (tmp_path / 'folder').mkdir()
+  with pytest.raises(ValueError, match=f'--output=.*/{name}: expected a name that ends in .png'):
+    compare.compare([tmp_path / 'dense'], tmp_path / name)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['dense', 'folder']
+
+
 def test_speed_up_to_the_loss_of_the_first_run(tmp_path):
   for name, losses in {'slow': (3.0, 2.5), 'fast': (2.75, 2.25), 'never': (4.0, 3.5)}.items():
     _run(tmp_path / name)

@@ -73,6 +73,8 @@ def test_groups_that_a_batch_cannot_be_cut_into_are_refused():
   )
   with pytest.raises(ValueError, match='--group_size=16 must divide the 8 sequences'):
     evaluate.compare_modes(stages, None, None, ['mixed_with_corpus'], [16], 1)
+  with pytest.raises(ValueError, match='--modes: expected at least one of mixed'):
+    evaluate.compare_modes(stages, None, None, [], [0], 1)
 
 
 def test_expert_choice_chooses_in_other_groups():

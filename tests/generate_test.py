@@ -1,5 +1,7 @@
 """Decoding: prompts of different lengths, padding, and limits."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -68,6 +70,9 @@ def test_invalid_requests_are_rejected(trained):
     _greedy(trained, [[]])
   with pytest.raises(ValueError, match='length must be at least one'):
     _greedy(trained, [[1]], length=0)
+  for temperature in (math.nan, math.inf, -1.0):
+    with pytest.raises(ValueError, match=f'temperature must be finite .*, got {temperature}'):
+      generate.generate(*trained, [[1]], 1, temperature=temperature)
 
 
 def test_past_the_context_its_newest_half_becomes_the_prompt(trained):

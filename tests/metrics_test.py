@@ -205,6 +205,13 @@ def _lines(curves):
   return axes, {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
+def test_a_plot_calls_runs_what_they_are_called():
+  figure = report.loss_figure({name: [(1, 1.0)] for name in ('_a train', r'$\b$ train')})
+  figure.canvas.draw()  # raises for bad formulas
+  (axes,) = figure.axes
+  assert [t.get_text() for t in axes.get_legend().get_texts()] == [' _a train', r'\$\b\$ train']
+
+
 def test_a_plot_draws_every_point_and_running_means():
   train = [(step, 10.0 - step % 2) for step in range(1, 101)]
   axes, lines = _lines({'a train': train, 'a validation': [(50, 4.5)], 'none': []})
