@@ -268,7 +268,7 @@ def _without_overrides(argv, overrides):
 
 def _parse_with_config(argv):
   """Parses flags; finds bundled config files from any directory, and names unknown fields."""
-  argv = [argv[0], *map(_find_config, argv[1:])]
+  argv = [argv[0], *map(_find_config, _joined(argv[1:]))]
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
   overrides = {}
@@ -288,15 +288,23 @@ def _parse_with_config(argv):
     sys.exit(_fail(_config_error(error)))
 
 
+def _joined(arguments):
+  """The arguments with `--config FILE`, in two words or with one dash, as `--config=FILE`."""
+  rest = iter(arguments)
+  for argument in rest:
+    argument = re.sub('^-config(?=$|=)', '--config', argument)
+    yield f'{argument}={next(rest, "")}' if argument == '--config' else argument
+
+
 def _find_config(argument):
   if not argument.startswith('--config='):
     return argument
   given, colon, variants = argument.removeprefix('--config=').partition(':')
   path = pathlib.Path(os.path.expanduser(given))
   bundled = _BUNDLED / path.name
-  if not path.exists() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
+  if not path.is_file() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
     path = bundled
-  elif not path.exists():
+  elif not path.is_file():
     known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem not in ('__init__', 'common'))
     sys.exit(_fail(f'--config={given}: no such file; bundled files are {", ".join(known)}.'))
   return f'--config={path}{colon}{variants}'

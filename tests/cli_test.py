@@ -130,3 +130,15 @@ def test_a_path_is_local(monkeypatch):
   for text in ('', 'a,,b'):
     with pytest.raises(ValueError, match='expected a path, got nothing'):
       parse(text)
+
+
+@pytest.mark.parametrize('words', ['--config={}', '-config={}', '--config {}', '-config {}'])
+def test_a_config_file_is_found_from_anywhere(words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  find = lambda name: [*map(cli._find_config, cli._joined(words.format(name).split(' ')))]
+  assert find('dense.py:debug') == [f'--config={cli._BUNDLED}/dense.py:debug']
+  for name in ('nothing.py', '.', ''):
+    with pytest.raises(SystemExit):
+      find(name)
+    said = f'error: --config={name}: no such file; bundled files are dense.py'
+    assert capsys.readouterr().err.startswith(said)
