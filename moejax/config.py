@@ -165,8 +165,7 @@ def check_batch(stages, mesh):
 def check_mesh(stages, mesh):
   """Raises ValueError if the mesh would leave devices idle or duplicate their work."""
   check_batch(stages, mesh)
-  problems = list(_mesh_problems(stages, mesh))
-  if problems:
+  if problems := list(_mesh_problems(stages, mesh)):
     raise ValueError('\n'.join(problems))
 
 
@@ -185,18 +184,11 @@ def _mesh_problems(stages, mesh):
         'fsdp and expert). Lower it or optimizer.accumulation, raise data.batch_size, or give '
         'mesh.tensor more devices.'
       )
-  for field, number in stages.model.experts.items():
-    if number % mesh.shape['expert']:
-      yield (
-        f'mesh.expert = {mesh.shape["expert"]} must divide the {number} experts of a layer '
-        f'({field}). Change one of the two.'
-      )
-  for what, number in stages.model.widths.items():
-    if number % mesh.shape['tensor']:
-      yield (
-        f'mesh.tensor = {mesh.shape["tensor"]} must divide the {number} {what}. Change one of the '
-        'two.'
-      )
+  experts = {f'experts of a layer ({field})': n for field, n in stages.model.experts.items()}
+  for axis, sizes in (('expert', experts), ('tensor', stages.model.widths)):
+    for what, size in sizes.items():
+      if size % (devices := mesh.shape[axis]):
+        yield f'mesh.{axis} = {devices} must divide the {size} {what}. Change one of the two.'
 
 
 def override(config, texts):
@@ -233,12 +225,3 @@ _READERS = {
   bool: lambda text: _BOOLEANS[text.lower()],
   tuple: ast.literal_eval,
 }
-
-
-def flatten(tree, prefix=''):
-  """Flattens nested dicts: {'model.moe.granularity': 1}."""
-  flat = {}
-  for key, value in tree.items():
-    is_section = isinstance(value, dict)
-    flat |= flatten(value, f'{prefix}{key}.') if is_section else {f'{prefix}{key}': value}
-  return flat

@@ -11,6 +11,7 @@ is one line. Constraints between fields go into the method `conflicts`.
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 from moejax import text
@@ -22,6 +23,12 @@ _KINDS = {
   bool: 'True or False',
   str: 'a string',
   tuple: 'a tuple',
+}
+_HOLDS = {
+  'at least': operator.ge,
+  'above': operator.gt,
+  'at most': operator.le,
+  'below': operator.lt,
 }
 
 
@@ -130,19 +137,9 @@ def checked(name, f, value: Any):
   if choices and value not in choices:
     hint = text.did_you_mean(value, choices)
     raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}')
-  if not _within(value, f.metadata['bounds']):
+  if not all(_HOLDS[relation](value, bound) for relation, bound in f.metadata['bounds'].items()):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
   return value
-
-
-def _within(value, bounds):
-  holds = {
-    'at least': lambda bound: value >= bound,
-    'above': lambda bound: value > bound,
-    'at most': lambda bound: value <= bound,
-    'below': lambda bound: value < bound,
-  }
-  return all(holds[relation](bound) for relation, bound in bounds.items())
 
 
 def tuples(value) -> Any:

@@ -139,7 +139,9 @@ class MetricAverager:
     """
     if self._unread:
       (step, measured), self._unread = self._unread, None
-      flat = flat_metrics(measured)
+      measured = jax.device_get(measured)
+      flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
+      flat |= flatten_aux(measured['aux'])
       if not all(math.isfinite(flat[name]) for name in ('loss', 'grad_norm', 'update_norm')):
         raise Diverged(
           f'training diverged at step {step} (loss {flat["loss"]:.4g}, gradient norm '
@@ -165,13 +167,6 @@ class MetricAverager:
     seconds = time.monotonic() - self._started
     means = {name: total / self._count for name, total in self._sums.items()}
     return means | {'seconds_per_step': seconds / (self._count - self._restored)}
-
-
-def flat_metrics(measured):
-  """Device metrics as floats, those of sublayers flattened by `flatten_aux`."""
-  measured = jax.device_get(measured)
-  flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
-  return flat | flatten_aux(measured['aux'])
 
 
 def _line(entry):

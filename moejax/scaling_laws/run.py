@@ -12,8 +12,9 @@ import sys
 import threading
 
 import tqdm
+from flax.traverse_util import flatten_dict
 
-from moejax import cli, config as config_lib, metrics, run_folder
+from moejax import cli, metrics, run_folder
 
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
@@ -66,7 +67,7 @@ def _settings(cell):
 
 
 def _flat(config):
-  return config_lib.flatten(json.loads(config.to_json()))
+  return flatten_dict(json.loads(config.to_json()), sep='.')
 
 
 def _check_distinct(cells, settings):
