@@ -333,7 +333,7 @@ def differences(stored, wanted):
 def _differences(stored, wanted):
   """Yields a line for every array whose shape or dtype differs between two dicts by name."""
   for name in sorted(stored.keys() | wanted.keys()):
-    old, new = (tree[name] if name in tree else None for tree in (stored, wanted))
+    old, new = stored.get(name), wanted.get(name)
     if new is None:
       yield f'{name}: only in the checkpoint, {tuple(old.shape)}'
     elif old is None:

@@ -5,22 +5,27 @@ r"""Writes a corpus to flat token files, so that runs need no TensorFlow.
     --config.data.files=/data/c4_tokens
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import shlex
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import tqdm
 from absl import flags
 
-from moejax import cli, data
-from moejax.data import token_files, tokenizer as tokenizer_lib
+from moejax import cli, data, files
+from moejax.data import corpus, token_files, tokenizer as tokenizer_lib
 
 
 def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
-  """Writes both splits of a corpus into a new directory and returns a summary of them.
-
-  Raises ValueError, naming the config field or flag, if that is impossible.
-  """
-  index = token_files.write(config, output)
+  """`write`; returns a summary of the result."""
+  index = write(config, output)
   counts = ', '.join(
     f'{split["tokens"]} tokens of {split["documents"]} documents for {name}'
     for name, split in index['splits'].items()
@@ -29,6 +34,88 @@ def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
   fields = {'source': 'tokens', 'files': output, 'tokenizer': tokenizer}
   flags = shlex.join(f'--config.data.{name}={value}' for name, value in fields.items())
   return f'Wrote {output}: {counts}. Read them with {flags}'
+
+
+def write(config: data.DataConfig, directory: str | os.PathLike) -> dict[str, Any]:
+  """Tokenises both splits of a source into a new directory, renamed into place when complete.
+
+  Args:
+    config: what to read and how to encode it; any source but 'tokens'.
+    directory: where to write; must not exist.
+
+  Returns:
+    The index: `tokenizer` (relative to the directory), `tokenizer_fingerprint`, `vocab_size`,
+    `dtype`, `source`, `fingerprint` (of the corpus) and `splits`, which gives `documents`,
+    `tokens`, `bytes` (0 if the text is unknown) and `max_id` for each split.
+
+  Raises:
+    ValueError: the directory exists, or the source cannot be read.
+    OSError: the directory cannot be written.
+  """
+  if config.source == 'tokens':
+    raise ValueError("data.source: 'tokens' is already tokenised; use the source of the text.")
+  directory = pathlib.Path(directory).expanduser()
+  if directory.exists():
+    raise ValueError(f'--output: {directory} already exists; remove it or choose another name.')
+  tokenizer = tokenizer_lib.make_tokenizer(config)
+  with files.atomic_output(directory) as temporary:
+    temporary.mkdir()
+    return _write_into(temporary, config, tokenizer)
+
+
+def _write_into(directory, config, tokenizer) -> dict[str, Any]:
+  digest = hashlib.sha256()
+  encode = _encode_task if config.source == 'seqio' else corpus.encode
+  documents = encode(config, tokenizer, digest)
+  dtype = token_files.dtype_for(tokenizer.vocab_size)
+  zeros = {'documents': 0, 'tokens': 0, 'bytes': 0, 'max_id': 0}
+  splits = {split: dict(zeros) for split in corpus.SPLITS}
+  with contextlib.ExitStack() as stack:
+    outputs = {s: stack.enter_context(open(directory / f'{s}.bin', 'wb')) for s in splits}
+    for split, ids, num_bytes in tqdm.tqdm(documents, unit=' documents', disable=None):
+      outputs[split].write(ids.astype(dtype).tobytes())
+      counts = splits[split]
+      counts['documents'] += 1
+      counts['tokens'] += len(ids)
+      counts['bytes'] += num_bytes
+      counts['max_id'] = max(counts['max_id'], int(ids.max()))
+  index = {
+    'format': token_files.FORMAT,
+    'tokenizer': _copy_tokenizer(config.tokenizer, directory),
+    'tokenizer_fingerprint': tokenizer.fingerprint,
+    'vocab_size': tokenizer.vocab_size,
+    'dtype': dtype.str,
+    'source': {key: getattr(config, key) for key in ('source', 'files', 'field', 'task')},
+    'fingerprint': digest.hexdigest()[:16],
+    'splits': splits,
+  }
+  (directory / token_files.INDEX).write_text(json.dumps(index, indent=2) + '\n')
+  return index
+
+
+def _encode_task(config, tokenizer, digest) -> Iterator[tuple[str, np.ndarray, int]]:
+  """`corpus.encode` of a seqio task; updates `digest` with the ids."""
+  from moejax.data import seqio_loader
+
+  for split, example in seqio_loader.examples(config, tokenizer, corpus.SPLITS):
+    ids = example['targets']
+    if not len(ids) or ids[-1] != tokenizer.eos_id:
+      ids = np.append(ids, np.int32(tokenizer.eos_id))
+    digest.update(f'{split}\0{len(ids)}\0'.encode() + ids.astype('<i4').tobytes())
+    yield split, ids, len(example.get('targets_pretokenized', b''))
+
+
+def _copy_tokenizer(name: str, directory: pathlib.Path) -> str:
+  """Copies the files of a tokenizer into a directory and returns its name relative to it."""
+  if name == 'bytes':
+    return name
+  paths = tokenizer_lib.tokenizer_files(name)
+  if name.startswith(tokenizer_lib.GPT2_PREFIX):
+    for path in paths:
+      shutil.copyfile(path, directory / path.name)
+    return tokenizer_lib.GPT2_PREFIX
+  shutil.copyfile(paths[0], directory / 'tokenizer.model')
+  return 'tokenizer.model'
 
 
 def main(config):

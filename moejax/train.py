@@ -59,11 +59,10 @@ class Run:
   first_step: int = 0  # where this process began
   seconds_before: float = 0.0  # of earlier processes, for the steps before `first_step`
   started: float = 0.0  # when this process began, by time.monotonic
-  totals: dict = dataclasses.field(default_factory=dict)  # of the averager, restored
   train_step: Any = None
   state: Any = None
   batch: Any = None  # of the last step
-  averager: Any = None
+  averager: Any = dataclasses.field(default_factory=metrics_lib.MetricAverager)
   writer: Any = None
   eval_result: dict = dataclasses.field(default_factory=dict)
   flops_per_token: dict = dataclasses.field(default_factory=dict)
@@ -144,6 +143,7 @@ def prepare(config, workdir):
   loader = data.make_loader(stages.data, 'train', **part)
   eval_loader = data.make_loader(stages.data, 'validation', **part)
   with tempfile.TemporaryDirectory() as folder:
+    loader.batch(0)
     loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
   if stages.model.leaks():
     print(f'warning: {stages.model.leaks()}')
@@ -202,7 +202,7 @@ def resume(run):
   summary = report.read_summary(run.workdir)  # includes the time after the last checkpoint
   finished = summary.get('seconds', 0.0) if summary.get('steps') == step else 0.0
   run.seconds_before = max(metadata.get('seconds', 0.0), finished)
-  run.totals = metadata.get('window', {})
+  run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
   return step
 
 
@@ -246,14 +246,13 @@ def set_up(run, step, start=None):
   )
   run.peak_flops = _peak_flops(run.stages.model.dtype)
   run.started = time.monotonic()
-  run.averager = metrics_lib.MetricAverager(**run.totals)
   if start and step is None:
     _evaluate(run)
     _save(run)
 
 
 def _compile(run, abstract_state):
-  """The training step. The evaluation step is compiled as well: an interrupt leaves no time."""
+  """Compiles the training step, and the evaluation step too: an interrupt leaves no time for it."""
   args = run.stages, abstract_state, run.mesh
   jax_config: Any = jax.config
   if jax_config.jax_disable_jit:  # for debugging

@@ -9,8 +9,17 @@ import pytest
 import sentencepiece
 
 from configs import mot as mot_config
-from moejax import cli, config as config_lib, data, evaluate, model as model_lib, sharding
-from moejax.data import token_files, tokenizer
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  evaluate,
+  model as model_lib,
+  sharding,
+  tokenize,
+  tokenizer as tokenizer_program,
+)
+from moejax.data import tokenizer
 from tests import tiny
 
 
@@ -133,13 +142,13 @@ def test_bits_per_byte_are_of_the_text_that_was_evaluated(tmp_path, source):
       f'in the house of {i}, naïve\n' * (1 + i % 5) + 'x ' * (i % 7)
     )
   documents = [f'in the house of {i}, naïve\n' * 5 for i in range(40)]
-  model = tokenizer.train_sentencepiece([d.encode() for d in documents], 300)
+  model = tokenizer_program.train_sentencepiece([d.encode() for d in documents], 300)
   (tmp_path / 'tok.model').write_bytes(model)
   text = {'source': 'text', 'files': f'{tmp_path}/*.txt', 'tokenizer': f'{tmp_path}/tok.model'}
   changes = text
   if source == 'tokens':
     config = mot_config.get_config('debug').data.to_dict() | text
-    token_files.write(data.DataConfig(**config), tmp_path / 'tokens')
+    tokenize.write(data.DataConfig(**config), tmp_path / 'tokens')
     changes = text | {'source': 'tokens', 'files': str(tmp_path / 'tokens')}
   result, loader = _evaluate_text(2, **changes)
   ids = np.concatenate([loader.batch(step)['targets'].reshape(-1) for step in range(2)])

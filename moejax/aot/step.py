@@ -13,7 +13,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib, flops, model as model_lib, sharding, step as step_lib
+from moejax import config as config_lib, data, flops, model as model_lib, sharding, step as step_lib
 from moejax.aot import hlo, topologies
 from moejax.aot.report import Exchange, Report
 from moejax.data import tokenizer
@@ -115,9 +115,24 @@ def without_data(config):
   """The same training step without the run's data files: only sizes matter."""
   config = config.copy_and_resolve_references()
   if not config.model.vocab_size:
-    config.model.vocab_size = tokenizer.known_vocab_size(config.data.tokenizer)
+    config.model.vocab_size = known_vocab_size(config.data.tokenizer)
   config.data.source, config.data.tokenizer = 'stdlib', 'bytes'
   return config
+
+
+def known_vocab_size(name: str) -> int:
+  """The vocabulary size of a tokenizer whose files may be missing.
+
+  Raises:
+    ValueError: the size is known only from a file that is missing.
+  """
+  if all(path.is_file() for path in tokenizer.tokenizer_files(name)):
+    return data.make_tokenizer(data.DataConfig(tokenizer=name)).vocab_size
+  if name.startswith(tokenizer.GPT2_PREFIX):
+    return 50257 + tokenizer.NUM_SPECIAL  # the published vocabulary
+  raise ValueError(
+    f'data.tokenizer = {name!r} is missing and its vocabulary size unknown; set model.vocab_size.'
+  )
 
 
 def _compile(lowered):

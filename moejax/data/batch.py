@@ -34,11 +34,9 @@ class Loader(Protocol):
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes this process's position to a directory; nothing if the step is the position."""
-    ...
 
   def load(self, directory: pathlib.Path) -> None:
     """Restores the position that `save` wrote."""
-    ...
 
 
 def padding(num_sequences: int, length: int) -> Batch:

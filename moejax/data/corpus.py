@@ -48,15 +48,6 @@ class Document:
   data: bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedDocument:
-  """A document as int32 ids [n], with the end-of-document id; `num_bytes` is 0 if unknown."""
-
-  split: str
-  ids: np.ndarray
-  num_bytes: int
-
-
 def documents(config: config_lib.DataConfig) -> Iterator[Document]:
   """Yields every document of both splits, always in the same order.
 
@@ -74,8 +65,8 @@ def encode(
   tokenizer: tokenizer_lib.Tokenizer,
   digest: Any,
   splits: tuple[str, ...] = SPLITS,
-) -> Iterator[EncodedDocument]:
-  """Yields the documents of some splits as token ids.
+) -> Iterator[tuple[str, np.ndarray, int]]:
+  """Yields split, int32 ids [n] and number of bytes of documents; the last id ends the document.
 
   Args:
     config: what to read.
@@ -94,16 +85,12 @@ def encode(
       continue
     if not tokenizer.keeps_bytes and (replaced := num_invalid(document.data)):
       num_replaced, first = num_replaced + replaced, first or document.name
-    ids = tokenizer.encode_bytes(document.data)
-    yield EncodedDocument(
-      document.split, np.append(ids, np.int32(tokenizer.eos_id)), len(document.data)
-    )
+    ids = np.append(tokenizer.encode_bytes(document.data), np.int32(tokenizer.eos_id))
+    yield document.split, ids, len(document.data)
   if num_replaced:
     logging.warning(
-      'Replaced %d invalid UTF-8 sequences by U+FFFD, the first in %s. '
-      "data.tokenizer='bytes' would keep them.",
-      num_replaced,
-      first,
+      f'Replaced {num_replaced} invalid UTF-8 sequences by U+FFFD, the first in {first}. '
+      "data.tokenizer='bytes' would keep them."
     )
 
 
@@ -114,11 +101,6 @@ def num_invalid(data: bytes) -> int:
   except UnicodeDecodeError:
     return data.decode('utf-8', 'replace').count('\ufffd') - data.count('\ufffd'.encode())
   return 0
-
-
-def short_digest(digest: Any) -> str:
-  """Returns the 16 hex digits that identify a corpus."""
-  return digest.hexdigest()[:16]
 
 
 def _stdlib_files() -> tuple[pathlib.Path, list[str]]:
@@ -147,23 +129,24 @@ def _matching_files(pattern: str) -> tuple[pathlib.Path, list[str]]:
   pattern = os.path.abspath(os.path.expanduser(pattern))
   root, wild = _parts(pattern)
   paths = _glob(os.path.join(glob.escape(str(root)), wild)) if wild else [pattern]
-  files = [pathlib.Path(path) for path in paths if os.path.isfile(path)]
+  root = root if wild else root.parent
   if broken := [path for path in paths if not os.path.exists(path) and os.path.islink(path)]:
     logging.warning('Skipped %d broken links, the first %s.', len(broken), min(broken))
-  names = _one_per_file(root if wild else root.parent, files)
-  root = root if wild else root.parent
+  names = _one_per_file(root, [pathlib.Path(path) for path in paths if os.path.isfile(path)])
   if not names:
-    if os.path.isdir(pattern):
-      seen = f'it is a folder; for all files in it, write {pattern}/**/*'
-    elif not root.is_dir():
-      seen = f'the folder {root} does not exist'
-    else:
-      entries = sorted(entry.name for entry in root.iterdir())
-      seen = f'{root} holds {len(entries)} entries'
-      if entries:
-        seen += f' ({", ".join(entries[:3])}{", ..." if len(entries) > 3 else ""})'
-    raise ValueError(f'data.files: no file matches {pattern!r}: {seen}.')
+    raise ValueError(f'data.files: no file matches {pattern!r}: {_describe(pattern, root)}.')
   return root, names
+
+
+def _describe(pattern: str, root: pathlib.Path) -> str:
+  """Says what is there instead of files that match."""
+  if os.path.isdir(pattern):
+    return f'it is a folder; for all files in it, write {pattern}/**/*'
+  if not root.is_dir():
+    return f'the folder {root} does not exist'
+  names = sorted(os.listdir(root))
+  shown = ', '.join(names[:3] + ['...'] * (len(names) > 3))
+  return f'{root} holds {len(names)} entries' + (f' ({shown})' if names else '')
 
 
 def _parts(pattern: str) -> tuple[pathlib.Path, str]:

@@ -116,9 +116,9 @@ class TokenLoader:
 
   def _indices(self, step: int) -> np.ndarray:
     """Returns which sequences of the corpus this process reads at a step."""
-    if not self._is_train:
-      return step * self._size + self._in_batch
     place = step * self._size + self._in_batch
+    if not self._is_train:
+      return place
     epochs, place = np.divmod(place, self.num_sequences)
     indices = np.empty_like(place)
     for epoch in np.unique(epochs):  # a batch may end one epoch and begin the next
@@ -171,5 +171,5 @@ def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
   digest = hashlib.sha256()
   dtype = token_files.dtype_for(tokenizer.vocab_size)
   documents = corpus.encode(config, tokenizer, digest, splits=(split,))
-  pieces = [np.zeros(0, dtype), *(document.ids.astype(dtype) for document in documents)]
-  return np.concatenate(pieces), corpus.short_digest(digest)
+  pieces = [np.zeros(0, dtype), *(ids.astype(dtype) for _, ids, _ in documents)]
+  return np.concatenate(pieces), digest.hexdigest()[:16]

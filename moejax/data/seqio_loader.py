@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import pathlib
-import tempfile
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moejax.data import batch as batch_lib, config as config_lib, corpus, tokenizer as tokenizer_lib
+from moejax.data import batch as batch_lib, tokenizer as tokenizer_lib
 from moejax.text import did_you_mean
 
 # Tasks that need no registration: text of a tensorflow-datasets corpus. The first version that is
@@ -41,26 +41,20 @@ class SeqioLoader:
   A task can only be read in order, so steps must be consecutive, from 0 or from the step after the
   saved one; step 0 always restarts from the beginning. Training repeats the data forever;
   validation reads the full batches of its split in order, once.
-
-  Raises ValueError for a training split whose position cannot be saved.
   """
 
   def __init__(self, config, split, part, num_parts):
     self._tf = _modules().tf
     self._sequence_length = config.sequence_length
     self._num_sequences = config.batch_size // num_parts
-    self._part, self._num_parts = part, num_parts
+    self._file = f'seqio-{part:05d}-of-{num_parts:05d}'
     self._task = config.task
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
     task, name = _find_task(config, self.tokenizer)
     self._make_dataset = functools.partial(_packed, config, task, split, part, num_parts)
     self.fingerprint = batch_lib.fingerprint('seqio', name, self.tokenizer.fingerprint)
+    self._identity = {'fingerprint': self.fingerprint, 'sequence_length': config.sequence_length}
     self._restart()
-    if split == 'train':  # fails now rather than at the first checkpoint
-      self.batch(0)  # an iterator that was never used can always be saved
-      with tempfile.TemporaryDirectory() as directory:
-        self.save(pathlib.Path(directory))
-      self._restart()
 
   def batch(self, step: int) -> batch_lib.Batch:
     """Returns this process's sequences of a step, which must be the next one, or 0."""
@@ -85,12 +79,13 @@ class SeqioLoader:
   def save(self, directory: pathlib.Path) -> None:
     """Writes this process's iterator, including its buffers, and the next step.
 
-    Raises ValueError for a task with an operation whose state TensorFlow cannot save.
+    Raises ValueError for a task with an operation whose state TensorFlow cannot save; before the
+    first batch, that goes unnoticed.
     """
-    directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    path = directory / self._file
     try:
-      self._tf.train.Checkpoint(iterator=self._iterator).write(str(self._state_path(directory)))
+      self._tf.train.Checkpoint(iterator=self._iterator).write(str(path))
     except self._tf.errors.FailedPreconditionError as error:
       raise ValueError(
         f'data.task: a run with {self._task!r} could not resume, because TensorFlow cannot save '
@@ -98,8 +93,8 @@ class SeqioLoader:
         'numbers without an op seed). Write the task to files once with python -m moejax.tokenize '
         f"and use data.source='tokens'. ({str(error).splitlines()[0][:200]})"
       ) from error
-    state = {'next_step': self._next_step} | self._identity()
-    self._state_path(directory).with_suffix('.json').write_text(json.dumps(state))
+    state = {'next_step': self._next_step} | self._identity
+    path.with_suffix('.json').write_text(json.dumps(state))
 
   def load(self, directory: pathlib.Path) -> None:
     """Restores the position after the last batch before `save`.
@@ -107,16 +102,15 @@ class SeqioLoader:
     Raises ValueError if nothing was saved there, or by a run with other data, another sequence
     length or another number of processes.
     """
-    path = self._state_path(pathlib.Path(directory))
+    path = directory / self._file
     if not path.with_suffix('.json').is_file():
-      saved = sorted(file.name for file in pathlib.Path(directory).glob('seqio-*.json'))
+      saved = sorted(file.name for file in directory.glob('seqio-*.json'))
       raise ValueError(
-        f'the checkpoint has no data position for process {self._part} of {self._num_parts} in '
-        f'{directory}, only {saved}; a seqio task must resume with the number of processes that '
-        'saved it.'
+        f'the checkpoint has no data position of this process ({self._file}) in {directory}, only '
+        f'{saved}; a seqio task must resume with the number of processes that saved it.'
       )
     state = json.loads(path.with_suffix('.json').read_text())
-    for key, value in self._identity().items():
+    for key, value in self._identity.items():
       if state[key] != value:
         raise ValueError(
           f'data: the saved position in {directory} has {key} {state[key]}, this run {value}; '
@@ -130,35 +124,6 @@ class SeqioLoader:
     # A new dataset: a shuffled one has a different order in each iteration.
     self._iterator = iter(self._make_dataset())
     self._next_step = 0
-
-  def _identity(self) -> dict[str, Any]:
-    return {'fingerprint': self.fingerprint, 'sequence_length': self._sequence_length}
-
-  def _state_path(self, directory: pathlib.Path) -> pathlib.Path:
-    return directory / f'seqio-{self._part:05d}-of-{self._num_parts:05d}'
-
-
-def encode(
-  config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer, digest: Any
-) -> Iterator[corpus.EncodedDocument]:
-  """Yields the documents of both splits of a task as token ids; updates `digest` with them."""
-  for split, example in _examples(config, tokenizer, corpus.SPLITS):
-    ids = example['targets']
-    if not len(ids) or ids[-1] != tokenizer.eos_id:
-      ids = np.append(ids, np.int32(tokenizer.eos_id))
-    digest.update(f'{split}\0{len(ids)}\0'.encode() + ids.astype('<i4').tobytes())
-    yield corpus.EncodedDocument(split, ids, len(example.get('targets_pretokenized', b'')))
-
-
-def texts(config: config_lib.DataConfig) -> Iterator[bytes]:
-  """Yields the text of a task's training split, before tokenisation.
-
-  Raises ValueError for a task that does not keep it.
-  """
-  for _, example in _examples(config, None, ('train',)):
-    if 'targets_pretokenized' not in example:
-      raise ValueError(f'data.task: {config.task!r} does not keep the text of its targets.')
-    yield example['targets_pretokenized']
 
 
 @functools.cache
@@ -177,9 +142,9 @@ def _modules() -> SimpleNamespace:
           tf.config.set_visible_devices([], kind)
   except ModuleNotFoundError as error:
     raise ValueError(
-      f"data.source: 'seqio' needs the package {error.name}: pip install 'moejax[seqio]'; "
-      'or write the task to files once with python -m moejax.tokenize on '
-      "another machine and use data.source='tokens' here."
+      f"data.source: 'seqio' needs the package {error.name}: pip install 'moejax[seqio]'; or write "
+      'the task to files once with python -m moejax.tokenize on another machine and use '
+      "data.source='tokens' here."
     ) from error
   return SimpleNamespace(seqio=seqio, tf=tf, tfds=tfds)
 
@@ -188,14 +153,13 @@ def _modules() -> SimpleNamespace:
 def _quiet_stderr():
   """Drops what is written to file descriptor 2; C++ libraries log there, past sys.stderr."""
   saved = os.dup(2)
-  null = os.open(os.devnull, os.O_WRONLY)
   try:
-    os.dup2(null, 2)
+    with open(os.devnull, 'w') as null:
+      os.dup2(null.fileno(), 2)
     yield
   finally:
     os.dup2(saved, 2)
     os.close(saved)
-    os.close(null)
 
 
 def _find_task(config, tokenizer) -> tuple[Any, str]:
@@ -253,25 +217,17 @@ def vocabulary(tokenizer: tokenizer_lib.Tokenizer):
   which is slower.
   """
   seqio, tf = _modules().seqio, _modules().tf
-  same_end = tokenizer.eos_id == tokenizer_lib.EOS_ID
-  if isinstance(tokenizer, tokenizer_lib.BytesTokenizer) and same_end:
-    return seqio.ByteVocabulary()
-  if (
-    isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer) and not tokenizer.shift and same_end
-  ):
-    return seqio.SentencePieceVocabulary(tokenizer.path)
+  if tokenizer.eos_id == tokenizer_lib.EOS_ID:
+    if isinstance(tokenizer, tokenizer_lib.BytesTokenizer):
+      return seqio.ByteVocabulary()
+    if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer) and not tokenizer.shift:
+      return seqio.SentencePieceVocabulary(tokenizer.path)
 
   def encode(text):  # bytes in a graph, an array of one object outside
     return tokenizer.encode_bytes(np.asarray(text, object).item())
 
   class Wrapped(seqio.PassThroughVocabulary):
     """Adapts our tokenizer to seqio."""
-
-    def _encode(self, s):
-      return tokenizer.encode(s).tolist()
-
-    def _decode(self, ids):
-      return tokenizer.decode(ids)
 
     def _encode_tf(self, s):
       # A stateful function could not be saved with the iterator.
@@ -308,7 +264,13 @@ def _packed(config, task, split, part, num_parts):
   shard, epochs = seqio.ShardInfo(part, num_parts), None if shuffle else 1
   options = {'shuffle': shuffle, 'seed': config.seed, 'shard_info': shard, 'num_epochs': epochs}
   dataset = _dataset(config, task, split, **options)
-  dataset = dataset.map(lambda example: _pieces(example['targets'], length)).unbatch()
+
+  def pieces(example):
+    """The ids [n] as a ragged [ceil(n / length), up to length]."""
+    starts = tf.range(0, tf.size(example['targets']), length)
+    return tf.RaggedTensor.from_row_starts(example['targets'], starts)
+
+  dataset = dataset.map(pieces).unbatch()
   if shuffle:
     dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
   dataset = dataset.map(lambda ids: {'targets': ids})
@@ -319,14 +281,12 @@ def _packed(config, task, split, part, num_parts):
   return dataset.with_options(options)
 
 
-def _pieces(ids, length: int):
-  """Cuts ids [n] into a ragged [ceil(n / length), up to length]."""
-  tf = _modules().tf
-  return tf.RaggedTensor.from_row_starts(ids, tf.range(0, tf.size(ids), length))
+def examples(config, tokenizer, splits) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (split, example as numpy) for every document of a task, in order.
 
-
-def _examples(config, tokenizer, splits) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields (split, example as numpy) for every document of a task, in order."""
+  'targets' are ids [n] of the tokenizer (with None: any); 'targets_pretokenized' is the text,
+  unless the task drops it.
+  """
   seqio = _modules().seqio
   task, _ = _find_task(config, tokenizer)
   options = {'copy_pretokenized': True} if isinstance(task, seqio.Mixture) else {}
@@ -355,12 +315,9 @@ def _tfds_directory(config) -> str:
 
 def _prepared_version(config, versions: tuple[str, ...]) -> str:
   """Returns the first version with files in the directory, or else the first."""
-  gfile = _modules().tf.io.gfile
-  for dataset in versions:
-    path = os.path.join(_tfds_directory(config), *dataset.split(':'), 'features.json')
-    if gfile.exists(path):
-      return dataset
-  return versions[0]
+  exists = _modules().tf.io.gfile.exists
+  info = lambda v: os.path.join(_tfds_directory(config), *v.split(':'), 'features.json')
+  return next((version for version in versions if exists(info(version))), versions[0])
 
 
 @contextlib.contextmanager
@@ -381,16 +338,11 @@ def _clear_errors(config):
   These are an assertion about versions, empty or missing splits, or a missing info file, depending
   on what the libraries know about the corpus.
   """
-  known = (
-    'cannot be loaded at version',
-    '`splits` is empty',
-    'has no splits',
-    'Could not read dataset info',
-  )
+  known = 'cannot be loaded at version|`splits` is empty|has no splits|Could not read dataset info'
   try:
     yield
   except (AssertionError, KeyError, OSError, ValueError) as error:
-    if not any(part in str(error) for part in known):
+    if not re.search(known, str(error)):
       raise
     raise ValueError(
       f'data.tfds_data_dir: the corpus of task {config.task!r} is not prepared in '

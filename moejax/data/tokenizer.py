@@ -6,12 +6,10 @@ ends a document, 2 is unknown. No text encodes to 0 or 1.
 
 import functools
 import hashlib
-import io
 import json
 import pathlib
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,15 +19,13 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_SPECIAL = 3
 
-_GPT2_PREFIX = 'gpt2:'
+GPT2_PREFIX = 'gpt2:'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
 # The pre-tokenizer of GPT-2: contractions, words, numbers, symbols (each with a space before it).
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # tiktoken's regular expression panics on a longer run of whitespace.
 _LONGEST_WHITESPACE = 999_000
 _MAX_IDS = 2**24  # beyond any real vocabulary: larger ids are typing errors
-# A sentence of the trainer is a line of text, or a part of one (minified code, flattened books).
-_MAX_SENTENCE_BYTES = 16_384
 
 
 class Tokenizer:
@@ -154,9 +150,8 @@ class SentencePieceTokenizer(Tokenizer):
 class Gpt2Tokenizer(Tokenizer):
   """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids are shifted by 3.
 
-  GPT-2 uses id 0 for '!' and its last id, <|endoftext|>, for the end of a document; here they are
-  id 3 and an id that never occurs, and the end of a document is id 1. The special tokens of other
-  vocabularies (RoBERTa's) never occur either, whatever their ids.
+  GPT-2's id 0, '!', is 3 here. Its last id, <|endoftext|>, never occurs, because id 1 ends a
+  document; nor do the special tokens of other vocabularies (RoBERTa's).
   """
 
   def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
@@ -187,13 +182,9 @@ class Gpt2Tokenizer(Tokenizer):
 
 
 def make_tokenizer(config) -> Tokenizer:
-  """Returns the tokenizer that `data.tokenizer` names.
+  """Returns the tokenizer of a DataConfig; its `eos_id`, unless it is -1, replaces the own one.
 
-  Args:
-    config: a DataConfig; its `eos_id`, unless it is -1, replaces the tokenizer's own.
-
-  Raises:
-    ValueError: a file is missing or invalid.
+  Raises ValueError if a file is missing or invalid.
   """
   tokenizer = _tokenizer_named(config.tokenizer)
   if config.eos_id not in (-1, tokenizer.eos_id):
@@ -214,117 +205,28 @@ def _tokenizer_named(name: str) -> Tokenizer:
         f'{" and ".join(_GPT2_FILES)}; got {name!r}, but there is no file {path.resolve()}. '
         'python -m moejax.tokenizer trains a SentencePiece model.'
       )
-  kind = Gpt2Tokenizer if name.startswith(_GPT2_PREFIX) else SentencePieceTokenizer
+  kind = Gpt2Tokenizer if name.startswith(GPT2_PREFIX) else SentencePieceTokenizer
   try:
     return kind(*paths)
   except (ValueError, OSError) as error:
     raise ValueError(f'data.tokenizer: cannot use {name!r}: {error}.') from error
 
 
-def known_vocab_size(name: str) -> int:
-  """The vocabulary size of a tokenizer whose files may be missing.
-
-  Raises:
-    ValueError: the size is known only from a file that is missing.
-  """
-  if all(path.is_file() for path in tokenizer_files(name)):
-    return _tokenizer_named(name).vocab_size
-  if name.startswith(_GPT2_PREFIX):
-    return 50257 + NUM_SPECIAL  # the published vocabulary
-  raise ValueError(
-    f'data.tokenizer = {name!r} is missing and its vocabulary size unknown; set model.vocab_size.'
-  )
-
-
 def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
   """Returns the files that a `data.tokenizer` value names; none for 'bytes'."""
   if name == 'bytes':
     return ()
-  if name.startswith(_GPT2_PREFIX):
-    folder = pathlib.Path(name.removeprefix(_GPT2_PREFIX)).expanduser()
+  if name.startswith(GPT2_PREFIX):
+    folder = pathlib.Path(name.removeprefix(GPT2_PREFIX)).expanduser()
     return tuple(folder / file for file in _GPT2_FILES)
   return (pathlib.Path(name).expanduser(),)
 
 
-def copy_tokenizer(name: str, directory: pathlib.Path) -> str:
-  """Copies the files of a tokenizer into a directory and returns its name relative to it."""
-  if name == 'bytes':
-    return name
-  if name.startswith(_GPT2_PREFIX):
-    for path in tokenizer_files(name):
-      shutil.copyfile(path, directory / path.name)
-    return _GPT2_PREFIX
-  shutil.copyfile(tokenizer_files(name)[0], directory / 'tokenizer.model')
-  return 'tokenizer.model'
-
-
 def tokenizer_in(name: str, directory: pathlib.Path) -> str:
-  """Returns the `data.tokenizer` value for a name that `copy_tokenizer` returned."""
+  """Returns the `data.tokenizer` value of files in a directory; `name` is relative to it."""
   if name == 'bytes':
     return name
-  return f'{_GPT2_PREFIX}{directory}' if name == _GPT2_PREFIX else str(directory / name)
-
-
-def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> bytes:
-  """Trains a BPE model that reproduces texts exactly, including code and emoji.
-
-  (Except U+2581, with which SentencePiece marks spaces: it decodes to a space.) Characters outside
-  the vocabulary fall back to their bytes, nothing is normalised, and runs of spaces may be one
-  piece (indentation: a third fewer tokens on Python code).
-
-  Args:
-    texts: UTF-8 documents.
-    vocab_size: number of ids, including the three special ones and 256 bytes.
-
-  Returns:
-    The bytes of a .model file, the same for the same texts.
-
-  Raises:
-    ValueError: `vocab_size` is too small for the characters, or too large for the texts.
-  """
-  import sentencepiece
-
-  # The trainer reserves U+2585 and would skip every line that contains it.
-  split = re.compile('[\n\u2585]').split
-  lines = (line for text in texts for line in split(text.decode('utf-8', 'replace')) if line)
-  sentences = (sentence for line in lines for sentence in _sentences(line))
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
-      model_writer=model,
-      vocab_size=vocab_size,
-      model_type='bpe',
-      byte_fallback=True,
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      allow_whitespace_only_pieces=True,
-      user_defined_symbols=['\n', '\t'],
-      pad_id=PAD_ID,
-      eos_id=EOS_ID,
-      unk_id=UNK_ID,
-      bos_id=-1,
-      max_sentence_length=_MAX_SENTENCE_BYTES,
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    # The reason follows the source location and the condition.
-    reason = str(error).rpartition('] ')[2] or 'there is too little text'
-    raise ValueError(f'--vocab_size: {vocab_size} does not fit these texts: {reason}') from error
-  return model.getvalue()
-
-
-def _sentences(line: str) -> Iterator[str]:
-  """Cuts a line that is too long for the trainer, before spaces if it has any."""
-  is_long, size = len(line.encode()) > _MAX_SENTENCE_BYTES, _MAX_SENTENCE_BYTES // 4  # characters
-  start = 0
-  while is_long and start + size < len(line):
-    space = line.rfind(' ', start + 1, start + size)
-    end = start + size if space < 0 else space
-    yield line[start:end]
-    start = end
-  yield line[start:]
+  return f'{GPT2_PREFIX}{directory}' if name == GPT2_PREFIX else str(directory / name)
 
 
 def _fingerprint(*parts: bytes) -> str:
@@ -388,6 +290,5 @@ def _gpt2_alphabet() -> dict[str, int]:
   """
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {
-    chr(256 + i): byte for i, byte in enumerate(others)
-  }
+  characters = [*printable, *range(256, 256 + len(others))]
+  return {chr(c): byte for c, byte in zip(characters, printable + others, strict=True)}

@@ -27,7 +27,7 @@ def make_config():
 @pytest.fixture(scope='session')
 def sentencepiece_file(tmp_path_factory):
   """A SentencePiece model from the package's own trainer."""
-  from moejax.data import tokenizer
+  from moejax import tokenizer
 
   texts = [f'def f_{i}(x):\n\treturn x + {i}\n    # naïve\n'.encode() for i in range(200)]
   path = tmp_path_factory.mktemp('tokenizer') / 'small.model'

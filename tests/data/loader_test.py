@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from moejax import data
-from moejax.data import corpus, loader, token_files, tokenizer as tokenizer_lib
+from moejax import data, tokenize
+from moejax.data import corpus, loader, tokenizer as tokenizer_lib
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_segments_and_positions_are_of_documents(make_config, tmp_path, sentence
     jsonl = make_config(source='jsonl', files=f'{tmp_path}/*.jsonl', tokenizer=tokenizer)
     text = make_config(source='text', files=f'{tmp_path}/*.txt', tokenizer=tokenizer)
     directory = tmp_path / tokenizer.replace('/', '_')
-    token_files.write(jsonl, directory)
+    tokenize.write(jsonl, directory)
     tokens = make_config(source='tokens', files=str(directory), tokenizer=tokenizer)
     for config in (jsonl, text, tokens):
       train = data.make_loader(config, 'train')

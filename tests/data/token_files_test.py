@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from moejax import data, tokenize as program
+from moejax import data, tokenize
 from moejax.data import token_files
 
 
@@ -20,7 +20,7 @@ def source(request, make_config, text_folder, sentencepiece_file):
 def written(make_config, text_folder, tmp_path):
   """A directory of byte tokens."""
   directory = tmp_path / 'tokens'
-  token_files.write(make_config(source='text', files=f'{text_folder}/**/*.txt'), directory)
+  tokenize.write(make_config(source='text', files=f'{text_folder}/**/*.txt'), directory)
   return directory
 
 
@@ -33,7 +33,7 @@ def _edit_index(directory, edit):
 
 def test_files_give_the_batches_of_the_source(source, make_config, tmp_path):
   directory = tmp_path / 'out' / 'tokens'
-  message = program.tokenize(source, directory)
+  message = tokenize.tokenize(source, directory)
   index = json.loads((directory / 'index.json').read_text())
   tokenizer = 'bytes' if source.tokenizer == 'bytes' else str(directory / 'tokenizer.model')
   assert f'--config.data.tokenizer={tokenizer}' in message
@@ -62,22 +62,22 @@ def test_an_interrupted_run_leaves_nothing(make_config, text_folder, tmp_path, m
   def copy(*_):
     raise Interrupted
 
-  monkeypatch.setattr(token_files.tokenizer_lib, 'copy_tokenizer', copy)
+  monkeypatch.setattr(tokenize, '_copy_tokenizer', copy)
   config = make_config(source='text', files=f'{text_folder}/**/*.txt')
   with pytest.raises(Interrupted):
-    token_files.write(config, tmp_path / 'out' / 'tokens')
+    tokenize.write(config, tmp_path / 'out' / 'tokens')
   assert not list((tmp_path / 'out').iterdir())
 
 
 def test_invalid_outputs_are_rejected(make_config, written, text_folder, tmp_path):
   config = make_config(source='text', files=f'{text_folder}/**/*.txt')
   with pytest.raises(ValueError, match=r'--output: .*tokens already exists'):
-    token_files.write(config, written)
+    tokenize.write(config, written)
   (tmp_path / 'file').write_text('')
   with pytest.raises(OSError, match='file'):
-    token_files.write(config, tmp_path / 'file' / 'tokens')
+    tokenize.write(config, tmp_path / 'file' / 'tokens')
   with pytest.raises(ValueError, match=r"data\.source: 'tokens' is already tokenised"):
-    token_files.write(make_config(source='tokens', files=str(written)), tmp_path / 'again')
+    tokenize.write(make_config(source='tokens', files=str(written)), tmp_path / 'again')
 
 
 def test_another_tokenizer_is_rejected(make_config, written, sentencepiece_file):

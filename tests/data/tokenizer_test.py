@@ -5,6 +5,7 @@ import pytest
 import sentencepiece
 
 from moejax import tokenizer as program
+from moejax.aot import step
 from moejax.data import tokenizer as tokenizer_lib
 
 TEXTS = [
@@ -202,9 +203,9 @@ def test_invalid_gpt2_files_are_rejected(make_config, gpt2_folder, file, content
 def test_known_vocabulary_sizes(gpt2_folder, sentencepiece_file, tmp_path):
   sizes = {'bytes': 259, f'gpt2:{gpt2_folder}': 264, str(sentencepiece_file): 320}
   for name, size in (sizes | {f'gpt2:{tmp_path}/nowhere': 50_260}).items():
-    assert tokenizer_lib.known_vocab_size(name) == size
+    assert step.known_vocab_size(name) == size
   with pytest.raises(ValueError, match='set model.vocab_size'):
-    tokenizer_lib.known_vocab_size(f'{tmp_path}/nowhere.model')
+    step.known_vocab_size(f'{tmp_path}/nowhere.model')
 
 
 def test_missing_and_broken_files(make_config, tmp_path):
@@ -244,24 +245,22 @@ def test_program_trains_on_the_training_split(make_config, text_folder, tmp_path
 
 def test_lines_with_the_trainers_reserved_character_are_trained_on():
   texts = [f'bar ▅▅▅ of number {i} is done\n'.encode() for i in range(300)]
-  pieces = sentencepiece.SentencePieceProcessor(
-    model_proto=tokenizer_lib.train_sentencepiece(texts, 300)
-  )
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=program.train_sentencepiece(texts, 300))
   assert len(pieces.encode(' of number 1 is done')) < 10
 
 
 def test_documents_without_line_breaks_are_trained_on():
   texts = [(f'{i} ' + 'a sentence without a line break. ' * 3000).encode() for i in range(3)]
   short = [line.encode() + b'\n' for text in texts for line in text.decode().split('. ')]
-  model = tokenizer_lib.train_sentencepiece(texts, 300)
+  model = program.train_sentencepiece(texts, 300)
   pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
   assert len(pieces.encode('a sentence without a line break.')) < 12
   assert len(pieces.encode(short[1].decode())) < 12
-  cut = list(tokenizer_lib._sentences(texts[0].decode()))
+  cut = list(program._sentences(texts[0].decode()))
   assert ''.join(cut) == texts[0].decode() and max(map(len, cut)) <= 16_384
   assert all(part.startswith(' ') for part in cut[1:])
-  assert list(tokenizer_lib._sentences('é' * 8192)) == ['é' * 8192]
-  assert ''.join(tokenizer_lib._sentences('漢' * 10_000)) == '漢' * 10_000
+  assert list(program._sentences('é' * 8192)) == ['é' * 8192]
+  assert ''.join(program._sentences('漢' * 10_000)) == '漢' * 10_000
 
 
 def test_program_errors(make_config, text_folder, tmp_path):
