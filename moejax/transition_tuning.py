@@ -126,9 +126,7 @@ def start(run, abstract_state, *, source, moments):
   Writes the loss before the switch to the metrics of the new run. `moments` as of `tune`.
   """
   old, new = source.stages, run.stages
-  optimizer = make_optimizer(old.optimizer, old.train.steps)
-  init = functools.partial(step_lib.init_state, old.model, optimizer, jax.random.key(0))
-  abstract = sharding.abstract(init, run.mesh)
+  abstract = sharding.abstract(step_lib.fresh_state(old), run.mesh)
   state = source.checkpoints.restore(source.step, abstract, run.loader, source.config.to_dict())
   how = (run.eval_loader, new.train.eval_batches, run.mesh, new.optimizer.accumulation)
   before, _ = evaluate(old.model, state['params'], *how)
@@ -140,7 +138,7 @@ def start(run, abstract_state, *, source, moments):
 
   def switch(state):
     optimizer = make_optimizer(new.optimizer, new.train.steps)
-    fresh = step_lib.init_state(new.model, optimizer, jax.random.key(new.train.seed))
+    fresh = step_lib.fresh_state(new)()
     fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
     return convert(state, fresh, old.model.mot.temperature)
 
