@@ -5,13 +5,14 @@ uint32, each document closed by its end-of-document id), index.json, and the fil
 if any. Reading needs only numpy.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from moejax.data import config as config_lib, tokenizer as tokenizer_lib
+from moejax.data import config as config_lib, corpus, tokenizer as tokenizer_lib
 
 INDEX = 'index.json'
 FORMAT = 1
@@ -34,27 +35,39 @@ def read_index(config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer
       f'data.files: expected a directory written by python -m moejax.tokenize, '
       f'but there is no {path.resolve()}.'
     )
-  try:
+  with _explain_damage(path):
     index = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f'data.files: {path} is damaged: {error}; copy it again.') from error
-  if index.get('format') != FORMAT:
+    version = index['format']
+  if version != FORMAT:
     raise ValueError(
-      f'data.files: {path} has format {index.get("format")!r}, expected {FORMAT}; write it again.'
+      f'data.files: {path} has format {version!r}, expected {FORMAT}; write it again.'
     )
-  remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
-  max_id = max(split['max_id'] for split in index['splits'].values())
+  with _explain_damage(path):
+    _ = np.dtype(index['dtype']), index['fingerprint']
+    splits = [index['splits'][split] for split in corpus.SPLITS]
+    max_id, _ = max((int(split['max_id']), int(split['tokens'])) for split in splits)
+    written_with = index['tokenizer_fingerprint']
+    remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   if max_id >= tokenizer.vocab_size:
     raise ValueError(
       f'data.tokenizer: {config.tokenizer!r} has a vocabulary of {tokenizer.vocab_size}, '
       f'but the files in {directory} hold id {max_id}; {remedy}.'
     )
-  if index['tokenizer_fingerprint'] != tokenizer.fingerprint:
+  if written_with != tokenizer.fingerprint:
     raise ValueError(
       f'data.tokenizer: the files in {directory} were written with another tokenizer than '
       f'{config.tokenizer!r}; {remedy}.'
     )
   return index
+
+
+@contextlib.contextmanager
+def _explain_damage(path):
+  try:
+    yield
+  except (KeyError, TypeError, ValueError) as error:
+    what = f'no {error}' if isinstance(error, KeyError) else error
+    raise ValueError(f'data.files: {path} is damaged: {what}; copy it again.') from error
 
 
 def read(config: config_lib.DataConfig, index: dict[str, Any], split: str) -> np.ndarray:

@@ -118,10 +118,11 @@ class AttentionSublayer(Sublayer):
 def rotate(x_BLHP, positions_BL, base=10000.0):
   """Rotary position embedding: turns each pair (x[i], x[i + P/2]) by position * base**(-2i/P)."""
   half = x_BLHP.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  dtype = jnp.promote_types(x_BLHP.dtype, jnp.float32)
+  frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
   angle = positions_BL[..., None, None] * frequency[None, None, None]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
-  a, b = jnp.split(x_BLHP.astype(jnp.float32), 2, axis=-1)
+  a, b = jnp.split(x_BLHP.astype(dtype), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHP.dtype)
 
 

@@ -65,15 +65,17 @@ def test_a_token_is_seen_by_itself_and_later_positions_of_its_sequence(rope):
   assert np.argwhere(changed_BL).tolist() == [[1, 4], [1, 5], [1, 6]]
 
 
-def test_rotation_turns_pairs_by_the_position():
-  x_BLHP = jax.random.normal(jax.random.key(2), (B, L, H, P))
+@pytest.mark.parametrize(('dtype', 'error'), [('float32', 1e-5), ('float64', 1e-12)])
+def test_rotation_turns_pairs_by_the_position(x64, dtype, error):
+  x_BLHP = jax.random.normal(jax.random.key(2), (B, L, H, P), dtype)
   positions_BL = np.random.default_rng(0).integers(50, size=(B, L))
   rotated = attention.rotate(x_BLHP, jnp.asarray(positions_BL))
   turns = 10000.0 ** (-2 * np.arange(P // 2) / P)
   pairs = np.asarray(x_BLHP[..., : P // 2]) + 1j * np.asarray(x_BLHP[..., P // 2 :])
   pairs = pairs * np.exp(1j * positions_BL[..., None, None] * turns)
   expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
-  np.testing.assert_allclose(rotated, expected, rtol=1e-5, atol=1e-5)
+  assert rotated.dtype == dtype
+  np.testing.assert_allclose(rotated, expected, rtol=error, atol=error)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
