@@ -21,7 +21,10 @@ class DataConfig(Section):
   tfds_data_dir: str = default('', "seqio: folder of tensorflow-datasets; '': its default")
   tokenizer: str = default('bytes', 'bytes, a SentencePiece .model file, or gpt2:FOLDER')
   eos_id: int = default(
-    -1, 'ends documents and generated texts; -1: the id of the tokenizer', minimum=-1
+    -1,
+    'ends documents and generated texts; -1: the id of the tokenizer',
+    minimum=-1,
+    maximum=2**31 - 2,
   )
   bos_id: int = default(
     -1, 'of a converted model, kept for moejax.convert to_hf; -1: none', minimum=-1

@@ -19,6 +19,7 @@ import pytest
     ({'sequence_length': 0}, r'data\.sequence_length must be at least 1, got 0'),
     ({'batch_size': -1}, r'data\.batch_size must be at least 1, got -1'),
     ({'seed': -1}, r'data\.seed must be at least 0'),
+    ({'eos_id': 2**31}, r'data\.eos_id must be .* at most 2147483646'),
     ({'seed': 2**32}, r'data\.seed must be .* at most 4294967295, got 4294967296'),
   ],
 )
