@@ -19,7 +19,9 @@ def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   try:
     yield temporary
     temporary.replace(path)
-  except BaseException:
+  except BaseException as error:
+    if isinstance(error, OSError) and not error.filename:
+      error.filename = os.fspath(path)  # that a disk is full is said of no file
     if temporary.is_dir():
       shutil.rmtree(temporary, ignore_errors=True)
     else:

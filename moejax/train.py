@@ -26,7 +26,7 @@ from moejax import (
   run_folder,
   sharding,
 )
-from moejax.checkpoint import changed_fields
+from moejax.checkpoint import changed_fields, explain
 from moejax.distributed import Interrupt, leads
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
@@ -202,7 +202,8 @@ def resume(run):
   summary = report.read_summary(run.workdir)  # includes the time after the last checkpoint
   finished = summary.get('seconds', 0.0) if summary.get('steps') == step else 0.0
   run.seconds_before = max(metadata.get('seconds', 0.0), finished)
-  run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
+  with explain(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
+    run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
   return step
 
 

@@ -1,5 +1,7 @@
 """Atomic writing."""
 
+import errno
+
 import pytest
 
 from moejax import files
@@ -27,3 +29,10 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, folder):
       raise KeyboardInterrupt
   assert [p.name for p in tmp_path.iterdir()] == ['x']
   assert (tmp_path / 'x').read_text() == 'before'
+
+
+def test_a_full_disk_is_said_of_the_file(tmp_path):
+  with pytest.raises(OSError) as raised:
+    with files.atomic_output(tmp_path / 'x'):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+  assert raised.value.filename == str(tmp_path / 'x')
