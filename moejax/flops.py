@@ -3,18 +3,17 @@
 Conventions:
 - A multiply-add is two FLOPs. Matrix products count; norms, activations, softmax and the embedding
   look-up do not.
-- Model FLOPs of training are three times those of the forward pass: the backward pass multiplies
-  every product by both of its factors. What `model.remat` computes again does not count.
-- The same holds for routing, but where weights of MoT are not learnt (uniform, discrete and raw
-  ones) the products have one factor to derive by, or none.
+- Training takes three times the model FLOPs of the forward pass: the backward pass multiplies every
+  product by both of its factors. Recomputation (`model.remat`) does not count.
+- The same holds for routing, except for constant weights of MoT (uniform, discrete, raw), whose
+  products have one factor to differentiate by, or none.
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
-  under token choice, whether it is dropped or not; all slots under expert choice. Routing
-  (controller, merge and emit; router) is counted apart, so that MFU does not reward it.
-- The recurrence of Mamba counts as what it is, three multiply-adds per state, and its convolution
-  as one per tap, though neither is a matrix product.
-- Attention scores count for every pair of positions, also those that the causal mask hides, as in
-  PaLM (arXiv:2204.02311, Appendix B) and as XLA computes them. Programs that count only the visible
-  half report a lower MFU.
+  under token choice, dropped or not; all slots under expert choice. Routing (controller, merge and
+  emit; router) is counted apart, so that MFU does not reward it.
+- Mamba counts three multiply-adds per state and one per tap of the convolution, though neither is a
+  matrix product.
+- Attention scores count for all pairs of positions, masked or not, as in PaLM (arXiv:2204.02311,
+  Appendix B) and as XLA computes them. Programs that count the visible half report a lower MFU.
 - Embeddings are the tables of tokens and positions and the output projection. Papers that count
   parameters without embeddings mean `non_embedding`.
 """
@@ -28,7 +27,7 @@ import numpy as np
 from moejax import hardware
 from moejax.layers.sublayer import sums
 
-_NORM_ROWS = {'layer_norm': 2, 'rms_norm': 1}  # vectors of parameters: scale and bias, scale
+_NORM_VECTORS = {'layer_norm': 2, 'rms_norm': 1}  # scale and bias, scale
 
 
 def param_counts(config):
@@ -46,7 +45,7 @@ def param_counts(config):
     'position_embedding': config.max_length * D if config.positions == 'learned' else 0,
     'head': 0 if config.tie_embeddings else config.vocab_size * D,
   }
-  norms = _NORM_ROWS[config.norm] * D * (sum(map(len, config.sublayers)) + config.final_norm)
+  norms = _NORM_VECTORS[config.norm] * D * (sum(map(len, config.sublayers)) + config.final_norm)
   inner = sums([*(cost.params for cost in costs), {'norm': norms}])
   embedding, non_embedding = sum(embeddings.values()), sum(inner.values())
   return {
@@ -89,21 +88,18 @@ def training_flops_per_token(config, length):
 
 
 def peak_flops(device, dtype):
-  """FLOP/s that the maker of a `jax.Device` states for matrix products, or None if not known.
-
-  Only 16-bit types have an entry.
-  """
+  """Specified FLOP/s of a `jax.Device` for matrix products of a 16-bit dtype; else None."""
   chip = hardware.find(device.device_kind) if jnp.dtype(dtype).itemsize == 2 else None
   return chip and chip.flops
 
 
 def measured_peak_flops(dtype, seconds=0.2):
-  """FLOP/s of the fastest of the square matrix products that one device does in `seconds`.
+  """FLOP/s of the fastest square matrix product that one device does in `seconds`.
 
-  For devices that `peak_flops` does not know, such as a CPU: MFU is then the share of what a plain
-  matrix product reaches on this machine, not of what its maker promises.
+  For devices that `peak_flops` does not know, such as a CPU: MFU is then relative to a plain matrix
+  product on this machine.
   """
-  n = 1024 if jax.default_backend() == 'cpu' else 8192  # an accelerator would still be waiting
+  n = 1024 if jax.default_backend() == 'cpu' else 8192  # large enough to saturate an accelerator
   # A mesh of its own: under the training mesh every device would compute a copy.
   alone = jax.sharding.Mesh(
     np.array(jax.local_devices()[:1]), ('one',), axis_types=(jax.sharding.AxisType.Auto,)

@@ -1,8 +1,8 @@
-"""The language model, and the map of the package: which sublayers exist and how they are stacked.
+"""The language model: the sublayers that exist, and how they are stacked.
 
-`blocks = ((('attention', 'mlp'), 6), (('attention', 'mot'), 6))` reads: six blocks of attention and
-a dense feed-forward, then six of attention and Mixture of Tokens. Every repeated pattern is one
-scan, so compile time does not grow with depth. Around each sublayer stands a pre-norm residual.
+`blocks = ((('attention', 'mlp'), 6), (('attention', 'mot'), 6))` is six blocks of attention and a
+dense feed-forward, then six of attention and Mixture of Tokens. Every repeated pattern is one scan,
+so compile time does not grow with depth. Around each sublayer is a pre-norm residual.
 """
 
 import dataclasses
@@ -34,15 +34,13 @@ parameters.declare('embedding', P('tensor', SHARD_AXES))
 parameters.declare('position_embedding', P(None, SHARD_AXES))
 parameters.declare('head', P(SHARD_AXES, 'tensor'))
 
-# The catalogue of sublayers: name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the
-# module and answers what the program has to know of it. Names joined by + run in parallel; the
-# residual and the norm belong to the stack. The module has `__call__(x_BLD, tokens) -> (y_BLD,
-# aux)`, and for decoding `init_state(batch_size, max_length, dtype)`, `step(x_BD, state, tokens) ->
-# (y_BD, state)`, and `prefill(x_BLD, tokens) -> (y_BLD, state)`: all positions of a prompt at once,
-# and the state after them, with caches as long as the prompt; `common.Stateless` has the three of
-# layers without state. `aux` is a flat dict of small arrays, or of lists of them where several
-# parts measure the same: measurements by name; 'auxiliary_loss' is added to the objective, averaged
-# over the sublayers and parts that have one (as in the papers' runs).
+# Name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the module and describes it. The
+# module has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding `init_state(batch_size,
+# max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and `prefill(x_BLD, tokens) ->
+# (y_BLD, state)`: all positions of a prompt at once, and the state after them, with caches as long
+# as the prompt; `common.Stateless` has these three for layers without state. `aux` is a flat dict
+# of metrics, small arrays, or lists of them from several parts; 'auxiliary_loss' is added to the
+# objective, averaged over the sublayers and parts that have one (as in the papers' runs).
 SUBLAYERS: dict[str, type[Sublayer]] = {
   'attention': AttentionSublayer,
   'mlp': MLPSublayer,
@@ -52,28 +50,20 @@ SUBLAYERS: dict[str, type[Sublayer]] = {
   'moe_in_mamba': MoEInMambaSublayer,
 }
 
-# Chosen experts are kept in every case: a route computed again could be another one.
-_CHOICES = jax.checkpoint_policies.save_only_these_names(routing.CHOICE)
-# Outputs of experts and whatever other devices sent are kept: nothing is exchanged twice, and of
-# the experts only hidden activations, their widest arrays, are computed again. Tokens of packed
-# plans are gathered again: those of all devices would be kept.
-_EXPERTS = jax.checkpoint_policies.save_only_these_names(
-  routing.CHOICE, exchange.RECEIVED, experts.OUTPUT
-)
-
+_POLICIES = jax.checkpoint_policies
+# Chosen experts are always saved: a recomputed route could differ.
+_CHOICES = _POLICIES.save_only_these_names(routing.CHOICE)
+_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
+_DOTS = _POLICIES.dots_with_no_batch_dims_saveable
+# `save_moe` exchanges nothing twice and recomputes only the hidden activations of experts, their
+# widest arrays. Tokens of ragged plans are gathered again: those of all devices would be saved.
+_EXPERTS = _POLICIES.save_only_these_names(routing.CHOICE, exchange.RECEIVED, experts.OUTPUT)
 REMAT = {
   'none': lambda f: f,
-  'dots': functools.partial(
-    jax.checkpoint,
-    prevent_cse=False,
-    policy=jax.checkpoint_policies.save_from_both_policies(
-      jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _CHOICES
-    ),
-  ),
-  'save_moe': functools.partial(jax.checkpoint, prevent_cse=False, policy=_EXPERTS),
-  'full': functools.partial(jax.checkpoint, prevent_cse=False, policy=_CHOICES),
+  'dots': functools.partial(_REMAT, policy=_POLICIES.save_from_both_policies(_DOTS, _CHOICES)),
+  'save_moe': functools.partial(_REMAT, policy=_EXPERTS),
+  'full': functools.partial(_REMAT, policy=_CHOICES),
 }
-
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
@@ -86,8 +76,7 @@ class ModelConfig(Section):
 
   blocks: tuple = default(
     ((('attention', 'mlp'), 4),),
-    'patterns of sublayers and how often each repeats; names joined by + are one sublayer: their '
-    'sum, on the same input',
+    'patterns of sublayers and their repeats; names joined by + run in parallel on one input',
   )
   vocab_size: int = default(0, "0: the tokenizer's; more pads the embedding", minimum=0)
   max_length: int = dataclasses.field(kw_only=True)  # positions: data.sequence_length
@@ -97,12 +86,8 @@ class ModelConfig(Section):
   activation: str = default(
     'relu', 'of feed-forwards and experts', choices=(*common.ACTIVATIONS, 'swiglu')
   )
-  positions: str = default(
-    'rope', 'how positions are told; learned: absolute', choices=('rope', 'learned', 'none')
-  )
-  document_mask: bool = default(
-    False, 'tokens see only their own document; False: their whole sequence'
-  )
+  positions: str = default('rope', 'learned: absolute', choices=('rope', 'learned', 'none'))
+  document_mask: bool = default(False, 'tokens see their document only, not the whole sequence')
   norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
   final_norm: bool = default(False, 'a norm before the output projection')
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
@@ -116,14 +101,13 @@ class ModelConfig(Section):
   residual_float32: bool = default(False, 'the stream between sublayers is float32 in any dtype')
   param_dtype: str = default(
     'float32',
-    'of parameters and, by default, optimizer moments; with dtype bfloat16 as well there is no '
-    'float32 copy of anything',
+    'of parameters and, by default, optimizer moments; there is no other copy',
     choices=_DTYPES,
   )
   remat: str = default(
     'none',
-    'what the backward pass computes again; dots: all but results of matmuls, save_moe: all but '
-    'outputs of experts and what other devices sent',
+    'what the backward pass recomputes; dots: all but matmuls, save_moe: all but outputs of '
+    'experts and arrays from other devices',
     choices=tuple(REMAT),
   )
   loss_chunk: int = default(0, 'positions whose logits exist at once; 0: all', minimum=0)
@@ -143,7 +127,7 @@ class ModelConfig(Section):
 
   @property
   def used(self):
-    """The answers of all kinds of sublayers in use, each once, and of those they are made of."""
+    """The Sublayers of all kinds in use, each once, and of those they are made of."""
     kinds = (SUBLAYERS[kind] for kind in self.kinds)
     return [
       kind(self) for kind in dict.fromkeys(k for used in kinds for k in (used, *used.made_of))
@@ -153,7 +137,7 @@ class ModelConfig(Section):
     """Whether any sublayer is of this kind, or made of it."""
     return any(isinstance(sublayer, SUBLAYERS[kind]) for sublayer in self.used)
 
-  # What all sublayers in use answer together; `layers.sublayer.Sublayer` says what it means.
+  # Of all sublayers in use; see `layers.sublayer.Sublayer`.
   groups = property(lambda self: _union(sublayer.groups for sublayer in self.used))
   whole_groups = property(lambda self: _union(sublayer.whole_groups for sublayer in self.used))
   experts = property(lambda self: _union(sublayer.experts for sublayer in self.used))
@@ -174,13 +158,14 @@ class ModelConfig(Section):
     return [SUBLAYERS[kind](self).cost(length) for kind in self.kinds]
 
   def with_mot(self, group_size=None, routing=None):
-    """The same parameters mixed in groups of another size, or with another routing."""
-    changes = {'expert_width': self.mot.width(self.d_ff)}  # 0 would follow the group
-    if group_size is not None:
-      changes['group_size'] = group_size
-    if routing is not None:
-      changes['routing'] = routing
-    return dataclasses.replace(self, mot=dataclasses.replace(self.mot, **changes))
+    """The same parameters, mixed in groups of another size or with another routing."""
+    mot = dataclasses.replace(
+      self.mot,
+      expert_width=self.mot.width(self.d_ff),  # 0 would follow the group
+      group_size=group_size or self.mot.group_size,
+      routing=routing or self.mot.routing,
+    )
+    return dataclasses.replace(self, mot=mot)
 
   def conflicts(self):
     if 'float64' in (self.dtype, self.param_dtype) and jnp.result_type(float) != 'float64':
@@ -220,22 +205,22 @@ def _is_repeated_pattern(entry):
 
 
 def counted(batch):
-  """Which targets of a batch count, bool [B, L]."""
+  """Which targets of a batch count in the loss, bool [B, L]."""
   counted_BL = batch['segments'] > 0
   return counted_BL & batch['counted'] if 'counted' in batch else counted_BL
 
 
 class LanguageModel(nnx.Module):
-  """A decoder-only language model; stateless, its parameters go in with `bind`."""
+  """A decoder-only language model; `bind` makes one with given parameters."""
 
   def __init__(self, config, rngs):
     dtype = jnp.dtype(config.param_dtype)
     init = common.Initializer(config.init, config.init_scale, dtype)
     V, D = config.vocab_size, config.d_model
     self.config = config
-    # A tied embedding is the output projection, too. At half the deviation of one (GPT-2's 0.02 is
-    # that of width 625) the first loss is near log V even if a final norm finds little else in the
-    # stream than the token itself. Positions, which are added to it, start as it does.
+    # A tied embedding is the output projection, too. At half the standard deviation of a projection
+    # (GPT-2's 0.02 is that of width 625) the first loss is near log V even if the stream is mostly
+    # the token itself. Positions, which are added to it, are initialised alike.
     fan_in = 4 * D if config.tie_embeddings else 1
     self.embedding = init(rngs, V, D, fan_in=fan_in)
     if config.positions == 'learned':
@@ -277,11 +262,11 @@ class LanguageModel(nnx.Module):
   def loss(self, batch, key=None):
     """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
 
-    `key` is of the noise that some layers add in training; None: none. `batch['counted']`, bool
-    [B, L], is optional: the targets that count; other sequences are only there to be mixed with.
+    `key` is for the noise that some layers add in training; None: none. `batch['counted']`, bool
+    [B, L], optional, is False in sequences that are only there to be mixed with.
     """
     positions_BL = batch['positions']
-    if not self.config.document_mask:  # rows are one text, whatever documents they are cut from
+    if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
     tokens = common.Tokens(batch['segments'], positions_BL, key)
@@ -298,26 +283,26 @@ class LanguageModel(nnx.Module):
     return self._project(x_BLD)
 
   def init_state(self, batch_size, max_length):
-    """Empty decoding state of all blocks, stacked as their parameters are."""
+    """Empty decoding state of all blocks, stacked like their parameters."""
     dtype = jnp.dtype(self.config.dtype)
     empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
     return {name: empty(getattr(self, name)) for name in self.stacks}
 
   def prefill(self, inputs_BL, tokens, max_length):
-    """Takes in the first L positions of every sequence in one parallel pass.
+    """Processes the first L positions of every sequence in one parallel pass.
 
     Sequences influence each other as in `step`, and no token is dropped.
 
     Returns:
-      Float32 logits_BV of the last of these positions, and the state from which `step` goes on,
-      with room for `max_length` positions.
+      Float32 logits_BV of the last position, and the state for `step`, with room for `max_length`
+      positions.
     """
     x_BLD = self._embed(inputs_BL, tokens)
     state = self.init_state(inputs_BL.shape[0], max_length)
     for name in self.stacks:
       body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
       x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
-      state[name] = jax.tree.map(_place, state[name], filled)
+      state[name] = jax.tree.map(_write_prefix, state[name], filled)
     return self._project(self._normalize(x_BLD[:, -1])), state
 
   def step(self, inputs_B, state, tokens):
@@ -352,8 +337,8 @@ class LanguageModel(nnx.Module):
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=wide)
 
 
-def _place(empty, filled):
-  """A cache of few positions at the start of one of more; states of constant size as they are."""
+def _write_prefix(empty, filled):
+  """Writes a cache of few positions to the start of a longer one; other states are as long."""
   return jax.lax.dynamic_update_slice(empty, filled.astype(empty.dtype), (0,) * empty.ndim)
 
 

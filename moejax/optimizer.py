@@ -24,16 +24,14 @@ class OptimizerConfig(Section):
     0.1, 'the cosine ends at this fraction of the peak, at train.steps', minimum=0, maximum=1
   )
   schedule_start: int = default(
-    0,
-    'step at which warm-up begins; later than 0 where a run resumes with a fresh schedule',
-    minimum=0,
+    0, 'step at which warm-up begins; above 0 where a run resumes with a fresh schedule', minimum=0
   )
   b1: float = default(0.9, 'decay of the first moment', minimum=0, below=1)
   b2: float = default(0.999, 'decay of the second moment', minimum=0, below=1)
   eps: float = default(1e-8, 'added to the root of the second moment', above=0)
   moment_dtype: str = default(
     '',
-    "of the first moment; '' is that of the parameters, as of the second always",
+    "of the first moment; '': that of the parameters, which the second always has",
     choices=('', 'float32', 'bfloat16'),
   )
   weight_decay: float = default(0.1, 'fraction of the rate by which parameters shrink', minimum=0)
@@ -44,19 +42,15 @@ class OptimizerConfig(Section):
   )
   clip_norm: float = default(0.5, 'of the gradient of all parameters together', above=0)
   balance_bias_rate: float = default(1e-3, 'step of the biases that balance routers', minimum=0)
-  anneal_from: int = default(
-    0, 'step from which annealed temperatures fall, to 0 at train.steps', minimum=0
-  )
-  accumulation: int = default(
-    1, 'microbatches that a batch is split into; a MoT group lies within one', minimum=1
-  )
+  anneal_from: int = default(0, 'step at which temperatures start to anneal to 0', minimum=0)
+  accumulation: int = default(1, 'microbatches of a batch; MoT groups lie within one', minimum=1)
 
 
 def make_schedule(config, steps):
   """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it.
 
-  Step s after `schedule_start` has (s + 1) / warmup_steps of the peak, so that the first one, too,
-  trains; the cosine begins at step `warmup_steps` and ends at `steps`.
+  Step s after `schedule_start` has (s + 1) / warmup_steps of the peak, so the first is not 0; the
+  cosine begins at step `warmup_steps` and ends at `steps`.
   """
   start, warmup = config.schedule_start, config.warmup_steps
   cosine = optax.cosine_decay_schedule(
@@ -83,8 +77,8 @@ def adamw(config, schedule, decays):
 
 
 # Name in `optimizer.name` -> function of the config, the learning rate by step, and `decays`: a
-# function of parameters that is True for those that shrink, or None, where all do. It returns an
-# optax transformation of clipped gradients (docs/adding_an_optimizer.md).
+# function of parameters that is True for those with weight decay, or None: all have it. It returns
+# an optax transformation of clipped gradients (docs/adding_an_optimizer.md).
 OPTIMIZERS = {'adamw': adamw}
 
 
@@ -102,47 +96,28 @@ def _anneal(config, steps):
 
   As parameters they are saved, and a model is evaluated at the temperature it was trained to.
   """
-  return _follow(lambda step: 1 - _fraction(step, config.anneal_from, steps))
+  start = config.anneal_from
+
+  def update(updates, state, params=None):
+    step = state + 1
+    scale = 1 - jnp.clip((step - start) / max(steps - start, 1), 0, 1)
+    return jax.tree.map(lambda _, p: scale.astype(p.dtype) - p, updates, params), step
+
+  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
-# What moves parameters that layers declare not to be the optimizer's.
+# What updates the parameters that layers declare not to be the optimizer's.
 OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
 
 
 def make_optimizer(config, steps):
   """The optax transformation for a run of `steps` steps."""
-  decays = None if config.decay == 'all' else _decays
+  decays = None if config.decay == 'all' else functools.partial(_of_each, fact=lambda p: p.decays)
   optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays)
   others = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
   clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
   moved_by = functools.partial(_of_each, fact=lambda p: p.moved_by or config.name)
   return optax.partition({config.name: clipped, **others}, moved_by)
-
-
-def _fraction(step, start, end):
-  return jnp.clip((step - start) / max(end - start, 1), 0, 1)
-
-
-def _follow(schedule):
-  """Sets parameters to what the schedule says for the next step."""
-
-  def update(updates, state, params=None):
-    step = state + 1
-    return jax.tree.map(lambda _, p: schedule(step).astype(p.dtype) - p, updates, params), step
-
-  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
-
-
-def fresh_moments(optimizer, params, step):
-  """The state of `make_optimizer` after `step` steps that left no trace but in the schedules."""
-  state = optax.tree.set(optimizer.init(params), _of_the_schedule, count=step)
-  anneal = state.inner_states['anneal']._replace(inner_state=jnp.asarray(step, jnp.int32))
-  return state._replace(inner_states=state.inner_states | {'anneal': anneal})
-
-
-def _of_the_schedule(path, value):
-  del value
-  return getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
 
 
 def gradient_norm(gradients):
@@ -151,10 +126,6 @@ def gradient_norm(gradients):
   moved_by = jax.tree.leaves(_of_each(gradients, lambda p: p.moved_by))
   leaves = jax.tree.leaves(gradients)
   return optax.tree.norm([wide(g) for g, by in zip(leaves, moved_by, strict=True) if not by])
-
-
-def _decays(params):
-  return _of_each(params, lambda p: p.decays)
 
 
 def _of_each(params, fact):

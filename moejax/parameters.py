@@ -1,7 +1,7 @@
-"""What is known of a parameter by its name: its shards, whether it decays, what moves it.
+"""Properties of a parameter by its name: its sharding, whether it decays, what updates it.
 
-Layers declare their parameters where they define them. Placement and optimizers look them up by the
-end of a path, and so know no layer.
+Layers declare their parameters where they define them. Sharding and optimizers look them up by the
+end of a path.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Parameter(NamedTuple):
-  """Facts about a parameter; the defaults are those of a replicated matrix."""
+  """Properties of a parameter; the defaults are those of a replicated matrix."""
 
   specs: tuple[P, ...] = (P(),)  # of the last dimensions; the first whose mesh axes all divide
   decays: bool = True  # under optimizer.decay = matrices: norms, biases and the like do not
@@ -21,16 +21,16 @@ _DECLARED = {}
 
 
 def declare(names, *specs, decays=True, moved_by=''):
-  """Makes facts known of parameters.
+  """Declares properties of parameters.
 
   Args:
-    names: of the parameters, with a blank between them; each is the end of a path, joined by /.
+    names: separated by spaces; each is the end of a path, joined by /.
     *specs: PartitionSpecs of the last dimensions of the array, without the leading axis of stacked
-      blocks. Of several, the first whose mesh axes all divide is taken; none: replicated.
+      blocks. Of several, the first whose mesh axes all divide is used; none: replicated.
     decays, moved_by: see `Parameter`.
 
   Raises:
-    ValueError: other facts are known already.
+    ValueError: a name has other properties already.
   """
   new = Parameter(specs or (P(),), decays, moved_by)
   for name in names.split():

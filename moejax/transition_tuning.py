@@ -16,6 +16,8 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
+import optax
 from absl import flags
 
 from moejax import (
@@ -31,7 +33,7 @@ from moejax.checkpoint import by_name
 from moejax.distributed import leads
 from moejax.evaluate import evaluate
 from moejax.layers import moe
-from moejax.optimizer import fresh_moments, make_optimizer
+from moejax.optimizer import make_optimizer
 
 ROUTERS = (*moe.ROUTERS, 'mot')
 # What sparse layers lack, so that only these values of `model.mot` can become sparse: further
@@ -118,6 +120,14 @@ def convert(source, fresh, temperature=1.0):
 
 def _sparse_name(name):
   return re.sub(r'(/\d+)_mot/', r'\1_moe/', name).replace('/controller', '/router')
+
+
+def fresh_moments(optimizer, params, step):
+  """State of `make_optimizer` without moments, its schedules at `step`."""
+  counts = lambda path, _: getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+  state = optax.tree.set(optimizer.init(params), counts, count=step)
+  anneal = state.inner_states['anneal']._replace(inner_state=jnp.asarray(step, jnp.int32))
+  return state._replace(inner_states=state.inner_states | {'anneal': anneal})
 
 
 def start(run, abstract_state, *, source, moments):

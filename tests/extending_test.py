@@ -20,6 +20,7 @@ from moejax import (
   optimizer as optimizer_lib,
   parameters,
   step as step_lib,
+  transition_tuning,
 )
 from moejax.layers import moe
 from moejax.sharding import rules
@@ -162,7 +163,7 @@ def test_an_optimizer_is_an_entry():
   rate = optimizer_lib.OptimizerConfig().balance_bias_rate
   np.testing.assert_allclose(biases / rate, np.round(biases / rate), atol=1e-3)
   assert np.abs(biases).max() >= rate
-  again = optimizer_lib.fresh_moments(optimizer, state['params'], state['step'])
+  again = transition_tuning.fresh_moments(optimizer, state['params'], state['step'])
   assert jax.tree.structure(again) == jax.tree.structure(state['optimizer'])
   with pytest.raises(ValueError, match='optimizer.name must be one of adamw, lion'):
     optimizer_lib.OptimizerConfig(name='sgd')

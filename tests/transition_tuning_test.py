@@ -21,7 +21,7 @@ from moejax import (
   transition_tuning,
 )
 from moejax.checkpoint import Checkpoints
-from moejax.optimizer import OptimizerConfig, fresh_moments, make_optimizer, make_schedule
+from moejax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tests import tiny
 
 pytestmark = pytest.mark.heavy
@@ -192,7 +192,9 @@ def test_forgotten_moments_keep_their_place_in_the_schedule():
   config = OptimizerConfig(warmup_steps=10, weight_decay=0.0)
   optimizer, schedule = make_optimizer(config, 100), make_schedule(config, 100)
   params = {'w': jnp.ones(3)}
-  updates, _ = optimizer.update(params, fresh_moments(optimizer, params, 60), params)
+  updates, _ = optimizer.update(
+    params, transition_tuning.fresh_moments(optimizer, params, 60), params
+  )
   # Adam's first step is of the length of the learning rate, whatever the gradient.
   np.testing.assert_allclose(updates['w'], -schedule(60), rtol=1e-4)
 
@@ -201,7 +203,9 @@ def test_annealed_temperatures_stay_where_they_are_when_moments_are_forgotten():
   fields = config_lib.baseline().optimizer.to_dict() | {'anneal_from': 20}
   optimizer = make_optimizer(OptimizerConfig(**fields), 100)
   params = {'anneal': jnp.float32(0.5), 'w': jnp.ones(3)}  # at step 60
-  updates, state = optimizer.update(params, fresh_moments(optimizer, params, 60), params)
+  updates, state = optimizer.update(
+    params, transition_tuning.fresh_moments(optimizer, params, 60), params
+  )
   np.testing.assert_allclose(params['anneal'] + updates['anneal'], (100 - 61) / 80, rtol=1e-6)
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(params))
 

@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention with learned positions outside it or rotary ones inside."""
+"""Causal multi-head self-attention, with rotary positions or without."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ parameters.declare('out', P('tensor', None, SHARD_AXES))
 class Attention(nnx.Module):
   """Causal self-attention, no biases, scores scaled by 1/sqrt(P).
 
-  Input and output x_BLD, any float dtype; softmax in float32. Sees only its own sequence, at its
-  own and earlier positions; with `document_mask` only its own packed document. `aux` is empty.
+  Input and output x_BLD, any float dtype; softmax in float32. Sees its own sequence, with
+  `document_mask` its own document, at its own and earlier positions. `aux` is empty.
 
   `rope` turns on rotary positions (arXiv:2104.09864; base 10000, halves paired).
   """
@@ -47,12 +47,7 @@ class Attention(nnx.Module):
     if self.document_mask:
       mask = tokens.segments[:, None, :, None] == tokens.segments[:, None, None, :]
     o_BLHP = jax.nn.dot_product_attention(
-      q_BLHP,
-      k_BLHP,
-      v_BLHP,
-      mask=mask,
-      is_causal=True,
-      implementation=_implementation(x_BLD.dtype),
+      q_BLHP, k_BLHP, v_BLHP, mask=mask, is_causal=True, implementation=_implementation(x_BLD.dtype)
     )
     y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(x_BLD.dtype))
     return y_BLD, {'k': k_BLHP, 'v': v_BLHP}
@@ -64,13 +59,11 @@ class Attention(nnx.Module):
     return {'k': empty, 'v': empty}
 
   def step(self, x_BD, state, tokens):
-    """One position for every sequence; a sequence's position is the cache row it writes."""
+    """One position of every sequence, written to the cache at that position."""
     q_BLHP, k_BLHP, v_BLHP = self._project(x_BD[:, None], tokens.positions[:, None])
-    rows = jnp.arange(x_BD.shape[0])
-    k_BSHP = state['k'].at[rows, tokens.positions].set(k_BLHP[:, 0])
-    v_BSHP = state['v'].at[rows, tokens.positions].set(v_BLHP[:, 0])
-    S = k_BSHP.shape[1]
-    past_BS = jnp.arange(S)[None, :] <= tokens.positions[:, None]
+    here = jnp.arange(x_BD.shape[0]), tokens.positions
+    k_BSHP, v_BSHP = state['k'].at[here].set(k_BLHP[:, 0]), state['v'].at[here].set(v_BLHP[:, 0])
+    past_BS = jnp.arange(k_BSHP.shape[1])[None, :] <= tokens.positions[:, None]
     o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSHP, v_BSHP, mask=past_BS[:, None, None, :])
     y_BD = jnp.einsum('BHP,HPD->BD', o_BLHP[:, 0], self.out[...].astype(x_BD.dtype))
     return y_BD, {'k': k_BSHP, 'v': v_BSHP}
@@ -127,6 +120,6 @@ def rotate(x_BLHP, positions_BL, base=10000.0):
 
 
 def _implementation(dtype):
-  # `None` means plain XLA on every platform (jax 0.7 to 0.12), so the fused kernel is asked for.
+  # The default is plain XLA on every platform (jax 0.7 to 0.12).
   half_precision = dtype in (jnp.bfloat16, jnp.float16)
   return 'cudnn' if half_precision and platform.current() == 'gpu' else 'xla'

@@ -1,4 +1,4 @@
-"""How sublayers become a block: a pre-norm residual around each of them, one after the other."""
+"""Blocks: sublayers in sequence, a pre-norm residual around each."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +7,7 @@ from moejax.layers import common
 
 
 class Residual(nnx.Module):
-  """x + sublayer(norm(x)); the stream x keeps its dtype, the sublayer computes in the model's."""
+  """x + sublayer(norm(x)); x keeps its dtype, the sublayer computes in the model's."""
 
   def __init__(self, layer, norm, dtype):
     self.dtype = dtype

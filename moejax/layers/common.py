@@ -1,4 +1,4 @@
-"""What every sublayer shares: initialisers, norms, and facts about the tokens behind x."""
+"""What sublayers share: initialisers, norms, and facts about the tokens."""
 
 import functools
 from typing import NamedTuple
@@ -11,22 +11,22 @@ from moejax import parameters
 
 
 class Tokens(NamedTuple):
-  """What a sublayer may know of the tokens behind its activations.
+  """What a sublayer may know about the tokens of its activations.
 
   Shapes are [B, L] in a forward pass and [B] in one decoding step, both int32.
   """
 
   segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
-  positions: jax.Array  # position of the token in its document or row
-  key: jax.Array | None = None  # of this sublayer's noise in this step; None: no noise
+  positions: jax.Array  # position of the token in its document or sequence
+  key: jax.Array | None = None  # for this sublayer's noise in this step; None: no noise
 
   def for_part(self, index):
-    """The same for one of several parts, which have noise of their own."""
+    """The same with another key, for one of several parts."""
     return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
 
 
 def join_aux(auxes):
-  """The `aux` of several sublayers as one: name -> list of what they measured, in their order."""
+  """Joins the `aux` of several sublayers: name -> list of their values, in order."""
   joined = {}
   for aux in auxes:
     for name, value in aux.items():
@@ -35,7 +35,7 @@ def join_aux(auxes):
 
 
 class Stateless(nnx.Module):
-  """A sublayer that keeps nothing of earlier positions: it decodes by its forward pass."""
+  """A sublayer without decoding state: it decodes by its forward pass."""
 
   def init_state(self, batch_size, max_length, dtype):
     del batch_size, max_length, dtype
@@ -53,9 +53,8 @@ class Stateless(nnx.Module):
 def truncated_normal(key, shape, fan_in, scale, dtype=jnp.float32):
   """N(0, scale / fan_in) cut at +-2 * scale, an absolute bound.
 
-  The initialisation of the three papers' runs (their code's `truncated_normal`). The bound lies
-  many standard deviations out for a large fan-in; for an embedding (fan-in 1) it is what shapes
-  the distribution.
+  The initialisation of the papers' runs (`truncated_normal` in their code). For a large fan-in the
+  bound is many standard deviations out; for an embedding (fan-in 1) it shapes the distribution.
   """
   std = (scale / fan_in) ** 0.5
   bound = 2 * scale / std
@@ -81,7 +80,7 @@ INITIALIZERS = {
 
 
 class Initializer(NamedTuple):
-  """Makes parameters: the distribution and its scale are the model's, the fan-in the layer's."""
+  """Makes parameters; the model sets the distribution and its scale, the layer the fan-in."""
 
   name: str
   scale: float
@@ -94,7 +93,7 @@ class Initializer(NamedTuple):
 
 
 def layer_norm(x, scale_D, bias_D, eps=1e-5):
-  """Layer norm of x [..., D] over its last axis: as wide as x or its parameters, result as x."""
+  """Layer norm of x [..., D], computed in the wider dtype of x and its parameters; returns x's."""
   wide = _wide(x, scale_D)
   centred = wide - wide.mean(-1, keepdims=True)
   normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
@@ -102,7 +101,7 @@ def layer_norm(x, scale_D, bias_D, eps=1e-5):
 
 
 def rms_norm(x, scale_D, eps=1e-5):
-  """Root-mean-square norm of x [..., D]: as wide as x or its parameters, result as x."""
+  """Root-mean-square norm of x [..., D], with dtypes as in `layer_norm`."""
   wide = _wide(x, scale_D)
   normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   return (normal * _row(scale_D, wide)).astype(x.dtype)
@@ -113,7 +112,7 @@ def _wide(x, scale_D):
 
 
 def _row(v_D, like):
-  """v in the dtype of `like`, with the leading ones that strict rank promotion asks for."""
+  """v in the dtype of `like`, with the leading axes that strict rank promotion requires."""
   return v_D.astype(like.dtype).reshape((1,) * (like.ndim - 1) + v_D.shape)
 
 

@@ -15,7 +15,7 @@ from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import selective_scan
 from moejax.sharding import mesh, platform
 
-# The initial step sizes, softplus(delta_bias): uniform in their logarithm between these.
+# Initial step sizes, softplus(delta_bias), are log-uniform between these.
 MIN_STEP, MAX_STEP = 1e-3, 0.1
 
 parameters.declare('w_in w_gate', P(mesh.SHARD_AXES, 'tensor'))
@@ -35,9 +35,7 @@ class MambaConfig(Section):
   expand: float = default(2.0, 'channels per unit of d_model', above=0)
   state_size: int = default(16, 'states per channel', minimum=1)
   conv_width: int = default(4, 'positions that its convolution sees', minimum=2)
-  moe_in: str = default(
-    'conv+gate+out', 'projections with experts in the sublayer moe_in_mamba, joined by +'
-  )
+  moe_in: str = default('conv+gate+out', 'projections with experts in the sublayer moe_in_mamba')
 
   @property
   def sparse_projections(self):
@@ -58,16 +56,15 @@ class Mamba(nnx.Module):
   """Mamba (arXiv:2312.00752, Figure 3), initialised as in github.com/state-spaces/mamba.
 
   Input and output x_BLD, any float dtype; convolution, step sizes and state in float32. Sees its
-  own sequence, at its own and earlier positions, no further back than to the last token at position
-  0, where a document starts.
+  own sequence, at its own and earlier positions, back to the last one at which a document starts.
 
   Sizes: I = expand * D channels of N = state_size states, W = conv_width, step sizes of rank R =
-  D / 16. The decoding state has N + W - 1 numbers per channel, whatever the length.
+  D / 16. The decoding state has N + W - 1 numbers per channel.
 
-  Every matrix starts uniform within 1/sqrt(fan-in), also where `model.init` says otherwise.
+  Every matrix is initialised uniformly within 1/sqrt(fan-in), whatever `model.init`.
 
-  `experts(d_in, d_out)`, if given, makes the sublayers without state that stand in place of the
-  matrices in `config.sparse_projections` (arXiv:2401.04081, table 3). `aux` is theirs.
+  `experts(d_in, d_out)`, if given, makes stateless sublayers that replace the matrices in
+  `config.sparse_projections` (arXiv:2401.04081, table 3). `aux` is theirs.
   """
 
   def __init__(self, config, *, d_model, init, rngs, experts=None):
@@ -104,7 +101,7 @@ class Mamba(nnx.Module):
     return y_BLD, common.join_aux(auxes)
 
   def prefill(self, x_BLD, tokens):
-    """The forward pass: y_BLD, and the state from which `step` goes on after the last position."""
+    """The forward pass: y_BLD, and the state after the last position."""
     return self._forward(x_BLD, tokens, lambda experts, x: experts.prefill(x, tokens)[0])
 
   def _forward(self, x_BLD, tokens, through):
@@ -158,8 +155,8 @@ class Mamba(nnx.Module):
 def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I, *, reset_BL):
   """`selective_scan.selective_scan`, of its own sequences and channels on every device.
 
-  Left to itself, XLA puts two all-reduces into every step of the backward pass. Only gradients of
-  what devices share (a, skip, bias; b, c) are summed, once, after the scan.
+  XLA alone would put two all-reduces into every step of the backward pass. Here gradients of what
+  devices share (a, skip, bias; b, c) are summed once, after the scan.
   """
   B, _, I = x_BLI.shape
   rows, devices = mesh.batch_axes(B), mesh.size('tensor')
@@ -173,9 +170,9 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
       scan,
       in_specs=arrays,
       out_specs=(by_both, by_both),
-      check_vma=False,  # as kernels need it; the body has no collective
+      check_vma=False,  # required by kernels; the body has no collective
     )
-  # Small arrays are widened here, so that sums of their gradients over devices are wide, too.
+  # Small arrays are cast here, so that their gradients are summed over devices in float32.
   widen = lambda v: v.astype(jnp.promote_types(x_BLI.dtype, jnp.float32))
   a_IN, b_BLN, c_BLN, skip_I, bias_I = map(widen, (a_IN, b_BLN, c_BLN, skip_I, bias_I))
   return scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I, reset_BL)
@@ -219,7 +216,7 @@ class MambaSublayer(Sublayer):
 
 
 def _project(w, x, through):
-  """x times a matrix; or `through(experts, x)`, where there are experts in its place."""
+  """x times a matrix, or `through(w, x)` if w is experts."""
   return through(w, x) if isinstance(w, nnx.Module) else x @ w[...].astype(x.dtype)
 
 
@@ -231,8 +228,8 @@ def delta_rank(d_model):
 def causal_convolution(padded, kernel_WI, bias_I, positions_BL):
   """Every channel's own convolution over the last W positions of a document, in float32 or wider.
 
-  Shifted products, not `conv_general_dilated`: on CPU that is an order of magnitude slower for one
-  channel per group, and here a document can keep out what came before it.
+  Shifted products: `conv_general_dilated` with a group per channel is ten times slower on CPU, and
+  cannot mask other documents.
 
   Args:
     padded: [B, L + W - 1, I]: the W - 1 inputs before the first position, then the positions.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax import parameters
@@ -13,7 +14,47 @@ parameters.declare('w_in w_gate', P(SHARD_AXES, 'tensor'))
 parameters.declare('w_out', P('tensor', SHARD_AXES))
 
 
-class MLP(common.Stateless):
+class Matrices(nnx.Module):
+  """Weights of a feed-forward network, or with a leading axis of `number`: w_in, w_out, w_gate.
+
+  `d_out`: width of the output, that of the input if None. `fan_in_out`: the fan-in with which w_out
+  is initialised, the hidden width if None.
+  """
+
+  def __init__(self, *number, d_model, d_ff, activation, init, rngs, d_out=None, fan_in_out=None):
+    self.activation = activation
+    width = hidden_width(d_ff, activation)
+    self.w_in = init(rngs, *number, d_model, width, fan_in=d_model)
+    self.w_out = init(rngs, *number, width, d_out or d_model, fan_in=fan_in_out or width)
+    if activation == 'swiglu':
+      self.w_gate = init(rngs, *number, d_model, width, fan_in=d_model)
+
+  def weights(self, dtype):
+    """The matrices by name, as `up` and `down` take them."""
+    names = ('w_in', 'w_out', 'w_gate') if self.activation == 'swiglu' else ('w_in', 'w_out')
+    return {name: getattr(self, name)[...].astype(dtype) for name in names}
+
+
+def up(x, weights, product=jnp.matmul):
+  """Everything before the nonlinearity, of one network or of many: products of x by name."""
+  return {name: product(x, w) for name, w in weights.items() if name != 'w_out'}
+
+
+def down(activation, h, weight, weights, product=jnp.matmul):
+  """The nonlinearity and the product after it; `weight`, unless None, scales the output.
+
+  It multiplies hidden activations, which are narrower than a token where experts are fine-grained.
+  """
+  if activation == 'swiglu':
+    hidden = jax.nn.silu(h['w_gate']) * h['w_in']
+  else:
+    hidden = common.ACTIVATIONS[activation](h['w_in'])
+  if weight is not None:
+    hidden = hidden * weight[..., None].astype(hidden.dtype)
+  return product(hidden, weights['w_out'])
+
+
+class MLP(Matrices, common.Stateless):
   """y = act(x W_in) W_out without biases; the width F is d_ff.
 
   Input and output x_BLD, any float dtype. Looks at one token at a time. `aux` is empty.
@@ -21,23 +62,10 @@ class MLP(common.Stateless):
   of 8, so that parameters and FLOPs stay those of the two-matrix form.
   """
 
-  def __init__(self, *, d_model, d_ff, activation, init, rngs):
-    self.activation = activation
-    width = hidden_width(d_ff, activation)
-    self.w_in = init(rngs, d_model, width, fan_in=d_model)
-    self.w_out = init(rngs, width, d_model, fan_in=width)
-    if activation == 'swiglu':
-      self.w_gate = init(rngs, d_model, width, fan_in=d_model)
-
   def __call__(self, x_BLD, tokens):
     del tokens
-    h_BLF = jnp.einsum('BLD,DF->BLF', x_BLD, self.w_in[...].astype(x_BLD.dtype))
-    if self.activation == 'swiglu':
-      gate_BLF = jnp.einsum('BLD,DF->BLF', x_BLD, self.w_gate[...].astype(x_BLD.dtype))
-      h_BLF = jax.nn.silu(gate_BLF) * h_BLF
-    else:
-      h_BLF = common.ACTIVATIONS[self.activation](h_BLF)
-    return jnp.einsum('BLF,FD->BLD', h_BLF, self.w_out[...].astype(x_BLD.dtype)), {}
+    weights = self.weights(x_BLD.dtype)
+    return down(self.activation, up(x_BLD, weights), None, weights), {}
 
 
 class MLPSublayer(Sublayer):

@@ -29,51 +29,38 @@ class MoEConfig(Section):
   """The sparse mixture-of-experts sublayer.
 
   Sizes follow arXiv:2402.07871, sections 4 and 6.1: with expansion rate E and granularity G there
-  are G * E experts of width d_ff / G, and a token is processed by G of them (on average, under
-  expert choice). Parameters are E times those of a dense layer of width d_ff, and the FLOPs of the
-  experts are those of the dense layer, for every G.
+  are G * E experts of width d_ff / G, and a token uses G of them (on average, under expert choice).
+  For every G, experts have E times the parameters of a dense layer of width d_ff, and its FLOPs.
   """
 
   PATH = 'model.moe'
 
   router: str = default('token_choice', 'who chooses whom', choices=lambda: ROUTERS)
-  expansion_rate: int = default(
-    8, 'parameters of all experts over those of a dense layer', minimum=1
-  )
-  granularity: int = default(
-    1, 'experts are d_ff / granularity wide, this many times as many', minimum=1
-  )
-  experts_per_token: int = default(
-    0, '0: granularity, the FLOPs per token of a dense layer', minimum=0
-  )
-  capacity_factor: float = default(
-    1.25, 'slots of an expert over its fair share; 0: nobody is dropped', minimum=0
-  )
+  expansion_rate: int = default(8, 'parameters of experts over those of a dense layer', minimum=1)
+  granularity: int = default(1, 'divides the width of experts, multiplies their number', minimum=1)
+  experts_per_token: int = default(0, '0: granularity, for the FLOPs of a dense layer', minimum=0)
+  capacity_factor: float = default(1.25, 'slots over mean load; 0: no token is dropped', minimum=0)
   group_size: int = default(8, 'sequences that are routed together', minimum=1)
   group_by: str = default(
     'auto',
-    'what a routing group holds: whole sequences, or one position of them; auto: what is causal',
+    'what a routing group holds: whole sequences, or one position of each; auto: what is causal',
     choices=('auto', 'sequence', 'position'),
   )
   scores: str = default(
     'softmax',
-    'of the router; sigmoid is of token choice, softmax_over_tokens of expert choice',
+    'of the router; sigmoid is for token choice, softmax_over_tokens for expert choice',
     choices=('softmax', 'sigmoid', 'softmax_over_tokens'),
   )
   renormalize: bool = default(False, 'weights of a token sum to 1: the softmax after the choice')
   balance_loss: float = default(0.01, 'weight of the load-balancing loss', minimum=0)
   balance_bias: bool = default(False, 'balance by a bias instead (optimizer.balance_bias_rate)')
   z_loss: float = default(0.0, 'weight of the mean squared logsumexp of router scores', minimum=0)
-  jitter: float = default(
-    0.0, "noise of the router's input in training: uniform in 1 +- jitter", minimum=0
-  )
-  shared_width: int = default(
-    0, 'hidden width of an expert that every token passes; 0: none', minimum=0
-  )
+  jitter: float = default(0.0, "training noise: router's input times 1 +- jitter", minimum=0)
+  shared_width: int = default(0, 'hidden width of an expert for all tokens; 0: none', minimum=0)
   output_norm: bool = default(False, 'layer norm of the output')
   impl: str = default(
     'auto',
-    'loop over experts, or rows of all at once; auto: by device',
+    'loop over experts, or all rows at once; auto: by device',
     choices=('auto', 'loop', 'rows'),
   )
 
@@ -83,7 +70,7 @@ class MoEConfig(Section):
 
   @property
   def top_k(self):
-    """Experts of a token; with expert choice on average, if capacity_factor is 1."""
+    """Experts per token; under expert choice their mean, if capacity_factor is 1."""
     return self.experts_per_token or self.granularity
 
   @property
@@ -108,7 +95,7 @@ class MoEConfig(Section):
     return d_ff // self.granularity
 
   def fan_in_out(self, d_ff):
-    """The fan-in that initialises the experts' output matrices, by the papers' code.
+    """Fan-in that initialises the experts' output matrices, as in the papers' code.
 
     Expert choice counts the experts of a token (so d_ff); token choice counts all experts.
     """
@@ -116,7 +103,7 @@ class MoEConfig(Section):
     return experts * self.expert_width(d_ff)
 
   def capacity(self, num_tokens):
-    """Slots of an expert in a routing group of `num_tokens`, or None: as many as asked for."""
+    """Slots of an expert in a routing group of `num_tokens`, or None: no limit."""
     if not self.capacity_factor:
       return None
     return routing.expert_capacity(num_tokens, self.top_k, self.num_experts, self.capacity_factor)
@@ -124,8 +111,8 @@ class MoEConfig(Section):
   def decoding(self):
     """The same layer in decoding.
 
-    Token choice drops nobody, so that groups do not matter. Expert choice routes every position by
-    itself, in groups of as many sequences as in training.
+    Token choice drops no token, so that groups do not matter. Expert choice routes one position at
+    a time, in groups of as many sequences as in training.
     """
     changes = {} if self.rule.fills_slots else {'capacity_factor': 0.0}
     changes |= {'group_by': 'position'} if self.rule.compares_tokens else {'group_size': 1}
@@ -159,25 +146,22 @@ def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-  """A function of scores that returns a Plan, and what others have to know of it."""
+  """A function of scores that returns a Plan, and its properties."""
 
   plan: Callable
   scores: tuple[str, ...] = routing.SCORES  # the values of `model.moe.scores` that it reads
-  # Every slot of every expert is taken: it needs a capacity, and drops nobody.
+  # Every slot of every expert is taken: it needs a capacity, and drops no token.
   fills_slots: bool = False
-  # A token's experts depend on all tokens of its group: they influence each other, and it is causal
-  # only in groups of one position, which is how it decodes.
+  # A token's experts depend on all tokens of its group: causal only where a group is one position,
+  # as it is in decoding.
   compares_tokens: bool = False
 
 
-# Name in `model.moe.router` -> Router, or a function, which is one in which tokens choose.
+# Name in `model.moe.router` -> Router, or the function of one in which tokens choose.
 ROUTERS = {
   'token_choice': Router(token_choice),
   'expert_choice': Router(
-    expert_choice,
-    scores=('softmax', 'softmax_over_tokens'),
-    fills_slots=True,
-    compares_tokens=True,
+    expert_choice, scores=('softmax', 'softmax_over_tokens'), fills_slots=True, compares_tokens=True
   ),
 }
 
@@ -186,26 +170,26 @@ class MixtureOfExperts(common.Stateless):
   """Sparse mixture of experts.
 
   Input and output x_BLD, any float dtype, or output of another width `d_out`; scores, weights and
-  losses in float32 at least. The batch is cut into routing groups: `group_size` consecutive whole
-  sequences, in which tokens are ordered by position, or, with `group_by = 'position'`, the tokens
-  of those sequences at one position. Padding (segment 0) is never routed.
+  losses in float32 at least. A routing group is `group_size` consecutive sequences, tokens ordered
+  by position, or, with `group_by = 'position'`, the tokens of these sequences at one position.
+  Padding (segment 0) is never routed.
 
-  Leaks: token choice is causal: who finds no slot is decided by earlier tokens, and those at the
-  same position, of its group. Expert choice by position is causal, but the examples of a group see
-  each other's tokens at the same position. Expert choice by sequence sees the future.
+  Leaks: token choice is causal: earlier tokens of the group, and those at the same position, decide
+  which token is dropped. Expert choice by position is causal, but sequences of a group see each
+  other's tokens at the same position. Expert choice by sequence sees the future.
 
   `aux['auxiliary_loss']`: the weighted balance and z losses, to be averaged over layers and added
-  to the objective. All other entries are measurements; `aux['moe/load']` has one number per expert:
-  its share of all choices times E, so that 1 is uniform.
+  to the objective. All other entries are metrics; `aux['moe/load']` [E] is each expert's share of
+  all choices times E, so that 1 is uniform.
   """
 
   def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = experts.Experts(
-      num_experts=config.num_experts,
+      config.num_experts,
       d_model=d_model,
-      expert_width=config.expert_width(d_ff),
+      d_ff=config.expert_width(d_ff),
       activation=activation,
       d_out=d_out,
       fan_in_out=config.fan_in_out(d_ff),
@@ -225,17 +209,13 @@ class MixtureOfExperts(common.Stateless):
     return self._forward(x_BLD, tokens, self.config)
 
   def prefill(self, x_BLD, tokens):
-    """The forward pass as in decoding: no token is dropped, no position waits for a later one."""
+    """The forward pass as in decoding: no token is dropped, no position depends on a later one."""
     return self._forward(x_BLD, tokens, self.config.decoding())[0], {}
 
   def _forward(self, x_BLD, tokens, config):
     B, L, _ = x_BLD.shape
     M = config.group_size
-    if B % M:
-      raise ValueError(
-        f'model.moe.group_size = {M} must divide the number of sequences routed together, got {B}. '
-        'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
-      )
+    groups.check('model.moe.group_size', M, B)
     grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
     x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
     y, aux = self._route(x_GTD, valid_GT, tokens.key, config)
@@ -245,7 +225,7 @@ class MixtureOfExperts(common.Stateless):
     return (self.output_norm(y) if self.config.output_norm else y), aux
 
   def _route(self, x_GTD, valid_GT, key, config):
-    """What the experts make of routing groups: y_GTD, and aux."""
+    """Routes groups through the experts: y_GTD, and aux."""
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
     weights = self.experts.weights(x_GTD.dtype)
@@ -265,57 +245,52 @@ class MixtureOfExperts(common.Stateless):
         body,
         in_specs=(by_group, by_group, by_group, P(), specs),
         out_specs=(P(width, rows), by_group, by_group),
-        check_vma=False,  # loops start from zeros that every device makes for itself
+        check_vma=False,  # loops start from zeros that each device makes
       )
     choosing_E = None if bias_E is None else jax.lax.stop_gradient(bias_E)
     y, counts_GE, reached_GT = body(x_GTD, logits_GTE, valid_GT, choosing_E, weights)
-    # Parts of hidden widths add up here, where the gradient of the sum needs no collective.
+    # Shards of hidden widths are summed here, where the gradient of the sum needs no collective.
     return y.sum(axis=0), self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, bias_E)
 
   def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, bias_E):
     config = self.config
     scores_GTE = routing.normalizing_logits(logits_GTE, config.scores)
-    balance = routing.load_balancing_loss(scores_GTE, counts_GE, valid_GT, k=config.top_k)
-    z = routing.z_loss(logits_GTE, valid_GT)
-    loss = jnp.zeros_like(balance)
-    for weight, value in ((config.balance_loss, balance), (config.z_loss, z)):
-      if weight:  # 0 times an infinite loss is no number
-        loss += weight * value
-    load_E = counts_GE.sum(axis=0).astype(jnp.float32)
-    load_E *= load_E.shape[0] / jnp.maximum(load_E.sum(), 1)
+    aux = routing.router_metrics(counts_GE, reached_GT, scores_GTE, valid_GT)
+    aux['balance'] = routing.load_balancing_loss(scores_GTE, counts_GE, valid_GT, k=config.top_k)
+    aux['z'] = routing.z_loss(logits_GTE, valid_GT)
+    weights = {'balance': config.balance_loss, 'z': config.z_loss}
+    loss = jnp.zeros_like(aux['balance'])
+    loss += sum(weight * aux[name] for name, weight in weights.items() if weight)  # 0 * inf is NaN
     if bias_E is not None:
       loss += routing.balance_pull(bias_E, counts_GE)
-    health = routing.router_health(counts_GE, reached_GT, scores_GTE, valid_GT)
-    health |= {'balance': balance, 'z': z}
-    return {f'moe/{name}': value for name, value in health.items()} | {
-      'moe/load': load_E,
-      'auxiliary_loss': loss,
-    }
+    load_E = counts_GE.sum(axis=0).astype(jnp.float32)
+    aux['load'] = load_E * (len(load_E) / jnp.maximum(load_E.sum(), 1))
+    return {f'moe/{name}': value for name, value in aux.items()} | {'auxiliary_loss': loss}
 
 
 def _on_a_device(
   x_GTD, logits_GTE, valid_GT, bias_E, weights, *, config, activation, devices, fsdp_dims
 ):
-  """The way of one device's tokens: plan, exchange or gather, experts, back, combine.
+  """One device's tokens: plan, exchange or gather, experts, back, combine.
 
-  Left to the partitioner, the sorts and gathers of a plan would collect the whole batch on every
-  device. What a device plans for its own groups is what the plan of the whole batch says of them:
-  results and drops do not depend on the mesh. Where experts are sharded, what travels is either
+  The partitioner would gather the whole batch on every device for the sorts and gathers of a plan.
+  Groups are routed independently, so that results and drops do not depend on the mesh. Where
+  experts are sharded, what is exchanged is either
 
-    slots   every expert's go to its device and come back: two all-to-alls of static size, for plans
+    slots   sent to the devices of their experts and back: two all-to-alls of static size, for plans
             with fewer slots than all these devices have tokens;
-    tokens  of all groups along the axis, to every device, which plans for its own experts; outputs
-            are summed where the tokens came from: all-gather and reduce-scatter.
+    tokens  of all devices along the axis; each device plans for its own experts, and outputs are
+            summed on the devices of the tokens: all-gather and reduce-scatter.
 
   Args:
     x_GTD, logits_GTE, valid_GT: tokens, router scores, and which tokens are not padding.
-    bias_E: of the scores, for choosing; or None.
-    weights: {name: [E, ...]} of this device's experts, one in so many `devices`; sharded along
-      `fsdp` in `fsdp_dims`, {name: dimension or None}.
+    bias_E: added to the scores for choosing, or None.
+    weights: {name: [E / devices, ...]}, this device's experts; sharded along `fsdp` in
+      `fsdp_dims`, {name: dimension or None}.
 
   Returns:
-    y [1, G, T, d_out], of the hidden widths that are here; counts_GE, choices per expert before
-    drops; reached_GT, how many experts a token reached.
+    y [1, G, T, d_out], of this device's hidden widths; counts_GE, choices per expert before drops;
+    reached_GT, how many experts each token reached.
   """
   loop = experts.in_a_loop(config.impl)
   weights = exchange.gather_weights(weights, fsdp_dims)
@@ -345,8 +320,8 @@ def _on_a_device(
   return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT
 
 
-# Slots of an expert from which a loop that leaves out empty ones beats one over several experts at
-# once (benchmarks/moe_layer.py: 320 and 80 slots are faster in the capacity layout, 640 ragged).
+# Slots of an expert from which the ragged loop beats the one over several experts at once
+# (benchmarks/moe_layer.py: 320 and 80 slots are faster in the capacity layout, 640 ragged).
 _WORTH_RAGGED = 512
 
 
@@ -374,9 +349,21 @@ def _jitter(x, amount, key):
 class MoESublayer(Sublayer):
   """`moe` in `model.blocks`."""
 
-  @property
-  def mixes(self):
-    return self.config.moe.rule.compares_tokens
+  def __init__(self, config):
+    super().__init__(config)
+    moe = self.moe = config.moe
+    self.groups = {'model.moe.group_size': moe.group_size}
+    self.whole_groups = {} if moe.by_position else self.groups
+    self.experts = {'model.moe.expansion_rate * granularity': moe.num_experts}
+    widths = {'an expert (model.d_ff / model.moe.granularity)': moe.expert_width(config.d_ff)}
+    if moe.shared_width:
+      widths['the shared expert (model.moe.shared_width)'] = moe.shared_width
+    self.widths = {
+      f'hidden units of {name}': mlp.hidden_width(width, config.activation)
+      for name, width in widths.items()
+    }
+    self.mixes = moe.rule.compares_tokens
+    self.mixed_sequences = moe.group_size if self.mixes else 1
 
   def make(self, init, rngs, d_in=None, d_out=None):
     """The layer; of other widths than the model's if they are given."""
@@ -385,7 +372,7 @@ class MoESublayer(Sublayer):
     return MixtureOfExperts(c.moe, **sizes, init=init, rngs=rngs)
 
   def problems(self):
-    moe, d_ff = self.config.moe, self.config.d_ff
+    moe, d_ff = self.moe, self.config.d_ff
     if d_ff % moe.granularity:
       yield (
         f'model.moe.granularity = {moe.granularity} must divide model.d_ff = {d_ff}: experts are '
@@ -411,66 +398,39 @@ class MoESublayer(Sublayer):
       )
     if moe.rule.fills_slots and not moe.capacity_factor:
       yield (
-        f'model.moe.capacity_factor must be positive for {moe.router}: it says how many tokens '
+        f'model.moe.capacity_factor must be positive for {moe.router}: it sets how many tokens '
         'an expert takes; 1 gives every token granularity experts on average.'
       )
     if moe.rule.fills_slots and (moe.renormalize or moe.balance_bias):
       yield (
-        'model.moe.renormalize and balance_bias are of routers in which tokens choose; with '
+        'model.moe.renormalize and balance_bias are for routers in which tokens choose; with '
         f'{moe.router} loads are equal by construction. Set both to False.'
       )
 
-  @property
-  def groups(self):
-    return {'model.moe.group_size': self.config.moe.group_size}
-
-  @property
-  def whole_groups(self):
-    return {} if self.config.moe.by_position else self.groups
-
-  @property
-  def experts(self):
-    return {'model.moe.expansion_rate * granularity': self.config.moe.num_experts}
-
-  @property
-  def widths(self):
-    moe, activation = self.config.moe, self.config.activation
-    name = 'hidden units of an expert (model.d_ff / model.moe.granularity)'
-    widths = {name: mlp.hidden_width(moe.expert_width(self.config.d_ff), activation)}
-    if moe.shared_width:
-      name = 'hidden units of the shared expert (model.moe.shared_width)'
-      widths[name] = mlp.hidden_width(moe.shared_width, activation)
-    return widths
-
-  @property
-  def mixed_sequences(self):
-    return self.config.moe.group_size if self.mixes else 1
-
   def leaks(self):
-    moe = self.config.moe
-    sentence = (
-      f'model.moe.group_by = sequence with {moe.router} lets tokens see the future: the loss is '
-      'too good, and generation does not reach it. model.moe.group_by = position is causal.'
+    if not self.moe.leaks():
+      return ''
+    return (
+      f'model.moe.group_by = sequence with {self.moe.router} lets tokens see the future: the loss '
+      'is too good, and generation does not reach it. model.moe.group_by = position is causal.'
     )
-    return sentence if moe.leaks() else ''
 
   def dropless(self):
-    moe = self.config.moe
-    drops = moe.capacity_factor and not moe.rule.fills_slots
-    return {'moe': dataclasses.replace(moe, capacity_factor=0.0)} if drops else {}
+    drops = self.moe.capacity_factor and not self.moe.rule.fills_slots
+    return {'moe': dataclasses.replace(self.moe, capacity_factor=0.0)} if drops else {}
 
   def remixed(self, mode, group_size):
-    moe = self.config.moe
     if mode in ('unmixed', 'discrete'):
       raise ValueError(
-        f'mode {mode} is of Mixture of Tokens; experts that choose their tokens (model.moe.router '
-        f'= {moe.router}) need a group to choose from. Use mixed, or mixed_with_corpus to evaluate.'
+        f'mode {mode} is for Mixture of Tokens; experts that choose their tokens (model.moe.router '
+        f'= {self.moe.router}) need a group to choose from. Use mixed, or mixed_with_corpus to '
+        'evaluate.'
       )
-    return {'moe': dataclasses.replace(moe, group_size=group_size or moe.group_size)}
+    return {'moe': dataclasses.replace(self.moe, group_size=group_size or self.moe.group_size)}
 
   def cost(self, length, d_in=None, d_out=None):
-    """Of a layer of other widths than the model's if they are given."""
-    moe, D = self.config.moe, d_in or self.config.d_model
+    """For a layer of other widths than the model's if they are given."""
+    moe, D = self.moe, d_in or self.config.d_model
     d_ff, activation = self.config.d_ff, self.config.activation
     E, K = moe.num_experts, moe.top_k
     if moe.rule.fills_slots:

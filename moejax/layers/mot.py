@@ -26,25 +26,23 @@ parameters.declare('anneal', moved_by='anneal')
 class MoTConfig(Section):
   """The Mixture-of-Tokens sublayer.
 
-  In the paper's names, MoT-Size/kE/m has k = group_size and k * m experts. `group_size` and
-  `routing` can change without the parameters, once the width of the experts is given.
+  The paper's MoT-Size/kE/m has k = group_size and k * m experts. Where `expert_width` is set,
+  parameters do not depend on `group_size` and `routing`.
   """
 
   PATH = 'model.mot'
 
   num_experts: int = default(64, 'experts of a layer', minimum=1)
   group_size: int = default(8, 'sequences that are mixed with each other', minimum=1)
-  expert_width: int = default(
-    0, '0: FLOPs per token of a dense layer, d_ff * group_size / num_experts', minimum=0
-  )
+  expert_width: int = default(0, '0: d_ff * group_size / num_experts, as a dense layer', minimum=0)
   routing: str = default(
     'softmax',
-    'how tokens are mixed; discrete: one token per expert, uniform: all alike',
+    'weights of tokens; discrete: one token per expert, uniform: all equal',
     choices=('softmax', 'discrete', 'uniform'),
   )
   emit: str = default(
     'same',
-    'weights of outputs on their way back; same: as merged, raw: 1',
+    'weights of the outputs of experts; same: as merged, raw: 1',
     choices=('same', 'softmax_over_experts', 'raw', 'top_1'),
   )
   separate_controllers: bool = default(False, 'emit has scores of its own')
@@ -74,40 +72,34 @@ class MoTConfig(Section):
 
   @property
   def emits_as_it_merges(self):
-    """Whether outputs return to the tokens with the very weights that mixed them."""
+    """Whether the weights of outputs are those of the tokens."""
     return self.emit == 'same' and not (self.separate_controllers or self.separate_temperatures)
 
 
 class MixtureOfTokens(common.Stateless):
-  """Continuous mixture of experts over examples (arXiv:2310.15961).
+  """Continuous mixture of experts over sequences (arXiv:2310.15961).
 
   Input and output x_BLD, any float dtype; scores and weights in float32, or in bfloat16 if x and
-  the parameters are. M = group_size examples of the batch form a group. At every position each of
-  the E experts sees one mixture of the group's M tokens, and its output returns to them: with the
+  the parameters are. M = group_size sequences of the batch form a group. At every position each of
+  the E experts sees one mixture of the group's M tokens, and its output is added to them: with the
   same weights by default, a softmax over these tokens. Padding (segment 0) never enters a mixture.
 
-  Leaks: causal, but the examples of a group see each other's tokens at the same position.
+  Leaks: causal, but the sequences of a group see each other's tokens at the same position.
 
-  `aux` has a handful of scalars: 'mot/entropy', 'mot/max_weight', 'mot/std' of the merge weights
-  (`mixing.statistics`), the same under 'mot/emit_...' if emit has weights of its own, and
-  'mot/temperature' (and 'mot/emit_temperature') if it changes, mean over experts.
+  `aux`: 'mot/entropy', 'mot/max_weight', 'mot/std' of the merge weights (`mixing.statistics`), the
+  same under 'mot/emit_...' if emit has weights of its own, and 'mot/temperature' (and
+  'mot/emit_temperature') if it changes, mean over experts.
 
-  Compute per token of the experts is that of a dense layer of width E * expert_width / M;
-  controller, merge and emit add 6 * D * E FLOPs forward.
+  Per token, experts cost as much as a dense layer of width E * expert_width / M; controller, merge
+  and emit add 6 * D * E forward FLOPs.
   """
 
   def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
     self.config = config
     E = config.num_experts
     self.controller = init(rngs, d_model, E, fan_in=d_model)
-    self.experts = experts.Experts(
-      num_experts=E,
-      d_model=d_model,
-      expert_width=config.width(d_ff),
-      activation=activation,
-      init=init,
-      rngs=rngs,
-    )
+    sizes = dict(d_model=d_model, d_ff=config.width(d_ff), activation=activation)
+    self.experts = experts.Experts(E, **sizes, init=init, rngs=rngs)
     if config.separate_controllers:
       self.emit_controller = init(rngs, d_model, E, fan_in=d_model)
     if config.temperature_mode == 'annealed':
@@ -125,11 +117,7 @@ class MixtureOfTokens(common.Stateless):
   def __call__(self, x_BLD, tokens):
     B, L, _ = x_BLD.shape
     M = self.config.group_size
-    if B % M:
-      raise ValueError(
-        f'model.mot.group_size = {M} must divide the number of sequences mixed together, got {B}. '
-        'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
-      )
+    groups.check('model.mot.group_size', M, B)
     order_B = None
     if self.config.grouping == 'random' and tokens.key is not None:
       order_B = jax.random.permutation(tokens.key, B)
@@ -148,11 +136,11 @@ class MixtureOfTokens(common.Stateless):
     return mixing.emit(rows_ECD, emit_CME), aux
 
   def _weights(self, x_CMD, valid_CM):
-    """Weights with which tokens enter the mixtures and outputs return to them, and their aux."""
+    """Weights of tokens in the mixtures and of outputs, and aux."""
     config = self.config
     logits_CME = self._logits(x_CMD, self.controller)
     merge_CME = self._distribution(logits_CME, valid_CM, 'temperature', mixing.TOKENS)
-    measured = {'mot': mixing.statistics(merge_CME, valid_CM)}
+    measured = {'mot/': mixing.statistics(merge_CME, valid_CM)}
     if config.emits_as_it_merges:
       emit_CME = merge_CME
     elif config.emit == 'raw':
@@ -165,7 +153,7 @@ class MixtureOfTokens(common.Stateless):
         logits_CME = self._logits(x_CMD, self.emit_controller)
       name = 'emit_temperature' if config.separate_temperatures else 'temperature'
       emit_CME = self._distribution(logits_CME, valid_CM, name, over)
-      measured['mot/emit'] = mixing.statistics(emit_CME, valid_CM, over)
+      measured['mot/emit_'] = mixing.statistics(emit_CME, valid_CM, over)
     return merge_CME, emit_CME, self._aux(measured)
 
   def _logits(self, x_CMD, controller):
@@ -182,7 +170,7 @@ class MixtureOfTokens(common.Stateless):
     return weights_CME
 
   def _temperature(self, name):
-    """[1, 1, E or 1]. A learned one is exp(t - 1), as in the papers' code: never negative."""
+    """[1, 1, E or 1]. If learned, it is exp(t - 1), as in the papers' code: never negative."""
     if self.config.learns_temperature:
       log = jnp.clip(getattr(self, name)[...] - 1, math.log(_COLDEST), -math.log(_COLDEST))
       return jnp.exp(log).reshape(1, 1, -1)
@@ -190,8 +178,7 @@ class MixtureOfTokens(common.Stateless):
     return jnp.maximum(self.config.temperature * scale, _COLDEST).reshape(1, 1, 1)
 
   def _aux(self, measured):
-    join = {'mot': 'mot/', 'mot/emit': 'mot/emit_'}
-    aux = {join[by] + name: v for by, values in measured.items() for name, v in values.items()}
+    aux = {prefix + name: v for prefix, values in measured.items() for name, v in values.items()}
     if self.config.temperature_mode != 'fixed':
       aux['mot/temperature'] = self._temperature('temperature').mean().astype(jnp.float32)
     if self.config.separate_temperatures:
@@ -204,13 +191,23 @@ class MoTSublayer(Sublayer):
 
   mixes = True
 
+  def __init__(self, config):
+    super().__init__(config)
+    self.mot = config.mot
+    self.groups = {'model.mot.group_size': config.mot.group_size}
+    self.experts = {'model.mot.num_experts': config.mot.num_experts}
+    fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
+    width = hidden_width(config.mot.width(config.d_ff), config.activation)
+    self.widths = {f'hidden units of an expert ({fields})': width}
+    self.mixed_sequences = config.mot.group_size
+
   def make(self, init, rngs):
     c = self.config
     sizes = dict(d_model=c.d_model, d_ff=c.d_ff, activation=c.activation)
     return MixtureOfTokens(c.mot, **sizes, init=init, rngs=rngs)
 
   def problems(self):
-    mot, slots = self.config.mot, self.config.d_ff * self.config.mot.group_size
+    mot, slots = self.mot, self.config.d_ff * self.mot.group_size
     if mot.separate_temperatures and not mot.learns_temperature:
       yield (
         'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
@@ -226,24 +223,6 @@ class MoTSublayer(Sublayer):
         'experts of equal FLOPs; change it or set expert_width.'
       )
 
-  @property
-  def groups(self):
-    return {'model.mot.group_size': self.config.mot.group_size}
-
-  @property
-  def experts(self):
-    return {'model.mot.num_experts': self.config.mot.num_experts}
-
-  @property
-  def widths(self):
-    fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
-    width = hidden_width(self.config.mot.width(self.config.d_ff), self.config.activation)
-    return {f'hidden units of an expert ({fields})': width}
-
-  @property
-  def mixed_sequences(self):
-    return self.config.mot.group_size
-
   def remixed(self, mode, group_size):
     """`unmixed`: groups of one; `discrete`: one token per expert. Experts keep their width."""
     if mode == 'unmixed' and group_size > 1:
@@ -254,19 +233,19 @@ class MoTSublayer(Sublayer):
 
   def cost(self, length):
     del length
-    mot, D = self.config.mot, self.config.d_model
+    mot, D = self.mot, self.config.d_model
     E, M = mot.num_experts, mot.group_size
     experts = E * num_weights(D, mot.width(self.config.d_ff), self.config.activation)
     controllers = D * E * (1 + mot.separate_controllers)
     temperatures = {'fixed': 0, 'learned_per_expert': E}.get(mot.temperature_mode, 1)
     scores = controllers + temperatures * (1 + mot.separate_temperatures)
     norm = 4 * D * mot.expert_norm
-    # Weights that nothing is learnt from have no gradient.
-    gradients = {'softmax': {}, 'discrete': {'controller': 0, 'merge': 1, 'emit': 1}}.get(
-      mot.routing, {'merge': 1, 'emit': 1}
-    )
+    # Constant weights have no gradient.
+    gradients = {} if mot.routing == 'softmax' else {'merge': 1, 'emit': 1}
+    if mot.routing == 'discrete':
+      gradients['controller'] = 0
     if mot.emit in ('raw', 'top_1'):
-      gradients = gradients | {'emit': 1}
+      gradients['emit'] = 1
     return Cost(
       params={'experts': experts, 'controller': scores, 'norm': norm},
       active=experts / M + scores + norm,

@@ -1,4 +1,4 @@
-"""Sublayers side by side."""
+"""Sublayers in parallel."""
 
 from flax import nnx
 
@@ -6,10 +6,7 @@ from moejax.layers import common
 
 
 class Parallel(nnx.Module):
-  """y = f(x) + g(x) + ...: sublayers that share their input, and so the norm before it.
-
-  `branches`: sublayers by name, in order. Sees, leaks and measures what they do.
-  """
+  """y = f(x) + g(x) + ...: `branches`, sublayers by name, share their input and its norm."""
 
   def __init__(self, branches):
     self.names = tuple(branches)

@@ -1,4 +1,4 @@
-"""What a kind of sublayer answers before it has parameters (docs/adding_a_sublayer.md)."""
+"""Properties of a kind of sublayer that need no parameters (docs/adding_a_sublayer.md)."""
 
 import collections
 import dataclasses
@@ -6,13 +6,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Parameters of a sublayer and its forward FLOPs per token, by kind, as flops.py counts them."""
+  """Parameters of a sublayer and its forward FLOPs per token, by kind, counted as in flops.py."""
 
   params: dict[str, int]
   active: float  # parameters that one token uses
   model_flops: dict[str, float]
   routing_flops: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Products in the backward pass for one of the forward pass, by kind of routing; not named: two.
+  # Products in the backward pass per product of the forward pass, by kind of routing; default: two.
   routing_gradients: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -27,15 +27,15 @@ def sums(dicts) -> dict:
 class Sublayer:
   """A kind of sublayer in a model; `config` is the ModelConfig.
 
-  Every kind has `make` and `cost`. The other answers are those of a layer that looks at one token,
-  or at earlier ones of its sequence: override what is different.
+  Every kind has `make` and `cost`. The other defaults are those of a layer that sees one token and
+  earlier ones of its sequence: override what is different.
   """
 
-  made_of = ()  # further kinds whose answers are this one's as well
-  groups = {}  # field -> how many consecutive sequences a microbatch must be cut into
-  whole_groups = {}  # of these, the fields whose sequences must lie on one device
-  experts = {}  # field -> number of experts, for mesh axis `expert` to divide
-  widths = {}  # what mesh axis `tensor` has to divide, and the fields it comes from -> how many
+  made_of = ()  # further kinds whose properties this one has as well
+  groups = {}  # field -> number of consecutive sequences that must divide a microbatch
+  whole_groups = {}  # those of `groups` that must be on one device
+  experts = {}  # field -> number of experts, which mesh axis `expert` must divide
+  widths = {}  # description with fields -> number, which mesh axis `tensor` must divide
   mixes = False  # whether sequences of a group influence each other at equal positions,
   mixed_sequences = 1  # and how many do, in decoding too
 
@@ -43,15 +43,15 @@ class Sublayer:
     self.config = config
 
   def make(self, init, rngs):
-    """The module, with parameters made by `init` (`common.Initializer`)."""
+    """The module; `init` (`common.Initializer`) makes its parameters."""
     raise NotImplementedError
 
   def cost(self, length) -> Cost:
-    """What it costs in sequences of `length` positions."""
+    """Its cost in sequences of `length` positions."""
     raise NotImplementedError
 
   def problems(self):
-    """Yields one sentence for every combination of values that cannot work."""
+    """Yields one sentence per invalid combination of values."""
     return ()
 
   def leaks(self):
@@ -63,14 +63,14 @@ class Sublayer:
     return {}
 
   def remixed(self, mode, group_size):
-    """Sections of the model config that mix as a mode of `moejax.evaluate` says; if `mixes`.
+    """Sections of the model config, changed to mix as in a mode of `moejax.evaluate`; if `mixes`.
 
     Args:
       mode: one of `evaluate.MODES`.
       group_size: sequences mixed with each other; 0: as in training.
 
     Raises:
-      ValueError: the sublayer cannot be used so.
+      ValueError: the sublayer does not support the mode.
     """
     del mode, group_size
     return {}

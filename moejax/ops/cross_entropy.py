@@ -1,8 +1,7 @@
 """Cross-entropy of next-token prediction without the full tensor of logits.
 
 For a vocabulary of 50k, 65k tokens of float32 logits are 13 GB. The chunked form computes the
-logits of a few positions at a time and computes them again in the backward pass, where they become
-their own gradient in one go: what costs time is passing over them.
+logits of a few positions at a time and recomputes them in the backward pass.
 """
 
 import jax
@@ -36,8 +35,8 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   L = x_BLD.shape[1]
   if not 0 < chunk < L:
     return cross_entropy(x_BLD, head_DV, targets_BL, weights_BL)
-  head_DV = head_DV.astype(x_BLD.dtype)  # as precise as the plain form has it
-  head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))  # as is its gradient
+  head_DV = head_DV.astype(x_BLD.dtype)  # rounded as in the plain form
+  head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))  # for its gradient
   num_chunks = -(-L // chunk)
 
   def split(a):  # [B, L, ...] -> [num_chunks, B, chunk, ...]

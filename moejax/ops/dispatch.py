@@ -1,10 +1,10 @@
 """Moves tokens to the rows of their experts and back, as a Plan says.
 
 `dispatch`, experts on all rows, `combine`: large products, for accelerators and for experts on
-other devices. `moejax.ops.expert_loop` does all three at once, a few experts at a time.
+other devices. `moejax.ops.expert_loop` fuses all three, a few experts at a time.
 
-Both directions of both functions are gathers, and the rows of a token add up in a fixed order: no
-atomic additions, so results do not vary from run to run.
+Forward and backward passes of both are gathers, and the rows of a token are summed in a fixed
+order, without atomics: results are reproducible.
 """
 
 import jax
@@ -22,10 +22,9 @@ def dispatch(x_TD, plan):
 
 @jax.custom_vjp
 def combine(rows, plan):
-  """y_TD, the sum of the rows of every token, without weights: they belong into the experts.
+  """y_TD, the sum of the rows of every token, which experts have multiplied by `plan.weight`.
 
-  Multiplying hidden activations, which are narrower than rows, by `plan.weight` weighs the output.
-  Empty rows are not read; tokens without a row get 0. Sums run in float32 at least.
+  Empty rows are not read; tokens without a row get 0. Sums are in float32 at least.
   """
   D = rows.shape[-1]
   rows_RD = rows.reshape(-1, D)
@@ -46,8 +45,7 @@ def combine(rows, plan):
   return y_TD.astype(rows.dtype)
 
 
-# Each is the transpose of the other. Plans have no gradient here: that of the weights comes from
-# the experts, which use them.
+# Each is the transpose of the other. The gradient of the weights comes from the experts.
 dispatch.defvjp(
   lambda x_TD, plan: (dispatch(x_TD, plan), plan),
   lambda plan, d_rows: (combine(d_rows, plan), None),

@@ -1,9 +1,9 @@
 """Dispatch, experts and combine in one loop over experts, without arrays of all rows.
 
 The rows of a few experts stay in the cache between their gather, their products and their sum. On a
-CPU this is faster than the same in three steps and takes a fraction of the memory; the finer the
-experts, the more. On an accelerator, which has no use for so many small steps, `dispatch` is the
-way; there the order of the sums here would vary as well.
+CPU this is faster than three steps and takes a fraction of the memory, most so with fine-grained
+experts. On an accelerator such small steps are slow, and the order of these sums would vary: use
+`dispatch` there.
 """
 
 import functools
@@ -18,10 +18,9 @@ from moejax.ops import grouped_matmul
 class Expert(typing.NamedTuple):
   """One expert, every row by itself: y = outer(inner(x_CD, w), weight_C, w).
 
-  What is between the two (`h`, a pytree of arrays [C, ...]) is kept for the gradient, so it should
-  be the hidden activations before their nonlinearity. `weight_C` multiplies the output; hidden
-  activations are the narrowest place to do so. The functions may not close over arrays that need a
-  gradient, and should be the same objects from call to call.
+  `h` between the two, a pytree of arrays [C, ...], is saved for the gradient, so it should be the
+  hidden activations before their nonlinearity. `weight_C` multiplies the output. The functions may
+  not close over arrays that need a gradient, and should be the same objects from call to call.
   """
 
   inner: typing.Callable
@@ -46,7 +45,7 @@ def map_experts(expert, x_TD, plan, weights) -> jax.Array:
 
 
 def _backward(expert, x_CD, h, weight_C, w, dy):
-  """Gradients of one expert by x_CD, weight_C and w; its products are not computed again."""
+  """Gradients of one expert by x_CD, weight_C and w; its products are not recomputed."""
   dh, d_weight_C, dw_outer = jax.vjp(expert.outer, h, weight_C, w)[1](dy)
   dx_CD, dw_inner = jax.vjp(expert.inner, x_CD, w)[1](dh)
   return dx_CD, d_weight_C, jax.tree.map(jnp.add, dw_inner, dw_outer)
@@ -57,7 +56,7 @@ def _take(tokens, token):
 
 
 def _add(y, token, rows, used):
-  # No expert holds a token twice, and a CPU adds rows in their order: sums do not vary.
+  # No expert holds a token twice, and a CPU adds rows in order: sums are reproducible.
   rows = jnp.where(used[..., None], rows, 0).astype(y.dtype)
   return y.at[token].add(rows, mode='promise_in_bounds')
 
@@ -121,8 +120,7 @@ _CACHE_BYTES = 2**21  # of a core, more or less
 def _few_at_a_time(tree):
   """Splits the leading axis in two: steps of the loop, and the experts of one step.
 
-  Small experts go several at a time, so that a step does enough to be worth its overhead; not so
-  many that the weights of a step leave the cache.
+  A step has several small experts to amortise its overhead, but not more weights than the cache.
   """
   E, C = tree[0].shape
   expert_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree[-1])) // E
@@ -132,7 +130,7 @@ def _few_at_a_time(tree):
   return jax.tree.map(lambda a: a.reshape(E // together, together, *a.shape[1:]), tree)
 
 
-# Ragged layout: a loop over blocks of rows of one expert, as many as the load of this batch takes.
+# Ragged layout: a loop over tiles of rows of one expert, as many as the load of this batch takes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,83 +139,46 @@ def _map_ragged(expert, *args):
 
 
 def _map_ragged_forward(expert, x_TD, token, weight, sizes_E, weights):
-  block = _Block(token.shape[0], sizes_E)
-  x_CD = jax.ShapeDtypeStruct((block.size, x_TD.shape[1]), x_TD.dtype)
-  h_of_a_block = jax.eval_shape(expert.inner, x_CD, jax.tree.map(lambda a: a[0], weights))
-  long_token, long_weight = block.lengthen(token), block.lengthen(weight)
+  tiles = grouped_matmul.RowTiles(len(token), sizes_E)
+  padded_token, padded_weight = tiles.pad(token), tiles.pad(weight)
 
   def step(i, carry):
     y, all_h = carry
-    token_C, w = block.read(i, long_token), block.of_group(i, weights)
+    token_C, w = tiles.read(i, padded_token), tiles.of_group(i, weights)
     h = expert.inner(_take(x_TD, token_C), w)
-    rows = expert.outer(h, block.read(i, long_weight), w)
-    return _add(y, token_C, rows, block.used(i)), block.write(i, all_h, h)
+    rows = expert.outer(h, tiles.read(i, padded_weight), w)
+    return _add(y, token_C, rows, tiles.used(i)), tiles.write(i, all_h, h)
 
-  no_h = jax.tree.map(
-    lambda a: jnp.zeros((long_token.shape[0], *a.shape[1:]), a.dtype), h_of_a_block
-  )
-  no_y = _no_output(expert, x_TD, weights)
-  y, h = jax.lax.fori_loop(0, block.number, step, (no_y, no_h))
+  x_RD = jax.ShapeDtypeStruct((len(padded_token), x_TD.shape[1]), x_TD.dtype)
+  h = jax.eval_shape(expert.inner, x_RD, jax.tree.map(lambda a: a[0], weights))
+  zeros = _no_output(expert, x_TD, weights), jax.tree.map(jnp.zeros_like, h)
+  y, h = jax.lax.fori_loop(0, tiles.number, step, zeros)
   return y.astype(x_TD.dtype), (x_TD, token, weight, h, sizes_E, weights)
 
 
 def _map_ragged_backward(expert, saved, dy):
   x_TD, token, weight, h, sizes_E, weights = saved
-  block = _Block(token.shape[0], sizes_E)
-  long_token, long_weight = block.lengthen(token), block.lengthen(weight)
+  tiles = grouped_matmul.RowTiles(len(token), sizes_E)
+  rows = tiles.pad(token), tiles.pad(weight), h
 
   def step(i, carry):
     dx_TD, d_weight, dw = carry
-    token_C, used_C = block.read(i, long_token), block.used(i)
-    dy_rows = jnp.where(used_C[:, None], _take(dy, token_C), 0)
-    dx_CD, d_weight_C, dw_block = _backward(
-      expert,
-      _take(x_TD, token_C),
-      block.read(i, h),
-      block.read(i, long_weight),
-      block.of_group(i, weights),
-      dy_rows,
+    (token_C, weight_C, h), w, used_C = (
+      tiles.read(i, rows),
+      tiles.of_group(i, weights),
+      tiles.used(i),
     )
-    group = block.blocks.group[i]
-    dw = jax.tree.map(lambda a, b: a.at[group].add(b.astype(a.dtype)), dw, dw_block)
-    return _add(dx_TD, token_C, dx_CD, used_C), block.write(i, d_weight, d_weight_C), dw
+    dy_rows = jnp.where(used_C[:, None], _take(dy, token_C), 0)
+    gradients = _backward(expert, _take(x_TD, token_C), h, weight_C, w, dy_rows)
+    dx_CD, d_weight_C, dw_of_tile = gradients
+    dw = jax.tree.map(lambda a, b: a.at[tiles.group[i]].add(b.astype(a.dtype)), dw, dw_of_tile)
+    return _add(dx_TD, token_C, dx_CD, used_C), tiles.write(i, d_weight, d_weight_C), dw
 
-  zeros = _zeros(x_TD), jnp.zeros_like(long_weight), jax.tree.map(_zeros, weights)
-  dx_TD, d_weight, dw = jax.lax.fori_loop(0, block.number, step, zeros)
+  zeros = _zeros(x_TD), jnp.zeros_like(rows[1]), jax.tree.map(_zeros, weights)
+  dx_TD, d_weight, dw = jax.lax.fori_loop(0, tiles.number, step, zeros)
   dw = jax.tree.map(lambda a, w: a.astype(w.dtype), dw, weights)
-  # What the last block wrote beyond the last group is `dy` = 0 times something finite, so 0.
-  return dx_TD.astype(x_TD.dtype), None, d_weight[: token.shape[0]], None, dw
+  # What the last tile wrote beyond the last group is `dy` = 0 times something finite, so 0.
+  return dx_TD.astype(x_TD.dtype), None, d_weight[: len(token)], None, dw
 
 
 _map_ragged.defvjp(_map_ragged_forward, _map_ragged_backward)
-
-
-class _Block:
-  """Block i of the rows of a ragged plan.
-
-  A block may reach beyond its group. What it writes there, the first block of the next group
-  writes again; arrays are `size` rows longer than the plan, so that the last one has room.
-  """
-
-  def __init__(self, num_rows, sizes_E):
-    self.size = grouped_matmul.block_size(num_rows / sizes_E.shape[0])
-    self.blocks = grouped_matmul.blocks_of_groups(sizes_E, self.size, num_rows)
-    self.number = self.blocks.number
-
-  def lengthen(self, a):
-    return jnp.pad(a, (0, self.size))
-
-  def used(self, i):
-    row_C = self.blocks.first[i] + jnp.arange(self.size, dtype=self.blocks.first.dtype)
-    return row_C < self.blocks.end[i]
-
-  def of_group(self, i, tree):
-    return jax.tree.map(lambda a: a[self.blocks.group[i]], tree)
-
-  def read(self, i, tree):
-    read = lambda a: jax.lax.dynamic_slice_in_dim(a, self.blocks.first[i], self.size, axis=0)
-    return jax.tree.map(read, tree)
-
-  def write(self, i, tree, rows):
-    write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, self.blocks.first[i], axis=0)
-    return jax.tree.map(write, tree, rows)

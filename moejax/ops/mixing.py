@@ -1,11 +1,11 @@
 """Mixture of Tokens (arXiv:2310.15961): weighted mixtures of the tokens of a group.
 
-A group is M tokens at one position of M examples; there are C of them (moejax/sharding/groups.py),
-and each of E experts sees one mixture of every group. Nothing moves along positions, so a mixture
-at position l holds only tokens at position l: causal, but examples of one group see each other.
+A group is M tokens at one position of M sequences; there are C of them (moejax/sharding/groups.py),
+and each of E experts sees one mixture of every group. This is causal, but sequences of one group
+see each other.
 
-The groups lead in all arrays but those of the experts: the products are then batched products of
-matrices as they lie in memory, and a device that holds some of the groups needs no others.
+The axis of groups is first in all arrays but those of experts: products are batched without a
+transpose, and groups stay on their devices.
 """
 
 import math
@@ -29,7 +29,7 @@ def softmax(logits_CME, valid_CM, temperature: jax.typing.ArrayLike = 1.0, over=
     weights_CME in the dtype of the scores; all 0 in a group without valid tokens.
   """
   valid_CM1 = valid_CM[..., None]
-  # A finite stand-in for -inf keeps a group of nothing but padding free of NaN, gradients included.
+  # Finite, not -inf: no NaN in a group of padding alone, gradients included.
   masked_CME = jnp.where(valid_CM1, logits_CME / temperature, jnp.finfo(logits_CME.dtype).min)
   return jax.nn.softmax(masked_CME, axis=over) * valid_CM1
 
@@ -54,9 +54,9 @@ def statistics(weights_CME, valid_CM, over=TOKENS):
   """How evenly weights are spread, over the distributions that have a valid token; no gradient.
 
   Returns:
-    A dict of float32 scalars: `entropy` (mean, divided by the log of how many share the weight: 1
-    is uniform, 0 is one of them; 0 where there is but one), `max_weight` (mean of the largest of a
-    distribution), `std` (of the weights of valid tokens).
+    A dict of float32 scalars: `entropy` (mean, divided by that of a uniform distribution; 0 where
+    it has one entry), `max_weight` (mean of the largest of a distribution), `std` (of the weights
+    of valid tokens).
   """
   dtype = jnp.promote_types(weights_CME.dtype, jnp.float32)
   weights_CME = jax.lax.stop_gradient(weights_CME).astype(dtype)
@@ -73,16 +73,3 @@ def statistics(weights_CME, valid_CM, over=TOKENS):
     'std': jnp.sqrt(variance),
   }
   return {name: value.astype(jnp.float32) for name, value in measured.items()}
-
-
-def mixture_of_tokens_reference(x_CMD, controller_DE, w_in_EDF, w_out_EFD, valid_CM):
-  """The layer as loops over groups and experts (the papers' definition), for tests."""
-  y_CMD = jnp.zeros_like(x_CMD)
-  for c in range(x_CMD.shape[0]):
-    x_MD, valid_M = x_CMD[c], valid_CM[c]
-    for e in range(controller_DE.shape[1]):
-      scores_M = jnp.where(valid_M, x_MD @ controller_DE[:, e], -jnp.inf)
-      weights_M = jnp.where(valid_M.any(), jax.nn.softmax(scores_M), 0)
-      out_D = jax.nn.relu(weights_M @ x_MD @ w_in_EDF[e]) @ w_out_EFD[e]
-      y_CMD = y_CMD.at[c].add(weights_M[:, None] * out_D[None])
-  return y_CMD

@@ -1,19 +1,15 @@
 """Routers and plans: which token goes to which expert, with what weight, as data.
 
-A router is a function of scores that returns a `Plan`; it has no parameters and moves no rows
-(`moejax.ops.dispatch` does). Three of them: token choice with a capacity, token choice without
-drops, expert choice. Scores have the dtype of the logits; losses and measurements are float32.
+A router is a function of scores that returns a `Plan`; it has no parameters and moves no tokens
+(`moejax.ops.dispatch` does). Scores have the dtype of the logits; losses and metrics are float32.
 
-G routing groups of T tokens each are routed independently of each other. Where a group consists of
-whole sequences, nothing about it depends on how the batch is spread over devices. Everything after
-the plan sees all G*T tokens as one axis.
+G groups of T tokens each are routed independently. After the plan, all G*T tokens are one axis.
 
 Ties go to the expert, or token, of the lowest index. Padding (`valid_GT` False) is never routed and
 takes no slot.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -21,34 +17,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 # Name of the chosen indices for `jax.checkpoint_policies.save_only_these_names`: a backward pass
-# that computes the scores anew must not choose anew.
+# that recomputes scores must not choose other experts.
 CHOICE = 'routing_choice'
 
 SCORES = ('softmax', 'sigmoid')
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=[
-    'token',
-    'weight',
-    'used',
-    'sizes_E',
-    'rows_by_token',
-    'row_start_T',
-    'rows_per_token_T',
-    'counts_GE',
-  ],
-  meta_fields=['max_per_token'],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Which token sits in which row of which expert; the only thing a router says.
+  """Which token is in which row of which expert.
 
   Two layouts of rows. *Capacity*: `token` is [E, G*C], C slots per expert and group, those of group
-  g from g*C on; experts are one batched product. *Ragged*: `token` is [rows], all rows of expert 0,
-  then those of expert 1, and so on; `sizes_E` says how many each has, and rows beyond their sum are
-  empty. Experts are a grouped product, and nothing is computed for slots that nobody takes.
+  g from g*C on; experts are one batched product. *Ragged*: `token` is [rows], sorted by expert;
+  `sizes_E` are their numbers of rows, and rows beyond their sum are empty. Experts are a grouped
+  product, and nothing is computed for empty slots.
 
   Only `weight` has a gradient. No expert holds a token twice.
   """
@@ -57,12 +40,12 @@ class Plan:
   weight: jax.Array  # like token: what the expert's output is multiplied by; 0 in an empty row
   used: jax.Array  # bool, like token: False in an empty row
   sizes_E: jax.Array  # int32: rows in use by each expert
-  rows_by_token: jax.Array  # int32: rows (of the flattened layout), token by token; a number
-  #   beyond the layout stands for a row that is not here (`own_experts`)
-  row_start_T: jax.Array  # int32 [G*T]: where in `rows_by_token` the rows of a token start
+  rows_by_token: jax.Array  # int32: rows (of the flattened layout), token by token; an index
+  #   beyond the layout is a row on another device (`own_experts`)
+  row_start_T: jax.Array  # int32 [G*T]: where the rows of a token start in `rows_by_token`
   rows_per_token_T: jax.Array  # int32 [G*T]; 0 for padding and dropped tokens
   counts_GE: jax.Array  # int32: tokens that chose an expert, or were chosen by it, before drops
-  max_per_token: int  # static bound of rows_per_token_T
+  max_per_token: int = dataclasses.field(metadata={'static': True})  # bound of rows_per_token_T
 
   @property
   def ragged(self):
@@ -72,9 +55,8 @@ class Plan:
 def router_logits(x, w_DE):
   """Scores of every expert for x [..., D]: logits [..., E], as wide as x or w, at full precision.
 
-  Float32 parameters are thus routed in float32, whatever the activations. A bfloat16 router sends
-  several per cent of the tokens to another set of experts, and the default precision of TPUs is
-  bfloat16 whatever the dtype.
+  A bfloat16 router sends several per cent of the tokens to other experts, and the default precision
+  of TPUs is bfloat16 whatever the dtype.
   """
   dtype = jnp.promote_types(x.dtype, w_DE.dtype)
   return jnp.einsum(
@@ -85,7 +67,7 @@ def router_logits(x, w_DE):
 def expert_capacity(num_tokens, k, num_experts, factor):
   """Slots per expert and group of `num_tokens`: ceil(factor * k * num_tokens / num_experts).
 
-  At least 1, and at most num_tokens, for no token goes to an expert twice.
+  At least 1, and at most num_tokens, as no expert takes a token twice.
   """
   # An exact quotient must not be rounded up: 1.1 * 10 is 11.000000000000002.
   exact = factor * k * num_tokens / num_experts
@@ -109,15 +91,14 @@ def token_choice(
   is a softmax of the k chosen logits. Balancing without a loss (arXiv:2408.15664): `bias_E`, with
   `scores='sigmoid'` and `renormalize` in DeepSeek-V3.
 
-  Who is dropped when more than `capacity` tokens of a group choose an expert: the later ones. Slots
-  go to tokens in the order of the group, whether an expert is their first choice or their last (a
-  first choice of a later token that displaced an earlier token would leak the future). The weights
-  of a token's other experts stay as they are.
+  If more than `capacity` tokens of a group choose an expert, the later ones are dropped, whether it
+  is their first choice or their last (a later token that displaced an earlier one would leak the
+  future). The weights of a token's other experts do not change.
 
   Args:
     logits_GTE: router scores.
     k: experts per token, at most E.
-    capacity: slots per expert and group, or None for as many as are asked for.
+    capacity: slots per expert and group, or None: no limit.
     valid_GT: bool; False is padding.
     bias_E: added to the scores for choosing; weights come from the scores without it.
     scores: 'softmax' over the experts, or 'sigmoid' of each logit.
@@ -136,7 +117,7 @@ def token_choice(
   ranking_GTE = logits_GTE if bias_E is None else scores_GTE + bias_E[None, None]
   _, choice_GTK = jax.lax.top_k(jax.lax.stop_gradient(ranking_GTE), k)
   choice_GTK = checkpoint_name(choice_GTK, CHOICE)
-  if renormalize:  # not divided by their sum: the k scores can all underflow
+  if renormalize:  # by a softmax, not a division: the k scores can all underflow
     weighed_GTE = normalizing_logits(logits_GTE, scores)
     weight_GTK = jax.nn.softmax(jnp.take_along_axis(weighed_GTE, choice_GTK, axis=-1))
   else:
@@ -152,7 +133,7 @@ def token_choice(
 
 
 def normalizing_logits(logits, scores):
-  """Logits of which a softmax, over any of the experts, has the scores divided by their sum."""
+  """Logits whose softmax, over any of the experts, is the scores divided by their sum."""
   return jax.nn.log_sigmoid(logits) if scores == 'sigmoid' else logits
 
 
@@ -162,10 +143,9 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
   Args:
     choice_GTK: int32, the experts of each token, all different.
     weight_GTK: what their outputs are multiplied by; has a gradient.
-    valid_GT: bool; choices of padding are left out.
+    valid_GT: bool; False is padding, which is not routed.
     num_experts: E.
-    capacity: slots per expert and group, given to tokens in the order of the group; None: as many
-      as are asked for.
+    capacity: slots per expert and group, for tokens in the order of the group; None: no limit.
     ragged: layout of the plan.
   """
   G, T, K = choice_GTK.shape
@@ -229,10 +209,9 @@ def _ragged_layout(order, place, experts, sizes_E):
 
 
 def own_experts(plan, first, number):
-  """The part of a plan that `number` experts from `first` on, an int32 scalar, have in it.
+  """The plan of `number` experts from `first` on, an int32 scalar, for the same tokens.
 
-  A plan for the same tokens, with rows and sizes of these experts alone; combining adds up what
-  they contribute. In a ragged plan their rows come first, and any number of them has room.
+  It has the rows and sizes of these experts alone. In a ragged plan any number of rows has room.
   """
   own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, number)
   sizes_E = own(plan.sizes_E)
@@ -261,13 +240,12 @@ def own_experts(plan, first, number):
 def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
   """Every expert takes the `capacity` best tokens of each group (arXiv:2202.09368).
 
-  Loads are equal by construction; how many experts a token gets varies from none to all. Causal
-  only if no group holds two positions of one sequence.
+  Loads are equal by construction; a token gets between none and all of the experts. Causal only if
+  no group holds two positions of one sequence.
 
   Args:
     logits_GTE: router scores.
-    capacity: tokens per expert and group, at most T. An expert of a group with fewer valid tokens
-      leaves slots empty.
+    capacity: tokens per expert and group, at most T. With fewer valid tokens, slots stay empty.
     valid_GT: bool; False is padding.
     softmax_over: 'experts' (arXiv:2402.07871) or 'tokens' of the group; weights are these scores.
 
@@ -287,7 +265,7 @@ def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
   if softmax_over == 'experts':
     scores_GTE = jax.nn.softmax(logits_GTE, axis=2)
   else:
-    lowest = jnp.finfo(logits_GTE.dtype).min  # finite: a group of padding alone stays free of NaN
+    lowest = jnp.finfo(logits_GTE.dtype).min  # finite: no NaN in a group of padding alone
     scores_GTE = jax.nn.softmax(jnp.where(valid_GT[..., None], logits_GTE, lowest), axis=1)
   scores_GET = jnp.swapaxes(scores_GTE, 1, 2)
   ranking_GET = jnp.where(valid_GT[:, None], jax.lax.stop_gradient(scores_GET), -1.0)
@@ -355,11 +333,11 @@ def _check(condition, message):
 
 
 def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k):
-  """How far the load is from uniform, over the valid tokens of all groups together.
+  """Load-balancing loss E * sum(f * P) over the valid tokens of all groups together.
 
-  With f_e the fraction of all choices that went to expert e, before drops, and P_e its mean score,
-  the value is E * sum(f * P): 1 under uniform routing for every k. Only P has a gradient.
-  In llm-random, Mixtral and OLMoE f counts choices per token, and the loss is k times this one.
+  f_e is the fraction of all choices, before drops, that went to expert e, and P_e its mean score:
+  the value is 1 under uniform routing for every k. Only P has a gradient. In llm-random, Mixtral
+  and OLMoE f counts choices per token, and the loss is k times this one.
 
   Args:
     logits_GTE: their softmax is the scores; `normalizing_logits` of sigmoids, which are divided by
@@ -389,9 +367,9 @@ def z_loss(logits_GTE, valid_GT):
 def balance_pull(bias_E, counts_GE):
   """A loss of value 0 by which biases learn the load (arXiv:2408.15664).
 
-  The gradient of `bias_E` is the load of each expert above the mean, times E, whatever a sum or
-  mean of losses multiplies this one by: whole numbers, so that they add up over the parts of a
-  batch without rounding, and a load that is exactly the mean has a sign of 0.
+  The gradient of `bias_E` is the load of each expert above the mean, times E, whatever this loss is
+  multiplied by: integers, so that sums over microbatches are exact, and the sign is 0 for a load
+  that is exactly the mean.
   """
   del counts_GE
   return jnp.zeros_like(bias_E, shape=())
@@ -420,8 +398,8 @@ def _valid_sum(a, valid):
   return jnp.where(valid, a, 0).sum(axis=(0, 1))
 
 
-def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
-  """Scalars that say whether a router works, over the valid tokens of all groups, no gradient.
+def router_metrics(counts_GE, number_GT, logits_GTE, valid_GT):
+  """Metrics of a router, over the valid tokens of all groups; no gradient.
 
   Args:
     counts_GE: choices per expert, before drops.
@@ -430,11 +408,10 @@ def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
     valid_GT: bool; False is padding.
 
   Returns:
-    A dict of float32: `load_max` (load of the busiest expert over the mean load), `load_cv`
-    (standard deviation of the load over its mean), `dead` (fraction of experts without a token),
-    all three of the load before drops; `dropped` (fraction of choices that found no slot),
-    `unrouted` (fraction of tokens in no row at all), `entropy` (of the scores, mean over tokens,
-    divided by log E: 1 is undecided, 0 is certain).
+    A dict of float32: of the load before drops, `load_max` (largest over mean), `load_cv` (standard
+    deviation over mean) and `dead` (fraction of experts without a token); `dropped` (fraction of
+    choices without a slot), `unrouted` (fraction of tokens without an expert), `entropy` (of the
+    scores, mean over tokens, divided by log E: 1 is uniform, 0 is one-hot).
   """
   logits_GTE = jax.lax.stop_gradient(_wide(logits_GTE))
   E = logits_GTE.shape[-1]
@@ -442,7 +419,7 @@ def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
   mean = jnp.maximum(load_E.mean(), 1 / E)  # nothing routed at all: all loads 0
   num_valid = jnp.maximum(valid_GT.sum(), 1).astype(jnp.float32)
   entropy_GT = jax.scipy.special.entr(jax.nn.softmax(logits_GTE)).sum(axis=-1)
-  health = {
+  metrics = {
     'load_max': load_E.max() / mean,
     'load_cv': load_E.std() / mean,
     'dead': (load_E == 0).mean(),
@@ -450,4 +427,4 @@ def router_health(counts_GE, number_GT, logits_GTE, valid_GT):
     'unrouted': jnp.sum(valid_GT & (number_GT == 0)) / num_valid,
     'entropy': _valid_sum(entropy_GT, valid_GT) / num_valid / (math.log(E) or 1.0),
   }
-  return {name: value.astype(jnp.float32) for name, value in health.items()}
+  return {name: value.astype(jnp.float32) for name, value in metrics.items()}

@@ -6,15 +6,15 @@ In every sequence, for channel i and state n, from position to position (h start
   h  = exp(dt a) h + dt b x
   y  = (sum over n of c h  +  skip x) silu(gate)
 
-The decay differs per channel and state, so nothing here becomes a matrix product, and a scan by
-pairs (`jax.lax.associative_scan`) would write the states [B, L, N, I] several times over. The fast
-form walks the positions in order instead and never holds them: it keeps the state at the start of
-every chunk, and the backward pass computes the states of one chunk again.
+The decay differs per channel and state, so there is no matrix product, and
+`jax.lax.associative_scan` would write the states [B, L, N, I] several times. The fast form loops
+over the positions and never holds all states: it saves the state at the start of every chunk, and
+the backward pass recomputes one chunk at a time.
 
 Implementations of `selective_scan`, all equal by value and gradient:
 
   reference      a loop of `step` over the positions, differentiated by JAX.
-  cpu, gpu, tpu  the chunked form in plain XLA, its loops cut for that platform.
+  cpu, gpu, tpu  the chunked form in plain XLA, with loops tuned for that platform.
   tpu_kernel     the chunked form as a Pallas kernel, where a device has a multiple of 128 channels.
 """
 
@@ -64,9 +64,7 @@ def selective_scan(
     state_BNI = jnp.zeros((B, a_IN.shape[1], I), dtype)
   keep_BL = jnp.ones((B, L), dtype) if reset_BL is None else 1 - reset_BL.astype(dtype)
   return _IMPLEMENTATIONS[impl](
-    _Sequences(x_BLI, delta_BLI, b_BLN, c_BLN, gate_BLI, keep_BL),
-    channels,
-    state_BNI.astype(dtype),
+    _Sequences(x_BLI, delta_BLI, b_BLN, c_BLN, gate_BLI, keep_BL), channels, state_BNI.astype(dtype)
   )
 
 
@@ -83,9 +81,9 @@ def step(x_BI, delta_BI, a_IN, b_BN, c_BN, skip_I, gate_BI, bias_I, state_BNI, r
 
 
 class _Sequences(NamedTuple):
-  """What changes along positions, [B, L, ...], or [B, ...] at one position.
+  """What varies with the position, [B, L, ...], or [B, ...] at one position.
 
-  Arrays, or one thing for each of them, such as what it is padded with.
+  Arrays, or one value for each of them, such as its padding.
   """
 
   x: Any  # I
@@ -97,7 +95,7 @@ class _Sequences(NamedTuple):
 
 
 class _Channels(NamedTuple):
-  """What belongs to the channels."""
+  """Parameters of the channels."""
 
   a: Any  # [I, N]
   skip: Any  # [I]
@@ -124,7 +122,7 @@ def _step(position, channels, state_BNI):
 
 
 def _keep(state_BNI, keep_B):
-  """The state, but 0 where a document starts, even if what was before it is infinite."""
+  """The state, but 0 where a document starts, even if the state before is infinite."""
   return jnp.where(keep_B[:, None, None] > 0, state_BNI, 0)
 
 
@@ -134,11 +132,11 @@ def _advance(kept_BNI, a_NI, dt_BI, dx_BI, b_BN):
 
 
 class _Tuning(NamedTuple):
-  """How the loops are cut, and what a sum is made of."""
+  """How loops and sums are computed."""
 
-  chunk: int  # positions between two states that are kept
-  unroll: int  # positions per iteration; on CPU, fusion would compute steps again
-  by_slices: bool  # sums over N as additions: XLA on CPU is slow to reduce the middle of few rows
+  chunk: int  # positions between two saved states
+  unroll: int  # positions per iteration; on CPU, fusion would recompute steps
+  by_slices: bool  # sums over N as additions: XLA on CPU is slow to reduce a small middle axis
   by_products: bool  # sums over I as matrix-vector products
 
 
@@ -156,18 +154,14 @@ def _chunked(tuning, sequences, channels, state_BNI):
 
 
 def _in_chunks(chunk, scan, sequences, channels, state_BNI):
-  """`scan` of sequences that are filled up to whole chunks."""
+  """`scan` of sequences that are padded to whole chunks."""
   L = sequences.x.shape[1]
-  # Behind the end dt is softplus(-inf) = 0: the state stays as it is.
+  # In the padding dt is softplus(-inf) = 0: the state does not change.
   fill = _Sequences(x=0, delta=-jnp.inf, b=0, c=0, gate=0, keep=1)
-  padded = jax.tree.map(functools.partial(_pad, -L % chunk), sequences, fill)
-  y, state_BNI = scan(padded, channels, state_BNI)
+  widths = lambda v: [(0, 0), (0, -L % chunk)] + [(0, 0)] * (v.ndim - 2)
+  pad = lambda v, value: jnp.pad(v, widths(v), constant_values=value)
+  y, state_BNI = scan(jax.tree.map(pad, sequences, fill), channels, state_BNI)
   return y[:, :L], state_BNI
-
-
-def _pad(positions, v, value):
-  widths = [(0, 0), (0, positions)] + [(0, 0)] * (v.ndim - 2)
-  return jnp.pad(v, widths, constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,16 +196,16 @@ def _backward(tuning, saved, cotangents):
   dy_BLI, dstate_BNI = cotangents
   a_NI = channels.a.T
 
-  def again(state_BNI, position):
-    """The forward pass once more: what a position keeps of the state, and what needs that after."""
+  def recompute(state_BNI, position):
+    """The forward step: the state that enters a position, and what needs the one after."""
     dt_BI, dx_BI, b_BN, c_BN, keep_B, dy_BI = position
     kept_BNI = _keep(state_BNI, keep_B)
     after_BNI = _advance(kept_BNI, a_NI, dt_BI, dx_BI, b_BN)
     dc_BN = _sum_channels(tuning, after_BNI, dy_BI)
     return after_BNI, (kept_BNI, dc_BN, _sum_states(tuning, after_BNI, c_BN[..., None]))
 
-  def retreat(carry, position):
-    """From the gradient of the state after a position to that before it."""
+  def backward_step(carry, position):
+    """From the gradient of the state after a position to that of the state before it."""
     dstate_BNI, da_BNI = carry
     dt_BI, dx_BI, b_BN, c_BN, keep_B, dy_BI, kept_BNI = position
     dafter_BNI = dstate_BNI + c_BN[..., None] * dy_BI[:, None]
@@ -231,9 +225,9 @@ def _backward(tuning, saved, cotangents):
     sigmoid_LBI = jax.nn.sigmoid(gate_LBI)
     dy_LBI = dout_LBI * gate_LBI * sigmoid_LBI  # of y before the gate
     positions = (dt_LBI, dt_LBI * x_LBI, b_LBN, c_LBN, keep_LB, dy_LBI)
-    _, (before, dc_LBN, y_LBI) = jax.lax.scan(again, start_BNI, positions, unroll=tuning.unroll)
+    _, (before, dc_LBN, y_LBI) = jax.lax.scan(recompute, start_BNI, positions, unroll=tuning.unroll)
     (dstate_BNI, da_BNI), (db_LBN, ddx_LBI, ddt_LBI) = jax.lax.scan(
-      retreat, (dstate_BNI, da_BNI), (*positions, before), reverse=True, unroll=tuning.unroll
+      backward_step, (dstate_BNI, da_BNI), (*positions, before), reverse=True, unroll=tuning.unroll
     )
     # The derivative of softplus is the sigmoid, which is 1 - exp(-dt).
     ddelta_LBI = (ddt_LBI + ddx_LBI * x_LBI) * -jnp.expm1(-dt_LBI)
@@ -266,7 +260,7 @@ _scan.defvjp(_forward, _backward)
 
 
 def _chunk(tuning, sequences, channels, i):
-  """Chunk i of the sequences with positions leading, and with dt in place of delta."""
+  """Chunk i of the sequences, positions first, with dt in place of delta."""
   dtype = channels.a.dtype
   part = jax.tree.map(lambda v: _read(v, i, tuning.chunk, dtype), sequences)
   return part._replace(delta=jax.nn.softplus(part.delta + _row(channels.bias)))
@@ -304,7 +298,7 @@ _LANES = 128  # of a TPU: the kernel takes channels in multiples of it
 
 
 def _tpu_kernel(sequences, channels, state_BNI, interpret=False):
-  from moejax.ops import selective_scan_tpu  # here, because few need Pallas and it loads slowly
+  from moejax.ops import selective_scan_tpu  # here, as Pallas loads slowly
 
   I = state_BNI.shape[2]
   if I % _LANES:

@@ -1,9 +1,9 @@
 """The selective scan as a Pallas kernel for TPU, forwards and backwards.
 
-A program of the grid has one sequence and one tile of channels. It walks the chunks in order, the
-state staying in VMEM from one to the next; states lie on sublanes and channels on lanes, [N, I], so
-that registers are full. The forward pass writes the state at the start of every chunk to memory;
-the backward pass computes the states of one chunk again, into VMEM.
+A program of the grid has one sequence and one tile of channels. It loops over the chunks in order
+with the state in VMEM; states are on sublanes and channels on lanes, [N, I], so that registers are
+full. The forward pass saves the state at the start of every chunk; the backward pass recomputes the
+states of one chunk into VMEM.
 
 Nothing is a matrix product, so nothing is rounded to bfloat16 on the way.
 """
@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 _TILES = (512, 384, 256, 128)  # channels of a program: the first of these that divides all
-_CHUNK = 128  # positions between two states that are kept
-_ROWS = 16  # positions read at once, and walked without a loop: the sublanes of bfloat16
+_CHUNK = 128  # positions between two saved states
+_ROWS = 16  # positions read at once, and unrolled: the sublanes of bfloat16
 
 
 def chunk_size(num_positions):
@@ -127,7 +127,7 @@ class _Blocks:
     return pl.pallas_call(
       kernel,
       grid=self.grid,
-      # Chunks in order: later ones find what earlier ones left in blocks that stay the same.
+      # Chunks in order: blocks that do not depend on the chunk carry state from one to the next.
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'parallel', 'arbitrary')
       ),
@@ -229,8 +229,8 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
   a_NI, skip = channels.a[...], channels.skip[...]
   groups = dout.shape[0] // _ROWS
 
-  def again(i, state_NI):
-    """The forward pass once more: what positions keep of the state, and what needs that after."""
+  def recompute(i, state_NI):
+    """The forward pass: the state that enters each position, and what needs the one after."""
     rows = _rows(i)
     group = _group(rows, sequences, channels)
     dout_LI = dout[rows, :].astype(a_NI.dtype)
@@ -250,8 +250,8 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
     dsequences.c[rows, :] = jnp.concatenate(dc, axis=1).T
     return state_NI
 
-  def retreat(i, carry):
-    """From the gradient of the state after a group to that before it."""
+  def backward_step(i, carry):
+    """From the gradient of the state after a group to that of the state before it."""
     i = groups - 1 - i
     rows = _rows(i)
     group = _group(rows, sequences, channels)
@@ -280,7 +280,6 @@ def _backward_kernel(dout, sequences, channels, start, dend, dsequences, dchanne
     dchannels.bias[...] += jnp.sum(ddelta_LI, axis=0, keepdims=True)
     return dstate_NI, da_NI
 
-  jax.lax.fori_loop(0, groups, again, start[...])
-  dstate[...], dchannels.a[...] = jax.lax.fori_loop(
-    0, groups, retreat, (dstate[...], dchannels.a[...])
-  )
+  jax.lax.fori_loop(0, groups, recompute, start[...])
+  carry = dstate[...], dchannels.a[...]
+  dstate[...], dchannels.a[...] = jax.lax.fori_loop(0, groups, backward_step, carry)

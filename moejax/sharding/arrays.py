@@ -1,4 +1,4 @@
-"""Shardings of the train state and of the batch, and what moves them on and off the devices."""
+"""Shardings of the train state and of the batch, and transfers to and from the devices."""
 
 import math
 
@@ -18,10 +18,7 @@ def replicated(mesh):
 
 
 def state_shardings(abstract_state, mesh):
-  """A NamedSharding for every array of the train state; optimizer moments as their parameters.
-
-  A dimension that its mesh axis does not divide stays whole.
-  """
+  """A NamedSharding for every array of the train state; optimizer moments like their parameters."""
 
   def place(path, leaf):
     of_mesh = lambda *axes: math.prod(mesh.shape[axis] for axis in axes)
@@ -31,7 +28,7 @@ def state_shardings(abstract_state, mesh):
 
 
 def abstract(make, mesh):
-  """Shapes, dtypes and shardings of what `make()` returns, without making it."""
+  """Shapes, dtypes and shardings of what `make()` returns, without running it."""
   tree = jax.eval_shape(make)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -48,20 +45,20 @@ def abstract_batch(data_config, mesh):
 
 
 def place_batch(batch, mesh):
-  """This process's rows of a batch as global arrays, sharded over the batch axes."""
+  """This process's sequences of a batch as global arrays, sharded over the batch axes."""
   sharding = NamedSharding(mesh, BATCH)
   place = jax.make_array_from_process_local_data
-  return jax.tree.map(lambda rows: place(sharding, rows), batch)
+  return jax.tree.map(lambda local: place(sharding, local), batch)
 
 
 def process_part(mesh, num_rows):
-  """Which rows of a batch of `num_rows` the devices of this process hold: its part of the data.
+  """Which rows (sequences) of a batch of `num_rows` the devices of this process hold.
 
   Returns:
     Arguments of `data.make_loader`: the rows, in order; which of how many equal parts they are.
 
   Raises:
-    ValueError: processes hold parts that differ and overlap.
+    ValueError: the parts of processes differ and overlap.
   """
   rows = {}
   indices = NamedSharding(mesh, BATCH).devices_indices_map((num_rows,))
@@ -70,13 +67,13 @@ def process_part(mesh, num_rows):
   parts = sorted({tuple(sorted(held)) for held in rows.values()})
   if sum(map(len, parts)) != num_rows:
     raise ValueError(
-      f'mesh {dict(mesh.shape)}: the sequences of a batch do not lie in equal parts on the '
-      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
+      f'mesh {dict(mesh.shape)}: the sequences of a batch are not divided evenly among '
+      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or a multiple of it.'
     )
   mine = tuple(sorted(rows[jax.process_index()]))
   return {'sequences': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
 
 
 def fetch(tree):
-  """A pytree of arrays as numpy arrays, whole on every process; all processes call it together."""
+  """A pytree of arrays as full numpy arrays on every process; all processes must call it."""
   return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,6 +1,6 @@
-"""The collectives that are ours to choose: parameters, slots and tokens between devices.
+"""Collectives that exchange parameters, slots and tokens between devices.
 
-`gather` acts on whole arrays; all others belong into the body of a `jax.shard_map`.
+`gather` acts on global arrays; all others belong in the body of a `jax.shard_map`.
 """
 
 import functools
@@ -11,43 +11,22 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.sharding import mesh
 
-# Name of arrays that other devices sent, for `jax.checkpoint_policies.save_only_these_names`: a
-# backward pass that recomputes need not send again.
+# Name of arrays from other devices, for `jax.checkpoint_policies.save_only_these_names`: a backward
+# pass that recomputes need not exchange them again.
 RECEIVED = 'received'
 
 
 def gather(a, spec, axes):
   """An array sharded by `spec`, gathered along mesh axes; its gradient is sharded again."""
-  return a if mesh.sharded_dim(spec, axes) is None else _gather(a, spec, axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(a, spec, axes):
-  return jax.lax.with_sharding_constraint(a, _without(spec, axes))
-
-
-def _gather_forward(a, spec, axes):
-  return _gather(a, spec, axes), None
-
-
-def _gather_backward(spec, axes, _, gradient):
-  gradient = jax.lax.with_sharding_constraint(gradient, _without(spec, axes))
-  return (jax.lax.with_sharding_constraint(gradient, spec),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def _without(spec, axes):
+  if mesh.sharded_dim(spec, axes) is None:
+    return a
   kept = (tuple(axis for axis in mesh.names(entry) if axis not in axes) for entry in spec)
-  return P(*(entry or None for entry in kept))
+  constrain = jax.lax.with_sharding_constraint  # its transpose is itself
+  return constrain(constrain(a, spec), P(*(entry or None for entry in kept)))
 
 
 def gather_weights(weights, dims):
-  """The weights of a device's experts from their shards along `fsdp`; gradients are scattered.
-
-  `dims`: {name: the dimension that is sharded, or None}.
-  """
+  """All-gathers a device's experts along `fsdp`; `dims`: {name: the sharded dimension or None}."""
   gather = functools.partial(jax.lax.all_gather, axis_name='fsdp', tiled=True)
   return {
     name: w if dims[name] is None else gather(w, axis=dims[name]) for name, w in weights.items()
@@ -67,10 +46,10 @@ def from_experts(slots):
 
 
 def all_gather(tokens):
-  """[T, ...] of every device along `expert`, one after the other: [n * T, ...]."""
+  """[T, ...] of every device along `expert`, concatenated: [n * T, ...]."""
   return jax.lax.all_gather(tokens, 'expert', tiled=True)
 
 
 def reduce_scatter(tokens):
-  """[n * T, ...], summed over the devices along `expert`: [T, ...] back to where they came from."""
+  """[n * T, ...], summed over the devices along `expert`: each keeps its own [T, ...]."""
   return jax.lax.psum_scatter(tokens, 'expert', scatter_dimension=0, tiled=True)

@@ -1,9 +1,8 @@
 """Mixing groups: the tokens of M sequences at one position, whichever devices hold them.
 
-Under a mesh every device holds some sequences of the batch. Where a group does not lie on one
-device, batch is traded for sequence: one all-to-all gives each device all the sequences of its
-groups and a share of the positions, and one takes the results back. A group is therefore always
-mixed by one device, in one order, on every mesh.
+On a mesh every device holds some sequences of the batch. Where a group is not on one device, an
+all-to-all gives each device all sequences of its groups and a share of the positions, and another
+returns the results. A group is thus always mixed by one device, in one order, on every mesh.
 """
 
 import dataclasses
@@ -18,11 +17,20 @@ from moejax.sharding import exchange, mesh
 from moejax.sharding.mesh import BATCH_AXES
 
 
+def check(field, size, batch):
+  """Raises ValueError unless groups of `size`, of a config field, divide `batch` sequences."""
+  if batch % size:
+    raise ValueError(
+      f'{field} = {size} must divide the number of sequences of a microbatch, got {batch}. '
+      'Change the group size, or the batch (data.batch_size / optimizer.accumulation).'
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Groups:
   """How B sequences of L positions form groups of M tokens at one position.
 
-  The groups are consecutive sequences, of the batch as it is or as `order_B` permutes it.
+  Groups are consecutive sequences of the batch, after a permutation by `order_B` if there is one.
   """
 
   batch: int
@@ -31,38 +39,36 @@ class Groups:
   order_B: Any = None  # int32: a permutation of the sequences
 
   def split(self, a):
-    """[B, L, ...] to [C, M, ...]: all groups, in an order of no meaning; C >= B * L / M.
+    """[B, L, ...] to [C, M, ...]: all groups, in any order; C >= B * L / M.
 
-    Positions are padded with zeros to what divides among the devices.
+    Positions are padded with zeros to a multiple of the devices that exchange them.
     """
-    swapped = self._swapped()
-    padding = [(0, 0), (0, -self.length % mesh.size(*swapped))] + [(0, 0)] * (a.ndim - 2)
+    axes = self._exchanged()
+    padding = [(0, 0), (0, -self.length % mesh.size(*axes))] + [(0, 0)] * (a.ndim - 2)
     order_B = None if self.order_B is None else jnp.asarray(self.order_B)
 
     def on_a_device(a, order_B):
-      if swapped:
-        a = jax.lax.all_to_all(a, swapped, split_axis=1, concat_axis=0, tiled=True)
+      if axes:
+        a = jax.lax.all_to_all(a, axes, split_axis=1, concat_axis=0, tiled=True)
         a = checkpoint_name(a, exchange.RECEIVED)
       if order_B is not None:
         a = a[order_B]
-      by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
-      return by_position.reshape(-1, self.size, *a.shape[2:])
+      return _swapped(a, self.size).reshape(-1, self.size, *a.shape[2:])
 
     return self._on_each_device(on_a_device, jnp.pad(a, padding), order_B)
 
   def join(self, a):
     """[C, M, ...] back to [B, L, ...]."""
-    swapped = self._swapped()
-    positions = -(-self.length // mesh.size(*swapped))  # of one device
+    axes = self._exchanged()
+    positions = -(-self.length // mesh.size(*axes))  # of one device
     order_B = None if self.order_B is None else jnp.argsort(self.order_B)
 
     def on_a_device(a, order_B):
-      by_position = a.reshape(-1, positions, *a.shape[1:])
-      a = jnp.swapaxes(by_position, 1, 2).reshape(-1, positions, *a.shape[2:])
+      a = _swapped(a, positions).reshape(-1, positions, *a.shape[2:])
       if order_B is not None:
         a = a[order_B]
-      if swapped:
-        a = jax.lax.all_to_all(a, swapped, split_axis=0, concat_axis=1, tiled=True)
+      if axes:
+        a = jax.lax.all_to_all(a, axes, split_axis=0, concat_axis=1, tiled=True)
       return a
 
     return self._on_each_device(on_a_device, a, order_B)[:, : self.length]
@@ -77,10 +83,10 @@ class Groups:
     shards = mesh.size(*BATCH_AXES)
     return shards > 1 and self.batch % shards == 0
 
-  def _swapped(self):
-    """The mesh axes whose devices trade: the fewest, from the innermost out, that complete groups.
+  def _exchanged(self):
+    """The mesh axes to exchange along: the fewest, from the innermost out, that complete groups.
 
-    A permutation may need sequences from everywhere.
+    A permutation may need sequences from every device.
     """
     if not self._is_spread():
       return ()
@@ -93,20 +99,24 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class WholeSequences:
-  """Groups of all tokens of `size` sequences, earlier positions first; no device sends anything."""
+  """Groups of all tokens of `size` sequences, earlier positions first; nothing is exchanged."""
 
   size: int
 
   def split(self, a):
     """[B, L, ...] to [B / size, L * size, ...]."""
-    by_position = jnp.swapaxes(a.reshape(-1, self.size, *a.shape[1:]), 1, 2)
-    return by_position.reshape(len(by_position), -1, *a.shape[2:])
+    return _swapped(a, self.size).reshape(len(a) // self.size, -1, *a.shape[2:])
 
   def join(self, a):
     """[B / size, L * size, ...] back to [B, L, ...]."""
-    by_position = a.reshape(len(a), -1, self.size, *a.shape[2:])
-    length = by_position.shape[1]
-    return jnp.swapaxes(by_position, 1, 2).reshape(-1, length, *a.shape[2:])
+    length = a.shape[1] // self.size
+    by_position = a.reshape(-1, self.size, *a.shape[2:])
+    return _swapped(by_position, length).reshape(-1, length, *a.shape[2:])
+
+
+def _swapped(a, size):
+  """[n * size, L, ...] to [n, L, size, ...]."""
+  return jnp.swapaxes(a.reshape(-1, size, *a.shape[1:]), 1, 2)
 
 
 def to_experts(a_ECD):

@@ -1,4 +1,4 @@
-"""The device mesh: its axes, how it is made, and what code that runs on it may ask about it.
+"""The device mesh: its axes, its construction, and queries of the current mesh.
 
 Mesh axes: `data` (replicas), `fsdp` (batch and parameter shards), `expert` (batch, experts, and
 shards of all other parameters), `tensor` (heads, hidden widths, vocabulary).
@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from moejax.fields import Section, default
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
-BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences lie along these, the outermost first
-SHARD_AXES = ('fsdp', 'expert')  # all parameters but those of experts are sharded along these
+BATCH_AXES = ('data', 'fsdp', 'expert')  # sequences are sharded along these, outermost first
+SHARD_AXES = ('fsdp', 'expert')  # of all parameters but those of experts
 BATCH = P(BATCH_AXES)
 
 
@@ -53,9 +53,9 @@ class MeshConfig(Section):
 
 
 def make_mesh(config, devices=None):
-  """A mesh with all AXES over `devices` (default: all there are).
+  """A mesh with all AXES over `devices` (default: all devices).
 
-  Several slices of a TPU, which a slower network joins, lie along `data`, or else `fsdp`.
+  Several slices of a TPU, connected by a slower network, are along `data`, or else `fsdp`.
   """
   devices = jax.devices() if devices is None else devices
   shape = config.shape(len(devices))
@@ -70,7 +70,7 @@ def make_mesh(config, devices=None):
 
 
 def _by_slices(shape, slices):
-  """Sizes of AXES inside of a slice, and over slices."""
+  """Sizes of AXES within a slice, and across slices."""
   for axis, size in enumerate(shape[:2]):
     if size % slices == 0:
       between = [1] * len(shape)
@@ -83,7 +83,7 @@ def _by_slices(shape, slices):
 
 
 def batch_shards(mesh):
-  """Over how many devices the batch dimension is sharded."""
+  """Number of shards of the batch dimension."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -95,7 +95,7 @@ def size(*axes):
 
 
 def batch_axes(number):
-  """The batch axes with several devices, as many as divide `number`, to shard a leading axis."""
+  """The batch axes of several devices that together divide `number`, to shard a leading axis."""
   axes = ()
   for axis in BATCH_AXES:
     if size(axis) > 1 and number % size(*axes, axis) == 0:

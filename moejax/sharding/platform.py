@@ -1,6 +1,6 @@
-"""The platform that programs are compiled for, for layers that choose an implementation by it.
+"""The platform that programs are compiled for, by which layers choose an implementation.
 
-It is the default device's, unless a program is compiled ahead of time for another machine.
+It is that of the default device, except in ahead-of-time compilation for another machine.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def current():
 
 @contextlib.contextmanager
 def compiling_for(platform):
-  """Ops traced inside are those for `platform`; trace functions that were not traced before."""
+  """Ops traced inside are for `platform`; functions traced before keep theirs."""
   token = _TARGET.set(platform)
   try:
     yield

@@ -1,4 +1,4 @@
-"""From the parameters that layers declare to mesh axes, and how a block is gathered."""
+"""PartitionSpecs of parameters on a mesh, and the all-gather of a block."""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -14,14 +14,14 @@ def spec(name, shape, size=mesh.size):
   Args:
     name: its path, joined by /.
     shape: its shape; a dimension that its mesh axes do not divide is replicated.
-    size: function of mesh axes: their number of devices; by default on the current mesh.
+    size: function from mesh axes to their number of devices; by default of the current mesh.
   """
   *preferred, last = (_fit(spec, shape, size) for spec in parameters.of(name).specs)
   return next((fitted for fitted, whole in preferred if whole), last[0])
 
 
 def _fit(spec, shape, size):
-  """The spec with the first mesh axes of each entry that divide, and whether that is all of it."""
+  """The spec with the leading mesh axes of each entry that divide, and whether these are all."""
   if len(shape) < len(spec):
     return P(), False
   wanted = [()] * (len(shape) - len(spec)) + [mesh.names(entry) for entry in spec]
@@ -36,12 +36,11 @@ def _dividing(n, axes, size):
 
 
 def gather(block, dtype):
-  """A module whose parameters are gathered along SHARD_AXES, in `dtype`.
+  """A module whose parameters, but those of experts, are all-gathered along SHARD_AXES, in `dtype`.
 
-  Called inside the loop over blocks, so that one block's are gathered at a time; their gradients
-  are summed into the shards. Left to itself, the partitioner may rather multiply shard by shard,
-  which passes over the activations as many times as there are shards. Experts are left to their
-  layer.
+  Called inside the loop over blocks, so that one block is gathered at a time; gradients are
+  reduce-scattered. The partitioner alone may multiply shard by shard, which reads the activations
+  as many times as there are shards. Layers gather their own experts.
   """
 
   def gathered(path, leaf):

@@ -171,7 +171,7 @@ def test_works_under_scan_and_remat():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, rematted)
 
 
-@pytest.mark.parametrize('way', ['loop', 'blocked'])
+@pytest.mark.parametrize('way', ['loop', 'tiled'])
 @pytest.mark.parametrize('ragged', [False, True])
 def test_names_are_true(ragged, way):
   *args, _, valid_GT = _inputs('plain')

@@ -23,7 +23,7 @@ GROUPS = {
   'one row': (1, [0, 1]),
   'many groups': (40, [1, 2, 0, 3] * 6),
 }
-BACKENDS = ('blocked', 'ragged_dot')
+BACKENDS = ('tiled', 'ragged_dot')
 
 
 def _inputs(groups, dtype='float64', D=3, F=5):
@@ -71,7 +71,7 @@ def test_blocks_add_up_in_float32():
   T = 4096  # in bfloat16, sums of ones stop growing at 256
   sizes_E = jnp.array([T, 0])
   _, _, dw_EDF = _with_gradients(
-    'blocked',
+    'tiled',
     jnp.ones((T, 1), jnp.bfloat16),
     jnp.ones((2, 1, 1), jnp.bfloat16),
     sizes_E,
@@ -97,26 +97,26 @@ def test_lowers_for_tpu(impl):
 def test_every_platform_has_a_backend():
   on_tpu = 'ragged_dot' if jax.__version_info__ >= (0, 11) else 'megablox'
   fastest = {name: grouped_matmul.fastest(name) for name in ('cpu', 'gpu', 'tpu')}
-  assert fastest == {'cpu': 'blocked', 'gpu': 'blocked', 'tpu': on_tpu}
+  assert fastest == {'cpu': 'tiled', 'gpu': 'tiled', 'tpu': on_tpu}
 
 
-def test_block_sizes():
-  assert [grouped_matmul.block_size(n) for n in (0, 1, 32, 64, 100, 512, 9999)] == [
+def test_tile_sizes():
+  assert [grouped_matmul.tile_size(n) for n in (0, 1, 32, 64, 100, 512, 9999)] == [
     16, 16, 16, 32, 64, 256, 256,
   ]  # fmt: skip
 
 
 def test_errors():
   x_TD, w_EDF, sizes_E, _ = _inputs('even', 'float32')
-  with pytest.raises(ValueError, match='blocked, ragged_dot.*cuda'):
+  with pytest.raises(ValueError, match='tiled, ragged_dot.*cuda'):
     grouped_matmul.grouped_matmul(x_TD, w_EDF, sizes_E, impl='cuda')
   with pytest.raises(ValueError, match='float32 and bfloat16'):
-    grouped_matmul.grouped_matmul(x_TD, w_EDF.astype('bfloat16'), sizes_E, 'blocked')
+    grouped_matmul.grouped_matmul(x_TD, w_EDF.astype('bfloat16'), sizes_E, 'tiled')
 
 
 def test_names_are_true():
   with shapes.checked():
     jax.eval_shape(
-      lambda *a: _with_gradients.__wrapped__('blocked', *a),
+      lambda *a: _with_gradients.__wrapped__('tiled', *a),
       *_inputs('rows beyond', 'float32'),
     )

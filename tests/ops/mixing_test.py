@@ -45,11 +45,16 @@ def _mix(x_CMD, controller_DE, w_in_EDF, w_out_EFD, valid_CM):
 
 
 def _definition(x_CMD, controller_DE, w_in_EDF, w_out_EFD, valid_CM):
-  """The loops, over one group at a time: unrolled, all of them compile for long."""
+  """The papers' definition, a loop over experts; groups are mapped, as to unroll them is slow."""
 
   def of_group(x_MD, valid_M):
-    weights = (controller_DE, w_in_EDF, w_out_EFD)
-    return mixing.mixture_of_tokens_reference(x_MD[None], *weights, valid_M[None])[0]
+    y_MD = jnp.zeros_like(x_MD)
+    for e in range(controller_DE.shape[1]):
+      scores_M = jnp.where(valid_M, x_MD @ controller_DE[:, e], -jnp.inf)
+      weights_M = jnp.where(valid_M.any(), jax.nn.softmax(scores_M), 0)
+      out_D = jax.nn.relu(weights_M @ x_MD @ w_in_EDF[e]) @ w_out_EFD[e]
+      y_MD += weights_M[:, None] * out_D[None]
+    return y_MD
 
   return jax.vmap(of_group)(x_CMD, valid_CM)
 

@@ -149,8 +149,8 @@ LLM_RANDOM = (
   ('name', 'dtype', 'way'),
   [
     ('llm_random_tc_k1_nodrop', 'float64', 'loop'),
-    ('llm_random_tc_k1_nodrop', 'float32', 'blocked'),
-    ('llm_random_tc_k2_nodrop', 'float64', 'blocked'),
+    ('llm_random_tc_k1_nodrop', 'float32', 'tiled'),
+    ('llm_random_tc_k2_nodrop', 'float64', 'tiled'),
     ('llm_random_tc_k2_nodrop', 'float32', 'loop'),
   ],
 )
@@ -182,8 +182,8 @@ def test_llm_random_load_balancing_loss(x64, name):
   ('name', 'dtype', 'way'),
   [
     ('llm_random_ec_no_layernorm', 'float64', 'loop'),
-    ('llm_random_ec_no_layernorm', 'float32', 'blocked'),
-    ('llm_random_ec_repo_default_granular', 'float64', 'blocked'),
+    ('llm_random_ec_no_layernorm', 'float32', 'tiled'),
+    ('llm_random_ec_repo_default_granular', 'float64', 'tiled'),
     ('llm_random_ec_repo_default_granular', 'float32', 'loop'),
   ],
 )

@@ -22,9 +22,9 @@ expert_choice = jax.jit(routing.expert_choice, static_argnames=('capacity', 'sof
 
 
 @jax.jit
-def health_of(plan, logits_GTE, valid_GT):
+def metrics_of(plan, logits_GTE, valid_GT):
   number_GT = plan.rows_per_token_T.reshape(valid_GT.shape)
-  return routing.router_health(plan.counts_GE, number_GT, logits_GTE, valid_GT)
+  return routing.router_metrics(plan.counts_GE, number_GT, logits_GTE, valid_GT)
 
 
 def _logits(seed=0, shape=(G, T, E)):
@@ -137,10 +137,10 @@ def test_token_choice_is_the_loops(name, capacity, ragged):
   )
   expected = {(g * T + t, e): weight for g, _, t, e, weight in kept}
   assert _rows(plan) == pytest.approx(expected)
-  health = health_of(plan, logits_GTE, valid_GT)
-  assert health['dropped'] == pytest.approx(1 - len(kept) / num_choices, abs=1e-6)
+  metrics = metrics_of(plan, logits_GTE, valid_GT)
+  assert metrics['dropped'] == pytest.approx(1 - len(kept) / num_choices, abs=1e-6)
   routed = {token for token, _ in expected}
-  assert health['unrouted'] == pytest.approx(1 - len(routed) / valid_GT.sum(), abs=1e-6)
+  assert metrics['unrouted'] == pytest.approx(1 - len(routed) / valid_GT.sum(), abs=1e-6)
   if ragged:
     assert plan.ragged
     loads = np.bincount([e for _, e in expected], minlength=E)
@@ -275,23 +275,23 @@ def test_statistics_see_valid_tokens_only():
   def statistics(logits_GTE):
     plan = token_choice(logits_GTE, 2, 1, valid_GT=valid_GT)
     balance = routing.load_balancing_loss(logits_GTE, plan.counts_GE, valid_GT, k=2)
-    health = health_of(plan, logits_GTE, valid_GT)
-    return balance, routing.z_loss(logits_GTE, valid_GT), health
+    metrics = metrics_of(plan, logits_GTE, valid_GT)
+    return balance, routing.z_loss(logits_GTE, valid_GT), metrics
 
   jax.tree.map(np.testing.assert_array_equal, statistics(logits_GTE), statistics(other_GTE))
   expected = np.mean(jax.nn.logsumexp(logits_GTE, axis=-1)[valid_GT] ** 2)
   assert routing.z_loss(logits_GTE, valid_GT) == pytest.approx(expected)
 
 
-def test_health():
+def test_router_metrics():
   logits_GTE = jnp.zeros((1, 3, 4)).at[0, :, 1].set(100)
   plan = token_choice(logits_GTE, 1, 2, valid_GT=ALL)
-  health = health_of(plan, logits_GTE, ALL)
+  metrics = metrics_of(plan, logits_GTE, ALL)
   expected = dict(
     load_max=4, load_cv=np.sqrt(3), dead=0.75, dropped=1 / 3, unrouted=1 / 3, entropy=0
   )
-  assert {k: float(v) for k, v in health.items()} == pytest.approx(expected, abs=1e-6)
-  uniform = health_of(plan, jnp.zeros((1, 3, 4)), ALL)
+  assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected, abs=1e-6)
+  uniform = metrics_of(plan, jnp.zeros((1, 3, 4)), ALL)
   assert uniform['entropy'] == pytest.approx(1)
 
 
@@ -303,9 +303,9 @@ def test_nothing_but_padding():
     expert_choice(_logits(), 3, valid_GT=nothing_GT, softmax_over='tokens'),
   ):
     assert not _rows(plan)
-    health = health_of(plan, _logits(), nothing_GT)
+    metrics = metrics_of(plan, _logits(), nothing_GT)
     balance = routing.load_balancing_loss(_logits(), plan.counts_GE, nothing_GT, k=2)
-    assert np.all(np.isfinite([*health.values(), balance]))
+    assert np.all(np.isfinite([*metrics.values(), balance]))
 
 
 def test_experts_can_be_renamed():
@@ -365,4 +365,4 @@ def test_names_are_true():
       lambda logits: routing.expert_choice(logits, 3, valid_GT=_valid()),
     ):
       plan = jax.eval_shape(route, _logits())
-      jax.eval_shape(health_of, plan, _logits(), _valid())
+      jax.eval_shape(metrics_of, plan, _logits(), _valid())

@@ -35,7 +35,7 @@ def _in_a_loop(activation, x_TD, plan, w):
 
 # The name of a backend makes a difference for ragged plans only.
 WAYS = {'loop': _in_a_loop} | {
-  impl: functools.partial(_in_three_steps, impl) for impl in ('blocked', 'ragged_dot')
+  impl: functools.partial(_in_three_steps, impl) for impl in ('tiled', 'ragged_dot')
 }
 
 
@@ -47,9 +47,7 @@ def layer(x_GTD, router_DE, w_in_EDF, w_out_EFD, *, route, way, activation=relu)
 
 
 @functools.partial(jax.jit, static_argnames=('route', 'ways', 'activation'))
-def value_and_gradients(
-  args, dy_GTD, valid_GT, *, route, ways=('loop', 'blocked'), activation=relu
-):
+def value_and_gradients(args, dy_GTD, valid_GT, *, route, ways=('loop', 'tiled'), activation=relu):
   """For every way, y and the gradients of sum(y * dy) by x, router, w_in and w_out."""
   route = functools.partial(route, valid_GT=valid_GT)
 

@@ -49,5 +49,5 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch, sizes, process
 
 
 def test_parts_that_overlap_are_refused(monkeypatch):
-  with pytest.raises(ValueError, match='do not lie in equal parts on the 2 processes'):
+  with pytest.raises(ValueError, match='are not divided evenly among 2 processes'):
     _parts(monkeypatch, (3, 1, 1, 2), (0, 0, 0, 1, 1, 1), 6)
