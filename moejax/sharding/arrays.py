@@ -68,7 +68,7 @@ def process_part(mesh, num_rows):
   if sum(map(len, parts)) != num_rows:
     raise ValueError(
       f'mesh {dict(mesh.shape)}: the sequences of a batch are not divided evenly among '
-      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or a multiple of it.'
+      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
     )
   mine = tuple(sorted(rows[jax.process_index()]))
   return {'sequences': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
