@@ -95,9 +95,8 @@ class Initializer(NamedTuple):
 def layer_norm(x, scale_D, bias_D, eps=1e-5):
   """Layer norm of x [..., D], computed in the wider dtype of x and its parameters; returns x's."""
   wide = _wide(x, scale_D)
-  centred = wide - wide.mean(-1, keepdims=True)
-  normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-  return (normal * _row(scale_D, wide) + _row(bias_D, wide)).astype(x.dtype)
+  normal = rms_norm(wide - wide.mean(-1, keepdims=True), scale_D, eps)
+  return (normal + _row(bias_D, wide)).astype(x.dtype)
 
 
 def rms_norm(x, scale_D, eps=1e-5):

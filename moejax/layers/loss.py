@@ -15,15 +15,15 @@ def next_token_loss(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   The partitioner would gather a sharded head, and sum its gradient over devices, for every chunk.
   """
   loss = functools.partial(cross_entropy.chunked_cross_entropy, chunk=chunk)
-  rows = mesh.batch_axes(len(x_BLD))
-  if not rows or not 0 < chunk < x_BLD.shape[1]:
+  axes = mesh.batch_axes(len(x_BLD))
+  if not axes or not 0 < chunk < x_BLD.shape[1]:
     return loss(x_BLD, head_DV, targets_BL, weights_BL)
   head_DV = head_DV.astype(x_BLD.dtype)  # before the gather; gradients are summed in float32
   sums = jax.shard_map(
     lambda *args: loss(*args)[None],
-    in_specs=(P(rows), P(), P(rows), P(rows)),
-    out_specs=P(rows),
-    axis_names={*rows},  # the vocabulary stays with the partitioner
+    in_specs=(P(axes), P(), P(axes), P(axes)),
+    out_specs=P(axes),
+    axis_names={*axes},  # the vocabulary stays with the partitioner
     check_vma=False,  # the sum starts from a zero that each device makes
   )(x_BLD, head_DV, targets_BL, weights_BL)
   return sums.sum()

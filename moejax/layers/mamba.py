@@ -159,17 +159,16 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
   devices share (a, skip, bias; b, c) are summed once, after the scan.
   """
   B, _, I = x_BLI.shape
-  rows, devices = mesh.batch_axes(B), mesh.size('tensor')
-  columns = 'tensor' if devices > 1 and I % devices == 0 else None
-  impl = selective_scan.fastest(platform.current(), I // devices if columns else I)
+  axes, devices = mesh.batch_axes(B), mesh.size('tensor')
+  tensor = 'tensor' if devices > 1 and I % devices == 0 else None
+  impl = selective_scan.fastest(platform.current(), I // devices if tensor else I)
   scan = lambda *args: selective_scan.selective_scan(*args[:-1], reset_BL=args[-1], impl=impl)
-  if rows or columns:
-    by_both, by_row, by_channel = P(rows, None, columns), P(rows), P(columns)
-    arrays = by_both, by_both, by_channel, by_row, by_row, by_channel, by_both, by_channel, by_row
+  if axes or tensor:
+    x, sequences, channels = P(axes, None, tensor), P(axes), P(tensor)
     scan = jax.shard_map(
       scan,
-      in_specs=arrays,
-      out_specs=(by_both, by_both),
+      in_specs=(x, x, channels, sequences, sequences, channels, x, channels, sequences),
+      out_specs=(x, x),
       check_vma=False,  # required by kernels; the body has no collective
     )
   # Small arrays are cast here, so that their gradients are summed over devices in float32.

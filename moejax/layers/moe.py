@@ -35,7 +35,7 @@ class MoEConfig(Section):
 
   PATH = 'model.moe'
 
-  router: str = default('token_choice', 'who chooses whom', choices=lambda: ROUTERS)
+  router: str = default('token_choice', 'whether tokens or experts choose', choices=lambda: ROUTERS)
   expansion_rate: int = default(8, 'parameters of experts over those of a dense layer', minimum=1)
   granularity: int = default(1, 'divides the width of experts, multiplies their number', minimum=1)
   experts_per_token: int = default(0, '0: granularity, for the FLOPs of a dense layer', minimum=0)
@@ -231,20 +231,20 @@ class MixtureOfExperts(common.Stateless):
     weights = self.experts.weights(x_GTD.dtype)
     specs = experts.specs(weights)
     body = functools.partial(
-      _on_a_device,
+      _on_device,
       config=config,
       activation=self.experts.activation,
       devices=mesh.num_shards(specs['w_in'], 'expert'),
       fsdp_dims={name: mesh.sharded_dim(spec, ('fsdp',)) for name, spec in specs.items()},
     )
     if mesh.size(*mesh.AXES) > 1:
-      rows = mesh.batch_axes(len(x_GTD))
-      by_group = P(rows)
+      axes = mesh.batch_axes(len(x_GTD))
+      by_group = P(axes)
       width = 'tensor' if mesh.num_shards(specs['w_in'], 'tensor') > 1 else None
       body = jax.shard_map(
         body,
         in_specs=(by_group, by_group, by_group, P(), specs),
-        out_specs=(P(width, rows), by_group, by_group),
+        out_specs=(P(width, axes), by_group, by_group),
         check_vma=False,  # loops start from zeros that each device makes
       )
     choosing_E = None if bias_E is None else jax.lax.stop_gradient(bias_E)
@@ -268,7 +268,7 @@ class MixtureOfExperts(common.Stateless):
     return {f'moe/{name}': value for name, value in aux.items()} | {'auxiliary_loss': loss}
 
 
-def _on_a_device(
+def _on_device(
   x_GTD, logits_GTE, valid_GT, bias_E, weights, *, config, activation, devices, fsdp_dims
 ):
   """One device's tokens: plan, exchange or gather, experts, back, combine.
@@ -277,7 +277,7 @@ def _on_a_device(
   Groups are routed independently, so that results and drops do not depend on the mesh. Where
   experts are sharded, what is exchanged is either
 
-    slots   sent to the devices of their experts and back: two all-to-alls of static size, for plans
+    slots   to the devices of their experts and back: two all-to-alls of static size, for plans
             with fewer slots than all these devices have tokens;
     tokens  of all devices along the axis; each device plans for its own experts, and outputs are
             summed on the devices of the tokens: all-gather and reduce-scatter.
@@ -298,24 +298,24 @@ def _on_a_device(
   counts_GE, reached_GT = plan.counts_GE, plan.rows_per_token_T.reshape(valid_GT.shape)
 
   x = x_GTD.reshape(-1, x_GTD.shape[-1])
-  slots_travel = devices > 1 and not plan.ragged and plan.token.size <= devices * len(x)
-  tokens_travel = devices > 1 and not slots_travel
-  if tokens_travel:
+  send_slots = devices > 1 and not plan.ragged and plan.token.size <= devices * len(x)
+  send_tokens = devices > 1 and not send_slots
+  if send_tokens:
     x, *gathered = (exchange.all_gather(a) for a in (x, logits_GTE, valid_GT))
     number = len(weights['w_in'])
     first = number * jax.lax.axis_index('expert')
     plan = routing.own_experts(_plan(config, *gathered, bias_E, loop), first, number)
-  if loop and not slots_travel:
+  if loop and not send_slots:
     y = expert_loop.map_experts(experts.ONE[activation], x, plan, weights)
   else:
     rows, weight = dispatch.dispatch(x, plan), plan.weight
-    if slots_travel:
+    if send_slots:
       rows, weight = exchange.to_experts(rows), exchange.to_experts(weight)
     rows = experts.feed_forward(activation, rows, weight, weights, plan.sizes_E)
-    if slots_travel:
+    if send_slots:
       rows = exchange.from_experts(rows)
     y = dispatch.combine(rows, plan)
-  if tokens_travel:
+  if send_tokens:
     y = exchange.reduce_scatter(y)
   return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT
 

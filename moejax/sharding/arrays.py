@@ -51,26 +51,26 @@ def place_batch(batch, mesh):
   return jax.tree.map(lambda local: place(sharding, local), batch)
 
 
-def process_part(mesh, num_rows):
-  """Which rows (sequences) of a batch of `num_rows` the devices of this process hold.
+def process_part(mesh, batch_size):
+  """Which of `batch_size` sequences the devices of this process hold.
 
   Returns:
-    Arguments of `data.make_loader`: the rows, in order; which of how many equal parts they are.
+    Arguments of `data.make_loader`: their indices, in order; which of how many equal parts it is.
 
   Raises:
     ValueError: the parts of processes differ and overlap.
   """
-  rows = {}
-  indices = NamedSharding(mesh, BATCH).devices_indices_map((num_rows,))
+  held = {}
+  indices = NamedSharding(mesh, BATCH).devices_indices_map((batch_size,))
   for device, (block,) in indices.items():
-    rows.setdefault(device.process_index, set()).update(range(*block.indices(num_rows)))
-  parts = sorted({tuple(sorted(held)) for held in rows.values()})
-  if sum(map(len, parts)) != num_rows:
+    held.setdefault(device.process_index, set()).update(range(*block.indices(batch_size)))
+  parts = sorted({tuple(sorted(part)) for part in held.values()})
+  if sum(map(len, parts)) != batch_size:
     raise ValueError(
       f'mesh {dict(mesh.shape)}: the sequences of a batch are not divided evenly among '
-      f'{len(rows)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
+      f'{len(held)} processes. Make mesh.tensor divide the devices of a process, or be a multiple.'
     )
-  mine = tuple(sorted(rows[jax.process_index()]))
+  mine = tuple(sorted(held[jax.process_index()]))
   return {'sequences': mine, 'part': parts.index(mine), 'num_parts': len(parts)}
 
 

@@ -92,9 +92,9 @@ class Groups:
       return ()
     if self.order_B is not None:
       return BATCH_AXES
-    rows = self.batch // mesh.size(*BATCH_AXES)
+    sequences = self.batch // mesh.size(*BATCH_AXES)
     candidates = (BATCH_AXES[i:] for i in range(len(BATCH_AXES), -1, -1))
-    return next(axes for axes in candidates if rows * mesh.size(*axes) % self.size == 0)
+    return next(axes for axes in candidates if sequences * mesh.size(*axes) % self.size == 0)
 
 
 @dataclasses.dataclass(frozen=True)
