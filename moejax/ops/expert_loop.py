@@ -68,12 +68,9 @@ def _zeros(a):
 
 def _no_output(expert, x_TD, weights):
   """An accumulator of outputs, which may be of another width than x."""
-
-  def one_expert(x_TD, weights):
-    w = jax.tree.map(lambda a: a[0], weights)
-    return expert.outer(expert.inner(x_TD, w), jnp.ones(len(x_TD)), w)
-
-  return _zeros(jax.eval_shape(one_expert, x_TD, weights))
+  w = jax.tree.map(lambda a: a[0], weights)
+  one_expert = lambda: expert.outer(expert.inner(x_TD, w), jnp.ones(len(x_TD)), w)
+  return _zeros(jax.eval_shape(one_expert))
 
 
 # Capacity layout: a scan over experts.
