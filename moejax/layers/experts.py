@@ -10,7 +10,7 @@ from moejax.layers import common, mlp
 from moejax.ops import expert_loop, grouped_matmul
 from moejax.sharding import exchange, platform, rules
 
-# Name of what layers with experts return, for `jax.checkpoint_policies.save_only_these_names`.
+# Name of the outputs of layers with experts, for `jax.checkpoint_policies.save_only_these_names`.
 OUTPUT = 'experts_output'
 
 # `fsdp` shards whole experts if there are enough, so that each is gathered in one piece.

@@ -8,7 +8,7 @@ from moejax.layers.sublayer import Cost, Sublayer, sums
 
 
 class MoEInMambaSublayer(Sublayer):
-  """`moe_in_mamba` in `model.blocks`: configured as the two that it is made of."""
+  """`moe_in_mamba` in `model.blocks`, configured by `model.mamba` and `model.moe`."""
 
   made_of = (MambaSublayer, MoESublayer)
 
@@ -27,8 +27,8 @@ class MoEInMambaSublayer(Sublayer):
       )
     if c.moe.shared_width:
       yield (
-        f'model.moe.shared_width = {c.moe.shared_width}: the experts of moe_in_mamba have none '
-        'that every token passes; set it to 0.'
+        f'model.moe.shared_width = {c.moe.shared_width}: moe_in_mamba has no shared expert; set it '
+        'to 0.'
       )
 
   def cost(self, length):

@@ -16,7 +16,7 @@ from moejax.ops import grouped_matmul
 
 
 class Expert(typing.NamedTuple):
-  """One expert, every row by itself: y = outer(inner(x_CD, w), weight_C, w).
+  """One expert, which acts on each row alone: y = outer(inner(x_CD, w), weight_C, w).
 
   `h` between the two, a pytree of arrays [C, ...], is saved for the gradient, so it should be the
   hidden activations before their nonlinearity. `weight_C` multiplies the output. The functions may
@@ -174,7 +174,7 @@ def _map_ragged_backward(expert, saved, dy):
   zeros = _zeros(x_TD), jnp.zeros_like(rows[1]), jax.tree.map(_zeros, weights)
   dx_TD, d_weight, dw = jax.lax.fori_loop(0, tiles.number, step, zeros)
   dw = jax.tree.map(lambda a, w: a.astype(w.dtype), dw, weights)
-  # What the last tile wrote beyond the last group is `dy` = 0 times something finite, so 0.
+  # What the last tile writes beyond the last group is `dy` = 0 times something finite, so 0.
   return dx_TD.astype(x_TD.dtype), None, d_weight[: len(token)], None, dw
 
 

@@ -34,8 +34,8 @@ def grouped_matmul(x_TD, w_EDF, group_sizes_E, impl):
   if x_TD.dtype != w_EDF.dtype:
     raise ValueError(f'rows and matrices must have one dtype, got {x_TD.dtype} and {w_EDF.dtype}.')
   in_group_T1 = (jnp.arange(x_TD.shape[0]) < group_sizes_E.sum())[:, None]
-  # On both sides: kernels leave the output beyond the groups undefined, and the gradient of the
-  # matrices must not meet what the input holds there.
+  # Both are masked: kernels leave the output beyond the groups undefined, and the gradient of the
+  # matrices must not read the input there.
   y_TF = _BACKENDS[impl](jnp.where(in_group_T1, x_TD, 0), w_EDF, group_sizes_E)
   return jnp.where(in_group_T1, y_TF, 0)
 

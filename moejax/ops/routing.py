@@ -151,7 +151,7 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
   G, T, K = choice_GTK.shape
   E, n = num_experts, choice_GTK.size
   C = T if capacity is None else min(capacity, T)
-  # Choices queue up in the order of tokens: a queue for each expert and group, one for padding.
+  # Choices in the order of tokens form a queue per expert and group, and one for padding.
   queue_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
   queue = jnp.where(valid_GT[..., None], queue_GTK, E * G).reshape(n)
   order = _argsort(queue, E * G + 1)  # choices, queue after queue
@@ -200,7 +200,7 @@ def _capacity_layout(order, start, length_EG, C):
 def _ragged_layout(order, place, experts, sizes_E):
   """A row for every choice, [n]: the choice of each, the row of each, and whether it is used.
 
-  `order` has them by expert. Dropped choices, of which `experts` says E, go behind all others.
+  `order` sorts them by expert. Dropped choices, for which `experts` is E, come last.
   """
   if experts is not None:
     order = _argsort(experts, sizes_E.size + 1)
@@ -295,7 +295,7 @@ def expert_choice(logits_GTE, capacity, *, valid_GT, softmax_over='experts'):
 
 @jax.custom_vjp
 def _weight_of_row(weight, choice_of_row, used, row, kept):
-  """Weights in the order of rows; both directions are gathers."""
+  """Weights in the order of rows; forward and backward are gathers."""
   del row, kept
   return jnp.where(used, weight[choice_of_row], 0)
 
@@ -313,7 +313,7 @@ _weight_of_row.defvjp(_weight_of_row_forward, _weight_of_row_backward)
 
 
 def _ends(sorted_keys, bound):
-  """For every key in [0, bound), how many of the sorted keys are at most as large."""
+  """For every key in [0, bound), the number of sorted keys up to and including it."""
   keys = jnp.arange(bound, dtype=sorted_keys.dtype)
   return jnp.searchsorted(sorted_keys, keys, side='right').astype(jnp.int32)
 
@@ -365,7 +365,7 @@ def z_loss(logits_GTE, valid_GT):
 
 @jax.custom_vjp
 def balance_pull(bias_E, counts_GE):
-  """A loss of value 0 by which biases learn the load (arXiv:2408.15664).
+  """A loss of value 0 whose gradient gives biases the load (arXiv:2408.15664).
 
   The gradient of `bias_E` is the load of each expert above the mean, times E, whatever this loss is
   multiplied by: integers, so that sums over microbatches are exact, and the sign is 0 for a load

@@ -101,7 +101,7 @@ scan.defvjp(_forward, _backward)
 
 
 class _Blocks:
-  """The grid of programs (sequence, tile of channels, chunk), and the blocks that they see."""
+  """The grid of programs (sequence, tile of channels, chunk), and their blocks."""
 
   def __init__(self, sequences, channels, num_states, reverse=False):
     B, L, I = sequences.x.shape
@@ -142,7 +142,7 @@ def _like(v):
 
 
 def _prepared(sequences, channels):
-  """Sequences and channels as the kernels read them: `a` so that powers of 2 are the decay."""
+  """Sequences and channels for the kernels, `a` scaled so that powers of 2 are the decay."""
   return (
     sequences._replace(keep=sequences.keep[..., None]),
     channels._replace(
@@ -167,11 +167,11 @@ class _Group(NamedTuple):
     return jnp.exp2(self.dt[t : t + 1] * a_NI)
 
   def kept(self, t, state_NI):
-    """The state, but 0 where a document starts, even if what was before it is infinite."""
+    """The state, but 0 where a document starts, even if the state before is infinite."""
     return jnp.where(self.keep[t : t + 1] > 0, state_NI, 0)
 
   def advance(self, t, a_NI, kept_NI):
-    """The state after position t, from what it keeps of that before, and what y reads from it."""
+    """The state after position t, from the kept one before, and what y reads from it."""
     state_NI = self.decay(t, a_NI) * kept_NI + self.b[:, t : t + 1] * self.dx[t : t + 1]
     return state_NI, jnp.sum(self.c[:, t : t + 1] * state_NI, axis=0, keepdims=True)
 
