@@ -81,9 +81,12 @@ def _entry(line):
   """The entry of a line, or None if it is damaged."""
   try:
     entry = json.loads(line)
-  except ValueError:
+  except (RecursionError, ValueError):
     return None
-  return entry if isinstance(entry, dict) and isinstance(entry.get('step'), int) else None
+  if not isinstance(entry, dict) or not isinstance(entry.get('step'), int):
+    return None
+  numbers = all(isinstance(value, int | float | None) for value in entry.values())
+  return entry if numbers else None
 
 
 def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:

@@ -164,7 +164,7 @@ def read_summary(workdir) -> dict:
   """The content of summary.json; {} if it is missing or unreadable."""
   try:
     summary = json.loads((pathlib.Path(workdir) / 'summary.json').read_text())
-  except (OSError, ValueError):
+  except (OSError, RecursionError, ValueError):
     return {}
   return summary if isinstance(summary, dict) else {}
 

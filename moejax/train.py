@@ -200,8 +200,9 @@ def resume(run):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
   run.step = run.first_step = step
   summary = report.read_summary(run.workdir)  # includes the time after the last checkpoint
-  finished = summary.get('seconds', 0.0) if summary.get('steps') == step else 0.0
-  run.seconds_before = max(metadata.get('seconds', 0.0), finished)
+  finished = summary.get('seconds') if summary.get('steps') == step else None
+  seconds = metadata.get('seconds', 0.0)
+  run.seconds_before = max(seconds, finished) if isinstance(finished, float) else seconds
   with explain(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
     run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
   return step

@@ -105,11 +105,26 @@ def test_a_run_given_twice_counts_once_by_its_first_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'text', ['', '{"corpus": "c"', '[]', '{"corpus": "c", "tokenizer": "t", "parameters": 3}', '\xff']
+  'text',
+  [
+    '',
+    '{"corpus": "c"',
+    '[]',
+    '{"corpus": "c", "tokenizer": "t", "parameters": 3}',
+    '\xff',
+    '[' * 100_000,
+  ],
 )
 def test_an_incomplete_or_older_summary_is_named(tmp_path, text):
   _run(tmp_path / 'a')
   (tmp_path / 'a' / 'summary.json').write_text(text)
+  with pytest.raises(ValueError, match='a/summary.json is incomplete or from another version'):
+    compare.compare([tmp_path / 'a'], tmp_path / 'both.png')
+
+
+def test_a_corpus_that_is_no_text_is_an_incomplete_summary(tmp_path):
+  summary = _run(tmp_path / 'a') | {'corpus': {'name': 'c'}}
+  report.write_summary(tmp_path / 'a', summary)
   with pytest.raises(ValueError, match='a/summary.json is incomplete or from another version'):
     compare.compare([tmp_path / 'a'], tmp_path / 'both.png')
 

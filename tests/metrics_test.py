@@ -77,7 +77,18 @@ def test_an_incomplete_last_line_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'damage', [bytes(50), b'', b'{"step": 5, "lo', b'{"loss": 1}', b'[1]', b'\xff\xfe']
+  'damage',
+  [
+    bytes(50),
+    b'',
+    b'{"step": 5, "lo',
+    b'{"loss": 1}',
+    b'[1]',
+    b'\xff\xfe',
+    b'{"step": 1, "loss": "x"}',
+    b'{"step": 1, "loss": [2]}',
+    b'[' * 100_000,
+  ],
 )
 def test_damaged_lines_are_left_out(tmp_path, damage):
   write(tmp_path, 0, [1, 2])

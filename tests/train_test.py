@@ -193,11 +193,14 @@ def test_another_tokenizer_is_refused(finished, monkeypatch):
     run_folder.load_run(finished)
 
 
-def test_a_window_of_the_log_that_is_none_is_named(finished, tmp_path, monkeypatch):
+def test_damaged_records_of_a_run_are_left_out_or_named(finished, tmp_path, monkeypatch):
   run = train.prepare(_debug_config(), shutil.copytree(finished, tmp_path / 'run'))
   with contextlib.closing(run_folder.checkpoints(run.workdir, run.stages)) as run.checkpoints:
     metadata = run.checkpoints.metadata(6)
     monkeypatch.setattr(run.checkpoints, 'metadata', lambda _: metadata)
+    for summary in ('[' * 100_000, '{"steps": 6, "seconds": null}', '{"steps": 6, "seconds": "x"}'):
+      (run.workdir / 'summary.json').write_text(summary)
+      assert train.resume(run) == 6 and run.seconds_before == metadata['seconds']
     for window in ([1, 2], {'total': 3}, None):
       metadata['window'] = window
       with pytest.raises(ValueError, match='cannot read the log window of checkpoint 6'):
