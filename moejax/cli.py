@@ -131,7 +131,7 @@ def path(text):
     )
   expanded = os.path.expanduser(text)
   if expanded.startswith('~'):
-    raise ValueError(f'{text}: no such user; for a folder of that name, write ./{text}.')
+    raise ValueError(f'expected a path, got {text}, but there is no such user; or write ./{text}.')
   return expanded
 
 

@@ -123,7 +123,7 @@ def test_a_path_is_local(monkeypatch):
       cli.path(text)
   with pytest.raises(ValueError, match='expected a path, got nothing'):
     cli.path('')
-  with pytest.raises(ValueError, match='~nobody-here/a: no such user'):
+  with pytest.raises(ValueError, match='got ~nobody-here/a, but there is no such user'):
     cli.path('~nobody-here/a')
   parse = cli._PathsParser().parse
   assert parse('~/a,b c') == ['/home/me/a', 'b c'] and parse([]) == []
