@@ -164,6 +164,9 @@ class MixtureOfTokens(common.Stateless):
 
   def _distribution(self, logits_CME, valid_CM, name, over):
     temperature = self._temperature(name).astype(logits_CME.dtype)
+    if (self.config.temperature_mode, self.config.temperature) != ('fixed', 1.0):
+      # A cold one multiplies the rounding of large logits: exp would overflow.
+      logits_CME -= jax.lax.stop_gradient(logits_CME.max(axis=over, keepdims=True))
     weights_CME = mixing.softmax(logits_CME, valid_CM, temperature, over)
     if self.config.routing == 'discrete':
       return mixing.one_hot(weights_CME, valid_CM, over)

@@ -360,6 +360,23 @@ def test_a_learned_temperature_beyond_all_bounds_is_finite(t):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize('config', [{'temperature_mode': 'learned'}, {}])
+def test_large_scores_at_a_cold_temperature_are_finite(config):
+  graph, shapes = _abstract(temperature=1e-12, **config)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda p: rng.standard_normal(p.shape, 'float32'), shapes)
+  if 'temperature' in params:
+    params['temperature'] = jnp.float32(-30)
+  params['controller'][0] = 1e4
+  x_BLD = _x().at[..., 0].set(1)
+
+  def loss(params, x_BLD):
+    return _bound(graph, params)(x_BLD, _tokens(B, L))[0].mean()
+
+  found = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x_BLD)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
 def test_a_learned_temperature_starts_as_configured():
   layer = _layer(temperature_mode='learned', temperature=0.5)
   _, aux = _apply(*nnx.split(layer), _x(), _tokens(B, L))
