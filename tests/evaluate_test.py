@@ -65,7 +65,7 @@ def test_discrete_is_the_limit_of_low_temperature():
     ({'blocks': tiny.DENSE}, 'unmixed', 0, 'no layer of this model mixes'),
     ({'blocks': tiny.DENSE}, 'mixed', 4, 'no layer of this model mixes'),
     ({'blocks': tiny.MOE}, 'mixed_with_corpus', 0, 'no layer of this model mixes'),
-    (tiny.MODELS['expert choice'], 'discrete', 0, 'mode discrete is of Mixture of Tokens'),
+    (tiny.MODELS['expert choice'], 'discrete', 0, 'mode discrete is for Mixture of Tokens'),
     (tiny.MODELS['expert choice'], 'mixed', 1, 'fewer than 1. Raise group_size'),
     ({}, 'unmixed', 4, 'mode unmixed has groups of 1'),
     ({}, 'blended', 0, "expected one of mixed, unmixed, .*, got 'blended'"),
