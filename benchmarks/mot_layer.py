@@ -44,7 +44,7 @@ def programs_of(D, E):
     rngs=nnx.Rngs(0),
   )
   graph, params = nnx.split(layer)
-  tokens = common.Tokens(*(2 * (jnp.ones((B, LENGTH), jnp.int32),)))
+  tokens = common.TokenInfo(*(2 * (jnp.ones((B, LENGTH), jnp.int32),)))
   return {
     'dense': Program(moe_layer.dense, normal(TOKENS, D), normal(D, 4 * D), normal(4 * D, D)),
     'controller': Program(jnp.matmul, normal(TOKENS, D), params['controller'][...]),

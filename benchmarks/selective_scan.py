@@ -125,7 +125,7 @@ def layer_programs(B, L, I, N):
   graph, params = nnx.split(layer)
   x_BLD = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, I // 2)), jnp.float32)
   positions_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
-  tokens = common.Tokens(jnp.ones_like(positions_BL), positions_BL)
+  tokens = common.TokenInfo(jnp.ones_like(positions_BL), positions_BL)
 
   def matmuls(params, x_BLD):
     layer = nnx.merge(graph, params)

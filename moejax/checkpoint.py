@@ -155,7 +155,7 @@ class Checkpoints:
   def metadata(self, step: int) -> dict:
     """The metadata given to `save`."""
     path = self._folder(step) / 'metadata.json'
-    with explain(f'cannot read {path}'):
+    with one_line_errors(f'cannot read {path}'):
       return json.loads(path.read_text())
 
   def restore(self, step: int, abstract_state, loader=None, config: dict | None = None):
@@ -265,7 +265,7 @@ class Checkpoints:
         future.result()
 
   def _explain_failed_save(self, step):
-    return explain(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
+    return one_line_errors(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
 
   def _load(self, step, abstract, prefix, config):
     """The arrays of `abstract`, which must be all that the step holds under `prefix`."""
@@ -274,7 +274,7 @@ class Checkpoints:
     if problem := self._problem(step):
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
     wanted = by_name(abstract)
-    with explain(f'cannot read checkpoint {folder}'):
+    with one_line_errors(f'cannot read checkpoint {folder}'):
       described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
       stored = by_name(described.tree)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
@@ -287,7 +287,7 @@ class Checkpoints:
       restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
       partial_restore=True,
     )
-    with explain(f'cannot read checkpoint {folder}'):
+    with one_line_errors(f'cannot read checkpoint {folder}'):
       loaded = by_name(self._checkpointer.restore(self._state(step), args=args))
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
@@ -307,7 +307,7 @@ def _link(directory):
 
 
 @contextlib.contextmanager
-def explain(what, kind: type[Exception] = ValueError):
+def one_line_errors(what, kind: type[Exception] = ValueError):
   """Shortens any error to one line: orbax raises many kinds, some of a thousand lines."""
   try:
     yield

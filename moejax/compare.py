@@ -87,7 +87,8 @@ def _summary(run):
     raise ValueError(f'--runs: {run} holds no finished run: {path} does not exist.')
   try:
     summary = json.loads(path.read_text())
-    _cells(summary, None), {summary['corpus'], summary['tokenizer']}
+    _cells(summary, None)
+    hash((summary['corpus'], summary['tokenizer']))  # what `compare` does with them
   except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
     raise ValueError(
       f'--runs: {path} is incomplete or from another version ({error!r}).'

@@ -73,7 +73,7 @@ def reference():
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
+class RunConfig:
   """The validated configuration of a run."""
 
   model: ModelConfig
@@ -85,7 +85,7 @@ class Stages:
 
 
 def resolve(config):
-  """Turns a ConfigDict into `Stages`.
+  """Turns a ConfigDict into `RunConfig`.
 
   Raises:
     ValueError: one message with every problem found, each naming its field.
@@ -114,7 +114,7 @@ def resolve(config):
   if problems:
     raise ValueError('\n'.join(problems))
   assert data_config and tokenizer and model and optimizer and mesh and train
-  return Stages(model, data_config, optimizer, mesh, train, tokenizer)
+  return RunConfig(model, data_config, optimizer, mesh, train, tokenizer)
 
 
 def _model_config(section, data_config, tokenizer):
@@ -144,17 +144,17 @@ def _batch_problems(data_config, model, optimizer):
       )
 
 
-def check_batch(stages, mesh):
+def check_batch(run_config, mesh):
   """Raises ValueError if the batch cannot be split over the devices of the mesh."""
-  sequences, shards = _microbatch_size(stages), batch_shards(mesh)
+  sequences, shards = _microbatch_size(run_config), batch_shards(mesh)
   if sequences % shards:
     raise ValueError(
       f'data.batch_size / optimizer.accumulation = {sequences} sequences cannot be split over the '
       f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
       'multiple, or give mesh.tensor more devices.'
     )
-  num_parts = process_part(mesh, stages.data.batch_size)['num_parts']
-  if stages.data.source == 'seqio' and num_parts < jax.process_count():
+  num_parts = process_part(mesh, run_config.data.batch_size)['num_parts']
+  if run_config.data.source == 'seqio' and num_parts < jax.process_count():
     raise ValueError(
       f'data.source = seqio: every process reads its own part of the batch, but mesh.tensor leaves '
       f'{num_parts} parts for {jax.process_count()} processes. Lower mesh.tensor to the devices of '
@@ -162,21 +162,21 @@ def check_batch(stages, mesh):
     )
 
 
-def check_mesh(stages, mesh):
+def check_mesh(run_config, mesh):
   """Raises ValueError if the mesh would leave devices idle or duplicate their work."""
-  check_batch(stages, mesh)
-  if problems := list(_mesh_problems(stages, mesh)):
+  check_batch(run_config, mesh)
+  if problems := list(_mesh_problems(run_config, mesh)):
     raise ValueError('\n'.join(problems))
 
 
-def _microbatch_size(stages):
+def _microbatch_size(run_config):
   """Sequences per microbatch."""
-  return stages.data.batch_size // stages.optimizer.accumulation
+  return run_config.data.batch_size // run_config.optimizer.accumulation
 
 
-def _mesh_problems(stages, mesh):
-  sequences = _microbatch_size(stages) // batch_shards(mesh)
-  for field, size in stages.model.whole_groups.items():
+def _mesh_problems(run_config, mesh):
+  sequences = _microbatch_size(run_config) // batch_shards(mesh)
+  for field, size in run_config.model.whole_groups.items():
     if sequences % size:
       yield (
         f'{field} = {size} must divide the {sequences} sequences of a device, because it routes '
@@ -184,8 +184,8 @@ def _mesh_problems(stages, mesh):
         'fsdp and expert). Lower it or optimizer.accumulation, raise data.batch_size, or give '
         'mesh.tensor more devices.'
       )
-  experts = {f'experts of a layer ({field})': n for field, n in stages.model.experts.items()}
-  for axis, sizes in (('expert', experts), ('tensor', stages.model.widths)):
+  experts = {f'experts of a layer ({field})': n for field, n in run_config.model.experts.items()}
+  for axis, sizes in (('expert', experts), ('tensor', run_config.model.widths)):
     for what, size in sizes.items():
       if size % (devices := mesh.shape[axis]):
         yield f'mesh.{axis} = {devices} must divide the {size} {what}. Change one of the two.'

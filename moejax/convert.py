@@ -46,13 +46,13 @@ from moejax.optimizer import make_optimizer
 def to_safetensors(workdir, output):
   """Writes the latest checkpoint of a run to one file; returns a summary."""
   output = _new_path(output)
-  stages, step, params, _ = run_folder.load_run(workdir)
+  run_config, step, params, _ = run_folder.load_run(workdir)
   tensors = to_tensors(jax.device_get(params))
   metadata = {
     'format': 'moejax',
     'config': json.dumps(run_folder.read(workdir).to_dict()),
     'step': str(step),
-    'tokenizer': stages.tokenizer.fingerprint,
+    'tokenizer': run_config.tokenizer.fingerprint,
   }
   with _output(output) as path:
     _write(tensors, metadata, path)
@@ -74,19 +74,19 @@ def from_safetensors(path, workdir, tokenizer=None):
   config = run_folder.from_saved(run_folder.parse_json(metadata['config'], path), path)
   if tokenizer:
     config.update_from_flattened_dict({'data.tokenizer': tokenizer})
-  stages = config_lib.resolve(config)
-  run_folder.check_tokenizer(metadata, stages.tokenizer)
-  abstract = abstract_params(stages.model)
+  run_config = config_lib.resolve(config)
+  run_folder.check_tokenizer(metadata, run_config.tokenizer)
+  abstract = abstract_params(run_config.model)
   _check(tensors, jax.eval_shape(to_tensors, abstract), path)
-  return write_run(config, stages, from_tensors(tensors, abstract), workdir)
+  return write_run(config, run_config, from_tensors(tensors, abstract), workdir)
 
 
 def to_hf(workdir, output):
   """Writes a folder that transformers' MambaForCausalLM loads; returns a summary."""
   output = _new_path(output)
-  stages, step, params, _ = run_folder.load_run(workdir)
-  options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
-  tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), stages.model)
+  run_config, step, params, _ = run_folder.load_run(workdir)
+  options = hf_mamba.export_options(run_config.model, run_config.data, run_config.tokenizer)
+  tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), run_config.model)
   with _output(output) as path:
     path.mkdir()
     _write(tensors, {'format': 'pt'}, path / 'model.safetensors')
@@ -106,17 +106,17 @@ def from_hf(config, model, workdir):
   folder = hf_mamba.folder(model)
   options = hf_mamba.read_options(folder / 'config.json')
   hf_mamba.import_options(options, config)
-  stages = config_lib.resolve(config)
-  abstract = abstract_params(stages.model)
-  export = lambda params: hf_mamba.export_tensors(to_tensors(params), stages.model)
+  run_config = config_lib.resolve(config)
+  abstract = abstract_params(run_config.model)
+  export = lambda params: hf_mamba.export_tensors(to_tensors(params), run_config.model)
   expected = jax.eval_shape(export, abstract)
   tensors = {}
   for file in hf_mamba.files(folder):
-    tensors |= _read(file, stages.model.param_dtype)[0]
+    tensors |= _read(file, run_config.model.param_dtype)[0]
   tensors = hf_mamba.complete(tensors, options, expected)
   _check(tensors, expected, folder)
-  params = from_tensors(hf_mamba.import_tensors(tensors, stages.model), abstract)
-  return write_run(config, stages, params, workdir)
+  params = from_tensors(hf_mamba.import_tensors(tensors, run_config.model), abstract)
+  return write_run(config, run_config, params, workdir)
 
 
 def to_tensors(params):
@@ -161,7 +161,7 @@ def _check(tensors, expected, source):
 
 def _read(path, dtype=None):
   """Reads tensors, converted to `dtype` if given, and metadata of a safetensors file."""
-  with checkpoint.explain(f'cannot read {path} as safetensors'):
+  with checkpoint.one_line_errors(f'cannot read {path} as safetensors'):
     with safetensors.safe_open(path, 'np') as file:
       tensors = {name: file.get_tensor(name) for name in file.keys()}
       metadata = file.metadata() or {}
@@ -174,21 +174,21 @@ def _write(tensors, metadata, path):
   safetensors.numpy.save_file(tensors, path, metadata)
 
 
-def write_run(config, stages, params, workdir):
+def write_run(config, run_config, params, workdir):
   """Writes a run at step 0, in the format of training; returns a summary.
 
   Args:
     config: the run's ConfigDict.
-    stages: what it resolves to.
+    run_config: what it resolves to.
     params: nested dict of arrays.
     workdir: the folder, which must not exist.
   """
-  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
+  optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
   state = step_lib.new_state(jax.tree.map(jnp.asarray, params), optimizer)
   metadata = {
     'config': config.to_dict(),
     'corpus': None,  # no data was read
-    'tokenizer': stages.tokenizer.fingerprint,
+    'tokenizer': run_config.tokenizer.fingerprint,
   }
   with _output(workdir) as path:
     path.mkdir()
@@ -212,7 +212,7 @@ def _new_path(path):
 def _output(target):
   """`files.atomic_output` with one-line errors."""
   with (
-    checkpoint.explain(f'cannot write {target}', RuntimeError),
+    checkpoint.one_line_errors(f'cannot write {target}', RuntimeError),
     files.atomic_output(target) as temporary,
   ):
     yield temporary

@@ -62,7 +62,7 @@ def initialize(coordinator_address=None, num_processes=None, process_id=None):
       ctypes.CDLL(None).signal(signal.SIGABRT, None)
       return
   _on_abort_print(_LOST)
-  if not leads():
+  if not is_process_0():
     sys.stdout = open(os.devnull, 'w')
 
 
@@ -117,7 +117,7 @@ def _check(address, num_processes, process_id):
     )
 
 
-def leads():
+def is_process_0():
   """Whether this is process 0, the one that prints and writes."""
   return jax.process_index() == 0
 

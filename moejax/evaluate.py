@@ -138,7 +138,7 @@ def _among_others(batches, corpus, group_size):
       yield mixed | {'counted': counted}
 
 
-def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
+def compare_modes(run_config, params, mesh, modes, group_sizes, num_batches):
   """Evaluates every mode at every group size; 0: as in training. 'unmixed' has only one.
 
   Returns:
@@ -152,8 +152,10 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
   if not modes:
     raise ValueError(f'--modes: expected at least one of {", ".join(MODES)}.')
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
-  models = [(mode, decoding(stages.model, mode, size)) for mode in modes for size in sizes[mode]]
-  batch_size = stages.data.batch_size
+  models = [
+    (mode, decoding(run_config.model, mode, size)) for mode in modes for size in sizes[mode]
+  ]
+  batch_size = run_config.data.batch_size
   for _, model in models:
     if batch_size % model.mixed_sequences:
       raise ValueError(
@@ -166,9 +168,9 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
   part = sharding.process_part(mesh, batch_size)
   for mode, model in models:
     alone = mode == 'mixed_with_corpus'
-    validation = data.make_loader(stages.data, 'validation', **part)
-    corpus = data.make_loader(stages.data, 'train') if alone else None
-    accumulation = stages.optimizer.accumulation
+    validation = data.make_loader(run_config.data, 'validation', **part)
+    corpus = data.make_loader(run_config.data, 'train') if alone else None
+    accumulation = run_config.optimizer.accumulation
     result, aux = evaluate(model, params, validation, num_batches, mesh, accumulation, corpus)
     group = model.mixed_sequences
     what = {'mode': mode, 'group_size': group, 'leaks': group > 1 and not alone}
@@ -179,11 +181,11 @@ def compare_modes(stages, params, mesh, modes, group_sizes, num_batches):
 def main(overrides):
   args = flags.FLAGS
   cli.join_processes()
-  stages, step, params, mesh = load_run(args.workdir, overrides)
-  config_lib.check_batch(stages, mesh)
-  num_batches = None if args.batches < 0 else args.batches or stages.train.eval_batches
+  run_config, step, params, mesh = load_run(args.workdir, overrides)
+  config_lib.check_batch(run_config, mesh)
+  num_batches = None if args.batches < 0 else args.batches or run_config.train.eval_batches
   with jax.set_mesh(mesh):
-    results = compare_modes(stages, params, mesh, args.modes, args.group_size, num_batches)
+    results = compare_modes(run_config, params, mesh, args.modes, args.group_size, num_batches)
   for result in results:
     print(json.dumps({'step': step, **result}))
   return cli.OK

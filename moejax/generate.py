@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from moejax import cli, fields, model as model_lib, run_folder, sharding
-from moejax.distributed import leads
+from moejax.distributed import is_process_0
 from moejax.evaluate import decoding
-from moejax.layers.common import Tokens
+from moejax.layers.common import TokenInfo
 
 
 def generate(model_config, params, prompts, length, *, temperature=0.8, key=None):
@@ -117,12 +117,12 @@ def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B
 
   def advance(carry, position):
     token_B, state = carry
-    logits_BV, state = model.step(token_B, state, Tokens(segments_B, jnp.full(B, position)))
+    logits_BV, state = model.step(token_B, state, TokenInfo(segments_B, jnp.full(B, position)))
     next_B = choose(logits_BV, position)
     return (next_B, state), next_B
 
   ones = jnp.ones((B, common), jnp.int32)
-  prefix = Tokens(segments_B[:, None] * ones, jnp.arange(common)[None] * ones)
+  prefix = TokenInfo(segments_B[:, None] * ones, jnp.arange(common)[None] * ones)
   logits_BV, state = model.prefill(prompts_BS[:, :common], prefix, steps)
   first_B = choose(logits_BV, common - 1)
   _, rest = jax.lax.scan(advance, (first_B, state), jnp.arange(common, steps))
@@ -171,17 +171,17 @@ def _beyond_context(context, longest, length):
 def main(overrides):
   args = flags.FLAGS
   cli.join_processes()
-  stages, _, params, mesh = run_folder.load_run(args.workdir, overrides)
-  model = decoding(stages.model, args.mode, args.group_size)
+  run_config, _, params, mesh = run_folder.load_run(args.workdir, overrides)
+  model = decoding(run_config.model, args.mode, args.group_size)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-  longest = max(len(stages.tokenizer.encode(prompt)) for prompt in args.prompt)
-  if leads() and (note := _beyond_context(model.max_length, longest, args.length)):
+  longest = max(len(run_config.tokenizer.encode(prompt)) for prompt in args.prompt)
+  if is_process_0() and (note := _beyond_context(model.max_length, longest, args.length)):
     print(note, file=sys.stderr)
   with jax.set_mesh(mesh):
     texts = continuations(
       model,
       params,
-      stages.tokenizer,
+      run_config.tokenizer,
       prompts,
       args.length,
       temperature=args.temperature,

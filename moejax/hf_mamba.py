@@ -138,7 +138,7 @@ def read_options(path):
   Raises:
     ValueError: it cannot be read, or its model is not supported.
   """
-  with checkpoint.explain(f'cannot read {path}'):
+  with checkpoint.one_line_errors(f'cannot read {path}'):
     options = _FIXED | _DEFAULTS | json.loads(path.read_text())
   if options.get('model_type') != 'mamba':
     raise ValueError(
@@ -218,7 +218,9 @@ def folder(name):
     raise ValueError(
       f"--model={name}: no such folder. To download it from the hub, pip install 'moejax[hf]'."
     ) from error
-  with checkpoint.explain(f'--model={name}: no such folder, and the download from the hub failed'):
+  with checkpoint.one_line_errors(
+    f'--model={name}: no such folder, and the download from the hub failed'
+  ):
     wanted = ['config.json', '*.safetensors', '*.safetensors.index.json']
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=wanted))
 
@@ -231,7 +233,7 @@ def files(folder):
   """
   index = folder / 'model.safetensors.index.json'
   if index.exists():
-    with checkpoint.explain(f'cannot read {index}'):
+    with checkpoint.one_line_errors(f'cannot read {index}'):
       return [folder / n for n in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
   if not (folder / 'model.safetensors').exists():
     raise ValueError(

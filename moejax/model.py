@@ -269,7 +269,7 @@ class LanguageModel(nnx.Module):
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
-    tokens = common.Tokens(batch['segments'], positions_BL, key)
+    tokens = common.TokenInfo(batch['segments'], positions_BL, key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
     weights_BL = counted(batch).astype(jnp.float32)
     nats = loss.next_token_loss(

@@ -154,9 +154,9 @@ def checkpoint_dir(workdir):
   return pathlib.Path(workdir) / 'checkpoints'
 
 
-def checkpoints(workdir, stages):
+def checkpoints(workdir, run_config):
   """The checkpoints of a run, to be closed."""
-  return Checkpoints(checkpoint_dir(workdir), stages.train.keep_checkpoints)
+  return Checkpoints(checkpoint_dir(workdir), run_config.train.keep_checkpoints)
 
 
 def check_tokenizer(metadata, tokenizer):
@@ -220,7 +220,7 @@ class SavedRun(NamedTuple):
   """A run opened at its newest checkpoint."""
 
   config: ml_collections.ConfigDict
-  stages: Any  # of the config
+  run_config: Any  # of the config
   checkpoints: Checkpoints  # to be closed
   step: int
 
@@ -238,26 +238,26 @@ def open_run(workdir, overrides=None, flag='--workdir'):
   """
   config = read(workdir, flag)
   config_lib.override(config, overrides or {})
-  stages = config_lib.resolve(config)
-  opened = checkpoints(workdir, stages)
+  run_config = config_lib.resolve(config)
+  opened = checkpoints(workdir, run_config)
   step, metadata = opened.read_newest(opened.metadata)
   if step is None:
     raise ValueError(f'{flag}={workdir}: the run has not written a checkpoint yet.')
-  check_tokenizer(metadata, stages.tokenizer)
-  return SavedRun(config, stages, opened, step)
+  check_tokenizer(metadata, run_config.tokenizer)
+  return SavedRun(config, run_config, opened, step)
 
 
 def load_run(workdir, overrides=None):
   """Opens a run as `open_run` does, and loads its parameters.
 
   Returns:
-    (stages, step, params, mesh); the mesh has all devices along `fsdp`.
+    (run_config, step, params, mesh); the mesh has all devices along `fsdp`.
   """
-  config, stages, saved, _ = open_run(workdir, overrides)
+  config, run_config, saved, _ = open_run(workdir, overrides)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
-  init = functools.partial(model_lib.init_params, stages.model, jax.random.key(0))
+  init = functools.partial(model_lib.init_params, run_config.model, jax.random.key(0))
   abstract = sharding.abstract(init, mesh)
   restore = lambda step: saved.restore_params(step, abstract, config.to_dict())
   with contextlib.closing(saved):
     step, params = saved.read_newest(restore)
-  return stages, step, params, mesh
+  return run_config, step, params, mesh

@@ -21,10 +21,10 @@ def init_state(model_config, optimizer, key):
   return new_state(model_lib.init_params(model_config, key), optimizer)
 
 
-def fresh_state(stages):
+def fresh_state(run_config):
   """A function that makes the state a run begins with."""
-  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
-  return lambda: init_state(stages.model, optimizer, jax.random.key(stages.train.seed))
+  optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
+  return lambda: init_state(run_config.model, optimizer, jax.random.key(run_config.train.seed))
 
 
 def new_state(params, optimizer):
@@ -107,7 +107,7 @@ def _wide(array):
   return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def jit_train_step(stages, abstract_state, mesh):
+def jit_train_step(run_config, abstract_state, mesh):
   """`train_step` of a run, jitted: `step(state, batch)`, which donates the state.
 
   `abstract_state` is from `sharding.abstract`, on the same mesh.
@@ -117,11 +117,11 @@ def jit_train_step(stages, abstract_state, mesh):
     return train_step(
       state,
       batch,
-      model_config=stages.model,
-      optimizer=make_optimizer(stages.optimizer, stages.train.steps),
-      schedule=make_schedule(stages.optimizer, stages.train.steps),
-      accumulation=stages.optimizer.accumulation,
-      key=noise_key(stages.train.seed),
+      model_config=run_config.model,
+      optimizer=make_optimizer(run_config.optimizer, run_config.train.steps),
+      schedule=make_schedule(run_config.optimizer, run_config.train.steps),
+      accumulation=run_config.optimizer.accumulation,
+      key=noise_key(run_config.train.seed),
     )
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -129,13 +129,13 @@ def jit_train_step(stages, abstract_state, mesh):
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def lower_train_step(stages, abstract_state, mesh, platforms=None):
+def lower_train_step(run_config, abstract_state, mesh, platforms=None):
   """`jit_train_step`, lowered; set the mesh (`jax.set_mesh`) around this call.
 
   `platforms`, as JAX names them, is for a mesh of devices that this machine does not have.
   """
-  jitted = jit_train_step(stages, abstract_state, mesh)
-  traced = jitted.trace(abstract_state, sharding.abstract_batch(stages.data, mesh))
+  jitted = jit_train_step(run_config, abstract_state, mesh)
+  traced = jitted.trace(abstract_state, sharding.abstract_batch(run_config.data, mesh))
   return traced.lower(lowering_platforms=platforms)
 
 
@@ -166,10 +166,12 @@ def microbatches(model_config, batch_size, accumulation):
   return next(filter(fits, range(accumulation, 0, -1)), 1)
 
 
-def lower_eval_step(stages, abstract_params, mesh, platforms=None):
+def lower_eval_step(run_config, abstract_params, mesh, platforms=None):
   """`eval_step` of a run, lowered; arguments as of `lower_train_step`."""
-  batch = sharding.abstract_batch(stages.data, mesh)
-  traced = eval_step.trace(stages.model, stages.optimizer.accumulation, abstract_params, batch)
+  batch = sharding.abstract_batch(run_config.data, mesh)
+  traced = eval_step.trace(
+    run_config.model, run_config.optimizer.accumulation, abstract_params, batch
+  )
   return traced.lower(lowering_platforms=platforms)
 
 

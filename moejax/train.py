@@ -26,8 +26,8 @@ from moejax import (
   run_folder,
   sharding,
 )
-from moejax.checkpoint import changed_fields, explain
-from moejax.distributed import Interrupt, leads
+from moejax.checkpoint import changed_fields, one_line_errors
+from moejax.distributed import Interrupt, is_process_0
 from moejax.evaluate import evaluate
 from moejax.generate import continuations
 from moejax.metrics import Diverged
@@ -47,7 +47,7 @@ class Run:
   """A run in progress."""
 
   config: Any  # the ConfigDict
-  stages: Any  # what it resolves to
+  run_config: Any  # what it resolves to
   mesh: Any
   workdir: pathlib.Path
   loader: Any
@@ -70,7 +70,7 @@ class Run:
 
   @property
   def tokens_per_step(self):
-    return self.stages.data.batch_size * self.stages.data.sequence_length
+    return self.run_config.data.batch_size * self.run_config.data.sequence_length
 
   @property
   def seconds(self):
@@ -82,7 +82,7 @@ class Run:
     return {
       'config': self.config.to_dict(),
       'corpus': self.loader.fingerprint,
-      'tokenizer': self.stages.tokenizer.fingerprint,
+      'tokenizer': self.run_config.tokenizer.fingerprint,
       'history': self.history,
       'origin': self.origin,
       'seconds': self.seconds,
@@ -114,7 +114,7 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, ori
     Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
     run_folder.lock(run.workdir),
-    contextlib.closing(run_folder.checkpoints(run.workdir, run.stages)) as run.checkpoints,
+    contextlib.closing(run_folder.checkpoints(run.workdir, run.run_config)) as run.checkpoints,
   ):
     step = resume(run)
     if is_finished(run):
@@ -134,31 +134,31 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, ori
 
 def prepare(config, workdir):
   """A Run whose config, mesh and data are checked; nothing is written."""
-  stages = config_lib.resolve(config)
-  mesh = sharding.make_mesh(stages.mesh)
-  config_lib.check_mesh(stages, mesh)
-  _check_prompt(stages)
+  run_config = config_lib.resolve(config)
+  mesh = sharding.make_mesh(run_config.mesh)
+  config_lib.check_mesh(run_config, mesh)
+  _check_prompt(run_config)
   run_folder.check_same_run(config, workdir)
-  part = sharding.process_part(mesh, stages.data.batch_size)
-  loader = data.make_loader(stages.data, 'train', **part)
-  eval_loader = data.make_loader(stages.data, 'validation', **part)
+  part = sharding.process_part(mesh, run_config.data.batch_size)
+  loader = data.make_loader(run_config.data, 'train', **part)
+  eval_loader = data.make_loader(run_config.data, 'validation', **part)
   with tempfile.TemporaryDirectory() as folder:
     loader.batch(0)
     loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
-  if stages.model.leaks():
-    print(f'warning: {stages.model.leaks()}')
-  return Run(config, stages, mesh, workdir, loader, eval_loader)
+  if run_config.model.leaks():
+    print(f'warning: {run_config.model.leaks()}')
+  return Run(config, run_config, mesh, workdir, loader, eval_loader)
 
 
-def _check_prompt(stages):
+def _check_prompt(run_config):
   """Raises ValueError unless the prompt of the final sample fits into the context."""
-  train, context = stages.train, stages.model.max_length
-  length = len(stages.tokenizer.encode(train.sample_prompt))
+  train, context = run_config.train, run_config.model.max_length
+  length = len(run_config.tokenizer.encode(train.sample_prompt))
   if train.sample_length and not 0 < length < context:
     raise ValueError(
       f'train.sample_prompt = {train.sample_prompt!r} has {length} tokens of data.tokenizer = '
-      f'{stages.data.tokenizer!r}; expected 1 to {context - 1} (data.sequence_length). Change it, '
-      'or set train.sample_length = 0.'
+      f'{run_config.data.tokenizer!r}; expected 1 to {context - 1} (data.sequence_length). Change '
+      'it, or set train.sample_length = 0.'
     )
 
 
@@ -173,12 +173,12 @@ def resume(run):
   if step is None:
     return None
   metadata = run.checkpoints.metadata(step)
-  run_folder.check_tokenizer(metadata, run.stages.tokenizer)
+  run_folder.check_tokenizer(metadata, run.run_config.tokenizer)
   imported = metadata['corpus'] is None  # by moejax.convert, which reads no text
   if not imported and metadata['corpus'] != run.loader.fingerprint:
     raise ValueError(
       f'--workdir={run.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
-      f'data.source = {run.stages.data.source!r} now gives {run.loader.fingerprint} (another '
+      f'data.source = {run.run_config.data.source!r} now gives {run.loader.fingerprint} (another '
       'Python version, or changed files). Restore the corpus, or choose another folder.'
     )
   saved = run_folder.from_saved(metadata['config'], f'checkpoint {step}')
@@ -191,10 +191,10 @@ def resume(run):
     )
   run.origin = origin
   run.history = metadata.get('history', [])
-  if step == run.stages.train.steps:
-    run.config, run.stages = (
+  if step == run.run_config.train.steps:
+    run.config, run.run_config = (
       saved,
-      dataclasses.replace(run.stages, train=config_lib.TrainConfig(**saved.train)),
+      dataclasses.replace(run.run_config, train=config_lib.TrainConfig(**saved.train)),
     )
   elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
@@ -203,14 +203,14 @@ def resume(run):
   finished = summary.get('seconds') if summary.get('steps') == step else None
   seconds = metadata.get('seconds', 0.0)
   run.seconds_before = max(seconds, finished) if isinstance(finished, float) else seconds
-  with explain(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
+  with one_line_errors(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
     run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
   return step
 
 
 def is_finished(run):
   """Whether an earlier process trained all steps and wrote the summary."""
-  steps = run.stages.train.steps
+  steps = run.run_config.train.steps
   return run.step == steps == report.read_summary(run.workdir).get('steps')
 
 
@@ -221,7 +221,7 @@ def set_up(run, step, start=None):
     ValueError: the state is not finite, or there is no space for a checkpoint.
     Diverged: the loss of the state that `start` made is not finite.
   """
-  init = fresh_state(run.stages)
+  init = fresh_state(run.run_config)
   abstract = sharding.abstract(init, run.mesh)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   run.checkpoints.check_writable(num_bytes)
@@ -240,13 +240,13 @@ def set_up(run, step, start=None):
       f'workdir: checkpoint {run_folder.checkpoint_dir(run.workdir)}/{step} holds numbers that are '
       'not finite. Delete it to resume from the previous one.'
     )
-  if leads() and run.step < run.stages.train.steps:
+  if is_process_0() and run.step < run.run_config.train.steps:
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
   run.writer = metrics_lib.make_writer(run.workdir, run.step)
   run.flops_per_token = flops.training_flops_per_token(
-    run.stages.model, run.stages.data.sequence_length
+    run.run_config.model, run.run_config.data.sequence_length
   )
-  run.peak_flops = _peak_flops(run.stages.model.dtype)
+  run.peak_flops = _peak_flops(run.run_config.model.dtype)
   run.started = time.monotonic()
   if start and step is None:
     _evaluate(run)
@@ -255,13 +255,13 @@ def set_up(run, step, start=None):
 
 def _compile(run, abstract_state):
   """Compiles the training step, and the evaluation step too: an interrupt leaves no time for it."""
-  args = run.stages, abstract_state, run.mesh
+  args = run.run_config, abstract_state, run.mesh
   jax_config: Any = jax.config
   if jax_config.jax_disable_jit:  # for debugging
     return jit_train_step(*args)
   started = time.monotonic()
   compiled = lower_train_step(*args).compile()
-  lower_eval_step(run.stages, abstract_state['params'], run.mesh).compile()
+  lower_eval_step(run.run_config, abstract_state['params'], run.mesh).compile()
   seconds = time.monotonic() - started
   print(f'compiled the training and the evaluation step in {seconds:.1f} s', flush=True)
   return compiled
@@ -279,7 +279,7 @@ def loop(run, interrupt):
   Raises:
     Diverged: something is not finite; it was not saved.
   """
-  train = run.stages.train
+  train = run.run_config.train
   last = lambda: run.step == train.steps
   run.averager = metrics_lib.MetricAverager(**run.averager.totals())  # starts the clock
   while run.step < train.steps and not interrupt.reached(run.step):
@@ -306,8 +306,8 @@ def check_health(run):
   run.averager.read()
   good = bool(is_finite(run.state))
   if good and run.batch is not None:
-    accumulation = run.stages.optimizer.accumulation
-    nats, _, _ = eval_step(run.stages.model, accumulation, run.state['params'], run.batch)
+    accumulation = run.run_config.optimizer.accumulation
+    nats, _, _ = eval_step(run.run_config.model, accumulation, run.state['params'], run.batch)
     good = math.isfinite(nats)
   if not good:
     raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')
@@ -328,7 +328,7 @@ def _advice(diverged, run):
 
 
 def _log(run, means):
-  train = run.stages.train
+  train = run.run_config.train
   seconds = means['seconds_per_step']
   speed = run.tokens_per_step / seconds
   mfu = speed * run.flops_per_token['model'] / run.peak_flops
@@ -342,7 +342,7 @@ def _log(run, means):
       grad_norm=means['grad_norm'],
       tokens_per_second=speed,
       mfu=mfu,
-      dropped=statistics.fmean(dropped) if run.stages.model.dropless() else None,
+      dropped=statistics.fmean(dropped) if run.run_config.model.dropless() else None,
       seconds_left=(train.steps - run.step) * seconds,
     ),
     flush=True,
@@ -351,18 +351,18 @@ def _log(run, means):
 
 def _evaluate(run):
   run.eval_result, aux = evaluate(
-    run.stages.model,
+    run.run_config.model,
     run.state['params'],
     run.eval_loader,
-    run.stages.train.eval_batches,
+    run.run_config.train.eval_batches,
     run.mesh,
-    run.stages.optimizer.accumulation,
+    run.run_config.optimizer.accumulation,
   )
   name = 'validation/loss'  # the previous process may have written it at the step it stopped at
   if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name)):
     measured = run.eval_result | metrics_lib.flatten_aux(aux)
     run.writer.write(run.step, measured, prefix='validation')
-  if leads() and 'moe/load' in aux:
+  if is_process_0() and 'moe/load' in aux:
     report.plot_router(aux['moe/load'], run.workdir / 'router.png')
   print(f'step {run.step}: validation {report.describe(run.eval_result)}', flush=True)
   if not math.isfinite(run.eval_result['loss']):
@@ -375,14 +375,14 @@ def finish(run, summarize: Callable[[], dict] = dict):
     _evaluate(run)
   run.checkpoints.wait()
   summary = _summary(run) | summarize()
-  if leads():  # before anything else can fail
+  if is_process_0():  # before anything else can fail
     report.write_summary(run.workdir, summary)
   sample = _sample(run)
-  if not leads():
+  if not is_process_0():
     return
   if sample:
     report.write_summary(run.workdir, summary | {'sample': sample})
-    print(f'sample: {run.stages.train.sample_prompt}{sample}')
+    print(f'sample: {run.run_config.train.sample_prompt}{sample}')
   curves = {
     'train': metrics_lib.loss_curve(run.workdir),
     'validation': metrics_lib.loss_curve(run.workdir, 'validation/loss'),
@@ -394,7 +394,7 @@ def finish(run, summarize: Callable[[], dict] = dict):
 
 def _sample(run):
   """Text from the model, '' if there is none; a failure only prints a warning."""
-  model, train, tokenizer = run.stages.model, run.stages.train, run.stages.tokenizer
+  model, train, tokenizer = run.run_config.model, run.run_config.train, run.run_config.tokenizer
   room = model.max_length - len(tokenizer.encode(train.sample_prompt))
   length = min(train.sample_length, room)
   if length < 1:
@@ -409,7 +409,7 @@ def _sample(run):
 def _summary(run):
   losses = metrics_lib.loss_curve(run.workdir)
   return run.describe() | {
-    'parameters': flops.param_counts(run.stages.model),
+    'parameters': flops.param_counts(run.run_config.model),
     'flops_per_token': run.flops_per_token,
     'steps': run.step,
     'tokens_seen': run.step * run.tokens_per_step,

@@ -30,7 +30,7 @@ from moejax import (
   train,
 )
 from moejax.checkpoint import by_name
-from moejax.distributed import leads
+from moejax.distributed import is_process_0
 from moejax.evaluate import evaluate
 from moejax.layers import moe
 from moejax.optimizer import make_optimizer
@@ -135,7 +135,7 @@ def start(run, abstract_state, *, source, moments):
 
   Writes the loss before the switch to the metrics of the new run. `moments` as of `tune`.
   """
-  old, new = source.stages, run.stages
+  old, new = source.run_config, run.run_config
   abstract = sharding.abstract(step_lib.fresh_state(old), run.mesh)
   state = source.checkpoints.restore(source.step, abstract, run.loader, source.config.to_dict())
   how = (run.eval_loader, new.train.eval_batches, run.mesh, new.optimizer.accumulation)
@@ -192,7 +192,9 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
     first = functools.partial(start, source=source, moments=moments)
-    result = lambda: {'transition': {'from': str(folder), **report(workdir)}} if leads() else {}
+    result = lambda: (
+      {'transition': {'from': str(folder), **report(workdir)}} if is_process_0() else {}
+    )
     return train.train(config, workdir, first, result, origin={'optimizer': moments})
 
 

@@ -26,7 +26,7 @@ from moejax import (
   run_folder,
   train,
 )
-from moejax.layers.common import Tokens
+from moejax.layers.common import TokenInfo
 
 ROOT = pathlib.Path(__file__).parent.parent
 HF = ROOT / 'tests' / 'reference' / 'hf_mamba'
@@ -82,11 +82,11 @@ def from_hf(tmp_path_factory):
 
 
 def _logits(workdir, dtype, ids):
-  stages, _, params, _ = run_folder.load_run(workdir)
-  config = dataclasses.replace(stages.model, dtype=dtype, param_dtype=dtype)
+  run_config, _, params, _ = run_folder.load_run(workdir)
+  config = dataclasses.replace(run_config.model, dtype=dtype, param_dtype=dtype)
   params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), params)
   positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-  tokens = Tokens(np.ones_like(ids), positions)
+  tokens = TokenInfo(np.ones_like(ids), positions)
 
   @jax.jit
   def logits(params):
@@ -133,25 +133,25 @@ def test_special_ids_are_kept(tmp_path, theirs, ours):
   (tmp_path / 'config.json').write_text(json.dumps(options))
   config = _config()
   hf_mamba.import_options(hf_mamba.read_options(tmp_path / 'config.json'), config)
-  stages = config_lib.resolve(config)
-  assert stages.tokenizer.eos_id == ours['eos']
-  back = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
+  run_config = config_lib.resolve(config)
+  assert run_config.tokenizer.eos_id == ours['eos']
+  back = hf_mamba.export_options(run_config.model, run_config.data, run_config.tokenizer)
   assert {name: back[f'{name}_token_id'] for name in ours} == ours
 
 
 def test_our_own_run_exports_its_tokenizers_ids():
   config = _config(**{'model.norm': 'rms_norm', 'model.final_norm': True})
-  stages = config_lib.resolve(config)
-  options = hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
+  run_config = config_lib.resolve(config)
+  options = hf_mamba.export_options(run_config.model, run_config.data, run_config.tokenizer)
   ids = [options[f'{name}_token_id'] for name in ('bos', 'eos', 'pad')]
   assert ids == [None, 1, 0]
 
 
 def test_generation_of_an_imported_model_ends_at_its_own_eos_id(from_hf, monkeypatch):
-  stages, _, params, _ = run_folder.load_run(from_hf)
+  run_config, _, params, _ = run_folder.load_run(from_hf)
   said = np.array([70, 1, 71, 0, 72])  # 1 is our eos_id, 0 is theirs
   monkeypatch.setattr(generate, 'generate', lambda *args, **options: [said])
-  (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['x'], 5)
+  (text,) = generate.continuations(run_config.model, params, run_config.tokenizer, ['x'], 5)
   assert text == 'CD'
 
 
@@ -276,9 +276,9 @@ def test_a_name_on_the_hub(monkeypatch):
 
 
 def test_runs_that_transformers_cannot_express_are_rejected():
-  stages = config_lib.resolve(_config(mot, **{'model.mamba.expand': 1.5}))
+  run_config = config_lib.resolve(_config(mot, **{'model.mamba.expand': 1.5}))
   with pytest.raises(ValueError) as error:
-    hf_mamba.export_options(stages.model, stages.data, stages.tokenizer)
+    hf_mamba.export_options(run_config.model, run_config.data, run_config.tokenizer)
   _, *problems = str(error.value).splitlines()
   fields = ['positions', 'norm', 'final_norm', 'blocks', 'mamba.expand']
   assert [p.split(' must')[0] for p in problems] == [f'model.{field}' for field in fields]
@@ -296,12 +296,12 @@ RUNS = {
 
 def _make_run(config, workdir):
   """A run of random parameters; returns them."""
-  stages = config_lib.resolve(config)
+  run_config = config_lib.resolve(config)
   draw = np.random.default_rng(0).standard_normal
   params = jax.tree.map(
-    lambda leaf: draw(leaf.shape).astype(leaf.dtype), convert.abstract_params(stages.model)
+    lambda leaf: draw(leaf.shape).astype(leaf.dtype), convert.abstract_params(run_config.model)
   )
-  convert.write_run(config, stages, params, workdir)
+  convert.write_run(config, run_config, params, workdir)
   return params
 
 
@@ -433,9 +433,9 @@ def test_a_converted_run_trains_like_a_fresh_one(tmp_path):
   changes |= {'train.steps': 2, 'train.eval_batches': 1, 'train.sample_length': 0}
   config = _config(dense, **changes)
   assert train.train(config, tmp_path / 'fresh') == cli.OK
-  stages = config_lib.resolve(config)
-  init = lambda: model_lib.init_params(stages.model, jax.random.key(stages.train.seed))
-  convert.write_run(config, stages, jax.jit(init)(), tmp_path / 'converted')
+  run_config = config_lib.resolve(config)
+  init = lambda: model_lib.init_params(run_config.model, jax.random.key(run_config.train.seed))
+  convert.write_run(config, run_config, jax.jit(init)(), tmp_path / 'converted')
   assert train.train(run.get_config(tmp_path / 'converted'), tmp_path / 'converted') == cli.OK
   _assert_same(_params(tmp_path / 'converted'), _params(tmp_path / 'fresh'))
 

@@ -66,10 +66,10 @@ def test_the_router_of_the_page_routes_and_learns(routers):
 
 def test_the_names_on_the_page_are_those_in_the_file(tmp_path, monkeypatch):
   config = mot.get_config('debug')
-  stages = config_lib.resolve(config)
-  abstract = convert.abstract_params(stages.model)
+  run_config = config_lib.resolve(config)
+  abstract = convert.abstract_params(run_config.model)
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-  convert.write_run(config, stages, params, tmp_path / 'run')
+  convert.write_run(config, run_config, params, tmp_path / 'run')
   convert.to_safetensors(tmp_path / 'run', tmp_path / 'mot.safetensors')
   page = (DOCS / 'convert.md').read_text()
   (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)

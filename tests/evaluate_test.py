@@ -77,13 +77,13 @@ def test_modes_that_a_model_cannot_have_are_refused(changes, mode, group_size, m
 
 
 def test_groups_that_a_batch_cannot_be_cut_into_are_refused():
-  stages = types.SimpleNamespace(
+  run_config = types.SimpleNamespace(
     model=tiny.model_config(), data=types.SimpleNamespace(batch_size=8)
   )
   with pytest.raises(ValueError, match='--group_size=16 must divide the 8 sequences'):
-    evaluate.compare_modes(stages, None, None, ['mixed_with_corpus'], [16], 1)
+    evaluate.compare_modes(run_config, None, None, ['mixed_with_corpus'], [16], 1)
   with pytest.raises(ValueError, match='--modes: expected at least one of mixed'):
-    evaluate.compare_modes(stages, None, None, [], [0], 1)
+    evaluate.compare_modes(run_config, None, None, [], [0], 1)
 
 
 def test_expert_choice_chooses_in_other_groups():
@@ -175,13 +175,13 @@ def test_no_row_is_evaluated_twice(tmp_path):
 @pytest.mark.parametrize('batches, expected', [(-1, None), (0, 7), (3, 3)])
 def test_how_many_batches(monkeypatch, batches, expected):
   args = {'workdir': 'run', 'batches': batches, 'modes': ['mixed'], 'group_size': [0]}
-  stages = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7))
+  run_config = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7))
   mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
   asked = []
   monkeypatch.setattr(evaluate.flags, 'FLAGS', types.SimpleNamespace(**args))
   monkeypatch.setattr(evaluate.cli, 'join_processes', lambda: None)
   monkeypatch.setattr(evaluate.config_lib, 'check_batch', lambda *_: None)
-  monkeypatch.setattr(evaluate, 'load_run', lambda *_: (stages, 6, None, mesh))
+  monkeypatch.setattr(evaluate, 'load_run', lambda *_: (run_config, 6, None, mesh))
   monkeypatch.setattr(evaluate, 'compare_modes', lambda *args: asked.append(args[-1]) or [])
   evaluate.main({})
   assert asked == [expected]

@@ -28,11 +28,11 @@ def _lowered(target, model_config, sizes):
   """The training step on a mesh for one of PLATFORMS, as text."""
   fields = config_lib.baseline()
   fields.data.sequence_length = model_config.max_length
-  stages = dataclasses.replace(config_lib.resolve(fields), model=model_config)
+  run_config = dataclasses.replace(config_lib.resolve(fields), model=model_config)
   mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
   with jax.set_mesh(mesh), platform.compiling_for(PLATFORMS[target]):
-    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
-    return step_lib.lower_train_step(stages, state, mesh, (target,)).as_text()
+    state = sharding.abstract(step_lib.fresh_state(run_config), mesh)
+    return step_lib.lower_train_step(run_config, state, mesh, (target,)).as_text()
 
 
 @pytest.fixture

@@ -29,11 +29,13 @@ def files(tmp_path_factory):
 
 
 def test_it_opens_evaluates_and_generates(files):
-  stages, step, params, mesh = run_folder.load_run(SAVED, {'data.files': files})
+  run_config, step, params, mesh = run_folder.load_run(SAVED, {'data.files': files})
   assert step == 4
-  (row,) = evaluate.compare_modes(stages, params, mesh, ['mixed'], [0], 1)
+  (row,) = evaluate.compare_modes(run_config, params, mesh, ['mixed'], [0], 1)
   assert 4 < row['loss'] < 6 and row['tokens'] == 8 * 32
-  text, again = generate.continuations(stages.model, params, stages.tokenizer, ['the '] * 2, 8)
+  text, again = generate.continuations(
+    run_config.model, params, run_config.tokenizer, ['the '] * 2, 8
+  )
   assert isinstance(text, str) and isinstance(again, str)
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.fields import baseline
-from moejax.layers.common import Tokens
+from moejax.layers.common import TokenInfo
 from moejax.model import ModelConfig
 
 V, L, B, D, H, F, M, E = 37, 11, 8, 12, 3, 24, 4, 6
@@ -57,4 +57,4 @@ def batch(seed=0, rows=B, length=L):
 
 def tokens(batch):
   """What the layers see of a batch."""
-  return Tokens(jnp.asarray(batch['segments']), jnp.asarray(batch['positions']))
+  return TokenInfo(jnp.asarray(batch['segments']), jnp.asarray(batch['positions']))

@@ -147,18 +147,20 @@ def test_settings_that_a_run_was_not_trained_with_are_refused(finished, changes,
 
 
 def test_evaluation_of_a_run_gives_the_loss_in_its_summary(finished):
-  stages, _, params, mesh = run_folder.load_run(finished)
+  run_config, _, params, mesh = run_folder.load_run(finished)
   from moejax import data
 
-  loader = data.make_loader(stages.data, 'validation')
-  result, _ = evaluate.evaluate(stages.model, params, loader, stages.train.eval_batches, mesh)
+  loader = data.make_loader(run_config.data, 'validation')
+  result, _ = evaluate.evaluate(
+    run_config.model, params, loader, run_config.train.eval_batches, mesh
+  )
   summary = json.loads((finished / 'summary.json').read_text())
   assert result['loss'] == pytest.approx(summary['validation']['loss'], rel=1e-5)
 
 
 def test_generation_of_a_run(finished):
-  stages, _, params, _ = run_folder.load_run(finished)
-  texts = generate.continuations(stages.model, params, stages.tokenizer, ['def ', 'x'], 8)
+  run_config, _, params, _ = run_folder.load_run(finished)
+  texts = generate.continuations(run_config.model, params, run_config.tokenizer, ['def ', 'x'], 8)
   assert [isinstance(text, str) for text in texts] == [True, True]
 
 
@@ -195,7 +197,7 @@ def test_another_tokenizer_is_refused(finished, monkeypatch):
 
 def test_damaged_records_of_a_run_are_left_out_or_named(finished, tmp_path, monkeypatch):
   run = train.prepare(_debug_config(), shutil.copytree(finished, tmp_path / 'run'))
-  with contextlib.closing(run_folder.checkpoints(run.workdir, run.stages)) as run.checkpoints:
+  with contextlib.closing(run_folder.checkpoints(run.workdir, run.run_config)) as run.checkpoints:
     metadata = run.checkpoints.metadata(6)
     monkeypatch.setattr(run.checkpoints, 'metadata', lambda _: metadata)
     for summary in ('[' * 100_000, '{"steps": 6, "seconds": null}', '{"steps": 6, "seconds": "x"}'):
@@ -230,13 +232,13 @@ OFTEN = {'train.checkpoint_interval': 1, 'train.log_interval': 8, 'train.eval_in
 def _kept(workdir):
   """Steps with a checkpoint, all of which are finite and have a finite loss."""
   checkpoints = Checkpoints(run_folder.checkpoint_dir(workdir))
-  stages = config_lib.resolve(run_folder.read(workdir))
+  run_config = config_lib.resolve(run_folder.read(workdir))
   with contextlib.closing(checkpoints):
     steps = checkpoints._steps()
     for step in steps:
-      state = checkpoints.restore(step, jax.eval_shape(step_lib.fresh_state(stages)))
+      state = checkpoints.restore(step, jax.eval_shape(step_lib.fresh_state(run_config)))
       assert step_lib.is_finite(state)
-      assert np.isfinite(step_lib.eval_step(stages.model, 1, state['params'], tiny.batch())[0])
+      assert np.isfinite(step_lib.eval_step(run_config.model, 1, state['params'], tiny.batch())[0])
   return steps
 
 
@@ -275,7 +277,7 @@ def run(texts, tmp_path):
   changes = {'train.steps': 3, 'train.log_interval': 2}
   run = train.prepare(_small_config(texts, **changes), tmp_path)
   with (
-    contextlib.closing(run_folder.checkpoints(tmp_path, run.stages)) as run.checkpoints,
+    contextlib.closing(run_folder.checkpoints(tmp_path, run.run_config)) as run.checkpoints,
     jax.set_mesh(run.mesh),
   ):
     train.set_up(run, train.resume(run))
@@ -342,8 +344,8 @@ def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):
     raise IndexError('no such token')
 
   monkeypatch.setattr(train, 'continuations', fail)
-  sampling = dataclasses.replace(run.stages.train, sample_length=2)
-  run.stages = dataclasses.replace(run.stages, train=sampling)
+  sampling = dataclasses.replace(run.run_config.train, sample_length=2)
+  run.run_config = dataclasses.replace(run.run_config, train=sampling)
   assert train.loop(run, _StopAfter(3))
   train.finish(run)
   assert 'warning: no sample: IndexError: no such token' in capsys.readouterr().out
@@ -369,10 +371,10 @@ def test_a_loader_that_cannot_be_saved_is_refused_before_training(texts, tmp_pat
 
 def test_a_checkpoint_that_is_not_finite_is_named(texts, tmp_path):
   config = _small_config(texts)
-  stages = config_lib.resolve(config)
-  state = step_lib.fresh_state(stages)()
+  run_config = config_lib.resolve(config)
+  state = step_lib.fresh_state(run_config)()
   run = train.prepare(config, tmp_path)
-  with contextlib.closing(run_folder.checkpoints(tmp_path, run.stages)) as checkpoints:
+  with contextlib.closing(run_folder.checkpoints(tmp_path, run.run_config)) as checkpoints:
     state['params'] = jax.tree.map(lambda a: a * jnp.nan, state['params'])
     checkpoints.save(2, state, run.loader, run.describe())
   with pytest.raises(ValueError, match='checkpoints/2 holds numbers that are not finite. Delete'):
@@ -488,12 +490,12 @@ def test_an_update_is_measured_whatever_the_gradient():
 def test_evaluation_takes_no_more_memory_than_training(texts):
   sizes = {'model.blocks': ((('mlp',), 2),), 'model.remat': 'full', 'model.loss_chunk': 8}
   sizes |= {'data.batch_size': 512, 'optimizer.accumulation': 64}
-  stages = config_lib.resolve(_small_config(texts, **sizes))
-  mesh = sharding.make_mesh(stages.mesh)
+  run_config = config_lib.resolve(_small_config(texts, **sizes))
+  mesh = sharding.make_mesh(run_config.mesh)
   with jax.set_mesh(mesh):
-    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
-    training = step_lib.lower_train_step(stages, state, mesh).compile()
-    evaluation = step_lib.lower_eval_step(stages, state['params'], mesh).compile()
+    state = sharding.abstract(step_lib.fresh_state(run_config), mesh)
+    training = step_lib.lower_train_step(run_config, state, mesh).compile()
+    evaluation = step_lib.lower_eval_step(run_config, state['params'], mesh).compile()
   used = [program.memory_analysis().temp_size_in_bytes for program in (evaluation, training)]
   assert used[0] <= used[1]
 
@@ -514,9 +516,9 @@ def test_noise_has_a_key_of_its_own():
 
 def test_a_state_made_with_less_effort_is_the_same_and_sharded(texts, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '')  # as users have it
-  stages = config_lib.resolve(_small_config(texts))
-  mesh = sharding.make_mesh(stages.mesh)
-  init = step_lib.fresh_state(stages)
+  run_config = config_lib.resolve(_small_config(texts))
+  mesh = sharding.make_mesh(run_config.mesh)
+  init = step_lib.fresh_state(run_config)
   with jax.set_mesh(mesh):
     abstract = sharding.abstract(init, mesh)
     state = step_lib.make_state(init, abstract)

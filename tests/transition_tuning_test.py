@@ -65,9 +65,9 @@ def runs(tmp_path_factory):
 
 def _restore(folder, step):
   """The train state of a checkpoint, as numpy arrays."""
-  stages = config_lib.resolve(run_folder.read(folder))
-  optimizer = make_optimizer(stages.optimizer, stages.train.steps)
-  init = functools.partial(step_lib.init_state, stages.model, optimizer, jax.random.key(0))
+  run_config = config_lib.resolve(run_folder.read(folder))
+  optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
+  init = functools.partial(step_lib.init_state, run_config.model, optimizer, jax.random.key(0))
   on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one_device), jax.eval_shape(init)
@@ -102,9 +102,9 @@ def test_the_run_goes_on_and_reports_the_switch(runs):
 
 
 def test_the_new_run_decodes_one_request_alone(runs):
-  stages, step, params, _ = run_folder.load_run(runs[1])
-  assert step == 8 and stages.model.mixed_sequences == 1
-  (text,) = generate.continuations(stages.model, params, stages.tokenizer, ['def '], 3)
+  run_config, step, params, _ = run_folder.load_run(runs[1])
+  assert step == 8 and run_config.model.mixed_sequences == 1
+  (text,) = generate.continuations(run_config.model, params, run_config.tokenizer, ['def '], 3)
   assert isinstance(text, str)
 
 

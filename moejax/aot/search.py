@@ -73,22 +73,22 @@ def _changed(config, changes):
 
 def _candidates(config, topology):
   config = step.without_data(config)
-  stages = config_lib.resolve(_changed(config, {'mesh.data': -1, 'mesh.fsdp': 1}))
+  run_config = config_lib.resolve(_changed(config, {'mesh.data': -1, 'mesh.fsdp': 1}))
   with platform.compiling_for(topology.platform):
-    saved = {policy: _saved_per_sequence(stages, policy) for policy in model_lib.REMAT}
+    saved = {policy: _saved_per_sequence(run_config, policy) for policy in model_lib.REMAT}
   devices = topologies.devices(topology)
-  experts = math.gcd(*stages.model.experts.values()) or 1
+  experts = math.gcd(*run_config.model.experts.values()) or 1
   for sizes in _mesh_shapes(topology.num_chips, experts):
     names = {f'mesh.{axis}': n for axis, n in zip(sharding.AXES, sizes, strict=True)}
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
-    state = step.shard_bytes(sharding.abstract(step_lib.fresh_state(stages), mesh))
+    state = step.shard_bytes(sharding.abstract(step_lib.fresh_state(run_config), mesh))
     for policy, bytes_per_sequence in saved.items():
-      for accumulation in _powers_of_two(stages.data.batch_size):
+      for accumulation in _powers_of_two(run_config.data.batch_size):
         changes = names | {'model.remat': policy, 'optimizer.accumulation': accumulation}
-        sequences = stages.data.batch_size / accumulation / sharding.batch_shards(mesh)
+        sequences = run_config.data.batch_size / accumulation / sharding.batch_shards(mesh)
         fits = state + sequences * bytes_per_sequence < _MEMORY_FRACTION * topology.chip.memory
         if fits and _is_possible(_changed(config, changes), mesh):
-          yield Candidate(changes, _seconds(stages, topology, sizes, policy, accumulation))
+          yield Candidate(changes, _seconds(run_config, topology, sizes, policy, accumulation))
           break  # more microbatches are slower
 
 
@@ -112,18 +112,18 @@ def _powers_of_two(limit):
   return [2**i for i in range(int(math.log2(limit)) + 1) if limit % 2**i == 0]
 
 
-def _saved_per_sequence(stages, policy):
-  model = dataclasses.replace(stages.model, remat=policy)
+def _saved_per_sequence(run_config, policy):
+  model = dataclasses.replace(run_config.model, remat=policy)
   sequences = math.lcm(*model.groups.values())
-  return step.saved_bytes(dataclasses.replace(stages, model=model), sequences) / sequences
+  return step.saved_bytes(dataclasses.replace(run_config, model=model), sequences) / sequences
 
 
-def _seconds(stages, topology, sizes, policy, accumulation):
+def _seconds(run_config, topology, sizes, policy, accumulation):
   """Compute, and communication: parameters and gradients (data, fsdp), tokens (expert)."""
   data, fsdp, expert, tensor = sizes
-  chip, model = topology.chip, stages.model
-  tokens = stages.data.batch_size * stages.data.sequence_length / topology.num_chips
-  per_token = flops.training_flops_per_token(model, stages.data.sequence_length)['total']
+  chip, model = topology.chip, run_config.model
+  tokens = run_config.data.batch_size * run_config.data.sequence_length / topology.num_chips
+  per_token = flops.training_flops_per_token(model, run_config.data.sequence_length)['total']
   compute = _WORK[policy] * tokens * per_token / chip.flops
   param_bytes = 2 * flops.param_counts(model)['total'] / expert / tensor  # bfloat16
   gathers = 2 * accumulation * (fsdp - 1) / fsdp

@@ -26,18 +26,18 @@ def compile_step(config, topology: topologies.Topology):
   Raises:
     ValueError: the config is invalid there, or its compiler is not installed.
   """
-  stages = config_lib.resolve(without_data(config))
-  mesh = sharding.make_mesh(stages.mesh, topologies.devices(topology))
-  config_lib.check_mesh(stages, mesh)
+  run_config = config_lib.resolve(without_data(config))
+  mesh = sharding.make_mesh(run_config.mesh, topologies.devices(topology))
+  config_lib.check_mesh(run_config, mesh)
   platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
-    state = sharding.abstract(step_lib.fresh_state(stages), mesh)
-    microbatch = stages.data.batch_size // stages.optimizer.accumulation
-    saved = saved_bytes(stages, microbatch) / sharding.batch_shards(mesh)
-    training = step_lib.lower_train_step(stages, state, mesh, platforms)
+    state = sharding.abstract(step_lib.fresh_state(run_config), mesh)
+    microbatch = run_config.data.batch_size // run_config.optimizer.accumulation
+    saved = saved_bytes(run_config, microbatch) / sharding.batch_shards(mesh)
+    training = step_lib.lower_train_step(run_config, state, mesh, platforms)
     evaluations = [
       step_lib.lower_eval_step(evaluated, state['params'], mesh, platforms)
-      for evaluated in _evaluated(stages)
+      for evaluated in _evaluated(run_config)
     ]
   started = time.monotonic()
   compiled, needed = _compile(training)
@@ -50,7 +50,7 @@ def compile_step(config, topology: topologies.Topology):
       evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
   return Report(
-    **_sizes(stages, mesh, topology),
+    **_sizes(run_config, mesh, topology),
     memory=memory,
     evaluation=evaluation,
     fits=not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory,
@@ -60,10 +60,10 @@ def compile_step(config, topology: topologies.Topology):
   )
 
 
-def _evaluated(stages):
+def _evaluated(run_config):
   """What is evaluated: also the dropless model, if experts drop tokens."""
-  models = filter(None, (stages.model, stages.model.dropless()))
-  return [dataclasses.replace(stages, model=model) for model in models]
+  models = filter(None, (run_config.model, run_config.model.dropless()))
+  return [dataclasses.replace(run_config, model=model) for model in models]
 
 
 def _memory(state, saved, compiled):
@@ -75,18 +75,18 @@ def _memory(state, saved, compiled):
   return memory
 
 
-def _sizes(stages, mesh, topology):
+def _sizes(run_config, mesh, topology):
   """Fields of the Report about model and machine."""
-  counts = flops.param_counts(stages.model)
-  tokens = stages.data.batch_size * stages.data.sequence_length
-  per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
+  counts = flops.param_counts(run_config.model)
+  tokens = run_config.data.batch_size * run_config.data.sequence_length
+  per_token = flops.training_flops_per_token(run_config.model, run_config.data.sequence_length)
   return {
     'topology': str(topology),
     'chips': topology.num_chips,
     'capacity': topology.chip.memory,
     'mesh': {axis: n for axis, n in mesh.shape.items() if n > 1},
-    'remat': stages.model.remat,
-    'accumulation': stages.optimizer.accumulation,
+    'remat': run_config.model.remat,
+    'accumulation': run_config.optimizer.accumulation,
     'params': counts['total'],
     'active_params': counts['active'],
     'tokens': tokens,
@@ -168,16 +168,16 @@ def _peak_bytes(compiled):
   return peak or held + memory.temp_size_in_bytes
 
 
-def saved_bytes(stages, num_sequences):
+def saved_bytes(run_config, num_sequences):
   """Bytes that a forward pass saves for its backward pass, without its inputs."""
-  leaf = jax.ShapeDtypeStruct((num_sequences, stages.data.sequence_length), jnp.int32)
+  leaf = jax.ShapeDtypeStruct((num_sequences, run_config.data.sequence_length), jnp.int32)
   batch = dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
 
   def saved(params, batch):
-    loss = lambda params: model_lib.bind(stages.model, params).loss(batch)[0]
+    loss = lambda params: model_lib.bind(run_config.model, params).loss(batch)[0]
     return jax.tree.leaves(jax.vjp(loss, params)[1])
 
-  params = jax.eval_shape(lambda: model_lib.init_params(stages.model, jax.random.key(0)))
+  params = jax.eval_shape(lambda: model_lib.init_params(run_config.model, jax.random.key(0)))
   jaxpr = jax.make_jaxpr(saved)(params, batch).jaxpr
   variables = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
   residuals: Any = variables - {*jaxpr.invars, *jaxpr.constvars}

@@ -10,7 +10,7 @@ from flax import nnx
 from moejax import parameters
 
 
-class Tokens(NamedTuple):
+class TokenInfo(NamedTuple):
   """What a sublayer may know about the tokens of its activations.
 
   Shapes are [B, L] in a forward pass and [B] in one decoding step, both int32.
@@ -23,6 +23,9 @@ class Tokens(NamedTuple):
   def for_part(self, index):
     """The same with another key, for one of several parts."""
     return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
+
+
+Tokens = TokenInfo  # its name in version 0.1, which programs of users import
 
 
 def join_aux(auxes):

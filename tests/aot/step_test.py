@@ -41,13 +41,13 @@ MESH = {'mesh.data': 2, 'mesh.expert': 4, 'model.moe.group_size': 1}
 def test_a_report(machine):
   config = _config(moe, **MESH)
   report = step.compile_step(config, machine)
-  stages = config_lib.resolve(config)
-  counts = flops.param_counts(stages.model)
-  tokens = stages.data.batch_size * stages.data.sequence_length
+  run_config = config_lib.resolve(config)
+  counts = flops.param_counts(run_config.model)
+  tokens = run_config.data.batch_size * run_config.data.sequence_length
   assert report.fits and report.chips == 8 and report.mesh == {'data': 2, 'expert': 4}
   assert (report.params, report.active_params) == (counts['total'], counts['active'])
   assert report.tokens == tokens
-  per_token = flops.training_flops_per_token(stages.model, stages.data.sequence_length)
+  per_token = flops.training_flops_per_token(run_config.model, run_config.data.sequence_length)
   assert report.model_flops == per_token['model'] * tokens / 8
   # Experts have spare slots, and everything is sharded over all axes but `data`.
   assert report.model_flops < report.flops < 2 * report.model_flops

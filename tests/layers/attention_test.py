@@ -31,7 +31,7 @@ def _x(length=L):
 
 def _tokens(length=L, first=0):
   positions_BL = jnp.tile(jnp.arange(first, first + length)[None], (B, 1))
-  return common.Tokens(jnp.ones((B, length), jnp.int32), positions_BL)
+  return common.TokenInfo(jnp.ones((B, length), jnp.int32), positions_BL)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,7 +103,7 @@ def test_a_document_mask_isolates_packed_documents(rope):
   alone = jnp.concatenate(
     [_forward(first, _tokens(3), rope=rope), _forward(second, _tokens(4), rope=rope)], axis=1
   )
-  packed = common.Tokens(
+  packed = common.TokenInfo(
     jnp.tile(jnp.array([[1, 1, 1, 2, 2, 2, 2]]), (B, 1)),
     jnp.tile(jnp.array([[0, 1, 2, 0, 1, 2, 3]]), (B, 1)),
   )
@@ -122,7 +122,7 @@ def _decode(graph, params, x_BLD, late_B):
   def advance(state, time):
     positions_B = jnp.maximum(time - late_B, 0)
     x_BD = x_BLD[jnp.arange(B), positions_B]
-    y_BD, state = layer.step(x_BD, state, common.Tokens(jnp.ones_like(late_B), positions_B))
+    y_BD, state = layer.step(x_BD, state, common.TokenInfo(jnp.ones_like(late_B), positions_B))
     return state, y_BD
 
   state = layer.init_state(B, L + 2, x_BLD.dtype)

@@ -45,7 +45,7 @@ def _tokens(*starts, length=L):
   segments_L = np.searchsorted(starts, np.arange(length), side='right')
   positions_L = np.arange(length) - np.asarray(starts)[segments_L - 1]
   tile = lambda v_L: jnp.asarray(np.tile(v_L[None], (B, 1)), jnp.int32)
-  return common.Tokens(tile(segments_L), tile(positions_L))
+  return common.TokenInfo(tile(segments_L), tile(positions_L))
 
 
 @functools.partial(jax.jit, static_argnums=0)

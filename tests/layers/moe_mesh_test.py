@@ -52,7 +52,7 @@ def _compiled(router, impl, sizes):
   graph, params = nnx.split(_layer(router, impl))
   params['router'][...] = params['router'][...].at[0, 1].set(4)
   x_BLD, dy_BLD, segments_BL = _inputs()
-  tokens = common.Tokens(jnp.asarray(segments_BL), jnp.zeros((B, L), jnp.int32))
+  tokens = common.TokenInfo(jnp.asarray(segments_BL), jnp.zeros((B, L), jnp.int32))
 
   def value_and_gradients(params, x_BLD):
     forward = lambda params, x_BLD: nnx.merge(graph, params)(x_BLD, tokens)

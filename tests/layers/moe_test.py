@@ -69,7 +69,7 @@ def _inputs(dtype='float32'):
   segments_BL = np.ones((B, L), np.int32)
   segments_BL[1, 3:] = 0
   positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
-  return x_BLD, common.Tokens(jnp.asarray(segments_BL), jnp.asarray(positions_BL))
+  return x_BLD, common.TokenInfo(jnp.asarray(segments_BL), jnp.asarray(positions_BL))
 
 
 def _groups(a_BL, by_position):

@@ -56,7 +56,7 @@ def _bound(graph, params):
 
 def _tokens(batch_size, length):
   positions_BL = jnp.tile(jnp.arange(length)[None], (batch_size, 1))
-  return common.Tokens(jnp.ones((batch_size, length), jnp.int32), positions_BL)
+  return common.TokenInfo(jnp.ones((batch_size, length), jnp.int32), positions_BL)
 
 
 def _x():
@@ -295,7 +295,7 @@ def _decode(graph, params, x_BLD, segments_BL):
   layer = nnx.merge(graph, params)
   state, columns = layer.init_state(B, L, x_BLD.dtype), []
   for position in range(L):
-    now = common.Tokens(segments_BL[:, position], jnp.full(B, position))
+    now = common.TokenInfo(segments_BL[:, position], jnp.full(B, position))
     y_BD, state = layer.step(x_BLD[:, position], state, now)
     columns.append(y_BD)
   return jnp.stack(columns, axis=1)
@@ -413,7 +413,7 @@ LEARNED = dict(
 
 def _with_key(graph, params, x_BLD, segments_BL, key):
   positions_BL = jnp.zeros_like(segments_BL)
-  return _bound(graph, params)(x_BLD, common.Tokens(segments_BL, positions_BL, key))[0]
+  return _bound(graph, params)(x_BLD, common.TokenInfo(segments_BL, positions_BL, key))[0]
 
 
 def _on_mesh(sizes, changes):

@@ -8,7 +8,7 @@ from flax import nnx
 from moejax.layers import common, parallel
 
 B, L, D = 2, 3, 4
-TOKENS = common.Tokens(jnp.ones((B, L), int), jnp.tile(jnp.arange(L)[None], (B, 1)))
+TOKENS = common.TokenInfo(jnp.ones((B, L), int), jnp.tile(jnp.arange(L)[None], (B, 1)))
 
 
 class _Scale(nnx.Module):
