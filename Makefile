@@ -28,7 +28,7 @@ test-fast: $(VENV)/.installed-test
 
 test-tpu: $(VENV)/.installed-test
 	python -m pip install --quiet --editable '.[tpu-aot]'
-	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/ops/selective_scan_tpu_test.py
+	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/layers/mamba_mesh_test.py
 
 # Reinstalled only when setup.py changes.
 $(VENV)/.installed: setup.py
