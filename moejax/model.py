@@ -66,6 +66,7 @@ REMAT = {
 }
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
+_MOST_REPEATS = 10_000  # a larger number is a mistake, and would take forever to check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +187,8 @@ class ModelConfig(Section):
       )
       return
     for pattern, repeats in self.blocks:
-      if repeats < 1:
-        yield f'model.blocks: {pattern} must repeat at least once, got {repeats}.'
+      if not 1 <= repeats <= _MOST_REPEATS:
+        yield f'model.blocks: {pattern} must repeat 1 to {_MOST_REPEATS} times, got {repeats}.'
       for kind in '+'.join(pattern).split('+'):
         if kind not in SUBLAYERS:
           yield f'model.blocks: no sublayer {kind!r}; there are {", ".join(SUBLAYERS)}.'
