@@ -51,6 +51,8 @@ class Plan:
   def ragged(self):
     return self.token.ndim == 1
 
+  packed = ragged  # its name in version 0.1, for code that reads plans
+
 
 def router_logits(x, w_DE):
   """Scores of every expert for x [..., D]: logits [..., E], as wide as x or w, at full precision.
