@@ -17,6 +17,8 @@ import pytest
 from configs import fine_grained, moe as moe_config, moe_mamba, mot
 from moejax import metrics, model, variants
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
   p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')

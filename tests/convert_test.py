@@ -28,6 +28,8 @@ from moejax import (
 )
 from moejax.layers.common import TokenInfo
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parent.parent
 HF = ROOT / 'tests' / 'reference' / 'hf_mamba'
 

@@ -17,6 +17,8 @@ from moejax import config as config_lib, convert, model as model_lib
 from moejax.layers import moe
 from tests import commands, programs, tiny
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS, README = ROOT / 'docs', ROOT / 'README.md'
 

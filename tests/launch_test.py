@@ -15,6 +15,8 @@ import pytest
 
 from moejax.scaling_laws import run
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))

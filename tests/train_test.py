@@ -31,6 +31,8 @@ from moejax import (
 from moejax.checkpoint import Checkpoints
 from tests import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 def _debug_config(module=mot, **changes):
   config = module.get_config('debug')

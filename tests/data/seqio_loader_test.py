@@ -8,7 +8,7 @@ from moejax import data, tokenize, tokenizer as tokenizer_program
 from moejax.data import seqio_loader, token_files, tokenizer as tokenizer_lib
 
 # TensorFlow's own dependencies warn about each other.
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings('ignore')]
 
 
 @pytest.fixture(scope='session')

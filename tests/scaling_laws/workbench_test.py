@@ -12,6 +12,8 @@ from configs import dense
 from moejax import cli
 from moejax.scaling_laws import __main__ as program, grid, laws, optimal, plan, plots
 
+pytestmark = pytest.mark.heavy
+
 PRINTED = laws.PUBLISHED['printed']
 
 
