@@ -20,13 +20,6 @@ LANES = scan_lib._LANES
 
 
 @pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
-@pytest.fixture
 def interpreted(monkeypatch):
   """Makes the kernel for TPU run anywhere, in a small tile, which is quick to compile."""
   kernel = functools.partial(scan_lib._tpu_kernel, interpret=True)

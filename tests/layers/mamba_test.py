@@ -16,13 +16,6 @@ B, L, D, N, W = 2, 7, 12, 3, 4
 REFERENCE = pathlib.Path(__file__).parent.parent / 'reference' / 'hf_mamba_mixer.npz'
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 def _layer(d_model=D, state_size=N, dtype='float32'):
   config = mamba.MambaConfig(state_size=state_size, conv_width=W)
   init = common.Initializer('truncated_normal', 1.0, jnp.dtype(dtype))

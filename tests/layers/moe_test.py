@@ -83,13 +83,6 @@ def _ungroup(a_GT):
   return np.swapaxes(split, 1, 2).reshape(B, L, *a_GT.shape[2:])
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 @pytest.mark.parametrize('impl', ['loop', 'rows'])
 @pytest.mark.parametrize(
   ('router', 'd_out'), [*((router, D) for router in ROUTERS), ('top 1', 5), ('expert choice', 11)]

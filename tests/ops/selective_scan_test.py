@@ -21,13 +21,6 @@ ARGUMENTS = ('x_BLI', 'delta_BLI', 'a_IN', 'b_BLN', 'c_BLN', 'skip_I', 'gate_BLI
 SEQUENCES = tuple(name for name in ARGUMENTS if 'BL' in name)
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 def _inputs(length, dtype='float64', seed=0, sequences=B, channels=I, states=N):
   rng = np.random.default_rng(seed)
   size = {'B': sequences, 'L': length, 'I': channels, 'N': states}
