@@ -40,7 +40,7 @@ def _code(page):
 @pytest.mark.heavy
 def test_what_leaks_in_a_group_and_that_groups_of_one_do_not():
   page = {}
-  exec(_code('mixture_of_tokens.md')[0], page)
+  exec(_code('concepts/mixture_of_tokens.md')[0], page)
   in_a_group, alone = (page['change'](page['config'].with_mot(group_size=M)) for M in (4, 1))
   assert not in_a_group[:9].any() and (in_a_group[9:] > 0).all()
   assert not alone.any()

@@ -1,4 +1,4 @@
-"""The Mixture-of-Tokens layer and its variants (docs/mixture_of_tokens.md)."""
+"""The Mixture-of-Tokens layer and its variants (docs/concepts/mixture_of_tokens.md)."""
 
 import dataclasses
 import math
