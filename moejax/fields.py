@@ -38,7 +38,8 @@ def default(
   """A field of a Section: its default, one line of meaning, and its allowed values.
 
   Args:
-    choices: the allowed values, or a function that returns them, if they are defined later.
+    choices: the allowed values, of a tuple those of its elements; or a function that returns them,
+      if they are defined later.
     minimum, maximum, above, below: bounds of a number; the last two are exclusive.
   """
   bounds = {'at least': minimum, 'above': above, 'at most': maximum, 'below': below}
@@ -118,7 +119,8 @@ def allowed(f):
   """The allowed values of a field, such as 'at least 1'; '' if its type is the only limit."""
   choices = f.metadata['choices']()
   if choices:
-    return 'one of ' + ', '.join(choice or "''" for choice in choices)
+    one = 'names of' if f.type is tuple else 'one of'
+    return f'{one} ' + ', '.join(choice or "''" for choice in choices)
   bounds = f.metadata['bounds'].items()
   return ' and '.join(f'{name} {bound}' for name, bound in bounds).replace('above 0', 'positive')
 
@@ -134,9 +136,10 @@ def checked(name, f, value: Any):
   if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
     raise ValueError(f'{name} must be {_KINDS[f.type]}, got {value!r}.')
   choices = f.metadata['choices']()
-  if choices and value not in choices:
-    hint = text.did_you_mean(value, choices)
-    raise ValueError(f'{name} must be {allowed(f)}; got {value!r}{hint}')
+  for chosen in value if f.type is tuple else (value,):
+    if choices and chosen not in [*choices]:
+      hint = text.did_you_mean(str(chosen), choices)
+      raise ValueError(f'{name} must be {allowed(f)}; got {chosen!r}{hint}')
   if not all(_HOLDS[relation](value, bound) for relation, bound in f.metadata['bounds'].items()):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
   return value

@@ -1,4 +1,4 @@
-"""Metrics of a run: averaged over steps, written to metrics.jsonl and TensorBoard.
+"""Metrics of a run: averaged over steps, written to metrics.jsonl and passed to trackers.
 
 metrics.jsonl is authoritative: one JSON object per line with its 'step', in order, each metric once
 per step. Non-finite numbers are null, because JSON has no NaN.
@@ -11,46 +11,43 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
 
 from moejax import files
+from moejax.trackers import Trackers
 
 _FILE = 'metrics.jsonl'
 
 
 class MetricsWriter:
-  """Appends to metrics.jsonl and to TensorBoard events in a folder; for process 0 of a run."""
+  """Appends to metrics.jsonl in a folder, and passes on to trackers; for process 0 of a run."""
 
-  def __init__(self, workdir, start_step: int):
-    """Opens both, and drops what an earlier, longer attempt wrote.
+  def __init__(self, workdir, start_step: int, trackers=(), config=None):
+    """Opens the file, and drops what an earlier, longer attempt wrote.
 
     Args:
       workdir: the run's folder; created if it does not exist.
       start_step: the step that the run resumes from. Later lines are dropped; with 0, all.
+      trackers: names of trackers.TRACKERS.
+      config: of the run, as nested dicts; for the trackers.
     """
     path = pathlib.Path(workdir) / _FILE
     first = start_step + 1 if start_step else 0
     kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
     files.write(path, ''.join(map(_line, kept)))
     self._lines = path.open('a')
-    self._events = tensorboardX.SummaryWriter(  # short runs would share a file name
-      str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
-    )
+    self._trackers = Trackers(trackers, workdir, config or {}, start_step)
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
     """Writes one line. With a prefix, 'loss' becomes 'prefix/loss'."""
     named = {f'{prefix}/{name}' if prefix else name: float(v) for name, v in metrics.items()}
     self._lines.write(_line({'step': step, **named}))
     self._lines.flush()
-    for name, value in named.items():
-      if math.isfinite(value):
-        self._events.add_scalar(name, value, step)
-    self._events.flush()
+    self._trackers.write(step, named)
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes the file and the trackers."""
     self._lines.close()
-    self._events.close()
+    self._trackers.close()
 
 
 class NoWriter:
@@ -63,9 +60,11 @@ class NoWriter:
     pass
 
 
-def make_writer(workdir, start_step: int) -> MetricsWriter | NoWriter:
+def make_writer(workdir, start_step: int, trackers=(), config=None) -> MetricsWriter | NoWriter:
   """A MetricsWriter in process 0 of a run, a NoWriter in the others."""
-  return MetricsWriter(workdir, start_step) if jax.process_index() == 0 else NoWriter()
+  if jax.process_index():
+    return NoWriter()
+  return MetricsWriter(workdir, start_step, trackers, config)
 
 
 def read_metrics(workdir) -> list[dict]:

@@ -25,6 +25,7 @@ from moejax import (
   report,
   run_folder,
   sharding,
+  trackers,
 )
 from moejax.checkpoint import changed_fields, one_line_errors
 from moejax.distributed import Interrupt, is_process_0
@@ -138,6 +139,7 @@ def prepare(config, workdir):
   mesh = sharding.make_mesh(run_config.mesh)
   config_lib.check_mesh(run_config, mesh)
   _check_prompt(run_config)
+  trackers.check_installed(run_config.train.trackers)
   run_folder.check_same_run(config, workdir)
   part = sharding.process_part(mesh, run_config.data.batch_size)
   loader = data.make_loader(run_config.data, 'train', **part)
@@ -242,7 +244,9 @@ def set_up(run, step, start=None):
     )
   if is_process_0() and run.step < run.run_config.train.steps:
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
-  run.writer = metrics_lib.make_writer(run.workdir, run.step)
+  run.writer = metrics_lib.make_writer(
+    run.workdir, run.step, run.run_config.train.trackers, run.config.to_dict()
+  )
   run.flops_per_token = flops.training_flops_per_token(
     run.run_config.model, run.run_config.data.sequence_length
   )

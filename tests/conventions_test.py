@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / 'moejax').rglob('*.py'))
 
 # A module may import modules of its own rank or below. Whatever is not named is a program, on top.
 RANKS = (
-  ('', 'fields', 'files', 'hardware', 'parameters', 'text'),  # '' is moejax/__init__.py
+  ('', 'fields', 'files', 'hardware', 'parameters', 'text', 'trackers'),  # '' is moejax/__init__.py
   ('ops', 'sharding'),
   ('layers',),
   ('model',),

@@ -16,7 +16,7 @@ from moejax import metrics, report
 
 
 def write(workdir, start_step, steps):
-  writer = metrics.MetricsWriter(workdir, start_step)
+  writer = metrics.MetricsWriter(workdir, start_step, ('tensorboard',))
   for step in steps:
     writer.write(step, {'loss': 1 / step, 'start': start_step})
   writer.close()
@@ -35,7 +35,7 @@ def read_events(workdir):
 
 
 def test_lines_and_events_hold_the_same_numbers(tmp_path):
-  writer = metrics.MetricsWriter(tmp_path / 'run', 0)
+  writer = metrics.MetricsWriter(tmp_path / 'run', 0, ('tensorboard',))
   writer.write(10, {'loss': jnp.float32(2.5), 'mfu': 0.25})
   writer.write(10, {'loss': np.float64(3.0)}, prefix='eval')
   assert metrics.read_metrics(tmp_path / 'run') == [  # before closing: lines are flushed
@@ -140,7 +140,7 @@ def test_a_non_finite_number_is_noticed_one_step_later(name):
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path):
-  writer = metrics.MetricsWriter(tmp_path, 0)
+  writer = metrics.MetricsWriter(tmp_path, 0, ('tensorboard',))
   writer.write(1, {'loss': math.nan, 'grad_norm': math.inf, 'mfu': 0.5})
   writer.write(2, {'loss': 1.0})
   writer.close()

@@ -1,0 +1,117 @@
+"""Where else the metrics of a run go: TensorBoard, Weights & Biases, or your own.
+
+A tracker is made by `(workdir, config, start_step)`: the run's folder, its config as nested dicts,
+and the step it starts from. It has two methods, `write(step, metrics)` and `close()`. A new one is
+a class with these, and an entry of TRACKERS. metrics.jsonl is authoritative: a tracker that fails
+is left out from then on, with a warning.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import pathlib
+import secrets
+
+import tensorboardX
+
+from moejax import files
+
+
+class TensorBoard:
+  """Events in the run's folder; `tensorboard --logdir FOLDER` shows them."""
+
+  def __init__(self, workdir, config, start_step):
+    del config
+    first = start_step + 1 if start_step else 0
+    self._events = tensorboardX.SummaryWriter(  # short runs would share a file name
+      str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
+    )
+
+  def write(self, step, metrics):
+    for name, value in metrics.items():
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, step)
+    self._events.flush()
+
+  def close(self):
+    self._events.close()
+
+
+class WandB:
+  """A run of Weights & Biases, which goes on when this run resumes.
+
+  Its id is in the file `wandb_id` of the run's folder. The environment variables of wandb apply:
+  WANDB_PROJECT (default: moejax), WANDB_NAME (default: the folder's name), WANDB_MODE=offline, ...
+  """
+
+  PACKAGE = 'wandb'
+
+  def __init__(self, workdir, config, start_step):
+    del start_step
+    import wandb
+
+    workdir = pathlib.Path(workdir)
+    path = workdir / 'wandb_id'
+    if not path.exists():
+      files.write(path, secrets.token_hex(4))
+    offline = os.environ.get('WANDB_MODE') == 'offline'  # uploads of one id become one run there
+    self._run = wandb.init(
+      id=path.read_text(),
+      resume=None if offline else 'allow',
+      dir=workdir,
+      project=os.environ.get('WANDB_PROJECT', 'moejax'),
+      name=os.environ.get('WANDB_NAME', workdir.name),
+      config=config,
+    )
+
+  def write(self, step, metrics):
+    self._run.log(metrics, step=step)
+
+  def close(self):
+    self._run.finish()
+
+
+TRACKERS = {'tensorboard': TensorBoard, 'wandb': WandB}
+
+
+def check_installed(names) -> None:
+  """Raises ValueError if a tracker needs a package that is not installed."""
+  for name in names:
+    package = getattr(TRACKERS[name], 'PACKAGE', None)
+    if package and not importlib.util.find_spec(package):
+      raise ValueError(
+        f"train.trackers: {name} is not installed: pip install 'moejax[{name}]', or leave it out."
+      )
+
+
+class Trackers:
+  """The trackers of a run as one, which never fails."""
+
+  def __init__(self, names, workdir, config, start_step: int):
+    """Opens the trackers `names`; the rest is as a tracker takes it."""
+    self._trackers = {}
+    for name in dict.fromkeys(names):
+      with self._guarded(name):
+        self._trackers[name] = TRACKERS[name](workdir, config, start_step)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Passes on the metrics of a step; numbers may be NaN or infinite."""
+    for name, tracker in list(self._trackers.items()):
+      with self._guarded(name):
+        tracker.write(step, metrics)
+
+  def close(self) -> None:
+    for name, tracker in list(self._trackers.items()):
+      with self._guarded(name):
+        tracker.close()
+
+  @contextlib.contextmanager
+  def _guarded(self, name):
+    """If what is done within fails, drops the tracker and prints one warning."""
+    try:
+      yield
+    except Exception as error:
+      self._trackers.pop(name, None)
+      what = ' '.join(f'{type(error).__name__}: {error}'.split())
+      print(f'warning: train.trackers: {name} failed, the run goes on without it: {what}')
