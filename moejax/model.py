@@ -83,13 +83,18 @@ class ModelConfig(Section):
   max_length: int = dataclasses.field(kw_only=True)  # positions: data.sequence_length
   d_model: int = default(64, 'width of the stream between sublayers', minimum=1)
   num_heads: int = default(2, 'of attention', minimum=1)
+  num_kv_heads: int = default(0, 'of keys and values, shared by queries; 0: num_heads', minimum=0)
   d_ff: int = default(256, 'hidden width of a dense feed-forward', minimum=1)
   activation: str = default(
     'relu', 'of feed-forwards and experts', choices=(*common.ACTIVATIONS, 'swiglu')
   )
   positions: str = default('rope', 'learned: absolute', choices=('rope', 'learned', 'none'))
+  rope_theta: float = default(10_000.0, 'base of rotary positions', minimum=1)
   document_mask: bool = default(False, 'tokens see their document only, not the whole sequence')
   norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
+  norm_eps: float = default(1e-5, 'added to the variance or mean square in these norms', minimum=0)
+  qk_norm: bool = default(False, 'RMS norms of all queries and of all keys, as in OLMoE')
+  biases: bool = default(False, 'of attention and dense feed-forwards, as in GPT-2')
   final_norm: bool = default(False, 'a norm before the output projection')
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
   init: str = default('truncated_normal', 'of the parameters', choices=tuple(common.INITIALIZERS))
@@ -231,7 +236,7 @@ class LanguageModel(nnx.Module):
       make = functools.partial(_make_block, pattern, config, init)
       setattr(self, name, jax.vmap(make)(jax.random.split(rngs.params(), repeats)))
     if config.final_norm:
-      self.final_norm = common.NORMS[config.norm](D, dtype)
+      self.final_norm = common.NORMS[config.norm](D, dtype, config.norm_eps)
     if not config.tie_embeddings:
       self.head = init(rngs, D, V, fan_in=D)
 
@@ -351,7 +356,8 @@ def _make_block(pattern, config, init, key):
     layers = {f'{i}_{k}': SUBLAYERS[k](config).make(init, rngs) for i, k in enumerate(kinds)}
     return Parallel(layers) if len(layers) > 1 else layers[f'0_{name}']
 
-  make_norm = functools.partial(common.NORMS[config.norm], config.d_model, init.dtype)
+  norm = common.NORMS[config.norm]
+  make_norm = functools.partial(norm, config.d_model, init.dtype, config.norm_eps)
   return Block(pattern, make_layer, make_norm, config.dtype)
 
 

@@ -94,6 +94,8 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'positions': 'none', 'norm': 'rms_norm'},
     {'activation': 'swiglu', 'final_norm': True},
     {'activation': 'swiglu', 'd_ff': 10},
+    {'blocks': tiny.DENSE, 'num_heads': 6, 'num_kv_heads': 2, 'qk_norm': True, 'biases': True},
+    {'blocks': tiny.DENSE, 'biases': True, 'qk_norm': True, 'activation': 'swiglu'},
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},

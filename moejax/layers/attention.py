@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention, with rotary positions or without."""
+"""Causal self-attention: of many heads or with shared keys and values, rotary positions or none."""
 
 import jax
 import jax.numpy as jnp
@@ -6,67 +6,122 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax import parameters
+from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.sharding import platform
 from moejax.sharding.mesh import SHARD_AXES
 
-parameters.declare('qkv', P(SHARD_AXES, None, 'tensor', None))
+parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None))
+parameters.declare('q', P(SHARD_AXES, 'tensor', None))
 parameters.declare('out', P('tensor', None, SHARD_AXES))
+parameters.declare('qkv_bias q_bias kv_bias out_bias', decays=False)
 
 
 class Attention(nnx.Module):
-  """Causal self-attention, no biases, scores scaled by 1/sqrt(P).
+  """Causal self-attention, scores scaled by 1/sqrt(P).
 
   Input and output x_BLD, any float dtype; softmax in float32. Sees its own sequence, with
   `document_mask` its own document, at its own and earlier positions. `aux` is empty.
 
-  `rope` turns on rotary positions (arXiv:2104.09864; base 10000, halves paired).
+  Args:
+    d_model, num_heads: width D and heads H, each P = D / H wide.
+    num_kv_heads: heads J of keys and values, which groups of H / J queries share
+      (arXiv:2305.13245); 0: as many as `num_heads`.
+    rope: whether positions are rotary (arXiv:2104.09864), halves paired, with base `rope_theta`.
+    document_mask: see above.
+    biases: whether all four projections have one.
+    qk_norm: root-mean-square norms over all queries and over all keys of a token, before positions,
+      with `norm_eps`.
+    init, rngs: make the parameters.
   """
 
-  def __init__(self, *, d_model, num_heads, rope, document_mask, init, rngs):
-    head_width = d_model // num_heads
-    self.qkv = init(rngs, d_model, 3, num_heads, head_width, fan_in=d_model)
+  def __init__(
+    self,
+    *,
+    d_model,
+    num_heads,
+    num_kv_heads=0,
+    rope,
+    rope_theta=10_000.0,
+    document_mask,
+    biases=False,
+    qk_norm=False,
+    norm_eps=1e-5,
+    init,
+    rngs,
+  ):
+    head_width, kv_heads = d_model // num_heads, num_kv_heads or num_heads
+    shapes = {'qkv': (3, num_heads, head_width)}
+    if kv_heads < num_heads:
+      shapes = {'q': (num_heads, head_width), 'kv': (2, kv_heads, head_width)}
+    for name, shape in shapes.items():
+      setattr(self, name, init(rngs, d_model, *shape, fan_in=d_model))
     self.out = init(rngs, num_heads, head_width, d_model, fan_in=d_model)
+    if biases:
+      for name, shape in (shapes | {'out': (d_model,)}).items():
+        setattr(self, f'{name}_bias', nnx.Param(jnp.zeros(shape, init.dtype)))
+    if qk_norm:
+      self.q_norm = common.RMSNorm(d_model, init.dtype, norm_eps)
+      self.k_norm = common.RMSNorm(kv_heads * head_width, init.dtype, norm_eps)
+    self.projections = tuple(shapes)
+    self.cached = kv_heads, head_width
     self.rope = rope
+    self.rope_theta = rope_theta
     self.document_mask = document_mask
+    self.biases = biases
+    self.qk_norm = qk_norm
 
   def _project(self, x_BLD, positions_BL):
-    qkv_D3HP = self.qkv[...].astype(x_BLD.dtype)
-    q_BLHP, k_BLHP, v_BLHP = jnp.moveaxis(jnp.einsum('BLD,DCHP->BLCHP', x_BLD, qkv_D3HP), 2, 0)
+    *queries, together = (self._heads(x_BLD, name) for name in self.projections)
+    q_BLHP, k_BLJP, v_BLJP = *queries, *jnp.moveaxis(together, 2, 0)
+    if self.qk_norm:
+      q_BLHP, k_BLJP = _norm_all(self.q_norm, q_BLHP), _norm_all(self.k_norm, k_BLJP)
     if self.rope:
-      q_BLHP, k_BLHP = rotate(q_BLHP, positions_BL), rotate(k_BLHP, positions_BL)
-    return q_BLHP, k_BLHP, v_BLHP
+      q_BLHP, k_BLJP = (rotate(x, positions_BL, self.rope_theta) for x in (q_BLHP, k_BLJP))
+    return q_BLHP, k_BLJP, v_BLJP
+
+  def _heads(self, x_BLD, name):
+    """Products of tokens with one of the arrays of projections."""
+    y = jnp.einsum('BLD,D...->BL...', x_BLD, getattr(self, name)[...].astype(x_BLD.dtype))
+    return y + common.row(getattr(self, f'{name}_bias')[...], y) if self.biases else y
+
+  def _join(self, o_BLHP):
+    """Outputs of all heads, joined."""
+    y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(o_BLHP.dtype))
+    return y_BLD + common.row(self.out_bias[...], y_BLD) if self.biases else y_BLD
 
   def __call__(self, x_BLD, tokens):
     return self.prefill(x_BLD, tokens)[0], {}
 
   def prefill(self, x_BLD, tokens):
     """The forward pass: y_BLD, and the cache of its positions."""
-    q_BLHP, k_BLHP, v_BLHP = self._project(x_BLD, tokens.positions)
+    q_BLHP, k_BLJP, v_BLJP = self._project(x_BLD, tokens.positions)
     mask = None
     if self.document_mask:
       mask = tokens.segments[:, None, :, None] == tokens.segments[:, None, None, :]
     o_BLHP = jax.nn.dot_product_attention(
-      q_BLHP, k_BLHP, v_BLHP, mask=mask, is_causal=True, implementation=_implementation(x_BLD.dtype)
+      q_BLHP, k_BLJP, v_BLJP, mask=mask, is_causal=True, implementation=_implementation(x_BLD.dtype)
     )
-    y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(x_BLD.dtype))
-    return y_BLD, {'k': k_BLHP, 'v': v_BLHP}
+    return self._join(o_BLHP), {'k': k_BLJP, 'v': v_BLJP}
 
   def init_state(self, batch_size, max_length, dtype):
     """An empty cache: keys and values of every position."""
-    _, _, H, P = self.qkv.shape
-    empty = jnp.zeros((batch_size, max_length, H, P), dtype)
+    empty = jnp.zeros((batch_size, max_length, *self.cached), dtype)
     return {'k': empty, 'v': empty}
 
   def step(self, x_BD, state, tokens):
     """One position of every sequence, written to the cache at that position."""
-    q_BLHP, k_BLHP, v_BLHP = self._project(x_BD[:, None], tokens.positions[:, None])
+    q_BLHP, k_BLJP, v_BLJP = self._project(x_BD[:, None], tokens.positions[:, None])
     here = jnp.arange(x_BD.shape[0]), tokens.positions
-    k_BSHP, v_BSHP = state['k'].at[here].set(k_BLHP[:, 0]), state['v'].at[here].set(v_BLHP[:, 0])
-    past_BS = jnp.arange(k_BSHP.shape[1])[None, :] <= tokens.positions[:, None]
-    o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSHP, v_BSHP, mask=past_BS[:, None, None, :])
-    y_BD = jnp.einsum('BHP,HPD->BD', o_BLHP[:, 0], self.out[...].astype(x_BD.dtype))
-    return y_BD, {'k': k_BSHP, 'v': v_BSHP}
+    k_BSJP, v_BSJP = state['k'].at[here].set(k_BLJP[:, 0]), state['v'].at[here].set(v_BLJP[:, 0])
+    past_BS = jnp.arange(k_BSJP.shape[1])[None, :] <= tokens.positions[:, None]
+    o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSJP, v_BSJP, mask=past_BS[:, None, None, :])
+    return self._join(o_BLHP)[:, 0], {'k': k_BSJP, 'v': v_BSJP}
+
+
+def _norm_all(norm, x):
+  """The norm over all heads of a token."""
+  return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 class AttentionSublayer(Sublayer):
@@ -77,8 +132,13 @@ class AttentionSublayer(Sublayer):
     return Attention(
       d_model=c.d_model,
       num_heads=c.num_heads,
+      num_kv_heads=c.num_kv_heads,
       rope=c.positions == 'rope',
+      rope_theta=c.rope_theta,
       document_mask=c.document_mask,
+      biases=c.biases,
+      qk_norm=c.qk_norm,
+      norm_eps=c.norm_eps,
       init=init,
       rngs=rngs,
     )
@@ -92,18 +152,31 @@ class AttentionSublayer(Sublayer):
         'model.positions = rope needs an even head width, got d_model / num_heads = '
         f'{d_model // num_heads}.'
       )
+    if num_heads % self.kv_heads:
+      yield f'model.num_kv_heads = {self.kv_heads} must divide num_heads = {num_heads}.'
+
+  @property
+  def kv_heads(self):
+    return self.config.num_kv_heads or self.config.num_heads
 
   @property
   def widths(self):
-    return {'heads (model.num_heads)': self.config.num_heads}
+    widths = {'heads (model.num_heads)': self.config.num_heads}
+    if self.config.num_kv_heads:
+      widths['heads of keys and values (model.num_kv_heads)'] = self.kv_heads
+    return widths
 
   def cost(self, length):
-    weights = 4 * self.config.d_model**2  # query, key, value, output
+    c = self.config
+    kv_width = self.kv_heads * (c.d_model // c.num_heads)
+    weights = 2 * c.d_model * (c.d_model + kv_width)  # query and output, key and value
+    biases = 2 * (c.d_model + kv_width) * c.biases
+    norms = (c.d_model + kv_width) * c.qk_norm
     # q k^T, then the sum of values: [L, P] by [P, L], H times.
-    scores = 2 * 2 * length * self.config.d_model
+    scores = 2 * 2 * length * c.d_model
     return Cost(
-      params={'attention': weights},
-      active=weights,
+      params={'attention': weights + biases, 'norm': norms},
+      active=weights + biases + norms,
       model_flops={'attention_projections': 2 * weights, 'attention_scores': scores},
     )
 

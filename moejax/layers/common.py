@@ -99,23 +99,23 @@ def layer_norm(x, scale_D, bias_D, eps=1e-5):
   """Layer norm of x [..., D], computed in the wider dtype of x and its parameters; returns x's."""
   wide = _wide(x, scale_D)
   normal = rms_norm(wide - wide.mean(-1, keepdims=True), scale_D, eps)
-  return (normal + _row(bias_D, wide)).astype(x.dtype)
+  return (normal + row(bias_D, wide)).astype(x.dtype)
 
 
 def rms_norm(x, scale_D, eps=1e-5):
   """Root-mean-square norm of x [..., D], with dtypes as in `layer_norm`."""
   wide = _wide(x, scale_D)
   normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-  return (normal * _row(scale_D, wide)).astype(x.dtype)
+  return (normal * row(scale_D, wide)).astype(x.dtype)
 
 
 def _wide(x, scale_D):
   return x.astype(jnp.promote_types(x.dtype, scale_D.dtype))
 
 
-def _row(v_D, like):
+def row(v, like):
   """v in the dtype of `like`, with the leading axes that strict rank promotion requires."""
-  return v_D.astype(like.dtype).reshape((1,) * (like.ndim - 1) + v_D.shape)
+  return v.astype(like.dtype).reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
 parameters.declare('scale bias', decays=False)
@@ -124,22 +124,24 @@ parameters.declare('scale bias', decays=False)
 class LayerNorm(nnx.Module):
   """`layer_norm` with learned scale and bias."""
 
-  def __init__(self, d_model, dtype):
+  def __init__(self, d_model, dtype, eps=1e-5):
     self.scale = nnx.Param(jnp.ones(d_model, dtype))
     self.bias = nnx.Param(jnp.zeros(d_model, dtype))
+    self.eps = eps
 
   def __call__(self, x):
-    return layer_norm(x, self.scale[...], self.bias[...])
+    return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
   """`rms_norm` with a learned scale."""
 
-  def __init__(self, d_model, dtype):
+  def __init__(self, d_model, dtype, eps=1e-5):
     self.scale = nnx.Param(jnp.ones(d_model, dtype))
+    self.eps = eps
 
   def __call__(self, x):
-    return rms_norm(x, self.scale[...])
+    return rms_norm(x, self.scale[...], self.eps)
 
 
 NORMS = {'layer_norm': LayerNorm, 'rms_norm': RMSNorm}

@@ -12,6 +12,7 @@ from moejax.sharding.mesh import SHARD_AXES
 
 parameters.declare('w_in w_gate', P(SHARD_AXES, 'tensor'))
 parameters.declare('w_out', P('tensor', SHARD_AXES))
+parameters.declare('bias_in bias_out', decays=False)
 
 
 class Matrices(nnx.Module):
@@ -55,17 +56,29 @@ def down(activation, h, weight, weights, product=jnp.matmul):
 
 
 class MLP(Matrices, common.Stateless):
-  """y = act(x W_in) W_out without biases; the width F is d_ff.
+  """y = act(x W_in) W_out, with `biases` act(x W_in + b_in) W_out + b_out; the width F is d_ff.
 
   Input and output x_BLD, any float dtype. Looks at one token at a time. `aux` is empty.
   `swiglu` (arXiv:2002.05202) gates with a third matrix at width 2/3 d_ff, rounded to a multiple
   of 8, so that parameters and FLOPs stay those of the two-matrix form.
   """
 
+  def __init__(self, *, d_model, d_ff, activation, init, rngs, biases=False):
+    super().__init__(d_model=d_model, d_ff=d_ff, activation=activation, init=init, rngs=rngs)
+    self.biases = biases
+    if biases:
+      self.bias_in = nnx.Param(jnp.zeros(hidden_width(d_ff, activation), init.dtype))
+      self.bias_out = nnx.Param(jnp.zeros(d_model, init.dtype))
+
   def __call__(self, x_BLD, tokens):
     del tokens
     weights = self.weights(x_BLD.dtype)
-    return down(self.activation, up(x_BLD, weights), None, weights), {}
+    h = up(x_BLD, weights)
+    if not self.biases:
+      return down(self.activation, h, None, weights), {}
+    h['w_in'] += common.row(self.bias_in[...], h['w_in'])
+    y_BLD = down(self.activation, h, None, weights)
+    return y_BLD + common.row(self.bias_out[...], y_BLD), {}
 
 
 class MLPSublayer(Sublayer):
@@ -73,7 +86,8 @@ class MLPSublayer(Sublayer):
 
   def make(self, init, rngs):
     c = self.config
-    return MLP(d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, init=init, rngs=rngs)
+    sizes = dict(d_model=c.d_model, d_ff=c.d_ff, activation=c.activation, biases=c.biases)
+    return MLP(**sizes, init=init, rngs=rngs)
 
   @property
   def widths(self):
@@ -82,8 +96,10 @@ class MLPSublayer(Sublayer):
 
   def cost(self, length):
     del length
-    weights = num_weights(self.config.d_model, self.config.d_ff, self.config.activation)
-    return Cost(params={'mlp': weights}, active=weights, model_flops={'mlp': 2 * weights})
+    c = self.config
+    weights = num_weights(c.d_model, c.d_ff, c.activation)
+    params = weights + (hidden_width(c.d_ff, c.activation) + c.d_model) * c.biases
+    return Cost(params={'mlp': params}, active=params, model_flops={'mlp': 2 * weights})
 
 
 def hidden_width(d_ff, activation):

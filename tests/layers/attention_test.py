@@ -14,15 +14,21 @@ B, L, D, H = 3, 7, 12, 2
 P = D // H
 
 
-def _layer(rope=False, document_mask=False):
-  return attention.Attention(
-    d_model=D,
-    num_heads=H,
-    rope=rope,
-    document_mask=document_mask,
-    init=common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32')),
-    rngs=nnx.Rngs(0),
-  )
+def _layer(rope=False, document_mask=False, **options):
+  init = common.Initializer('kaiming_uniform', 1.0, jnp.dtype('float32'))
+  sizes = dict(d_model=D, num_heads=H, rope=rope, document_mask=document_mask) | options
+  layer = attention.Attention(**sizes, init=init, rngs=nnx.Rngs(0))
+  # Scales and biases have values at which they matter.
+  draw = np.random.default_rng(0).uniform
+  for path, variable in nnx.iter_graph(layer):
+    if path and ('norm' in path[0] or 'bias' in path[0]) and isinstance(variable, nnx.Param):
+      variable[...] = jnp.asarray(draw(0.5, 2, variable.shape), 'float32')
+  return layer
+
+
+EVERYTHING = dict(
+  num_heads=6, num_kv_heads=2, rope=True, rope_theta=100.0, biases=True, qk_norm=True, norm_eps=0.1
+)
 
 
 def _x(length=L):
@@ -39,8 +45,8 @@ def _apply(graph, params, x_BLD, tokens):
   return nnx.merge(graph, params)(x_BLD, tokens)[0]
 
 
-def _forward(x_BLD, tokens, rope=False, document_mask=False):
-  return _apply(*nnx.split(_layer(rope, document_mask)), x_BLD, tokens)
+def _forward(x_BLD, tokens, rope=False, document_mask=False, **options):
+  return _apply(*nnx.split(_layer(rope, document_mask, **options)), x_BLD, tokens)
 
 
 def test_is_the_definition():
@@ -130,12 +136,40 @@ def _decode(graph, params, x_BLD, late_B):
 
 
 @pytest.mark.parametrize('late', [(0, 0, 0), (0, 2, 1)])
-@pytest.mark.parametrize('rope', [False, True])
-def test_steps_equal_the_forward_pass_at_every_position(rope, late):
-  expected = _forward(_x(), _tokens(), rope=rope)
-  got = _decode(*nnx.split(_layer(rope)), _x(), jnp.array(late))
+@pytest.mark.parametrize('options', [{'rope': False}, {'rope': True}, EVERYTHING])
+def test_steps_equal_the_forward_pass_at_every_position(options, late):
+  expected = _forward(_x(), _tokens(), **options)
+  got = _decode(*nnx.split(_layer(**options)), _x(), jnp.array(late))
   for b, start in enumerate(late):
     np.testing.assert_allclose(got[b, start:], expected[b, : L - start], rtol=1e-5, atol=1e-5)
+
+
+def test_shared_heads_biases_and_norms_are_the_definition():
+  """Keys and values of a head are those of many heads with equal parameters."""
+  layer = _layer(**EVERYTHING)
+  value = lambda name: np.asarray(getattr(layer, name)[...], 'float64')
+  x_BLD, group = np.asarray(_x(), 'float64'), 3
+  q_BLHP = np.einsum('bld,dhp->blhp', x_BLD, value('q')) + value('q_bias')
+  kv = np.einsum('bld,dcjp->cbljp', x_BLD, value('kv')) + value('kv_bias')[:, None, None]
+
+  def norm(x, scale):
+    flat = x.reshape(B, L, -1)
+    mean = (flat**2).mean(-1, keepdims=True)
+    return (flat / np.sqrt(mean + 0.1) * np.asarray(scale[...])).reshape(x.shape)
+
+  def turn(x_BLHP):
+    pairs = x_BLHP[..., :1] + 1j * x_BLHP[..., 1:]  # heads are two wide
+    pairs = pairs * np.exp(1j * np.arange(L))[None, :, None, None]
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+  q_BLHP, k_BLJP = turn(norm(q_BLHP, layer.q_norm.scale)), turn(norm(kv[0], layer.k_norm.scale))
+  k_BLHP, v_BLHP = np.repeat(k_BLJP, group, axis=2), np.repeat(kv[1], group, axis=2)
+  scores = np.einsum('blhp,bshp->bhls', q_BLHP, k_BLHP) / np.sqrt(2)
+  scores = np.exp(np.where(np.tril(np.ones((L, L))), scores, -np.inf))
+  o_BLHP = np.einsum('bhls,bshp->blhp', scores / scores.sum(-1, keepdims=True), v_BLHP)
+  expected = np.einsum('blhp,hpd->bld', o_BLHP, value('out')) + value('out_bias')
+  got = _forward(_x(), _tokens(), **EVERYTHING)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_activations_stay_bfloat16():
