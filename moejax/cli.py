@@ -13,6 +13,8 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moejax import compilation_cache
+
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # The bundled config files: of the installed package, or of the checkout around it.
 _BUNDLED = next(p for p in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if p.is_dir())
@@ -43,6 +45,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
       logging.set_verbosity(logging.WARNING)  # absl's default also shows what libraries log
     if len(argv) > 1 and not takes_arguments:
       return _fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
+    compilation_cache.enable()
     try:
       if takes_arguments:
         return main(argv[1:])

@@ -20,7 +20,8 @@ SOURCES = sorted((ROOT / 'moejax').rglob('*.py'))
 
 # A module may import modules of its own rank or below. Whatever is not named is a program, on top.
 RANKS = (
-  ('', 'fields', 'files', 'hardware', 'parameters', 'text', 'trackers'),  # '' is moejax/__init__.py
+  # '' is moejax/__init__.py
+  ('', 'compilation_cache', 'fields', 'files', 'hardware', 'parameters', 'text', 'trackers'),
   ('ops', 'sharding'),
   ('layers',),
   ('model',),
