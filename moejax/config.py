@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from moejax import fields
+from moejax import fields, profiling
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
 from moejax.layers.mot import MoTConfig
@@ -36,12 +36,23 @@ class TrainConfig(fields.Section):
   trackers: tuple = default(
     ('tensorboard',), 'where metrics go beside metrics.jsonl', choices=lambda: TRACKERS
   )
+  profile_steps: str = default('', "steps to profile: '10:13' is 10, 11 and 12; '': none")
   sample_prompt: str = default('def ', 'prompt of the sample at the end of a run')
   sample_length: int = default(120, 'tokens of that sample; 0: no sample', minimum=0)
 
   def conflicts(self):
     if self.sample_length > 0 and not self.sample_prompt:
       yield 'train.sample_prompt must not be empty; for no sample, set train.sample_length = 0.'
+    try:
+      profiled = profiling.parse(self.profile_steps)
+    except ValueError as error:
+      yield f'train.profile_steps {error}; got {self.profile_steps!r}.'
+    else:
+      if profiled and profiled[-1] > self.steps:
+        yield (
+          f'train.profile_steps = {self.profile_steps!r} goes beyond the last step, train.steps = '
+          f'{self.steps}.'
+        )
 
 
 # The sections of a config, by name.

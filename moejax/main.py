@@ -13,6 +13,7 @@ import pathlib
 
 from absl import flags
 
+import moejax
 from moejax import cli
 
 cli.define_path('workdir', None, 'Folder of the run; by default a new one in runs/.')
@@ -29,7 +30,7 @@ def main(config):
 
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
-    code = train.train(config, pathlib.Path(folder).absolute())
+    code = train.train(config, pathlib.Path(folder).absolute(), began=moejax.STARTED)
   if code == cli.INTERRUPTED and not workdir:
     print(f'with --workdir={folder}')
   return code

@@ -154,6 +154,10 @@ class MetricAverager:
       self._sums = {name: total + flat[name] for name, total in self._sums.items()}
       self._count += 1
 
+  def is_computing(self):
+    """Whether the step that was added last is still being computed."""
+    return bool(self._unread) and not self._unread[1]['loss'].is_ready()
+
   def skip(self, seconds):
     """Excludes some time from the timing."""
     self._started += seconds

@@ -21,7 +21,9 @@ from moejax import (
   config as config_lib,
   data,
   flops,
+  goodput,
   metrics as metrics_lib,
+  profiling,
   report,
   run_folder,
   sharding,
@@ -58,8 +60,7 @@ class Run:
   history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
   step: int = 0  # optimizer steps done
   first_step: int = 0  # where this process began
-  seconds_before: float = 0.0  # of earlier processes, for the steps before `first_step`
-  started: float = 0.0  # when this process began, by time.monotonic
+  ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)
   train_step: Any = None
   state: Any = None
   batch: Any = None  # of the last step
@@ -73,11 +74,6 @@ class Run:
   def tokens_per_step(self):
     return self.run_config.data.batch_size * self.run_config.data.sequence_length
 
-  @property
-  def seconds(self):
-    """Total time of the run, across resumes."""
-    return self.seconds_before + time.monotonic() - self.started
-
   def describe(self):
     """The metadata of a checkpoint, also part of the summary."""
     return {
@@ -86,11 +82,14 @@ class Run:
       'tokenizer': self.run_config.tokenizer.fingerprint,
       'history': self.history,
       'origin': self.origin,
-      'seconds': self.seconds,
+      'seconds': self.ledger.training,
+      'goodput': dict(self.ledger.seconds),
     }
 
 
-def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, origin=None):
+def train(
+  config, workdir, start=None, summarize: Callable[[], dict] = dict, origin=None, began=None
+):
   """Trains a config in a folder, resuming from its last checkpoint if there is one.
 
   Args:
@@ -101,6 +100,7 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, ori
       first step.
     summarize: called at the end; returns further entries of the summary.
     origin: choices of `start`, as JSON has them; a run resumes only with the same.
+    began: when the program did, by time.monotonic, for the time it took to start; default: now.
 
   Returns:
     The exit code: done, or interrupted with everything saved.
@@ -109,8 +109,9 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, ori
     ValueError: the config, the data or the folder cannot be used; nothing was written.
     RuntimeError: training diverged; the last good checkpoint is kept.
   """
+  ledger = goodput.Ledger(began)
   run = prepare(config, pathlib.Path(workdir))
-  run.origin = origin
+  run.ledger, run.origin = ledger, origin
   with (
     Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
@@ -125,6 +126,8 @@ def train(config, workdir, start=None, summarize: Callable[[], dict] = dict, ori
       set_up(run, step, start)
       with contextlib.closing(run.writer):
         if not loop(run, interrupt):
+          run.checkpoints.wait()
+          _record(run, 'checkpoint')
           print(f'interrupted at step {run.step}; run the same command again to resume')
           return cli.INTERRUPTED
         finish(run, summarize)
@@ -173,6 +176,7 @@ def resume(run):
   run_folder.check_same_run(run.config, run.workdir)  # again, now that the folder is locked
   step = run.checkpoints.latest_step()
   if step is None:
+    run.ledger.resume(run.workdir, 0, {})
     return None
   metadata = run.checkpoints.metadata(step)
   run_folder.check_tokenizer(metadata, run.run_config.tokenizer)
@@ -201,10 +205,8 @@ def resume(run):
   elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
     run.history = [*run.history, {'from_step': step, 'changes': changes}]
   run.step = run.first_step = step
-  summary = report.read_summary(run.workdir)  # includes the time after the last checkpoint
-  finished = summary.get('seconds') if summary.get('steps') == step else None
-  seconds = metadata.get('seconds', 0.0)
-  run.seconds_before = max(seconds, finished) if isinstance(finished, float) else seconds
+  seconds = metadata.get('goodput') or {'other': metadata.get('seconds', 0.0)}  # of older versions
+  run.ledger.resume(run.workdir, step, seconds)
   with one_line_errors(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
     run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
   return step
@@ -227,11 +229,14 @@ def set_up(run, step, start=None):
   abstract = sharding.abstract(init, run.mesh)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   run.checkpoints.check_writable(num_bytes)
+  run.ledger.lap('start_up')
   run.train_step = _compile(run, abstract)
+  run.ledger.lap('compile')
   if step is not None:
     print(f'resuming from step {step}')
     loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
     run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
+    run.ledger.lap('restore')
   else:
     run.state = start(run, abstract) if start else make_state(init, abstract)
     run.step = run.first_step = int(run.state['step'])
@@ -251,7 +256,7 @@ def set_up(run, step, start=None):
     run.run_config.model, run.run_config.data.sequence_length
   )
   run.peak_flops = _peak_flops(run.run_config.model.dtype)
-  run.started = time.monotonic()
+  _record(run, 'start_up')
   if start and step is None:
     _evaluate(run)
     _save(run)
@@ -277,6 +282,13 @@ def _peak_flops(dtype):
   return peak * (1 if jax.default_backend() == 'cpu' else jax.device_count())
 
 
+def _record(run, phase):
+  """Counts the time since the last lap as `phase`, and keeps the ledger for a resuming process."""
+  run.ledger.lap(phase)
+  if is_process_0():
+    run.ledger.write(run.workdir, run.step)
+
+
 def loop(run, interrupt):
   """Trains to the last step, or saves and returns False if interrupted.
 
@@ -285,23 +297,32 @@ def loop(run, interrupt):
   """
   train = run.run_config.train
   last = lambda: run.step == train.steps
+  profile = profiling.parse(train.profile_steps) if is_process_0() else range(0)
   run.averager = metrics_lib.MetricAverager(**run.averager.totals())  # starts the clock
-  while run.step < train.steps and not interrupt.reached(run.step):
-    run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
-    run.state, measured = run.train_step(run.state, run.batch)
-    run.step += 1
-    run.averager.add(run.step, measured)
-    if run.step % train.log_interval == 0 or last():
-      _log(run, run.averager.means())
-      run.averager = metrics_lib.MetricAverager()
-    pause = time.monotonic()
-    if run.step % train.eval_interval == 0 or last():
-      _evaluate(run)
-    if run.step % train.checkpoint_interval == 0 or last():
+  with contextlib.closing(profiling.Profiler(profile, run.workdir / 'profile')) as profiler:
+    while run.step < train.steps and not interrupt.reached(run.step):
+      with profiler.step(run.step + 1):
+        run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
+        run.ledger.lap('step' if run.averager.is_computing() else 'input')
+        run.state, measured = run.train_step(run.state, run.batch)
+        run.step += 1
+        run.averager.add(run.step, measured)
+      if run.step % train.log_interval == 0 or last():
+        _log(run, run.averager.means())
+        run.averager = metrics_lib.MetricAverager()
+      run.ledger.lap('step')
+      pause = time.monotonic()
+      if profiler.is_complete():
+        run.averager.read()
+        profiler.close()
+        run.ledger.lap('other')
+      if run.step % train.eval_interval == 0 or last():
+        _evaluate(run)
+      if run.step % train.checkpoint_interval == 0 or last():
+        _save(run)
+      run.averager.skip(time.monotonic() - pause)
+    if not last():
       _save(run)
-    run.averager.skip(time.monotonic() - pause)
-  if not last():
-    _save(run)
   return last()
 
 
@@ -319,8 +340,10 @@ def check_health(run):
 
 def _save(run):
   check_health(run)
+  run.ledger.lap('checkpoint')
   metadata = run.describe() | {'window': run.averager.totals()}
   run.checkpoints.save(run.step, run.state, run.loader, metadata)
+  _record(run, 'checkpoint')
 
 
 def _advice(diverged, run):
@@ -337,7 +360,9 @@ def _log(run, means):
   speed = run.tokens_per_step / seconds
   mfu = speed * run.flops_per_token['model'] / run.peak_flops
   dropped = [value for name, value in means.items() if name.startswith('moe/dropped/')]
-  run.writer.write(run.step, means | {'tokens_per_second': speed, 'mfu': mfu})
+  run.ledger.lap('step')
+  others = {'tokens_per_second': speed, 'mfu': mfu, 'wall_seconds': run.ledger.wall}
+  run.writer.write(run.step, means | others)
   print(
     report.progress_line(
       step=run.step,
@@ -369,6 +394,7 @@ def _evaluate(run):
   if is_process_0() and 'moe/load' in aux:
     report.plot_router(aux['moe/load'], run.workdir / 'router.png')
   print(f'step {run.step}: validation {report.describe(run.eval_result)}', flush=True)
+  run.ledger.lap('evaluation')
   if not math.isfinite(run.eval_result['loss']):
     raise Diverged(f'training diverged: after step {run.step} the validation loss is not finite')
 
@@ -378,6 +404,7 @@ def finish(run, summarize: Callable[[], dict] = dict):
   if not run.eval_result:  # the previous process ended after its last checkpoint
     _evaluate(run)
   run.checkpoints.wait()
+  _record(run, 'checkpoint')
   summary = _summary(run) | summarize()
   if is_process_0():  # before anything else can fail
     report.write_summary(run.workdir, summary)
@@ -385,14 +412,16 @@ def finish(run, summarize: Callable[[], dict] = dict):
   if not is_process_0():
     return
   if sample:
-    report.write_summary(run.workdir, summary | {'sample': sample})
     print(f'sample: {run.run_config.train.sample_prompt}{sample}')
   curves = {
     'train': metrics_lib.loss_curve(run.workdir),
     'validation': metrics_lib.loss_curve(run.workdir, 'validation/loss'),
   }
   report.plot_losses(curves, run.workdir / 'loss.png')
+  _record(run, 'other')
+  report.write_summary(run.workdir, summary | run.describe() | {'sample': sample})
   print(f'final validation {report.describe(run.eval_result)}')
+  print(run.ledger.describe())
   print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
 
 

@@ -25,7 +25,9 @@ RANKS = (
   ('ops', 'sharding'),
   ('layers',),
   ('model',),
-  ('distributed', 'optimizer', 'data', 'metrics', 'report', 'checkpoint', 'flops') + ('hf_mamba',),
+  ('distributed', 'optimizer', 'data', 'metrics', 'report', 'checkpoint', 'flops')
+  + ('hf_mamba',)
+  + ('goodput', 'profiling'),
   ('config', 'variants'),
   ('cli',),
   ('step', 'run_folder'),

@@ -19,6 +19,7 @@ from moejax import (
   config as config_lib,
   evaluate,
   generate,
+  goodput,
   metrics,
   model as model_lib,
   report,
@@ -202,9 +203,10 @@ def test_damaged_records_of_a_run_are_left_out_or_named(finished, tmp_path, monk
   with contextlib.closing(run_folder.checkpoints(run.workdir, run.run_config)) as run.checkpoints:
     metadata = run.checkpoints.metadata(6)
     monkeypatch.setattr(run.checkpoints, 'metadata', lambda _: metadata)
-    for summary in ('[' * 100_000, '{"steps": 6, "seconds": null}', '{"steps": 6, "seconds": "x"}'):
-      (run.workdir / 'summary.json').write_text(summary)
-      assert train.resume(run) == 6 and run.seconds_before == metadata['seconds']
+    for entry in ('[' * 100_000, '{"step": 6, "seconds": null}', '{"step": 6, "seconds": "x"}'):
+      (run.workdir / 'goodput.json').write_text(entry)
+      run.ledger = goodput.Ledger()
+      assert train.resume(run) == 6 and run.ledger.training == pytest.approx(metadata['seconds'])
     for window in ([1, 2], {'total': 3}, None):
       metadata['window'] = window
       with pytest.raises(ValueError, match='cannot read the log window of checkpoint 6'):
