@@ -31,7 +31,7 @@ setuptools.setup(
     'scipy>=1.14',
     'sentencepiece>=0.2.2',
     'tensorboardX>=2.6.4',
-    'tiktoken>=0.9',
+    'tokenizers>=0.21',
     'tqdm>=4.66',
   ],
   extras_require={

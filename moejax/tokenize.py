@@ -81,7 +81,7 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
       counts['max_id'] = max(counts['max_id'], int(ids.max()))
   index = {
     'format': token_files.FORMAT,
-    'tokenizer': _copy_tokenizer(config.tokenizer, directory),
+    'tokenizer': _copy_tokenizer(config.tokenizer, tokenizer, directory),
     'tokenizer_fingerprint': tokenizer.fingerprint,
     'vocab_size': tokenizer.vocab_size,
     'dtype': dtype.str,
@@ -105,7 +105,7 @@ def _encode_task(config, tokenizer, digest) -> Iterator[tuple[str, np.ndarray, i
     yield split, ids, len(example.get('targets_pretokenized', b''))
 
 
-def _copy_tokenizer(name: str, directory: pathlib.Path) -> str:
+def _copy_tokenizer(name: str, tokenizer, directory: pathlib.Path) -> str:
   """Copies the files of a tokenizer into a directory and returns its name relative to it."""
   if name == 'bytes':
     return name
@@ -114,6 +114,9 @@ def _copy_tokenizer(name: str, directory: pathlib.Path) -> str:
     for path in paths:
       shutil.copyfile(path, directory / path.name)
     return tokenizer_lib.GPT2_PREFIX
+  if isinstance(tokenizer, tokenizer_lib.JsonTokenizer):
+    tokenizer.save_pretrained(directory / 'tokenizer')
+    return 'tokenizer'
   shutil.copyfile(paths[0], directory / 'tokenizer.model')
   return 'tokenizer.model'
 

@@ -79,5 +79,5 @@ def test_the_core_needs_no_tensorflow(monkeypatch):
   names = lambda needed: {re.match(r'[\w-]+', one)[0] for one in needed}
   tensorflow, core = names(given['extras_require']['seqio']), names(given['install_requires'])
   assert tensorflow == {'seqio', 'tensorflow', 'tensorflow-datasets'}
-  assert 'tiktoken' in core and not tensorflow & core
+  assert 'tokenizers' in core and not tensorflow & core
   assert tensorflow <= names(given['extras_require']['test'])

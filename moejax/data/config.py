@@ -19,7 +19,9 @@ class DataConfig(Section):
   field: str = default('text', 'jsonl: the field that holds the text')
   task: str = default('', 'seqio: c4_en, a registered task or mixture, or MODULE:TASK to import')
   tfds_data_dir: str = default('', "seqio: folder of tensorflow-datasets; '': its default")
-  tokenizer: str = default('bytes', 'bytes, a SentencePiece .model file, or gpt2:FOLDER')
+  tokenizer: str = default(
+    'bytes', 'bytes, tokenizer.json or its folder, a SentencePiece .model, gpt2:FOLDER'
+  )
   eos_id: int = default(
     -1,
     'ends documents and generated texts; -1: the id of the tokenizer',
@@ -54,4 +56,4 @@ class DataConfig(Section):
     if self.source == 'seqio' and not self.task:
       yield "data.task: data.source='seqio' needs the name of a task, got none."
     if not self.tokenizer:
-      yield "data.tokenizer: expected 'bytes', a SentencePiece model file or 'gpt2:DIR'."
+      yield "data.tokenizer: expected 'bytes' or the path of a tokenizer."

@@ -33,6 +33,7 @@ from moejax.data import config as config_lib, tokenizer as tokenizer_lib
 
 SPLITS = ('train', 'validation')
 _VALIDATION_ONE_IN = 20
+_GROUP_BYTES = 2**22
 
 # Tests and bundled programs, which not every distribution includes, and installed packages.
 _NOT_LIBRARY = {'test', 'tests', 'idle_test', 'idlelib', 'lib2to3'}
@@ -78,20 +79,33 @@ def encode(
   Warns once, with a count, if invalid UTF-8 was replaced.
   """
   num_replaced, first = 0, ''
-  for document in documents(config):
-    digest.update(f'{document.name}\0{len(document.data)}\0'.encode('utf-8', 'surrogateescape'))
-    digest.update(document.data)
-    if document.split not in splits:
-      continue
-    if not tokenizer.keeps_bytes and (replaced := num_invalid(document.data)):
-      num_replaced, first = num_replaced + replaced, first or document.name
-    ids = np.append(tokenizer.encode_bytes(document.data), np.int32(tokenizer.eos_id))
-    yield document.split, ids, len(document.data)
+  for group in _groups(documents(config)):
+    for document in group:
+      digest.update(f'{document.name}\0{len(document.data)}\0'.encode('utf-8', 'surrogateescape'))
+      digest.update(document.data)
+    group = [document for document in group if document.split in splits]
+    encoded = tokenizer.encode_documents([document.data for document in group])
+    for document, ids in zip(group, encoded, strict=True):
+      if not tokenizer.keeps_bytes and (replaced := num_invalid(document.data)):
+        num_replaced, first = num_replaced + replaced, first or document.name
+      yield document.split, np.append(ids, np.int32(tokenizer.eos_id)), len(document.data)
   if num_replaced:
     logging.warning(
       f'Replaced {num_replaced} invalid UTF-8 sequences by U+FFFD, the first in {first}. '
       "data.tokenizer='bytes' would keep them."
     )
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Yields lists of about `_GROUP_BYTES`, which tokenizers encode in parallel."""
+  group, size = [], 0
+  for document in documents:
+    group.append(document)
+    size += len(document.data)
+    if size >= _GROUP_BYTES:
+      yield group
+      group, size = [], 0
+  yield group
 
 
 def num_invalid(data: bytes) -> int:

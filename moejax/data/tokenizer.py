@@ -1,31 +1,31 @@
 """Text to token ids and back.
 
-Every tokenizer reserves the same three ids: 0 is unused (batches mark padding by `segments`), 1
-ends a document, 2 is unknown. No text encodes to 0 or 1.
+Bytes, SentencePiece models and `gpt2:FOLDER` reserve the same three ids: 0 is unused (batches mark
+padding by `segments`), 1 ends a document, 2 is unknown. A tokenizer.json keeps its own ids, as
+imported models need. No text encodes to the id that ends a document.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-PAD_ID = 0
-EOS_ID = 1
-UNK_ID = 2
-NUM_SPECIAL = 3
+from moejax.data import tokenizer_json
+from moejax.data.tokenizer_json import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID
 
 GPT2_PREFIX = 'gpt2:'
-_GPT2_FILES = ('vocab.json', 'merges.txt')
-# The pre-tokenizer of GPT-2: contractions, words, numbers, symbols (each with a space before it).
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# tiktoken's regular expression panics on a longer run of whitespace.
-_LONGEST_WHITESPACE = 999_000
-_MAX_IDS = 2**24  # beyond any real vocabulary: larger ids are typing errors
+_KINDS = (
+  "'bytes', a SentencePiece .model file, a tokenizer.json or its folder, or gpt2:FOLDER with "
+  f'{" and ".join(tokenizer_json.GPT2_FILES)}'
+)
+_BOUNDARY = re.compile(r'(?<=[A-Za-z])(?=\n)')
+_PIECE = 2**16  # characters
 
 
 class Tokenizer:
@@ -47,6 +47,10 @@ class Tokenizer:
     """`encode` of UTF-8 bytes; invalid ones become U+FFFD unless `keeps_bytes`."""
     raise NotImplementedError
 
+  def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+    """`encode_bytes` of each of several documents, in parallel if the tokenizer can."""
+    return [self.encode_bytes(data) for data in documents]
+
   def decode(self, ids: Any) -> str:
     """Returns the text of ids; special ids and ids beyond the vocabulary are skipped.
 
@@ -64,8 +68,12 @@ class Tokenizer:
     seqio begins one), the space that a model prepends is not part of the text. Special ids count 0,
     and so does the unknown id, whose text is lost.
     """
-    del inputs
-    return self._lengths.take(targets, mode='clip')
+    lengths = self._lengths.take(targets, mode='clip')
+    if not self._adds_space:
+      return lengths
+    first = np.isin(inputs, (self.eos_id, self.pad_id))
+    begins_with_space = self._begins_with_space.take(targets, mode='clip')
+    return lengths - (first & begins_with_space).astype(np.int32)
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
@@ -73,6 +81,30 @@ class Tokenizer:
     lengths[: len(self._bytes)] = [len(data) for data in self._bytes]
     lengths[self.eos_id] = 0
     return lengths
+
+  @functools.cached_property
+  def _begins_with_space(self) -> np.ndarray:
+    begins = [data.startswith(b' ') for data in self._bytes]
+    return np.pad(np.array(begins), (0, self.vocab_size + 1 - len(begins)))
+
+  @functools.cached_property
+  def _adds_space(self) -> bool:
+    """Whether texts begin with a space that the model prepends."""
+    return any(self._bytes[i].startswith(b' ') for i in self.encode('a')[:1])
+
+  def save_pretrained(self, directory: pathlib.Path) -> None:
+    """Writes a folder that transformers' AutoTokenizer loads with the same ids for any text.
+
+    The files are tokenizer.json and tokenizer_config.json, and those that a tokenizer.json had
+    beside it. What looks like a special token is one there, but not here.
+
+    Raises ValueError if the tokenizer cannot be expressed there.
+    """
+    tokenizer_json.write(directory, self._to_json(), self.eos_id)
+
+  def _to_json(self) -> dict[str, Any]:
+    """Returns the content of a tokenizer.json with the same ids."""
+    raise NotImplementedError
 
 
 class BytesTokenizer(Tokenizer):
@@ -87,6 +119,9 @@ class BytesTokenizer(Tokenizer):
 
   def encode_bytes(self, data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8).astype(np.int32) + NUM_SPECIAL
+
+  def _to_json(self) -> dict[str, Any]:
+    return tokenizer_json.of_bytes()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -119,11 +154,6 @@ class SentencePieceTokenizer(Tokenizer):
     ids = np.asarray(self._processor.encode(data.decode('utf-8', 'replace')), np.int32)
     return np.where(ids == self._processor.unk_id(), UNK_ID, ids + self.shift).astype(np.int32)
 
-  def num_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
-    first = np.isin(inputs, (self.eos_id, self.pad_id))
-    at_start = self._lengths_at_start.take(targets, mode='clip')
-    return np.where(first, at_start, super().num_bytes(inputs, targets))
-
   @functools.cached_property
   def _bytes(self) -> list[bytes]:
     number = self._processor.get_piece_size()
@@ -137,48 +167,77 @@ class SentencePieceTokenizer(Tokenizer):
       return b''
     return piece.replace('\u2581', ' ').encode()
 
-  @functools.cached_property
-  def _lengths_at_start(self) -> np.ndarray:
-    """Lengths at the start of a text: without the space, if the model prepends one."""
-    adds_space = self._processor.encode('a', out_type=str)[0].startswith('\u2581')
-    begins = [data.startswith(b' ') for data in self._bytes]
-    lengths = self._lengths.copy()
-    lengths[: len(begins)] -= np.array(begins, np.int32) * adds_space
-    return lengths
+  def _to_json(self) -> dict[str, Any]:
+    return tokenizer_json.of_sentencepiece(self.model, self.shift)
 
 
-class Gpt2Tokenizer(Tokenizer):
-  """Byte-level BPE in GPT-2's format, a local vocab.json and merges.txt; ids are shifted by 3.
+class JsonTokenizer(Tokenizer):
+  """A tokenizer.json: byte-level BPE (GPT-2, OLMoE, Llama 3) or SentencePiece-like (Llama 2, T5).
 
-  GPT-2's id 0, '!', is 3 here. Its last id, <|endoftext|>, never occurs, because id 1 ends a
-  document; nor do the special tokens of other vocabularies (RoBERTa's).
+  Ids are those of the file. Text is encoded as it is: what looks like a special token is no special
+  token, and no template adds one. Normalizers and the space that some models prepend apply, because
+  the ids depend on them; what they change, decoding does not change back.
   """
 
-  def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
-    """Reads the two files; raises ValueError if they are inconsistent."""
-    import tiktoken
+  pad_id = -1  # none: every id may stand for text
 
-    vocab, merges = vocab_path.read_bytes(), merges_path.read_bytes()
-    ids = _gpt2_vocabulary(vocab)
-    tokens = _gpt2_tokens(merges)
-    if missing := [token for token in tokens if token not in ids]:
-      raise ValueError(f'vocab.json lacks {len(missing)} tokens of merges.txt, e.g. {missing[0]!r}')
-    to_byte = _gpt2_alphabet()
-    data = [bytes(to_byte[c] for c in token) for token in tokens]
-    ranks = {token: rank for rank, token in enumerate(data)}
-    self._encoding = tiktoken.Encoding(
-      'gpt2', pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    self.vocab_size = max(ids.values()) + 1 + NUM_SPECIAL
-    self._ids = np.array([ids[token] + NUM_SPECIAL for token in tokens], np.int32)  # by rank
-    self._bytes = [b''] * self.vocab_size
-    for i, token in zip(self._ids, data, strict=True):
-      self._bytes[i] = token
-    self.fingerprint = _fingerprint(b'gpt2', vocab, merges)
+  def __init__(
+    self, spec: dict[str, Any], eos_id: int, fingerprint: str = '', path: pathlib.Path | None = None
+  ):
+    """Takes the content of a tokenizer.json.
+
+    Args:
+      spec: the content.
+      eos_id: of the token that ends documents.
+      fingerprint: instead of one of the content.
+      path: the file, if `spec` comes from one.
+
+    Raises ValueError if `spec` is not valid.
+    """
+    import tokenizers
+
+    self._original, self._path = spec, path
+    spec = tokenizer_json.for_documents(spec, eos_id)
+    try:
+      library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises nothing more specific
+      raise ValueError(f'the library tokenizers cannot read it: {error}') from error
+    if library.get_vocab(with_added_tokens=True) != tokenizer_json.vocabulary(spec):
+      raise ValueError('the ids of its added tokens are not those after its vocabulary')
+    library.encode_special_tokens = True
+    self._library, self.eos_id = library, eos_id
+    self._bytes = tokenizer_json.token_bytes(spec)
+    self._cuts = tokenizer_json.splits_lines(spec)
+    self.vocab_size = max(len(self._bytes), eos_id + 1)
+    decides = ('model', 'added_tokens', 'normalizer', 'pre_tokenizer', 'decoder')
+    content = json.dumps({name: spec[name] for name in decides}, sort_keys=True).encode()
+    self.fingerprint = fingerprint or _fingerprint(b'json', content, b'%d' % eos_id)
 
   def encode_bytes(self, data: bytes) -> np.ndarray:
-    parts = _whitespace_cut(data.decode('utf-8', 'replace'))
-    return self._ids[[rank for part in parts for rank in self._encoding.encode_ordinary(part)]]
+    return self.encode_documents([data])[0]
+
+  def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+    pieces = [list(self._pieces(data.decode('utf-8', 'replace'))) for data in documents]
+    joined = list(itertools.chain.from_iterable(pieces))
+    encoded = self._library.encode_batch_fast(joined, add_special_tokens=False)
+    ids = (np.array(piece.ids, np.int32) for piece in encoded)
+    return [np.concatenate([next(ids) for _ in some]) for some in pieces]
+
+  def _pieces(self, text: str) -> Iterator[str]:
+    """Cuts a long text where no token crosses: less memory, and pieces run in parallel."""
+    start = 0
+    while self._cuts and (cut := _BOUNDARY.search(text, start + _PIECE)):
+      yield text[start : cut.start()]
+      start = cut.start()
+    yield text[start:]
+
+  def save_pretrained(self, directory: pathlib.Path) -> None:
+    super().save_pretrained(directory)
+    if self._path:
+      tokenizer_json.copy_companions(self._path, directory)
+
+  def _to_json(self) -> dict[str, Any]:
+    return self._original
 
 
 def make_tokenizer(config) -> Tokenizer:
@@ -186,7 +245,7 @@ def make_tokenizer(config) -> Tokenizer:
 
   Raises ValueError if a file is missing or invalid.
   """
-  tokenizer = _tokenizer_named(config.tokenizer)
+  tokenizer = _tokenizer_named(config.tokenizer, config.eos_id)
   if config.eos_id not in (-1, tokenizer.eos_id):
     tokenizer.eos_id = config.eos_id
     tokenizer.vocab_size = max(tokenizer.vocab_size, config.eos_id + 1)
@@ -194,32 +253,48 @@ def make_tokenizer(config) -> Tokenizer:
   return tokenizer
 
 
-def _tokenizer_named(name: str) -> Tokenizer:
+def _tokenizer_named(name: str, eos_id: int) -> Tokenizer:
   if name == 'bytes':
     return BytesTokenizer()
   paths = tokenizer_files(name)
   for path in paths:
     if not path.is_file():
       raise ValueError(
-        f"data.tokenizer: expected 'bytes', a SentencePiece model file or 'gpt2:DIR' with "
-        f'{" and ".join(_GPT2_FILES)}; got {name!r}, but there is no file {path.resolve()}. '
+        f'data.tokenizer: expected {_KINDS}; got {name!r}, but there is no file {path.resolve()}. '
         'python -m moejax.tokenizer trains a SentencePiece model.'
       )
-  kind = Gpt2Tokenizer if name.startswith(GPT2_PREFIX) else SentencePieceTokenizer
   try:
-    return kind(*paths)
+    if name.startswith(GPT2_PREFIX):
+      vocab, merges = (path.read_bytes() for path in paths)
+      spec = tokenizer_json.gpt2(vocab, merges, NUM_SPECIAL)
+      return JsonTokenizer(spec, EOS_ID, _fingerprint(b'gpt2', vocab, merges))
+    if paths[0].suffix == '.json':
+      return _from_json(paths, eos_id)
+    return SentencePieceTokenizer(paths[0])
   except (ValueError, OSError) as error:
     raise ValueError(f'data.tokenizer: cannot use {name!r}: {error}.') from error
+
+
+def _from_json(paths: Sequence[pathlib.Path], eos_id: int) -> JsonTokenizer:
+  """Returns the tokenizer of a tokenizer.json, or of vocab.json and merges.txt."""
+  spec = tokenizer_json.read(*paths)
+  if eos_id < 0:
+    eos_id = tokenizer_json.end_of_text(paths[0], spec)
+  return JsonTokenizer(spec, eos_id, path=paths[0])
 
 
 def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
   """Returns the files that a `data.tokenizer` value names; none for 'bytes'."""
   if name == 'bytes':
     return ()
+  path = pathlib.Path(name.removeprefix(GPT2_PREFIX)).expanduser()
+  gpt2_files = tuple(path / file for file in tokenizer_json.GPT2_FILES)
   if name.startswith(GPT2_PREFIX):
-    folder = pathlib.Path(name.removeprefix(GPT2_PREFIX)).expanduser()
-    return tuple(folder / file for file in _GPT2_FILES)
-  return (pathlib.Path(name).expanduser(),)
+    return gpt2_files
+  if not path.is_dir():
+    return (path,)
+  own = path / tokenizer_json.FILE
+  return gpt2_files if gpt2_files[0].is_file() and not own.is_file() else (own,)
 
 
 def tokenizer_in(name: str, directory: pathlib.Path) -> str:
@@ -242,53 +317,3 @@ def to_bytes(text: str) -> bytes:
     return text.encode('utf-8', 'surrogateescape')
   except UnicodeEncodeError:
     return text.encode('utf-8', 'surrogatepass')
-
-
-def _whitespace_cut(text: str) -> Iterator[str]:
-  """Cuts a text within runs of whitespace that are too long; usually yields it unchanged."""
-  start = 0
-  if len(text) > _LONGEST_WHITESPACE:
-    for run in re.finditer(r'\s+', text):
-      for end in range(run.start() + _LONGEST_WHITESPACE, run.end(), _LONGEST_WHITESPACE):
-        yield text[start:end]
-        start = end
-  yield text[start:]
-
-
-def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
-  """Returns the content of vocab.json; raises ValueError if it is not {token: id}."""
-  ids = json.loads(vocab)
-  if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
-    raise ValueError('vocab.json: expected an object of tokens and their ids')
-  if len(set(ids.values())) < len(ids) or not all(0 <= i < _MAX_IDS for i in ids.values()):
-    raise ValueError(f'vocab.json: expected unique ids from 0 to {_MAX_IDS - 1}')
-  return ids
-
-
-def _gpt2_tokens(merges: bytes) -> list[str]:
-  """Returns the tokens in merge order: the alphabet, then those of merges.txt."""
-  alphabet = _gpt2_alphabet()
-  tokens = dict.fromkeys(alphabet)
-  lines = merges.decode('utf-8-sig').splitlines()  # no token holds any kind of white space
-  if lines and lines[0].startswith('#version'):
-    lines = lines[1:]
-  for line in filter(str.strip, lines):
-    parts = line.split()
-    if len(parts) != 2 or not alphabet.keys() >= set(parts[0] + parts[1]):
-      raise ValueError(f'merges.txt: expected two tokens in a line, got {line!r}')
-    token = parts[0] + parts[1]
-    if token in tokens:
-      raise ValueError(f'merges.txt makes {token!r} twice')
-    tokens[token] = None
-  return list(tokens)
-
-
-def _gpt2_alphabet() -> dict[str, int]:
-  """The printable character that stands for each byte in GPT-2's files.
-
-  Printable Latin-1 bytes stand for themselves, the others for the characters from 256 on.
-  """
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(256) if byte not in printable]
-  characters = [*printable, *range(256, 256 + len(others))]
-  return {chr(c): byte for c, byte in zip(characters, printable + others, strict=True)}

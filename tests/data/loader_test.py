@@ -200,7 +200,7 @@ config = data.DataConfig(source='stdlib', files='', field='text', task='', tfds_
 data.make_tokenizer(config)
 data.make_loader(config, 'train').batch(0)
 data.make_loader(config, 'validation').batch(0)
-loaded = {'tensorflow', 'seqio', 'jax', 'sentencepiece', 'tiktoken'} & set(sys.modules)
+loaded = {'tensorflow', 'seqio', 'jax', 'sentencepiece', 'tokenizers'} & set(sys.modules)
 assert not loaded, loaded
 """
   subprocess.run([sys.executable, '-c', code], check=True)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from moejax import tokenizer as program
+from moejax import data, tokenizer as program
 from moejax.aot import step
-from moejax.data import tokenizer as tokenizer_lib
+from moejax.data import tokenizer as tokenizer_lib, tokenizer_json
 
 TEXTS = [
   '',
@@ -20,7 +20,7 @@ TEXTS = [
 @pytest.fixture
 def gpt2_folder(tmp_path):
   """A made-up vocabulary in GPT-2's file format: 256 bytes, four merges, the end of text."""
-  tokens = list(tokenizer_lib._gpt2_alphabet())
+  tokens = list(tokenizer_json._alphabet())
   merges = ['l o', 'Ġ lo', 'r e', 'Ġlo re']
   tokens = ['!', *(t for t in tokens if t != '!'), *(m.replace(' ', '') for m in merges)]
   vocab = {token: i for i, token in enumerate([*tokens, '<|endoftext|>'])}
@@ -125,7 +125,6 @@ def test_sentencepiece_replaces_invalid_bytes(make_config, sentencepiece_file):
 
 
 def test_gpt2_from_local_files(make_config, gpt2_folder):
-  pytest.importorskip('tiktoken')
   tokenizer = tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{gpt2_folder}'))
   assert tokenizer.vocab_size == 256 + 4 + 1 + 3
   assert tokenizer.encode('!').tolist() == [3]
@@ -138,7 +137,7 @@ def test_gpt2_from_local_files(make_config, gpt2_folder):
 
 
 def _gpt2(folder):
-  return tokenizer_lib.Gpt2Tokenizer(folder / 'vocab.json', folder / 'merges.txt')
+  return tokenizer_lib.make_tokenizer(data.DataConfig(tokenizer=f'gpt2:{folder}'))
 
 
 def test_special_tokens_and_gaps_anywhere(gpt2_folder):
