@@ -3,15 +3,20 @@
 # make test                                      lint, format, types, tests
 # make test-fast                                 lint and the quick tests, while you work
 # make test-tpu                                  tests with the TPU compiler, 700 MB (Linux)
-# PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment.
+# make test-versions                             tests on Python 3.13, with the newest and oldest JAX
+# PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment,
+# PYTHON313 the interpreter of test-versions.
 
 PYTHON ?= python3
+PYTHON313 ?= python3.13
 VENV ?= .venv
 ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast test-tpu
+.PHONY: train test test-fast test-tpu test-versions test-newest test-oldest
+
+INSTALL = -m pip install --quiet --constraint constraints/newest.txt --editable
 
 train: $(VENV)/.installed
 	python -m moejax.main --config=configs/mot.py $(ARGS)
@@ -27,16 +32,28 @@ test-fast: $(VENV)/.installed-test
 	pytest -m "not slow and not heavy" --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-tpu: $(VENV)/.installed-test
-	python -m pip install --quiet --editable '.[tpu-aot]'
+	python $(INSTALL) '.[tpu-aot]'
 	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/layers/mamba_mesh_test.py
 
-# Reinstalled only when setup.py changes.
-$(VENV)/.installed: setup.py
+# Reinstalled only when the dependencies change.
+$(VENV)/.installed: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --editable .
+	python $(INSTALL) .
 	touch $@
 
-$(VENV)/.installed-test: setup.py
+$(VENV)/.installed-test: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --editable '.[test]'
+	python $(INSTALL) '.[test]'
 	touch $(VENV)/.installed $@
+
+test-versions: test-newest test-oldest
+
+# What depends most on JAX.
+test-newest test-oldest: test-%: $(VENV)/%/.installed
+	$(VENV)/$*/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/model_test.py
+
+# PYENV_VERSION, for pyenv's python3.13 runs only if that version is selected.
+$(VENV)/%/.installed: pyproject.toml constraints/%.txt
+	PYENV_VERSION=3.13 $(PYTHON313) -m venv $(VENV)/$* || uv venv --seed --python 3.13 $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip install --quiet --constraint constraints/$*.txt --editable '.[test-core]'
+	touch $@

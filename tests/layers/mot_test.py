@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
+from jax._src.core import jaxprs_in_params  # public only since JAX 0.9
 from jax.interpreters import partial_eval
 
 from moejax import sharding
