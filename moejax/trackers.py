@@ -102,9 +102,11 @@ class Trackers:
         tracker.write(step, metrics)
 
   def close(self) -> None:
+    """Closes them, once."""
     for name, tracker in list(self._trackers.items()):
       with self._guarded(name):
         tracker.close()
+    self._trackers.clear()
 
   @contextlib.contextmanager
   def _guarded(self, name):

@@ -127,6 +127,7 @@ def train(
       with contextlib.closing(run.writer):
         if not loop(run, interrupt):
           run.checkpoints.wait()
+          run.writer.close()
           _record(run, 'checkpoint')
           print(f'interrupted at step {run.step}; run the same command again to resume')
           return cli.INTERRUPTED
@@ -418,6 +419,7 @@ def finish(run, summarize: Callable[[], dict] = dict):
     'validation': metrics_lib.loss_curve(run.workdir, 'validation/loss'),
   }
   report.plot_losses(curves, run.workdir / 'loss.png')
+  run.writer.close()
   _record(run, 'other')
   report.write_summary(run.workdir, summary | run.describe() | {'sample': sample})
   print(f'final validation {report.describe(run.eval_result)}')

@@ -19,14 +19,14 @@ class Recorder:
   made = None
 
   def __init__(self, workdir, config, start_step):
-    self.opened, self.written, self.closed = (workdir, config, start_step), [], False
+    self.opened, self.written, self.closed = (workdir, config, start_step), [], 0
     Recorder.made = self
 
   def write(self, step, metrics):
     self.written.append((step, metrics))
 
   def close(self):
-    self.closed = True
+    self.closed += 1
 
 
 @pytest.fixture
@@ -41,9 +41,10 @@ def test_a_new_tracker_is_one_entry(registry, tmp_path):
   writer.write(6, {'loss': 2.0})
   writer.write(6, {'loss': math.inf}, prefix='validation')
   writer.close()
+  writer.close()
   assert Recorder.made.opened == (tmp_path, {'train': {'steps': 9}}, 5)
   assert Recorder.made.written == [(6, {'loss': 2.0}), (6, {'validation/loss': math.inf})]
-  assert Recorder.made.closed
+  assert Recorder.made.closed == 1
   assert not [*tmp_path.glob('events*')]
 
 
