@@ -1,12 +1,16 @@
 """The command line of every program: `--config=FILE[:VARIANTS]`, overrides, error messages."""
 
+import contextlib
 import dis
 import inspect
 import os
 import pathlib
 import re
+import shlex
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moejax import compilation_cache
+from moejax.text import duration
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # The bundled config files: of the installed package, or of the checkout around it.
@@ -21,6 +26,7 @@ _BUNDLED = next(p for p in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') i
 _DEFAULT = 'mot.py'
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+_PATIENCE = 3  # seconds without output
 _HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
@@ -104,6 +110,45 @@ def run_command(commands):
   run(main, needs_config, takes_arguments)
 
 
+def command(*more):
+  """The command that started this program and `more` arguments, quoted for a shell.
+
+  It works in the folder where the program was started, whatever `python` means there.
+  """
+  python = pathlib.Path(sys.executable)
+  with contextlib.suppress(ValueError):  # shorter, if it is a virtual environment in this folder
+    python = python.relative_to(pathlib.Path.cwd())
+  return shlex.join([str(python), *sys.orig_argv[1:], *more])
+
+
+@contextlib.contextmanager
+def waiting_for(what, file=None):
+  """Prints what is going on if the block takes seconds, then every minute, and how long it took.
+
+  Args:
+    what: such as 'compiling the step'.
+    file: where to; default: sys.stdout.
+  """
+  done, started = threading.Event(), time.monotonic()
+  say = lambda what: print(what, file=file or sys.stdout, flush=True)
+  seconds = lambda: duration(time.monotonic() - started)
+
+  def tell():
+    if not done.wait(_PATIENCE):
+      say(f'{what} ...')
+      while not done.wait(60):
+        say(f'  still {what} after {seconds()}')
+      say(f'  took {seconds()}')
+
+  teller = threading.Thread(target=tell, daemon=True)
+  teller.start()
+  try:
+    yield
+  finally:
+    done.set()
+    teller.join()
+
+
 def define_process_flags():
   """Defines the flags of a multi-process run, for clusters that jax cannot detect itself."""
   flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0.')
@@ -116,7 +161,8 @@ def join_processes():
   from moejax import distributed  # importing JAX takes seconds
 
   args = flags.FLAGS
-  distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+  with waiting_for('joining the other processes'):
+    distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
 
 
 def path(text):

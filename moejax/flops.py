@@ -18,11 +18,7 @@ Conventions:
   parameters without embeddings mean `non_embedding`.
 """
 
-import time
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moejax import hardware
 from moejax.layers.sublayer import sums
@@ -45,7 +41,7 @@ def param_counts(config):
     'position_embedding': config.max_length * D if config.positions == 'learned' else 0,
     'head': 0 if config.tie_embeddings else config.vocab_size * D,
   }
-  norms = _NORM_VECTORS[config.norm] * D * (sum(map(len, config.sublayers)) + config.final_norm)
+  norms = _norms(config)
   inner = sums([*(cost.params for cost in costs), {'norm': norms}])
   embedding, non_embedding = sum(embeddings.values()), sum(inner.values())
   return {
@@ -57,9 +53,19 @@ def param_counts(config):
   }
 
 
+def _norms(config):
+  """Parameters of the norms between sublayers."""
+  number = sum(map(len, config.sublayers)) + config.final_norm
+  return _NORM_VECTORS[config.norm] * config.d_model * number
+
+
 def _model_flops(config, length):
-  head = {'head': 2 * config.d_model * config.vocab_size}
+  head = {'head': _head_flops(config)}
   return sums([*(cost.model_flops for cost in config.costs(length)), head])
+
+
+def _head_flops(config):
+  return 2 * config.d_model * config.vocab_size
 
 
 def _routing_flops(config, length):
@@ -74,6 +80,27 @@ def forward_flops_per_token(config, length):
   are absent.
   """
   return _model_flops(config, length) | _routing_flops(config, length)
+
+
+def by_layer(config, length):
+  """Parameters and forward FLOPs per token by kind of layer.
+
+  Returns:
+    A dict of 'embedding' (tokens and positions), the kinds of sublayers in order, 'norm' and
+    'head', each with `params`, `active` (the part that one token uses; 0 for embedding and head, as
+    in `param_counts`) and `flops`. Each of the three adds up to what the other functions count.
+  """
+  counts = param_counts(config)['by_kind']
+  rows = {'embedding': [0, 0, 0]}
+  for kind, cost in zip(config.kinds, config.costs(length), strict=True):
+    flops = sum([*cost.model_flops.values(), *cost.routing_flops.values()])
+    numbers = sum(cost.params.values()), cost.active, flops
+    rows[kind] = [sum(pair) for pair in zip(rows.get(kind, (0, 0, 0)), numbers, strict=True)]
+  rows['embedding'][0] = counts['token_embedding'] + counts['position_embedding']
+  rows['norm'] = [_norms(config), _norms(config), 0]
+  rows['head'] = [counts['head'], 0, _head_flops(config)]
+  names = 'params', 'active', 'flops'
+  return {kind: dict(zip(names, numbers, strict=True)) for kind, numbers in rows.items()}
 
 
 def training_flops_per_token(config, length):
@@ -91,27 +118,3 @@ def peak_flops(device, dtype):
   """Specified FLOP/s of a `jax.Device` for matrix products of a 16-bit dtype; else None."""
   chip = hardware.find(device.device_kind) if jnp.dtype(dtype).itemsize == 2 else None
   return chip and chip.flops
-
-
-def measured_peak_flops(dtype, seconds=0.2):
-  """FLOP/s of the fastest square matrix product that one device does in `seconds`.
-
-  For devices that `peak_flops` does not know, such as a CPU: MFU is then relative to a plain matrix
-  product on this machine.
-  """
-  n = 1024 if jax.default_backend() == 'cpu' else 8192  # large enough to saturate an accelerator
-  # A mesh of its own: under the training mesh every device would compute a copy.
-  alone = jax.sharding.Mesh(
-    np.array(jax.local_devices()[:1]), ('one',), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  with jax.set_mesh(alone):
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()  # compiles
-    best = float('inf')
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-      start = time.perf_counter()
-      product(a, a).block_until_ready()
-      best = min(best, time.perf_counter() - start)
-  return 2 * n**3 / best

@@ -26,7 +26,8 @@ def main(config):
     print(config)
     return cli.OK
   cli.join_processes()
-  from moejax import train  # after the flags are checked: importing JAX takes seconds
+  with cli.waiting_for('importing JAX'):  # after the flags are checked
+    from moejax import train
 
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:

@@ -120,7 +120,7 @@ class MetricAverager:
 
   def __init__(self, sums=None, count=0):
     """Starts the clock; `sums` and `count` are from `totals`."""
-    self._sums, self._count, self._restored = dict(sums or {}), count, count
+    self._sums, self._count, self._untimed = dict(sums or {}), count, count
     self._unread = None
     self._started = time.monotonic()
 
@@ -162,17 +162,22 @@ class MetricAverager:
     """Excludes some time from the timing."""
     self._started += seconds
 
+  def restart_clock(self):
+    """Waits for the steps so far and excludes them from the timing."""
+    self.read()
+    self._untimed, self._started = self._count, time.monotonic()
+
   def totals(self):
     """The constructor arguments that restore this averager, serialisable as JSON."""
     self.read()
     return {'sums': self._sums, 'count': self._count}
 
   def means(self):
-    """The mean of every metric, and 'seconds_per_step' of the steps since restoring."""
+    """The mean of every metric, and 'seconds_per_step' of the steps that were timed, if any."""
     self.read()
-    seconds = time.monotonic() - self._started
+    seconds, timed = time.monotonic() - self._started, self._count - self._untimed
     means = {name: total / self._count for name, total in self._sums.items()}
-    return means | {'seconds_per_step': seconds / (self._count - self._restored)}
+    return means | ({'seconds_per_step': seconds / timed} if timed else {})
 
 
 def _line(entry):

@@ -21,8 +21,8 @@ def progress_line(
   step: int,
   steps: int,
   loss: float,
-  tokens_per_second: float,
-  seconds_left: float,
+  tokens_per_second: float | None = None,
+  seconds_left: float | None = None,
   grad_norm: float | None = None,
   mfu: float | None = None,
   dropped: float | None = None,
@@ -37,9 +37,9 @@ def progress_line(
     f'loss {loss:.3f}' if abs(loss) < 1000 else f'loss {loss:.2e}',
     f'grad {grad_norm:.2g}' if grad_norm is not None else '',
     f'dropped {100 * dropped:.1f}%' if dropped is not None else '',
-    f'{text.short(tokens_per_second)} tok/s',
+    f'{text.short(tokens_per_second)} tok/s' if tokens_per_second is not None else '',
     f'MFU {100 * mfu:.1f}%' if mfu is not None else '',
-    f'{text.duration(seconds_left)} left',
+    f'{text.duration(seconds_left)} left' if seconds_left is not None else '',
   ]
   return '  '.join(filter(None, parts))
 

@@ -27,6 +27,7 @@ from moejax import (
   report,
   run_folder,
   sharding,
+  start_page,
   trackers,
 )
 from moejax.checkpoint import changed_fields, one_line_errors
@@ -43,6 +44,8 @@ from moejax.step import (
   lower_train_step,
   make_state,
 )
+
+_STEPS_TO_ESTIMATE = 5  # after which the time of a run is known
 
 
 @dataclasses.dataclass
@@ -68,7 +71,7 @@ class Run:
   writer: Any = None
   eval_result: dict = dataclasses.field(default_factory=dict)
   flops_per_token: dict = dataclasses.field(default_factory=dict)
-  peak_flops: float = math.nan
+  peak_flops: float | None = None  # of all devices together, if it is known
 
   @property
   def tokens_per_step(self):
@@ -140,14 +143,16 @@ def train(
 def prepare(config, workdir):
   """A Run whose config, mesh and data are checked; nothing is written."""
   run_config = config_lib.resolve(config)
-  mesh = sharding.make_mesh(run_config.mesh)
+  with cli.waiting_for('initialising the devices'):
+    mesh = sharding.make_mesh(run_config.mesh)
   config_lib.check_mesh(run_config, mesh)
   _check_prompt(run_config)
   trackers.check_installed(run_config.train.trackers)
   run_folder.check_same_run(config, workdir)
   part = sharding.process_part(mesh, run_config.data.batch_size)
-  loader = data.make_loader(run_config.data, 'train', **part)
-  eval_loader = data.make_loader(run_config.data, 'validation', **part)
+  with cli.waiting_for('reading the corpus'):
+    loader = data.make_loader(run_config.data, 'train', **part)
+    eval_loader = data.make_loader(run_config.data, 'validation', **part)
   with tempfile.TemporaryDirectory() as folder:
     loader.batch(0)
     loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
@@ -231,15 +236,19 @@ def set_up(run, step, start=None):
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   run.checkpoints.check_writable(num_bytes)
   run.ledger.lap('start_up')
+  page = start_page.page(run.run_config, run.mesh, abstract, run.loader, run.workdir)
+  print(page, flush=True)
   run.train_step = _compile(run, abstract)
   run.ledger.lap('compile')
   if step is not None:
     print(f'resuming from step {step}')
     loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
-    run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
+    with cli.waiting_for('restoring the state'):
+      run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
     run.ledger.lap('restore')
   else:
-    run.state = start(run, abstract) if start else make_state(init, abstract)
+    with cli.waiting_for('initialising the state'):
+      run.state = start(run, abstract) if start else make_state(init, abstract)
     run.step = run.first_step = int(run.state['step'])
   if not is_finite(run.state):
     if step is None:
@@ -256,7 +265,8 @@ def set_up(run, step, start=None):
   run.flops_per_token = flops.training_flops_per_token(
     run.run_config.model, run.run_config.data.sequence_length
   )
-  run.peak_flops = _peak_flops(run.run_config.model.dtype)
+  peak = flops.peak_flops(jax.devices()[0], run.run_config.model.dtype)
+  run.peak_flops = peak and peak * jax.device_count()
   _record(run, 'start_up')
   if start and step is None:
     _evaluate(run)
@@ -269,18 +279,10 @@ def _compile(run, abstract_state):
   jax_config: Any = jax.config
   if jax_config.jax_disable_jit:  # for debugging
     return jit_train_step(*args)
-  started = time.monotonic()
-  compiled = lower_train_step(*args).compile()
-  lower_eval_step(run.run_config, abstract_state['params'], run.mesh).compile()
-  seconds = time.monotonic() - started
-  print(f'compiled the training and the evaluation step in {seconds:.1f} s', flush=True)
+  with cli.waiting_for('compiling the training and the evaluation step'):
+    compiled = lower_train_step(*args).compile()
+    lower_eval_step(run.run_config, abstract_state['params'], run.mesh).compile()
   return compiled
-
-
-def _peak_flops(dtype):
-  """FLOP/s of all devices together; CPU devices share one processor."""
-  peak = flops.peak_flops(jax.devices()[0], dtype) or flops.measured_peak_flops(dtype)
-  return peak * (1 if jax.default_backend() == 'cpu' else jax.device_count())
 
 
 def _record(run, phase):
@@ -299,7 +301,6 @@ def loop(run, interrupt):
   train = run.run_config.train
   last = lambda: run.step == train.steps
   profile = profiling.parse(train.profile_steps) if is_process_0() else range(0)
-  run.averager = metrics_lib.MetricAverager(**run.averager.totals())  # starts the clock
   with contextlib.closing(profiling.Profiler(profile, run.workdir / 'profile')) as profiler:
     while run.step < train.steps and not interrupt.reached(run.step):
       with profiler.step(run.step + 1):
@@ -308,6 +309,10 @@ def loop(run, interrupt):
         run.state, measured = run.train_step(run.state, run.batch)
         run.step += 1
         run.averager.add(run.step, measured)
+      if run.step == run.first_step + 1:
+        run.averager.restart_clock()  # the first step also allocates, loads and tunes programs
+      if run.step == run.first_step + _STEPS_TO_ESTIMATE:
+        _estimate(run)
       if run.step % train.log_interval == 0 or last():
         _log(run, run.averager.means())
         run.averager = metrics_lib.MetricAverager()
@@ -355,39 +360,50 @@ def _advice(diverged, run):
   return f'{diverged}; {kept}: lower optimizer.peak_lr{first}, or lengthen optimizer.warmup_steps.'
 
 
+def _estimate(run):
+  """Prints how long the rest of the run will take, if that is worth knowing."""
+  train, seconds = run.run_config.train, run.averager.means().get('seconds_per_step', 0)
+  evaluations = math.ceil(train.steps / train.eval_interval) - run.step // train.eval_interval
+  forward = evaluations * train.eval_batches / 3  # a third of a step each
+  if (left := seconds * (train.steps - run.step + forward)) > 10:
+    print(start_page.estimate(left), flush=True)
+
+
 def _log(run, means):
-  train = run.run_config.train
-  seconds = means['seconds_per_step']
-  speed = run.tokens_per_step / seconds
-  mfu = speed * run.flops_per_token['model'] / run.peak_flops
+  train, speeds = run.run_config.train, {}
+  seconds = means.get('seconds_per_step')  # of no step yet, if the first one is logged
+  if seconds:
+    speeds['tokens_per_second'] = run.tokens_per_step / seconds
+  if seconds and run.peak_flops:
+    flops_per_second = speeds['tokens_per_second'] * run.flops_per_token['model']
+    speeds['mfu'] = flops_per_second / run.peak_flops
   dropped = [value for name, value in means.items() if name.startswith('moe/dropped/')]
   run.ledger.lap('step')
-  others = {'tokens_per_second': speed, 'mfu': mfu, 'wall_seconds': run.ledger.wall}
-  run.writer.write(run.step, means | others)
+  run.writer.write(run.step, means | speeds | {'wall_seconds': run.ledger.wall})
   print(
     report.progress_line(
       step=run.step,
       steps=train.steps,
       loss=means['loss'],
       grad_norm=means['grad_norm'],
-      tokens_per_second=speed,
-      mfu=mfu,
       dropped=statistics.fmean(dropped) if run.run_config.model.dropless() else None,
-      seconds_left=(train.steps - run.step) * seconds,
+      seconds_left=(train.steps - run.step) * seconds if seconds else None,
+      **speeds,
     ),
     flush=True,
   )
 
 
 def _evaluate(run):
-  run.eval_result, aux = evaluate(
-    run.run_config.model,
-    run.state['params'],
-    run.eval_loader,
-    run.run_config.train.eval_batches,
-    run.mesh,
-    run.run_config.optimizer.accumulation,
-  )
+  with cli.waiting_for('evaluating'):
+    run.eval_result, aux = evaluate(
+      run.run_config.model,
+      run.state['params'],
+      run.eval_loader,
+      run.run_config.train.eval_batches,
+      run.mesh,
+      run.run_config.optimizer.accumulation,
+    )
   name = 'validation/loss'  # the previous process may have written it at the step it stopped at
   if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name)):
     measured = run.eval_result | metrics_lib.flatten_aux(aux)
@@ -435,7 +451,8 @@ def _sample(run):
   if length < 1:
     return ''
   try:
-    return continuations(model, run.state['params'], tokenizer, [train.sample_prompt], length)[0]
+    with cli.waiting_for('sampling'):
+      return continuations(model, run.state['params'], tokenizer, [train.sample_prompt], length)[0]
   except Exception as error:
     print(f'warning: no sample: {type(error).__name__}: {error}')
     return ''

@@ -3,8 +3,10 @@
 import errno
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -142,3 +144,26 @@ def test_a_config_file_is_found_from_anywhere(words, tmp_path, monkeypatch, caps
       find(name)
     said = f'error: --config={name}: no such file; bundled files are dense.py'
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_what_takes_long_is_said(capsys, monkeypatch):
+  with cli.waiting_for('reading'):
+    pass
+  assert not capsys.readouterr().out
+  monkeypatch.setattr(cli, '_PATIENCE', 0)
+  with pytest.raises(KeyError), cli.waiting_for('reading', file=sys.stderr):
+    time.sleep(0.1)
+    raise KeyError
+  said = capsys.readouterr()
+  assert said.err == 'reading ...\n  took 0s\n' and not said.out
+
+
+def test_the_command_of_a_program_works_as_it_is_printed(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  given = ['python', '-m', 'moejax.main', '--config.model.blocks=((("mlp",), 1),)']
+  monkeypatch.setattr(sys, 'orig_argv', given)
+  monkeypatch.setattr(sys, 'executable', f'{tmp_path}/.venv/bin/python')
+  command = cli.command('--workdir=my runs')
+  assert shlex.split(command) == ['.venv/bin/python', *given[1:], '--workdir=my runs']
+  monkeypatch.setattr(sys, 'executable', '/usr/bin/python3')
+  assert shlex.split(cli.command()) == ['/usr/bin/python3', *given[1:]]

@@ -30,7 +30,7 @@ RANKS = (
   + ('goodput', 'profiling'),
   ('config', 'variants'),
   ('cli',),
-  ('step', 'run_folder'),
+  ('step', 'run_folder', 'start_page'),
   ('evaluate',),
   ('generate',),
   ('train',),

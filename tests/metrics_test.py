@@ -129,6 +129,18 @@ def test_an_average_times_the_steps_alone():
   assert averager.means()['seconds_per_step'] == pytest.approx(10, abs=1)
 
 
+def test_steps_before_the_clock_restarts_are_averaged_but_not_timed():
+  averager = metrics.MetricAverager({'loss': 1.0}, 1)  # of an earlier process
+  averager.skip(-1000)  # as if the first step had taken long
+  averager.add(2, _measured(3.0))
+  averager.restart_clock()
+  assert averager.means() == {'loss': 2.0}
+  averager.skip(-20)
+  averager.add(3, _measured(5.0))
+  averager.add(4, _measured(7.0))
+  assert averager.means() == {'loss': 4.0, 'seconds_per_step': pytest.approx(10, abs=1)}
+
+
 @pytest.mark.parametrize('name', ['loss', 'grad_norm', 'update_norm'])
 def test_a_non_finite_number_is_noticed_one_step_later(name):
   averager = metrics.MetricAverager()
@@ -176,6 +188,10 @@ def test_progress_line():
   assert line == (
     'step 1200/3000   40.0%  loss 1.832  grad 0.41  24.1k tok/s  MFU 31.0%  3m12s left'
   )
+
+
+def test_a_progress_line_leaves_out_what_is_not_known():
+  assert report.progress_line(step=1, steps=20, loss=5.5) == 'step  1/20    5.0%  loss 5.500'
 
 
 @pytest.mark.parametrize('loss', [0.0, 1e30, -math.inf, math.nan])

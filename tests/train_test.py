@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -337,10 +338,61 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
   assert run.checkpoints.latest_step() is None
 
 
-def test_the_first_line_of_the_log_tells_the_speed_of_steps_alone(run):
+def _slow_first_step(run):
+  """Has the first step of a process take ten seconds, by its clock."""
+  train_step, first = run.train_step, run.step + 1
+
+  def slow(state, batch):
+    if run.step + 1 == first:
+      run.averager.skip(-10)
+    return train_step(state, batch)
+
+  run.train_step = slow
+
+
+def test_speeds_are_those_of_steps_without_the_first(run, monkeypatch, capsys):
+  monkeypatch.setattr(train, '_STEPS_TO_ESTIMATE', 2)
+  monkeypatch.setattr(train.start_page, 'estimate', 'about {}'.format)
   run.averager.skip(-1000)  # what set-up might take
+  _slow_first_step(run)
   assert train.loop(run, _StopAfter(3))
-  assert metrics.read_metrics(run.workdir)[0]['seconds_per_step'] < 100
+  first = metrics.read_metrics(run.workdir)[0]
+  assert 0 < first['seconds_per_step'] < 5
+  assert first['tokens_per_second'] == run.tokens_per_step / first['seconds_per_step']
+  assert 'mfu' not in first  # of a CPU
+  said = capsys.readouterr().out
+  assert ' tok/s' in said and 'MFU' not in said and 'about' not in said  # less than ten seconds
+
+
+def test_the_first_step_alone_has_no_speed(run, capsys):
+  run.run_config = dataclasses.replace(
+    run.run_config, train=dataclasses.replace(run.run_config.train, log_interval=1)
+  )
+  assert train.loop(run, _StopAfter(3))
+  lines = [line for line in metrics.read_metrics(run.workdir) if 'loss' in line]
+  assert ['seconds_per_step' in line for line in lines] == [False, True, True]
+  line = capsys.readouterr().out.splitlines()[0]
+  assert line.startswith('step 1/3') and 'tok/s' not in line and 'left' not in line
+
+
+def test_the_time_of_a_run_includes_its_evaluations(run, monkeypatch, capsys):
+  monkeypatch.setattr(train.start_page, 'estimate', 'about {:.0f} s'.format)
+  longer = dataclasses.replace(run.run_config.train, steps=103, eval_interval=50, eval_batches=30)
+  run.run_config, run.step = dataclasses.replace(run.run_config, train=longer), 3
+  run.averager = types.SimpleNamespace(means=lambda: {'seconds_per_step': 2.0})
+  train._estimate(run)
+  assert capsys.readouterr().out == 'about 260 s\n'  # 100 steps, at 50, 100 and 103 as many as 30
+  run.averager = types.SimpleNamespace(means=dict)
+  train._estimate(run)
+  assert not capsys.readouterr().out
+
+
+def test_mfu_is_relative_to_a_peak_that_is_known(run):
+  run.peak_flops = 1e9
+  assert train.loop(run, _StopAfter(3))
+  first = metrics.read_metrics(run.workdir)[0]
+  rate = first['tokens_per_second'] * run.flops_per_token['model']
+  assert first['mfu'] == pytest.approx(rate / 1e9)
 
 
 def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):
