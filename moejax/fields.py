@@ -66,7 +66,7 @@ class Section:
     problems = []
     for f in of(type(self)):
       try:
-        value = checked(f'{self.PATH}.{f.name}', f, getattr(self, f.name))
+        value = checked(_path(self.PATH, f.name), f, getattr(self, f.name))
         object.__setattr__(self, f.name, value)
       except ValueError as error:
         problems.append(str(error))
@@ -83,13 +83,18 @@ def make(kind, values):
   """Makes a Section from a mapping of its fields; raises ValueError for unknown ones."""
   known = [f.name for f in dataclasses.fields(kind)]
   unknown = [
-    f'{kind.PATH}.{name}: no such field{text.did_you_mean(name, known)}'
+    f'{_path(kind.PATH, name)}: no such field{text.did_you_mean(name, known)}'
     for name in values
     if name not in known
   ]
   if unknown:
     raise ValueError('\n'.join(unknown))
   return kind(**values)
+
+
+def _path(section, name):
+  """The full name of a field; that of a Section that is not part of a config stands alone."""
+  return f'{section}.{name}' if section else name
 
 
 def of(kind):

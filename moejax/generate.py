@@ -1,155 +1,202 @@
-"""Text from a trained model: incremental decoding with a cache, as a function and as a program.
+"""Text from a trained model, as functions and as a program.
 
-  python -m moejax.generate --workdir=DIR --prompt="def "
+  python -m moejax.generate --workdir=DIR --prompt="def " --temperature=0.7 --top_p=0.9
+  python -m moejax.generate --workdir=DIR --interactive
+  python -m moejax.generate --workdir=DIR --prompts=prompts.jsonl --json
   python -m moejax.generate --workdir=DIR --prompt="def " --mode=unmixed
 
-All sequences of a batch advance position by position together, because Mixture-of-Tokens layers mix
-the sequences of a group at equal positions, in decoding as in training. Requests in one group
-therefore influence each other, unless `--mode=unmixed` decodes each by itself.
+In a model that mixes sequences, the requests of a group influence each other, in decoding as in
+training, unless `--mode=unmixed` decodes each by itself; a group that the prompts do not fill is
+filled with further continuations of them. In other models a request's text depends on nothing but
+its prompt, its seed and the settings.
 """
 
-import functools
-import math
-import sys
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moejax import cli, fields, model as model_lib, run_folder, sharding
+from moejax import cli, decode, fields, run_folder, terminal
 from moejax.distributed import is_process_0
 from moejax.evaluate import decoding
-from moejax.layers.common import TokenInfo
 
 
-def generate(model_config, params, prompts, length, *, temperature=0.8, key=None):
-  """Continues prompts together, past the model's context if necessary.
+@dataclasses.dataclass(frozen=True)
+class Sampling(fields.Section):
+  """How the next token is chosen, and what ends a text.
 
-  When prompt and continuation fill the context, their newest half becomes the new prompt. A prompt
-  longer than the context is cut in the same way.
+  The settings act in the order of transformers' `generate`: repetition penalty, temperature, top-k,
+  top-p, min-p (moejax/ops/sampling.py).
+  """
+
+  temperature: float = fields.default(
+    0.8, 'divides the logits; 0: greedy, always the likeliest token', minimum=0
+  )
+  top_k: int = fields.default(0, 'sample among the k likeliest tokens; 0: among all', minimum=0)
+  top_p: float = fields.default(
+    1.0, 'sample among the likeliest tokens, as few as have this probability', above=0, maximum=1
+  )
+  min_p: float = fields.default(
+    0.0, 'sample among tokens at least this times as likely as the likeliest', minimum=0, maximum=1
+  )
+  repetition_penalty: float = fields.default(
+    1.0, 'divides positive logits of tokens in the context, multiplies negative ones', above=0
+  )
+  stop: tuple = fields.default((), 'a text ends before the first of these strings')
+  stop_at_eos: bool = fields.default(True, 'a text ends where the model ends its document')
+  seed: int = fields.default(
+    0,
+    'of the first request; the next has the next seed',
+    minimum=0,
+    maximum=fields.MAX_SEED,
+  )
+
+  def __post_init__(self):
+    if isinstance(self.stop, str):
+      object.__setattr__(self, 'stop', (self.stop,))
+    super().__post_init__()
+
+  def conflicts(self):
+    if not all(isinstance(stop, str) and stop for stop in self.stop):
+      yield f'stop must hold strings of at least one character, got {self.stop!r}.'
+
+  @property
+  def settings(self):
+    """Of `ops.sampling.next_token`."""
+    names = ('repetition_penalty', 'temperature', 'top_k', 'top_p', 'min_p')
+    return {name: getattr(self, name) for name in names}
+
+  def seeds(self, number):
+    """One for every request."""
+    return [(self.seed + i) % (fields.MAX_SEED + 1) for i in range(number)]
+
+
+class Completion:
+  """A text that grows token by token.
+
+  Attributes:
+    text: the continuation; a stop string is not part of it.
+    tokens: how many were generated; the end-of-document token counts.
+    seed: reproduces this text alone, if the model does not mix sequences.
+    finish_reason: 'length', 'stop', 'end_of_text', or '' while it grows.
+  """
+
+  def __init__(self, tokenizer, sampling, seed, length):
+    self.text, self.tokens, self.seed, self.finish_reason = '', 0, seed, ''
+    self._tokenizer, self._sampling, self._length = tokenizer, sampling, length
+    self._undecoded = []  # the beginning of a character
+
+  def add(self, token):
+    """Appends a token, unless the text has ended."""
+    if self.finish_reason:
+      return
+    self.tokens += 1
+    ends = self._sampling.stop_at_eos and token == self._tokenizer.eos_id
+    self._undecoded += [] if ends else [token]
+    piece = self._tokenizer.decode(self._undecoded)
+    last = ends or self.tokens == self._length
+    if last or not piece.endswith('\ufffd'):
+      self._append(piece)
+    if last and not self.finish_reason:
+      self.finish_reason = 'end_of_text' if ends else 'length'
+
+  def _append(self, piece):
+    before, self.text, self._undecoded = len(self.text), self.text + piece, []
+    stops = self._sampling.stop
+    found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
+    if any(place >= 0 for place in found):
+      self.text = self.text[: min(place for place in found if place >= 0)]
+      self.finish_reason = 'stop'
+
+  @property
+  def settled(self):
+    """The text without what may turn out to be the beginning of a stop string."""
+    if self.finish_reason:
+      return self.text
+    beginnings = (stop[:n] for stop in self._sampling.stop for n in range(1, len(stop)))
+    held = max((len(b) for b in beginnings if self.text.endswith(b)), default=0)
+    return self.text[: len(self.text) - held]
+
+
+def complete(
+  model_config, params, tokenizer, prompts, length, sampling=None, watch=lambda texts: None
+):
+  """Continues texts together.
+
+  If the prompts do not fill the groups of a mixing model, further continuations of them do: a
+  mixture of fewer tokens than in training would be out of distribution.
 
   Args:
+    model_config, params, tokenizer: the model.
+    prompts: strings; an empty one is the beginning of a document.
+    length: the most tokens to generate after each.
+    sampling: a `Sampling`; None: the default.
+    watch: called with the list of Completions after every token.
+
+  Returns:
+    A Completion per prompt.
+
+  Raises:
+    ValueError: there is no prompt, or the length is below 1.
+  """
+  sampling = sampling or Sampling()
+  ids = [tokenizer.encode(prompt) for prompt in prompts]
+  ids = [i if len(i) else np.array([tokenizer.eos_id], np.int32) for i in ids]
+  _check(ids, length)
+  number = decode.full_groups(model_config, len(ids))
+  repeated = [ids[i % len(ids)] for i in range(number)]
+  seeds = sampling.seeds(number)
+  texts = [Completion(tokenizer, sampling, seed, length) for seed in seeds[: len(ids)]]
+  for new in decode.stream(model_config, params, repeated, length, seeds, sampling.settings):
+    for i, token in new:
+      if i < len(texts):
+        texts[i].add(token)
+    watch(texts)
+    if all(text.finish_reason for text in texts):
+      break
+  return texts
+
+
+def continuations(model_config, params, tokenizer, prompts, length, **sampling):
+  """One continuation of each text in `prompts`, as text; `sampling`: fields of `Sampling`."""
+  sampling = fields.make(Sampling, sampling)
+  return [
+    completion.text
+    for completion in complete(model_config, params, tokenizer, prompts, length, sampling)
+  ]
+
+
+def generate(model_config, params, prompts, length, **sampling):
+  """Continues sequences of token ids together, past the model's context if necessary.
+
+  Args:
+    model_config, params: the model.
     prompts: sequences of token ids; at least one token each.
     length: tokens to generate after each prompt.
-    temperature: of sampling; 0 is greedy.
-    key: of sampling; may be None if greedy.
+    sampling: fields of `Sampling`; nothing ends a sequence early.
 
   Returns:
     One int32 array per prompt: its continuation of `length` tokens.
 
   Raises:
-    ValueError: a prompt is empty, the length is below 1, or the temperature is no such number.
+    ValueError: a prompt is empty, the length is below 1, or a setting is invalid.
   """
+  settings = fields.make(Sampling, sampling)
+  _check(prompts, length)
+  seeds = settings.seeds(len(prompts))
+  outputs = [[] for _ in prompts]
+  for new in decode.stream(model_config, params, prompts, length, seeds, settings.settings):
+    for i, token in new:
+      outputs[i].append(token)
+  return [np.array(output, np.int32) for output in outputs]
+
+
+def _check(prompts, length):
   if not len(prompts) or min(map(len, prompts)) < 1:
     raise ValueError('generate: every prompt must have at least one token.')
   if length < 1:
     raise ValueError(f'generate: length must be at least one token, got {length}.')
-  if not 0 <= temperature < math.inf:
-    raise ValueError(f'generate: temperature must be finite and at least 0, got {temperature}.')
-  key = jax.random.key(0) if key is None else key
-  context = model_config.max_length
-  texts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  outputs = [np.zeros(0, np.int32)] * len(prompts)
-  while length:
-    if max(map(len, texts)) > context:
-      texts = [text[-max(1, context // 2) :] for text in texts]
-    fitting = min(length, context + 1 - max(map(len, texts)))
-    key, key_now = jax.random.split(key)
-    new = _within_context(model_config, params, texts, fitting, temperature, key_now)
-    texts, outputs = (list(map(_join, before, new)) for before in (texts, outputs))
-    length -= fitting
-  return outputs
-
-
-def _join(before, after):
-  return np.concatenate([before, after])
-
-
-def _within_context(model_config, params, prompts, length, temperature, key):
-  lengths = np.array([len(p) for p in prompts])
-  # Sequences that fill up the last group are padding: segment 0 keeps them out of every mixture.
-  B = _full_groups(model_config, len(prompts))
-  prompts_BS = np.zeros((B, lengths.max()), np.int32)
-  for i, prompt in enumerate(prompts):
-    prompts_BS[i, : len(prompt)] = prompt
-  prompt_lengths_B = np.ones(B, np.int32)
-  prompt_lengths_B[: len(prompts)] = lengths
-  valid_B = np.arange(B) < len(prompts)
-  common, steps = int(lengths.min()), int(lengths.max()) + length - 1
-  out_BS = _decode(
-    model_config,
-    common,
-    steps,
-    params,
-    prompts_BS,
-    prompt_lengths_B,
-    valid_B,
-    np.float32(temperature),
-    key,
-  )
-  out_BS = sharding.fetch(out_BS)
-  # out_BS[:, j] is the token after position common - 1 + j.
-  return [out_BS[i, n - common : n - common + length] for i, n in enumerate(lengths)]
-
-
-def _full_groups(model_config, num_sequences):
-  """The number of sequences, rounded up to full groups."""
-  M = model_config.mixed_sequences
-  return -(-num_sequences // M) * M
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(config, common, steps, params, prompts_BS, prompt_lengths_B, valid_B, temperature, key):
-  """The tokens after positions common - 1 ... steps - 1; inside a prompt, the prompt's own.
-
-  The first `common` positions, which all prompts have, are prefilled in parallel; the others are
-  decoded one after the other.
-  """
-  model = model_lib.bind(config, params)
-  B, S = prompts_BS.shape
-  segments_B = valid_B.astype(jnp.int32)
-
-  def choose(logits_BV, position):
-    sampled_B = _sample(logits_BV, temperature, jax.random.fold_in(key, position))
-    forced_B = prompts_BS[:, jnp.minimum(position + 1, S - 1)]
-    return jnp.where(position + 1 < prompt_lengths_B, forced_B, sampled_B)
-
-  def advance(carry, position):
-    token_B, state = carry
-    logits_BV, state = model.step(token_B, state, TokenInfo(segments_B, jnp.full(B, position)))
-    next_B = choose(logits_BV, position)
-    return (next_B, state), next_B
-
-  ones = jnp.ones((B, common), jnp.int32)
-  prefix = TokenInfo(segments_B[:, None] * ones, jnp.arange(common)[None] * ones)
-  logits_BV, state = model.prefill(prompts_BS[:, :common], prefix, steps)
-  first_B = choose(logits_BV, common - 1)
-  _, rest = jax.lax.scan(advance, (first_B, state), jnp.arange(common, steps))
-  return jnp.concatenate([first_B[:, None], rest.T], axis=1)
-
-
-def _sample(logits_BV, temperature, key):
-  noise_BV = jax.random.gumbel(key, logits_BV.shape)
-  return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)
-
-
-def continuations(model_config, params, tokenizer, prompts, length, *, temperature=0.8, seed=0):
-  """One continuation of each text in `prompts`, as text.
-
-  If the prompts do not fill the groups of a mixing model, further continuations of them do: a
-  mixture of fewer tokens than in training would be out of distribution.
-  """
-  ids = [tokenizer.encode(text) for text in prompts]
-  repeated = [ids[i % len(ids)] for i in range(_full_groups(model_config, len(prompts)))]
-  key = jax.random.key(seed)
-  out = generate(model_config, params, repeated, length, temperature=temperature, key=key)
-  return [tokenizer.decode(_until_end(o, tokenizer)) for o in out[: len(prompts)]]
-
-
-def _until_end(ids, tokenizer):
-  ends = np.flatnonzero(ids == tokenizer.eos_id)
-  return ids[: ends[0]] if len(ends) else ids
 
 
 def _beyond_context(context, longest, length):
@@ -170,41 +217,100 @@ def _beyond_context(context, longest, length):
 
 def main(overrides):
   args = flags.FLAGS
+  values = {f.name: getattr(args, f.name) for f in fields.of(Sampling)}
+  sampling = Sampling(**{name: value for name, value in values.items() if value is not None})
+  prompts = [*(args.prompt or ()), *(terminal.read_prompts(args.prompts) if args.prompts else ())]
+  if args.interactive and (prompts or args.samples > 1):
+    raise ValueError('--interactive reads its prompts: leave out --prompt, --prompts, --samples.')
   cli.join_processes()
-  run_config, _, params, mesh = run_folder.load_run(args.workdir, overrides)
-  model = decoding(run_config.model, args.mode, args.group_size)
-  prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-  longest = max(len(run_config.tokenizer.encode(prompt)) for prompt in args.prompt)
-  if is_process_0() and (note := _beyond_context(model.max_length, longest, args.length)):
-    print(note, file=sys.stderr)
+  if args.interactive and jax.process_count() > 1:
+    raise ValueError('--interactive: one process reads the input; start only one.')
+  run_config, step, params, mesh = run_folder.load_run(args.workdir, overrides)
+  model, tokenizer = decoding(run_config.model, args.mode, args.group_size), run_config.tokenizer
+  screen = terminal.Screen(step if args.json else None, args.interactive, is_process_0())
+
+  def show(prompts, seed):
+    with_seed = dataclasses.replace(sampling, seed=seed)
+    watch = screen.begin(prompts)
+    screen.end(complete(model, params, tokenizer, prompts, args.length, with_seed, watch))
+
+  def warn(prompts, length=args.length):
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+    screen.note(_beyond_context(model.max_length, longest, length))
+
+  def answer(prompt):
+    warn([prompt], length=1)
+    try:
+      show([prompt], sampling.seed)
+    except KeyboardInterrupt:
+      print(flush=True)
+    return screen.text
+
   with jax.set_mesh(mesh):
-    texts = continuations(
-      model,
-      params,
-      run_config.tokenizer,
-      prompts,
-      args.length,
-      temperature=args.temperature,
-      seed=args.seed,
-    )
-  for prompt, text in zip(prompts, texts, strict=True):
-    print(f'{prompt}{text}\n{"-" * 40}')
+    if args.interactive:
+      warn([''])
+      terminal.converse(answer, args.keep_context)
+    else:
+      prompts = [prompt for prompt in prompts or ['def '] for _ in range(args.samples)]
+      warn(prompts)
+      size, seeds = decode.full_groups(model, args.batch_size), sampling.seeds(len(prompts))
+      for first in range(0, len(prompts), size):
+        show(prompts[first : first + size], seeds[first])
+  screen.note(screen.speed)
   return cli.OK
 
 
-if __name__ == '__main__':
+_MODES = {
+  'mixed': 'groups as in training, one request influences another',
+  'unmixed': 'every request by itself, experts see each token alone',
+  'discrete': 'an expert takes one token of a group, which one depends on the others',
+}
+
+
+def _define_flags():
   cli.define_process_flags()
   cli.define_path('workdir', None, 'Folder of the run to generate from.', required=True)
-  flags.DEFINE_multi_string('prompt', ['def '], 'Text to continue; may be repeated.')
-  flags.DEFINE_integer('length', 100, 'Tokens to generate.')
+  flags.DEFINE_multi_string(
+    'prompt',
+    None,
+    "Text to continue; may be repeated; '' begins a document. Without prompts: 'def '.",
+  )
+  cli.define_path('prompts', None, 'File of prompts: one per line, or .jsonl with field "prompt".')
+  flags.DEFINE_bool(
+    'interactive', False, 'Reads prompts from the terminal or a pipe, line by line.'
+  )
+  flags.DEFINE_bool(
+    'keep_context', False, 'Of --interactive: a line continues the text; an empty one starts anew.'
+  )
+  flags.DEFINE_bool('json', False, 'Prints a JSON object per text, in place of the text.')
+  flags.DEFINE_integer('length', 100, 'Most tokens to generate.', lower_bound=1)
   flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.', lower_bound=1)
-  flags.DEFINE_float('temperature', 0.8, 'Of sampling; 0 is greedy.', lower_bound=0)
-  flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_bound=fields.MAX_SEED)
+  flags.DEFINE_integer(
+    'batch_size', 32, 'Prompts decoded together, rounded up to full groups.', lower_bound=1
+  )
+  for f in fields.of(Sampling):
+    define = {
+      float: flags.DEFINE_float,
+      int: flags.DEFINE_integer,
+      bool: flags.DEFINE_bool,
+      tuple: flags.DEFINE_multi_string,
+    }[f.type]
+    meaning = f.metadata['meaning']
+    define(
+      f.name,
+      f.default or None if f.type is tuple else f.default,
+      f'{meaning[0].upper()}{meaning[1:]}.',
+    )
+  modes = '; '.join(f'{mode}: {meaning}' for mode, meaning in _MODES.items())
   flags.DEFINE_enum(
     'mode',
     'mixed',
-    ['mixed', 'unmixed', 'discrete'],
-    'How mixed requests see each other; moejax.evaluate compares the losses.',
+    list(_MODES),
+    f'Of models that mix sequences. {modes}. moejax.evaluate compares their losses.',
   )
   flags.DEFINE_integer('group_size', 0, 'Requests per mixing group; 0: as in training.')
+
+
+if __name__ == '__main__':
+  _define_flags()
   cli.run(main, needs_config=False, takes_overrides=True)

@@ -37,10 +37,11 @@ parameters.declare('head', P(SHARD_AXES, 'tensor'))
 # Name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the module and describes it. The
 # module has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding `init_state(batch_size,
 # max_length, dtype)`, `step(x_BD, state, tokens) -> (y_BD, state)`, and `prefill(x_BLD, tokens) ->
-# (y_BLD, state)`: all positions of a prompt at once, and the state after them, with caches as long
-# as the prompt; `common.Stateless` has these three for layers without state. `aux` is a flat dict
-# of metrics, small arrays, or lists of them from several parts; 'auxiliary_loss' is added to the
-# objective, averaged over the sublayers and parts that have one (as in the papers' runs).
+# (y_BLD, state)`: all positions of a prompt at once, and the state after its last token (padding,
+# segment 0, may follow), with caches as long as the prompt; `common.Stateless` has these three for
+# layers without state. `aux` is a flat dict of metrics, small arrays, or lists of them from several
+# parts; 'auxiliary_loss' is added to the objective, averaged over the sublayers and parts that have
+# one (as in the papers' runs).
 SUBLAYERS: dict[str, type[Sublayer]] = {
   'attention': AttentionSublayer,
   'mlp': MLPSublayer,
@@ -297,11 +298,12 @@ class LanguageModel(nnx.Module):
   def prefill(self, inputs_BL, tokens, max_length):
     """Processes the first L positions of every sequence in one parallel pass.
 
-    Sequences influence each other as in `step`, and no token is dropped.
+    Sequences influence each other as in `step`, and no token is dropped. The end of a sequence may
+    be padding (segment 0).
 
     Returns:
-      Float32 logits_BV of the last position, and the state for `step`, with room for `max_length`
-      positions.
+      Float32 logits_BV after the last token of every sequence, and the state for `step` there, with
+      room for `max_length` positions.
     """
     x_BLD = self._embed(inputs_BL, tokens)
     state = self.init_state(inputs_BL.shape[0], max_length)
@@ -309,7 +311,7 @@ class LanguageModel(nnx.Module):
       body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
       x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
       state[name] = jax.tree.map(_write_prefix, state[name], filled)
-    return self._project(self._normalize(x_BLD[:, -1])), state
+    return self._project(self._normalize(common.last_token(x_BLD, tokens))), state
 
   def step(self, inputs_B, state, tokens):
     """Decodes one position of every sequence: float32 logits_BV and the next state."""

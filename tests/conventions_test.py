@@ -31,7 +31,7 @@ RANKS = (
   ('config', 'variants'),
   ('cli',),
   ('step', 'run_folder', 'start_page'),
-  ('evaluate',),
+  ('evaluate', 'decode', 'terminal'),
   ('generate',),
   ('train',),
   ('aot', 'scaling_laws'),

@@ -20,6 +20,7 @@ from moejax import (
   cli,
   config as config_lib,
   convert,
+  decode,
   generate,
   hf_mamba,
   model as model_lib,
@@ -151,8 +152,8 @@ def test_our_own_run_exports_its_tokenizers_ids():
 
 def test_generation_of_an_imported_model_ends_at_its_own_eos_id(from_hf, monkeypatch):
   run_config, _, params, _ = run_folder.load_run(from_hf)
-  said = np.array([70, 1, 71, 0, 72])  # 1 is our eos_id, 0 is theirs
-  monkeypatch.setattr(generate, 'generate', lambda *args, **options: [said])
+  said = ([(0, token)] for token in (70, 1, 71, 0, 72))  # 1 is our eos_id, 0 is theirs
+  monkeypatch.setattr(decode, 'stream', lambda *args: said)
   (text,) = generate.continuations(run_config.model, params, run_config.tokenizer, ['x'], 5)
   assert text == 'CD'
 

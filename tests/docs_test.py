@@ -143,7 +143,7 @@ def go(tmp_path_factory):
 PATHS = {
   'main': ['workdir'],
   'evaluate': ['workdir'],
-  'generate': ['workdir'],
+  'generate': ['workdir', 'prompts'],
   'transition_tuning': ['from', 'workdir'],
   'compare': ['runs', 'output'],
   'tokenize': ['output'],

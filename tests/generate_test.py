@@ -1,12 +1,15 @@
-"""Decoding: prompts of different lengths, padding, and limits."""
+"""Decoding: prompts of different lengths, padding, limits, and what ends a text."""
 
+import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from moejax import generate, model as model_lib
+from moejax import decode, generate, model as model_lib, terminal
+from moejax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
 
@@ -52,17 +55,11 @@ def test_padding_a_group_does_not_influence_a_single_prompt(trained):
   np.testing.assert_array_equal(alone, by_itself)
 
 
-def test_sampling_is_a_function_of_its_key(trained):
-  a, b, c = (
-    generate.generate(*trained, [[5, 6]] * 4, 6, key=jax.random.key(seed)) for seed in (1, 1, 2)
-  )
+def test_sampling_is_a_function_of_its_seed(trained):
+  a, b, c = (generate.generate(*trained, [[5, 6]] * 4, 6, seed=seed) for seed in (1, 1, 2))
   np.testing.assert_array_equal(a, b)
   assert not np.array_equal(a, c)
-
-
-def test_token_0_is_a_token():
-  logits_BV = np.array([[2.0, 1.0], [1.0, 2.0]])
-  assert generate._sample(logits_BV, 0.0, jax.random.key(0)).tolist() == [0, 1]
+  np.testing.assert_array_equal(generate.Sampling(seed=2**32 - 1).seeds(2), [2**32 - 1, 0])
 
 
 def test_invalid_requests_are_rejected(trained):
@@ -70,9 +67,26 @@ def test_invalid_requests_are_rejected(trained):
     _greedy(trained, [[]])
   with pytest.raises(ValueError, match='length must be at least one'):
     _greedy(trained, [[1]], length=0)
-  for temperature in (math.nan, math.inf, -1.0):
-    with pytest.raises(ValueError, match=f'temperature must be finite .*, got {temperature}'):
-      generate.generate(*trained, [[1]], 1, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'temperature': -1.0}, 'temperature must be at least 0, got -1.0'),
+    ({'temperature': math.nan}, 'temperature must be a finite number, got nan'),
+    ({'top_k': -1}, 'top_k must be at least 0, got -1'),
+    ({'top_k': 1.5}, 'top_k must be an integer, got 1.5'),
+    ({'top_p': 0.0}, 'top_p must be positive and at most 1, got 0.0'),
+    ({'min_p': 2.0}, 'min_p must be at least 0 and at most 1, got 2.0'),
+    ({'repetition_penalty': 0.0}, 'repetition_penalty must be positive, got 0.0'),
+    ({'seed': -1}, 'seed must be at least 0 and at most 4294967295, got -1'),
+    ({'stop': ['a', '']}, "stop must hold strings of at least one character, got ('a', '')"),
+    ({'top_n': 3}, "top_n: no such field; did you mean 'top_p'?"),
+  ],
+)
+def test_invalid_settings_are_one_clear_error(trained, options, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    generate.generate(*trained, [[1]], 1, **options)
 
 
 def test_past_the_context_its_newest_half_becomes_the_prompt(trained):
@@ -80,11 +94,12 @@ def test_past_the_context_its_newest_half_becomes_the_prompt(trained):
   outputs = _greedy(trained, prompts, length=20)
   assert [len(out) for out in outputs] == [20] * 4
   texts = [np.concatenate([p, out]) for p, out in zip(prompts, outputs, strict=True)]
-  # The context is 11: the longest prompt has room for 8 tokens and one that is not read again.
-  first = _greedy(trained, prompts, length=9)
-  np.testing.assert_array_equal([out[:9] for out in outputs], first)
-  newest = [text[:-11][-5:] for text in texts]
-  np.testing.assert_array_equal([out[9:16] for out in outputs], _greedy(trained, newest, length=7))
+  # The context is 11: there is room for 11 tokens and one that is not read again.
+  for prompt, text, first in zip(prompts, texts, _greedy(trained, prompts, length=11), strict=True):
+    new = 12 - len(prompt)
+    np.testing.assert_array_equal(text[len(prompt) : 12], first[:new])
+  newest = [text[7:12] for text in texts]
+  np.testing.assert_array_equal([t[12:19] for t in texts], _greedy(trained, newest, length=7))
 
 
 def test_a_prompt_longer_than_the_context_is_cut_to_its_end(trained):
@@ -109,3 +124,178 @@ def test_note_about_texts_beyond_the_context(longest, length, said):
 def test_samples_differ_when_a_new_context_reaches_the_same_position(trained):
   a = generate.generate(*trained, [[5, 6]] * 4, 24, temperature=100.0)
   assert not np.array_equal(a[0][-6:], a[0][-12:-6])
+
+
+@pytest.fixture(scope='module')
+def alone():
+  """Models whose sequences do not influence each other, with parameters."""
+  changes = {
+    'dense': {'blocks': tiny.DENSE},
+    'unmixed': {'mot_group_size': 1},
+    'mamba': {'blocks': tiny.MAMBA},
+    'moe': {'blocks': tiny.MOE},
+  }
+  found = {}
+  for name, change in changes.items():
+    config = tiny.model_config(init_scale=1.0, **change)
+    init = jax.jit(model_lib.init_params, static_argnums=0)
+    found[name] = config, init(config, jax.random.key(0))
+  return found
+
+
+@pytest.mark.parametrize('name', ['dense', 'unmixed', 'mamba', 'moe'])
+def test_a_request_does_not_depend_on_its_neighbours(alone, name):
+  prompts, options = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]], {'top_k': 20, 'top_p': 0.95}
+  together = generate.generate(*alone[name], prompts, 16, seed=7, **options)  # beyond the context
+  for i, prompt in enumerate(prompts):
+    (single,) = generate.generate(*alone[name], [prompt], 16, seed=7 + i, **options)
+    np.testing.assert_array_equal(together[i], single)
+
+
+@pytest.mark.parametrize('name', ['dense', 'mamba'])
+def test_padding_to_a_compiled_length_changes_nothing(alone, name, monkeypatch):
+  padded = [generate.generate(*alone[name], [[5] * n], 3, temperature=0) for n in (3, 7)]
+  monkeypatch.setattr(decode, 'padded', lambda length, limit: length)
+  exact = [generate.generate(*alone[name], [[5] * n], 3, temperature=0) for n in (3, 7)]
+  np.testing.assert_array_equal(padded, exact)
+
+
+def test_many_prompt_lengths_compile_few_programs(monkeypatch):
+  config = tiny.model_config(blocks=tiny.DENSE, max_length=64, d_model=6)
+  params = jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+  traced = {'prefill': 0, 'step': 0}
+
+  def counting(name, function):
+    def called(*args):
+      traced[name] += 1
+      return function(*args)
+
+    return called
+
+  for name in traced:
+    monkeypatch.setattr(
+      model_lib.LanguageModel, name, counting(name, getattr(model_lib.LanguageModel, name))
+    )
+  for length in range(1, 31):
+    generate.generate(config, params, [[5] * length], 2, top_k=length, temperature=length / 10)
+  # Caches of 16 and of 32 positions; prompts of up to 16 for both, of 32 for the second.
+  assert traced == {'prefill': 3, 'step': 2}
+
+
+def test_temperature_0_is_top_k_1(alone):
+  greedy, best = (
+    generate.generate(*alone['dense'], [[5]], 9, **options)
+    for options in ({'temperature': 0}, {'top_k': 1, 'temperature': 1.7})
+  )
+  np.testing.assert_array_equal(greedy, best)
+
+
+def _said(monkeypatch, *texts, end=True):
+  """Makes the model say texts, byte by byte, and end its document."""
+  eos = [tokenizer_lib.EOS_ID] if end else []
+  said = [[*tokenizer_lib.BytesTokenizer().encode(text), *eos] for text in texts]
+  places = range(max(map(len, said)))
+  steps = ([(i, ids[n]) for i, ids in enumerate(said) if n < len(ids)] for n in places)
+  monkeypatch.setattr(decode, 'stream', lambda *args: steps)
+  return steps
+
+
+def _complete(*prompts, length=100, watch=lambda texts: None, **sampling):
+  config, tokenizer = tiny.model_config(blocks=tiny.DENSE), tokenizer_lib.BytesTokenizer()
+  sampling = generate.Sampling(**sampling)
+  return generate.complete(config, None, tokenizer, prompts, length, sampling, watch)
+
+
+@pytest.mark.parametrize(
+  'options, text, tokens, reason',
+  [
+    ({}, 'a naïve end', 13, 'end_of_text'),
+    ({'length': 4}, 'a na', 4, 'length'),
+    ({'length': 5}, 'a na\ufffd', 5, 'length'),
+    ({'stop': 'e e'}, 'a naïv', 10, 'stop'),
+    ({'stop': ['x', 'end', 'ïve']}, 'a na', 8, 'stop'),
+    ({'stop': 'ended'}, 'a naïve end', 13, 'end_of_text'),
+  ],
+)
+def test_what_ends_a_text(monkeypatch, options, text, tokens, reason):
+  _said(monkeypatch, 'a naïve end')
+  (got,) = _complete('x', **options)
+  assert (got.text, got.tokens, got.finish_reason) == (text, tokens, reason)
+
+
+def test_the_end_of_a_document_need_not_end_a_text(monkeypatch):
+  _said(monkeypatch, 'ab')
+  (got,) = _complete('x', length=3, stop_at_eos=False)
+  assert (got.text, got.tokens, got.finish_reason) == ('ab', 3, 'length')
+
+
+def test_decoding_ends_with_the_last_text(monkeypatch):
+  steps = _said(monkeypatch, 'a. b', 'abc. d')
+  texts = _complete('x', 'y', stop='.')
+  assert [text.text for text in texts] == ['a', 'abc'] and [t.seed for t in texts] == [0, 1]
+  assert len(list(steps)) == 3  # ' d' and the end were not asked for
+
+
+def test_watchers_see_whole_characters_and_no_beginning_of_a_stop(monkeypatch):
+  _said(monkeypatch, 'aï. b')
+  seen = []
+  _complete('x', stop='. c', watch=lambda texts: seen.append(texts[0].settled))
+  assert seen == ['a', 'a', 'aï', 'aï', 'aï', 'aï. b', 'aï. b']
+
+
+def test_an_empty_prompt_is_the_start_of_a_document(alone):
+  config = tiny.model_config(init_scale=1.0, blocks=tiny.DENSE, vocab_size=259)
+  params = jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+  tokenizer = tokenizer_lib.BytesTokenizer()
+  (text,) = generate.continuations(config, params, tokenizer, [''], 4, stop_at_eos=False)
+  (ids,) = generate.generate(config, params, [[tokenizer.eos_id]], 4)
+  assert text == tokenizer.decode(ids)
+
+
+def test_prompts_of_a_file(tmp_path):
+  lines, objects = tmp_path / 'prompts.txt', tmp_path / 'prompts.jsonl'
+  lines.write_text('def \n\n{"prompt": 1}\r\n naïve')
+  assert terminal.read_prompts(lines) == ['def ', '{"prompt": 1}', ' naïve']
+  objects.write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
+  assert terminal.read_prompts(objects) == ['a\nb', '']
+  objects.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+  with pytest.raises(ValueError, match='line 2 must be a JSON object with a string "prompt"'):
+    terminal.read_prompts(objects)
+  lines.write_text('\n')
+  with pytest.raises(ValueError, match='expected one prompt per line, but the file is empty'):
+    terminal.read_prompts(lines)
+
+
+@pytest.mark.parametrize('keep, asked', [(False, ['a', 'b', 'c']), (True, ['a', 'a!\nb', 'c'])])
+def test_lines_of_a_conversation(monkeypatch, keep, asked):
+  lines = iter(['a', 'b', '', 'c'])
+
+  def next_line(_):
+    for line in lines:
+      return line
+    raise EOFError
+
+  monkeypatch.setattr('builtins.input', next_line)
+  got = []
+  terminal.converse(lambda text: got.append(text) or '!', keep)
+  assert got == asked
+
+
+def test_a_batch_on_the_screen(monkeypatch, capsys):
+  for step, prompts in ((None, ['x', 'y']), (7, ['x', 'y'])):
+    _said(monkeypatch, 'ab', 'c')
+    screen = terminal.Screen(step)
+    screen.end(_complete(*prompts, watch=screen.begin(prompts)))
+  line = '-' * 40
+  texts, _, records = capsys.readouterr().out.rpartition(f'{line}\n')
+  assert texts == f'xab\n{line}\nyc\n'
+  first, second = map(json.loads, records.splitlines())
+  assert first == {
+    'prompt': 'x',
+    'text': 'ab',
+    'tokens': 3,
+    'seed': 0,
+    'finish_reason': 'end_of_text',
+    'step': 7,
+  }
+  assert (second['text'], second['seed']) == ('c', 1)

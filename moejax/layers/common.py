@@ -37,6 +37,12 @@ def join_aux(auxes):
   return joined
 
 
+def last_token(x_BLD, tokens):
+  """x_BD of the last token of every sequence, before its padding."""
+  last_B = jnp.maximum(jnp.sum(tokens.segments > 0, axis=1) - 1, 0)
+  return x_BLD[jnp.arange(x_BLD.shape[0]), last_B]
+
+
 class Stateless(nnx.Module):
   """A sublayer without decoding state: it decodes by its forward pass."""
 

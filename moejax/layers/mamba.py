@@ -101,20 +101,27 @@ class Mamba(nnx.Module):
     return y_BLD, common.join_aux(auxes)
 
   def prefill(self, x_BLD, tokens):
-    """The forward pass: y_BLD, and the state after the last position."""
-    return self._forward(x_BLD, tokens, lambda experts, x: experts.prefill(x, tokens)[0])
+    """The forward pass: y_BLD, and the state after the last token, before any padding."""
+    through = lambda experts, x: experts.prefill(x, tokens)[0]
+    return self._forward(x_BLD, tokens, through, valid_BL=tokens.segments > 0)
 
-  def _forward(self, x_BLD, tokens, through):
+  def _forward(self, x_BLD, tokens, through, valid_BL=None):
+    """y_BLD, and if `valid_BL` says which positions are no padding, the state after them."""
     W = self.conv_kernel.shape[0]
     u_BLI = _project(self.w_in, x_BLD, through)
     gate_BLI = _project(self.w_gate, x_BLD, through)
     padded = jnp.pad(u_BLI, ((0, 0), (W - 1, 0), (0, 0)))
     x_BLI = self._convolve(padded, tokens.positions)
-    y_BLI, state_BNI = sharded_scan(
-      *self._coefficients(x_BLI, gate_BLI), reset_BL=tokens.positions == 0
-    )
+    x_BLI, delta_BLI, *others = self._coefficients(x_BLI, gate_BLI)
+    if valid_BL is not None:  # a step of size softplus(-inf) = 0 leaves the state as it is
+      delta_BLI = jnp.where(valid_BL[..., None], delta_BLI, -jnp.inf)
+    y_BLI, state_BNI = sharded_scan(x_BLI, delta_BLI, *others, reset_BL=tokens.positions == 0)
     y_BLD = _project(self.w_out, y_BLI, through)
-    return y_BLD, {'window': padded[:, -(W - 1) :], 'scan': state_BNI}
+    if valid_BL is None:
+      return y_BLD, {}
+    newest = valid_BL.sum(axis=1)[:, None] + jnp.arange(W - 1)[None]
+    window = jnp.take_along_axis(padded, newest[..., None], axis=1)
+    return y_BLD, {'window': window, 'scan': state_BNI}
 
   def init_state(self, batch_size, max_length, dtype):
     """Zeros: the last W - 1 inputs of the convolution, and the state of the scan."""
