@@ -171,7 +171,8 @@ def check_tokenizer(metadata, tokenizer):
 # Fields that may always change on resuming: how to compute, and where to find the text, whose
 # fingerprint is in the checkpoint.
 RESUMABLE_FIELDS = {'model.remat', 'model.loss_chunk', 'model.moe.impl', 'optimizer.accumulation'}
-_TEXT_FIELDS = ('source', 'files', 'field', 'task', 'tfds_data_dir', 'tokenizer')
+_TEXT_FIELDS = ('source', 'files', 'validation_files', 'field', 'task', 'tfds_data_dir')
+_TEXT_FIELDS += ('tokenizer',)
 RESUMABLE_FIELDS |= {f'data.{name}' for name in _TEXT_FIELDS}
 
 

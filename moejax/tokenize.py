@@ -22,6 +22,8 @@ from absl import flags
 from moejax import cli, data, files
 from moejax.data import corpus, token_files, tokenizer as tokenizer_lib
 
+_WHERE = ('source', 'files', 'validation_files', 'field', 'task')
+
 
 def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
   """`write`; returns a summary of the result."""
@@ -85,7 +87,7 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
     'tokenizer_fingerprint': tokenizer.fingerprint,
     'vocab_size': tokenizer.vocab_size,
     'dtype': dtype.str,
-    'source': {key: getattr(config, key) for key in ('source', 'files', 'field', 'task')},
+    'source': {key: getattr(config, key) for key in _WHERE},
     'fingerprint': digest.hexdigest()[:16],
     'splits': splits,
   }

@@ -4,8 +4,8 @@ import dataclasses
 
 from moejax.fields import MAX_SEED, Section, default
 
-SOURCES = ('stdlib', 'text', 'jsonl', 'tokens', 'seqio')
-_READS_FILES = ('text', 'jsonl', 'tokens')
+SOURCES = ('stdlib', 'text', 'jsonl', 'parquet', 'tokens', 'seqio')
+_READS_FILES = ('text', 'jsonl', 'parquet', 'tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,9 @@ class DataConfig(Section):
   PATH = 'data'
 
   source: str = default('stdlib', 'where the text comes from', choices=SOURCES)
-  files: str = default('', 'text, jsonl: a glob; tokens: the folder that moejax.tokenize wrote')
-  field: str = default('text', 'jsonl: the field that holds the text')
+  files: str = default('', 'a glob; tokens: the folder that moejax.tokenize wrote')
+  validation_files: str = default('', "like files, all for validation; '': a twentieth of files")
+  field: str = default('text', 'jsonl, parquet: the field that holds the text')
   task: str = default('', 'seqio: c4_en, a registered task or mixture, or MODULE:TASK to import')
   tfds_data_dir: str = default('', "seqio: folder of tensorflow-datasets; '': its default")
   tokenizer: str = default(
@@ -45,14 +46,19 @@ class DataConfig(Section):
         f'data.files: data.source={self.source!r} reads no files, got {self.files!r}; '
         f'set data.source to one of {", ".join(_READS_FILES)}, or leave data.files empty.'
       )
-    for name in ('files', 'tokenizer'):
+    if self.validation_files and not self.files:
+      yield (
+        f'data.validation_files: data.source={self.source!r} without data.files chooses its own '
+        'validation text; leave it empty.'
+      )
+    for name in ('files', 'validation_files', 'tokenizer'):
       if '://' in getattr(self, name):
         yield (
           f'data.{name}: expected a local path, got {getattr(self, name)!r}. Mount the bucket, as '
           'launch/tpu_run.sh does (see docs/launch.md).'
         )
-    if self.source == 'jsonl' and not self.field:
-      yield 'data.field: expected the name of the JSON field that holds the text.'
+    if self.source in ('jsonl', 'parquet') and not self.field:
+      yield 'data.field: expected the name of the field that holds the text.'
     if self.source == 'seqio' and not self.task:
       yield "data.task: data.source='seqio' needs the name of a task, got none."
     if not self.tokenizer:

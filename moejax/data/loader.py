@@ -61,6 +61,9 @@ class TokenLoader:
   document's first token is predicted from it. No text encodes to that id; a seqio task that writes
   it inside its documents splits them.
 
+  Validation of `data.validation_files` covers every token: the first one follows an end of
+  document, and the last batch is padded.
+
   Training visits the sequences of every epoch in a pseudo-random order, a function of seed and
   epoch; validation reads its full batches in order, once. Hence `batch(step)` depends only on
   corpus, seed and step: steps are random access, and the same for any number of processes.
@@ -68,16 +71,16 @@ class TokenLoader:
 
   def __init__(self, config, split, sequences):
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
-    if config.source == 'tokens':
-      index = token_files.read_index(config, self.tokenizer)
-      self._tokens = token_files.read(config, index, split)
-      corpus_fingerprint = index['fingerprint']
-    else:
-      self._tokens, corpus_fingerprint = _read_tokens(config, self.tokenizer, split)
+    read = _map_tokens if config.source == 'tokens' else _read_tokens
+    self._tokens, corpus_fingerprint = read(config, self.tokenizer, split)
     size, length = config.batch_size, config.sequence_length
     if len(self._tokens) < 2:
       raise ValueError(f'data.files: no text for the {split} split; add more text.')
-    if len(self._tokens) <= size * length:
+    self._num_targets = len(self._tokens) - 1
+    if split == 'validation' and config.validation_files:
+      self._num_targets = len(self._tokens)
+      self._tokens = _padded(self._tokens, self.tokenizer.eos_id, size * length)
+    elif len(self._tokens) <= size * length:
       raise ValueError(
         f'data.batch_size: the {split} split has {len(self._tokens)} tokens, but one batch of '
         f'{size} sequences of {length} needs {size * length + 1}; lower data.batch_size or '
@@ -95,16 +98,17 @@ class TokenLoader:
     length = self._length
     if not self._is_train and step >= self.num_batches:
       return batch_lib.padding(len(self._in_batch), length)
-    tokens = np.stack([self._tokens[i : i + length + 1] for i in self._indices(step) * length])
-    tokens = tokens.astype(np.int32)
+    starts = self._indices(step) * length
+    tokens = np.stack([self._tokens[i : i + length + 1] for i in starts]).astype(np.int32)
     inputs = np.ascontiguousarray(tokens[:, :-1])
     begins = inputs == self.tokenizer.eos_id
     begins[:, 0] = True
     places = np.arange(length, dtype=np.int32)
+    is_text = starts[:, None] + places < self._num_targets
     return {
       'inputs': inputs,
       'targets': np.ascontiguousarray(tokens[:, 1:]),
-      'segments': np.cumsum(begins, axis=1, dtype=np.int32),
+      'segments': np.cumsum(begins, axis=1, dtype=np.int32) * is_text,
       'positions': places - np.maximum.accumulate(np.where(begins, places, 0), axis=1),
     }
 
@@ -164,6 +168,25 @@ def _mix(x: np.ndarray) -> np.ndarray:
   x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
   return x ^ x >> np.uint64(31)
+
+
+def _padded(tokens: np.ndarray, eos_id: int, multiple: int) -> np.ndarray:
+  """Returns an end of document, the tokens, and padding up to a multiple of targets."""
+  padding = np.zeros(-len(tokens) % multiple, np.uint32)
+  return np.concatenate([np.full(1, eos_id), tokens, padding], dtype=np.uint32, casting='unsafe')
+
+
+def _map_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
+  """`_read_tokens` of token files."""
+  index = token_files.read_index(config.files, tokenizer)
+  if not config.validation_files:
+    return token_files.read(config.files, index, split), index['fingerprint']
+  other = token_files.read_index(config.validation_files, tokenizer)
+  fingerprint = batch_lib.fingerprint(index['fingerprint'], other['fingerprint'])
+  if split == 'train':
+    return token_files.read(config.files, index, split), fingerprint
+  parts = [token_files.read(config.validation_files, other, part) for part in corpus.SPLITS]
+  return np.concatenate(parts), fingerprint
 
 
 def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data import config as config_lib, corpus, tokenizer as tokenizer_lib
+from moejax.data import corpus, tokenizer as tokenizer_lib
 
 INDEX = 'index.json'
 FORMAT = 1
@@ -23,12 +23,12 @@ def dtype_for(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-def read_index(config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
-  """Returns the index of the token files that `data.files` names, checked against the tokenizer.
+def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
+  """Returns the index of the token files in a folder, checked against the tokenizer.
 
   Raises ValueError if there is none, or if it was written with another tokenizer.
   """
-  directory = pathlib.Path(config.files).expanduser()
+  directory = pathlib.Path(folder).expanduser()
   path = directory / INDEX
   if not path.is_file():
     raise ValueError(
@@ -50,13 +50,12 @@ def read_index(config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer
     remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   if max_id >= tokenizer.vocab_size:
     raise ValueError(
-      f'data.tokenizer: {config.tokenizer!r} has a vocabulary of {tokenizer.vocab_size}, '
+      f'data.tokenizer: the given one has a vocabulary of {tokenizer.vocab_size}, '
       f'but the files in {directory} hold id {max_id}; {remedy}.'
     )
   if written_with != tokenizer.fingerprint:
     raise ValueError(
-      f'data.tokenizer: the files in {directory} were written with another tokenizer than '
-      f'{config.tokenizer!r}; {remedy}.'
+      f'data.tokenizer: the files in {directory} were written with another tokenizer; {remedy}.'
     )
   return index
 
@@ -70,12 +69,12 @@ def _explain_damage(path):
     raise ValueError(f'data.files: {path} is damaged: {what}; copy it again.') from error
 
 
-def read(config: config_lib.DataConfig, index: dict[str, Any], split: str) -> np.ndarray:
+def read(folder: str, index: dict[str, Any], split: str) -> np.ndarray:
   """Maps the tokens of a split into memory, uint16 or uint32 [n].
 
   Raises ValueError if the file is missing or not as long as the index says.
   """
-  path = pathlib.Path(config.files).expanduser() / f'{split}.bin'
+  path = pathlib.Path(folder).expanduser() / f'{split}.bin'
   dtype, num_tokens = np.dtype(index['dtype']), index['splits'][split]['tokens']
   num_bytes = path.stat().st_size if path.is_file() else 0
   if num_bytes != num_tokens * dtype.itemsize:

@@ -12,6 +12,8 @@ import pytest
     ({'source': 'tokens'}, r'data\.files: .*directory written by moejax\.tokenize'),
     ({'files': '*.txt'}, r"data\.files: data\.source='stdlib' reads no files"),
     ({'source': 'jsonl', 'files': 'a', 'field': ''}, r'data\.field'),
+    ({'source': 'parquet', 'files': 'a', 'field': ''}, r'data\.field'),
+    ({'validation_files': '*.txt'}, r"data\.validation_files: data\.source='stdlib' without"),
     ({'source': 'seqio'}, r'data\.task'),
     ({'tokenizer': ''}, r'data\.tokenizer'),
     ({'tokenizer': 'gpt2:gs://b/gpt2'}, r"data\.tokenizer: .*got 'gpt2:gs://b/gpt2'\. Mount the"),

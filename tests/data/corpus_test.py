@@ -4,9 +4,12 @@ import hashlib
 import json
 import lzma
 import shutil
+import sys
 import sysconfig
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from absl import logging
 
@@ -185,11 +188,20 @@ def test_a_byte_order_mark_is_skipped(make_config, tmp_path):
   assert next(corpus.documents(config)).data.startswith(b'{"text"')
 
 
+def _zstd(data):
+  sink = pyarrow.BufferOutputStream()
+  with pyarrow.CompressedOutputStream(sink, 'zstd') as file:
+    file.write(data)
+  return sink.getvalue().to_pybytes()
+
+
 COMPRESS = {
   '.gz': gzip.compress,
   '.bz2': bz2.compress,
   '.xz': lzma.compress,
+  '.zst': _zstd,
   '.two.gz': lambda data: gzip.compress(data[:50]) + gzip.compress(data[50:]),
+  '.two.zst': lambda data: _zstd(data[:50]) + _zstd(data[50:]),
 }
 
 
@@ -210,9 +222,10 @@ def test_compressed_text_is_read(make_config, tmp_path, suffix):
     (gzip.compress(b'text ' * 1000)[:-30], 'cannot read .*a.x: .*end-of-stream'),
     (lzma.compress(b'text ' * 1000)[:-30], 'cannot read .*a.x: .*end-of-stream'),
     (gzip.compress(bytes(range(256)))[:20] + b'xx' * 50, 'cannot read .*a.x'),
-    (b'\x28\xb5\x2f\xfd....', 'a.x is compressed by zstd; unpack it'),
+    (_zstd(b'text ' * 1000)[:-3], 'cannot read .*a.x: Truncated'),
+    (_zstd(bytes(range(256)))[:20] + b'xx' * 50, 'cannot read .*a.x'),
     (b'PK\x03\x04....', 'a.x is a zip archive'),
-    (b'PAR1....', 'a.x is a Parquet file; write its text as JSON lines'),
+    (b'PAR1....', "a.x is a Parquet file; set data.source='parquet'"),
     (gzip.compress(b'a' * 257 + b'ustar  \0' + b'text' * 99), 'a.x is a tar archive'),
     ('{"text": "a"}'.encode('utf-16-le').join([b'\xff\xfe', b'']), 'a.x is in UTF-16; write it as'),
     (gzip.compress(b'\xfe\xff' + 'text'.encode('utf-16-be')), 'a.x is in UTF-16'),
@@ -221,7 +234,8 @@ def test_compressed_text_is_read(make_config, tmp_path, suffix):
     'cut_gzip',
     'cut_xz',
     'damaged_gzip',
-    'zstd',
+    'cut_zstd',
+    'damaged_zstd',
     'zip',
     'parquet',
     'tar',
@@ -234,6 +248,75 @@ def test_unreadable_files_are_rejected(make_config, tmp_path, source, content, m
   (tmp_path / 'a.x').write_bytes(content)
   with pytest.raises(ValueError, match=f'data.files: .*{message}'):
     list(corpus.documents(make_config(source=source, files=f'{tmp_path}/a.x')))
+
+
+def _write_parquet(path, **columns):
+  pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=30)
+
+
+def test_parquet_is_read_like_json_lines(make_config, tmp_path):
+  texts = [f'text {i} 🎉\n' for i in range(100)]
+  for name, part in (('a', texts[:70]), ('b', texts[70:])):
+    _write_parquet(tmp_path / f'{name}.parquet', n=list(range(len(part))), body=part)
+    lines = (json.dumps({'body': text}) for text in part)
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+  rows, lines = (
+    list(corpus.documents(make_config(source=s, files=f'{tmp_path}/*.{s}', field='body')))
+    for s in ('parquet', 'jsonl')
+  )
+  assert [d.data.decode() for d in rows] == texts
+  assert [(d.split, d.data) for d in rows] == [(d.split, d.data) for d in lines]
+  assert rows[75].name == 'b.parquet:6'
+
+
+@pytest.mark.parametrize(
+  ('columns', 'message'),
+  [
+    ({'body': ['x'], 'id': [1]}, r"data\.field: .*has no field 'text', only 'body', 'id'"),
+    ({'text': [1, 2]}, r"data\.field: .*row 1: expected text in 'text', got a int"),
+    ({'text': ['a', None]}, r"data\.field: .*row 2: expected text in 'text', got a NoneType"),
+  ],
+)
+def test_bad_parquet_rows(make_config, tmp_path, columns, message):
+  _write_parquet(tmp_path / 'a.parquet', **columns)
+  with pytest.raises(ValueError, match=message):
+    list(corpus.documents(make_config(source='parquet', files=f'{tmp_path}/*.parquet')))
+
+
+def test_bad_parquet_files(make_config, tmp_path):
+  path = tmp_path / 'a.parquet'
+  config = make_config(source='parquet', files=str(path))
+  path.write_text('{"text": "a"}')
+  with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file; data\.source='jsonl'"):
+    list(corpus.documents(config))
+  _write_parquet(path, text=[f'{i}' * 1000 for i in range(100)])
+  whole = path.read_bytes()
+  middle = len(whole) // 2
+  for damaged in (whole[:-50], whole[:middle] + bytes(500) + whole[middle + 500 :], whole[:100]):
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r'data\.files: cannot read .*a\.parquet: '):
+      list(corpus.documents(config))
+
+
+@pytest.mark.parametrize('source', ['parquet', 'text'])
+def test_without_pyarrow(make_config, tmp_path, monkeypatch, source):
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  (tmp_path / 'a.x').write_bytes(b'\x28\xb5\x2f\xfd....')
+  with pytest.raises(ValueError, match=r'a\.x is .*needs the package pyarrow: pip install'):
+    list(corpus.documents(make_config(source=source, files=f'{tmp_path}/a.x')))
+
+
+def test_validation_files(make_config, text_folder, tmp_path):
+  (tmp_path / 'held_out.txt').write_text('held out')
+  files = f'{text_folder}/**/*.txt'
+  config = make_config(source='text', files=files, validation_files=f'{tmp_path}/held*.txt')
+  everything = [d.data for d in corpus.documents(make_config(source='text', files=files))]
+  assert _texts(config, 'train') == everything
+  assert _texts(config, 'validation') == [b'held out']
+  assert _fingerprint(config) != _fingerprint(make_config(source='text', files=files))
+  config = make_config(source='text', files=files, validation_files=f'{tmp_path}/none*')
+  with pytest.raises(ValueError, match=r'data\.validation_files: no file matches'):
+    list(corpus.documents(config))
 
 
 def _names(config):

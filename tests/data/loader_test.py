@@ -1,4 +1,5 @@
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -176,6 +177,37 @@ def test_a_batch_that_is_just_large_enough(make_config, tmp_path):
   (tmp_path / 'a.txt').write_text('x\n' * 200)
   config = make_config(source='text', files=f'{tmp_path}/a.txt', sequence_length=5)
   assert data.make_loader(config, 'validation').num_batches == 1  # 21 tokens = 4 * 5 + 1
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'json', 'tokens'])
+def test_all_of_validation_files_is_evaluated(config, make_config, tmp_path, kind):
+  (tmp_path / 'a.txt').write_text('some text, ' * 5)
+  (tmp_path / 'b.txt').write_text('in two documents')
+  name = str(pathlib.Path(__file__).parent / 'bpe') if kind == 'json' else 'bytes'
+  held_out = make_config(source='text', files=f'{tmp_path}/?.txt', tokenizer=name)
+  fields = {'source': 'text', 'files': config.files, 'validation_files': held_out.files}
+  if kind == 'tokens':
+    tokenize.write(held_out, tmp_path / 'tokens')
+    fields |= {'source': 'tokens', 'files': f'{tmp_path}/tokens'}
+    fields |= {'validation_files': f'{tmp_path}/tokens'}
+  validation = data.make_loader(make_config(**fields, tokenizer=name), 'validation')
+  batches = [validation.batch(step) for step in range(validation.num_batches)]
+  tokens, inputs, segments = (
+    np.concatenate([batch[key].reshape(-1) for batch in batches])
+    for key in ('targets', 'inputs', 'segments')
+  )
+  counted = segments > 0
+  expected = [validation.tokenizer.encode(t) for t in ('some text, ' * 5, 'in two documents')]
+  ends = [validation.tokenizer.eos_id]
+  if kind != 'tokens':  # there, a part of each document was the validation split
+    np.testing.assert_array_equal(
+      tokens[counted], np.concatenate([expected[0], ends, expected[1], ends])
+    )
+  assert inputs[0] == ends[0]
+  assert validation.tokenizer.num_bytes(inputs, tokens)[counted].sum() == 55 + 16
+  assert not validation.batch(len(batches))['segments'].any()
+  for batch in batches[:-1]:
+    _check_documents(batch, ends[0])
 
 
 def test_no_text(make_config, tmp_path):
