@@ -317,7 +317,10 @@ def _without_overrides(argv, overrides):
 
 def _parse_with_config(argv):
   """Parses flags; finds bundled config files from any directory, and names unknown fields."""
-  argv = [argv[0], *map(_find_config, _joined(argv[1:]))]
+  try:
+    argv = [argv[0], *map(_find_config, _joined(argv[1:]))]
+  except ValueError as error:
+    sys.exit(_fail(str(error)))
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
   overrides = {}
@@ -350,12 +353,12 @@ def _find_config(argument):
     return argument
   given, colon, variants = argument.removeprefix('--config=').partition(':')
   path = pathlib.Path(os.path.expanduser(given))
-  bundled = _BUNDLED / path.name
+  bundled = _BUNDLED / (path.name if path.suffix else f'{path.name}.py')
   if not path.is_file() and given in (path.name, f'configs/{path.name}') and bundled.is_file():
     path = bundled
   elif not path.is_file():
     known = sorted(p.name for p in _BUNDLED.glob('*.py') if p.stem not in ('__init__', 'common'))
-    sys.exit(_fail(f'--config={given}: no such file; bundled files are {", ".join(known)}.'))
+    raise ValueError(f'--config={given}: no such file; bundled files are {", ".join(known)}.')
   return f'--config={path}{colon}{variants}'
 
 
@@ -383,7 +386,7 @@ def config_of(arguments):
   try:
     values(argv, known_only=True)
   except flags.Error as error:
-    raise ValueError(str(error).rpartition('\nValueError: ')[2]) from error
+    raise ValueError(str(error).rpartition('\nValueError: ')[2].strip()) from error
   except (AttributeError, KeyError, ValueError) as error:
     raise ValueError(_config_error(error)) from error
   config.set_fields(values.config, overrides)

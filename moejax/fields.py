@@ -10,6 +10,7 @@ is one line. Constraints between fields go into the method `conflicts`.
 """
 
 import dataclasses
+import inspect
 import math
 import operator
 from typing import Any
@@ -95,6 +96,44 @@ def make(kind, values):
 def _path(section, name):
   """The full name of a field; that of a Section that is not part of a config stands alone."""
   return f'{section}.{name}' if section else name
+
+
+def of_layer(layer, kind, config, changes):
+  """The Section `kind` of a layer from the arguments of its constructor.
+
+  Args:
+    layer: the class.
+    config: a Section, or None for its defaults.
+    changes: keyword arguments that are fields of it.
+
+  Raises:
+    ValueError: `config` is no such Section, a keyword is unknown, or a value is invalid.
+  """
+  if not isinstance(config, kind | None):
+    raise ValueError(
+      f'{layer.__name__}: config must be a {kind.__name__} or left out, got {config!r}; all other '
+      'arguments are keywords, as in d_model=64.'
+    )
+  fields = [f.name for f in dataclasses.fields(kind)]
+  for name in changes:
+    if name not in fields:
+      sizes = [
+        key
+        for key, parameter in inspect.signature(layer.__init__).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+      ]
+      hint = text.did_you_mean(name, [*sizes, *fields])
+      raise ValueError(
+        f'{layer.__name__}: no argument {name!r}{hint} It takes {", ".join(sizes)}, and of '
+        f'{kind.__name__} {", ".join(fields)}.'
+      )
+  return dataclasses.replace(config or kind(), **changes)
+
+
+def check(problems):
+  """Raises ValueError with one line per problem if there are any."""
+  if lines := '\n'.join(problems):
+    raise ValueError(lines)
 
 
 def of(kind):

@@ -218,9 +218,20 @@ def counted(batch):
 
 
 class LanguageModel(nnx.Module):
-  """A decoder-only language model; `bind` makes one with given parameters."""
+  """A decoder-only language model; `bind` makes one with given parameters.
+
+  `model(ids_BL)` are the logits_BLV of every next token; `loss` is what training minimizes.
+  `config` is a ModelConfig; `moejax.build` makes the model of a config file.
+  """
 
   def __init__(self, config, rngs):
+    if not isinstance(config, ModelConfig):
+      raise ValueError(
+        f'LanguageModel takes a ModelConfig, got a {type(config).__name__}; moejax.build(config) '
+        'makes the model of a whole config, or of its name.'
+      )
+    if not config.vocab_size:
+      raise ValueError('model.vocab_size = 0: a model needs its number of token ids, such as 256.')
     dtype = jnp.dtype(config.param_dtype)
     init = common.Initializer(config.init, config.init_scale, dtype)
     V, D = config.vocab_size, config.d_model
@@ -269,9 +280,14 @@ class LanguageModel(nnx.Module):
   def loss(self, batch, key=None):
     """Summed cross-entropy (nats) of a batch, the number of targets it sums over, and aux.
 
-    `key` is for the noise that some layers add in training; None: none. `batch['counted']`, bool
-    [B, L], optional, is False in sequences that are only there to be mixed with.
+    Args:
+      batch: int32 arrays [B, L]: 'inputs', 'targets', 'segments' and 'positions'
+        (`moejax.data.batch`), the last two optional where each sequence is one document; and
+        'counted', optional, bool: False in sequences that are only there to be mixed with.
+      key: for the noise that some layers add in training; None: none.
     """
+    if 'segments' not in batch:
+      batch = common.TokenInfo.unpadded(batch['inputs'].shape)._asdict() | batch
     positions_BL = batch['positions']
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
@@ -283,6 +299,25 @@ class LanguageModel(nnx.Module):
       x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
     )
     return nats, weights_BL.sum(), aux
+
+  def __call__(self, inputs_BL, tokens=None):
+    """Float32 logits_BLV of every next token; of whole documents unless `tokens` says otherwise.
+
+    Raises:
+      ValueError: the ids are not integers [B, L], or more positions than the model has.
+    """
+    inputs_BL = jnp.asarray(inputs_BL)
+    if inputs_BL.ndim != 2 or not jnp.issubdtype(inputs_BL.dtype, jnp.integer):
+      raise ValueError(
+        'a model takes integer ids [sequences, positions], got '
+        f'{inputs_BL.dtype}{list(inputs_BL.shape)}.'
+      )
+    if self.config.positions == 'learned' and inputs_BL.shape[1] > self.config.max_length:
+      raise ValueError(
+        f'{inputs_BL.shape[1]} positions exceed the {self.config.max_length} that the model '
+        'learned (data.sequence_length); model.positions = rope has no limit.'
+      )
+    return self.logits(inputs_BL, tokens or common.TokenInfo.unpadded(inputs_BL.shape))
 
   def logits(self, inputs_BL, tokens):
     """Float32 logits_BLV of every next token."""

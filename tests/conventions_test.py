@@ -35,6 +35,7 @@ RANKS = (
   ('generate',),
   ('train',),
   ('aot', 'scaling_laws'),
+  ('library',),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
 USES_TENSORFLOW = 'moejax.data.seqio_loader'
@@ -66,7 +67,18 @@ def _module(path):
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-MODULES = {_module(path): ast.parse(path.read_text(), str(path)) for path in SOURCES}
+class _WithoutTypes(ast.NodeTransformer):
+  """Drops `if TYPE_CHECKING:`, which never runs."""
+
+  def visit_If(self, node):
+    return None if ast.unparse(node.test) == 'TYPE_CHECKING' else self.generic_visit(node)
+
+
+def _parse(path):
+  return _WithoutTypes().visit(ast.parse(path.read_text(), str(path)))
+
+
+MODULES = {_module(path): _parse(path) for path in SOURCES}
 
 
 def _stage(module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import parameters
+from moejax import fields, parameters
 from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.sharding import platform
@@ -41,15 +41,17 @@ class Attention(nnx.Module):
     d_model,
     num_heads,
     num_kv_heads=0,
-    rope,
+    rope=True,
     rope_theta=10_000.0,
-    document_mask,
+    document_mask=False,
     biases=False,
     qk_norm=False,
     norm_eps=1e-5,
-    init,
+    init='truncated_normal',
     rngs,
   ):
+    fields.check(_problems(d_model, num_heads, num_kv_heads, rope))
+    init = common.initializer(init)
     head_width, kv_heads = d_model // num_heads, num_kv_heads or num_heads
     shapes = {'qkv': (3, num_heads, head_width)}
     if kv_heads < num_heads:
@@ -90,8 +92,8 @@ class Attention(nnx.Module):
     y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(o_BLHP.dtype))
     return y_BLD + common.row(self.out_bias[...], y_BLD) if self.biases else y_BLD
 
-  def __call__(self, x_BLD, tokens):
-    return self.prefill(x_BLD, tokens)[0], {}
+  def __call__(self, x_BLD, tokens=None):
+    return self.prefill(x_BLD, tokens or common.TokenInfo.unpadded(x_BLD.shape))[0], {}
 
   def prefill(self, x_BLD, tokens):
     """The forward pass: y_BLD, and the cache of its positions."""
@@ -144,16 +146,8 @@ class AttentionSublayer(Sublayer):
     )
 
   def problems(self):
-    d_model, num_heads = self.config.d_model, self.config.num_heads
-    if d_model % num_heads:
-      yield f'model.num_heads = {num_heads} must divide d_model = {d_model}.'
-    elif self.config.positions == 'rope' and d_model // num_heads % 2:
-      yield (
-        'model.positions = rope needs an even head width, got d_model / num_heads = '
-        f'{d_model // num_heads}.'
-      )
-    if num_heads % self.kv_heads:
-      yield f'model.num_kv_heads = {self.kv_heads} must divide num_heads = {num_heads}.'
+    c = self.config
+    return _problems(c.d_model, c.num_heads, c.num_kv_heads, c.positions == 'rope')
 
   @property
   def kv_heads(self):
@@ -179,6 +173,18 @@ class AttentionSublayer(Sublayer):
       active=weights + biases + norms,
       model_flops={'attention_projections': 2 * weights, 'attention_scores': scores},
     )
+
+
+def _problems(d_model, num_heads, num_kv_heads, rope):
+  if d_model % num_heads:
+    yield f'model.num_heads = {num_heads} must divide d_model = {d_model}.'
+  elif rope and d_model // num_heads % 2:
+    yield (
+      'model.positions = rope needs an even head width, got d_model / num_heads = '
+      f'{d_model // num_heads}.'
+    )
+  if num_kv_heads and num_heads % num_kv_heads:
+    yield f'model.num_kv_heads = {num_kv_heads} must divide num_heads = {num_heads}.'
 
 
 def rotate(x_BLHP, positions_BL, base=10000.0):

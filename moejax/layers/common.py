@@ -1,7 +1,8 @@
 """What sublayers share: initialisers, norms, and facts about the tokens."""
 
 import functools
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ class TokenInfo(NamedTuple):
   def for_part(self, index):
     """The same with another key, for one of several parts."""
     return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, index))
+
+  @classmethod
+  def unpadded(cls, shape):
+    """Of sequences [B, L, ...] that are one document each, at positions 0 to L - 1."""
+    B, L, *_ = shape
+    positions_L = jnp.arange(L, dtype=jnp.int32)
+    return cls(jnp.ones((B, L), jnp.int32), jnp.broadcast_to(positions_L[None], (B, L)))
 
 
 Tokens = TokenInfo  # its name in version 0.1, which programs of users import
@@ -89,16 +97,37 @@ INITIALIZERS = {
 
 
 class Initializer(NamedTuple):
-  """Makes parameters; the model sets the distribution and its scale, the layer the fan-in."""
+  """Makes parameters; the model sets the distribution and its scale, the layer the fan-in.
 
-  name: str
-  scale: float
-  dtype: jnp.dtype
+  `name`: one of INITIALIZERS. `scale`: a factor, whose meaning they document. `dtype`: of the
+  parameters.
+  """
+
+  name: str = 'truncated_normal'
+  scale: float = 1.0
+  dtype: Any = jnp.float32
 
   def __call__(self, rngs, *shape, fan_in):
     """A float array of `shape` as an `nnx.Param`."""
     init = INITIALIZERS[self.name]
     return nnx.Param(init(rngs.params(), shape, fan_in, self.scale, self.dtype))
+
+
+def initializer(init) -> Any:
+  """The argument `init` of a layer: an Initializer or its like, or a name or function of one.
+
+  Raises:
+    ValueError: it is none of these.
+  """
+  for name, function in INITIALIZERS.items():
+    if init in (name, function):
+      return Initializer(name)
+  if not callable(init) or 'fan_in' not in inspect.signature(init).parameters:
+    raise ValueError(
+      f'init must be one of {", ".join(INITIALIZERS)}, or layers.Initializer(name, scale, dtype); '
+      f'got {init!r}.'
+    )
+  return init
 
 
 def layer_norm(x, scale_D, bias_D, eps=1e-5):

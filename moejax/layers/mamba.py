@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import parameters
+from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
@@ -51,6 +51,13 @@ class MambaConfig(Section):
     """I, the number of channels."""
     return round(self.expand * d_model)
 
+  def problems(self, d_model):
+    """Yields one sentence per value that does not go with the width of the model."""
+    if self.inner_width(d_model) < 1:
+      yield (
+        f'model.mamba.expand = {self.expand} must make at least one channel of d_model = {d_model}.'
+      )
+
 
 class Mamba(nnx.Module):
   """Mamba (arXiv:2312.00752, Figure 3), initialised as in github.com/state-spaces/mamba.
@@ -67,9 +74,13 @@ class Mamba(nnx.Module):
   `config.sparse_projections` (arXiv:2401.04081, table 3). `aux` is theirs.
   """
 
-  def __init__(self, config, *, d_model, init, rngs, experts=None):
+  def __init__(
+    self, config=None, *, d_model, init='truncated_normal', rngs, experts=None, **fields_of_config
+  ):
+    config = fields.of_layer(Mamba, MambaConfig, config, fields_of_config)
+    fields.check(config.problems(d_model))
     I, R = config.inner_width(d_model), delta_rank(d_model)
-    N, W, dtype = config.state_size, config.conv_width, init.dtype
+    N, W, dtype = config.state_size, config.conv_width, common.initializer(init).dtype
     init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
 
     def projection(name):
@@ -89,7 +100,8 @@ class Mamba(nnx.Module):
     self.skip = nnx.Param(jnp.ones(I, dtype))
     self.w_out = projection('out')
 
-  def __call__(self, x_BLD, tokens):
+  def __call__(self, x_BLD, tokens=None):
+    tokens = tokens or common.TokenInfo.unpadded(x_BLD.shape)
     auxes = []
 
     def through(experts, x):
@@ -191,9 +203,7 @@ class MambaSublayer(Sublayer):
     return Mamba(self.config.mamba, d_model=self.config.d_model, init=init, rngs=rngs)
 
   def problems(self):
-    expand, d_model = self.config.mamba.expand, self.config.d_model
-    if self.config.mamba.inner_width(d_model) < 1:
-      yield f'model.mamba.expand = {expand} must make at least one channel of d_model = {d_model}.'
+    return self.config.mamba.problems(self.config.d_model)
 
   @property
   def widths(self):

@@ -23,6 +23,9 @@ class Matrices(nnx.Module):
   """
 
   def __init__(self, *number, d_model, d_ff, activation, init, rngs, d_out=None, fan_in_out=None):
+    if activation not in (known := (*common.ACTIVATIONS, 'swiglu')):
+      raise ValueError(f'activation must be one of {", ".join(known)}; got {activation!r}.')
+    init = common.initializer(init)
     self.activation = activation
     width = hidden_width(d_ff, activation)
     self.w_in = init(rngs, *number, d_model, width, fan_in=d_model)
@@ -63,14 +66,24 @@ class MLP(Matrices, common.Stateless):
   of 8, so that parameters and FLOPs stay those of the two-matrix form.
   """
 
-  def __init__(self, *, d_model, d_ff, activation, init, rngs, biases=False):
+  def __init__(
+    self,
+    *,
+    d_model,
+    d_ff=None,
+    activation='relu',
+    init='truncated_normal',
+    rngs,
+    biases=False,
+  ):
+    d_ff, init = d_ff or 4 * d_model, common.initializer(init)
     super().__init__(d_model=d_model, d_ff=d_ff, activation=activation, init=init, rngs=rngs)
     self.biases = biases
     if biases:
       self.bias_in = nnx.Param(jnp.zeros(hidden_width(d_ff, activation), init.dtype))
       self.bias_out = nnx.Param(jnp.zeros(d_model, init.dtype))
 
-  def __call__(self, x_BLD, tokens):
+  def __call__(self, x_BLD, tokens=None):
     del tokens
     weights = self.weights(x_BLD.dtype)
     h = up(x_BLD, weights)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from moejax import parameters
+from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common, experts, mlp
 from moejax.layers.sublayer import Cost, Sublayer
@@ -63,6 +63,34 @@ class MoEConfig(Section):
     'loop over experts, or all rows at once; auto: by device',
     choices=('auto', 'loop', 'rows'),
   )
+
+  def problems(self, d_ff):
+    """Yields one sentence per combination of values, in a model of this `d_ff`, that is invalid."""
+    if d_ff % self.granularity:
+      yield (
+        f'model.moe.granularity = {self.granularity} must divide model.d_ff = {d_ff}: experts are '
+        'd_ff / granularity wide. Change one of the two.'
+      )
+    if self.top_k > self.num_experts:
+      yield (
+        f'model.moe: a token cannot choose {self.top_k} of {self.num_experts} experts. Lower '
+        'experts_per_token, or raise expansion_rate (experts = expansion_rate * granularity).'
+      )
+    if self.scores not in self.rule.scores:
+      yield (
+        f'model.moe.scores must be one of {", ".join(self.rule.scores)} with model.moe.router = '
+        f'{self.router}; got {self.scores!r}.'
+      )
+    if self.rule.fills_slots and not self.capacity_factor:
+      yield (
+        f'model.moe.capacity_factor must be positive for {self.router}: it sets how many tokens '
+        'an expert takes; 1 gives every token granularity experts on average.'
+      )
+    if self.rule.fills_slots and (self.renormalize or self.balance_bias):
+      yield (
+        'model.moe.renormalize and balance_bias are for routers in which tokens choose; with '
+        f'{self.router} loads are equal by construction. Set both to False.'
+      )
 
   @property
   def num_experts(self):
@@ -183,7 +211,22 @@ class MixtureOfExperts(common.Stateless):
   all choices times E, so that 1 is uniform.
   """
 
-  def __init__(self, config, *, d_model, d_ff, activation, init, rngs, d_out=None):
+  def __init__(
+    self,
+    config=None,
+    *,
+    d_model,
+    d_ff=None,
+    activation='relu',
+    init='truncated_normal',
+    rngs,
+    d_out=None,
+    **fields_of_config,
+  ):
+    d_ff = d_ff or 4 * d_model
+    init = common.initializer(init)
+    config = fields.of_layer(MixtureOfExperts, MoEConfig, config, fields_of_config)
+    fields.check(config.problems(d_ff))
     self.config = config
     self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = experts.Experts(
@@ -205,8 +248,8 @@ class MixtureOfExperts(common.Stateless):
     if config.output_norm:
       self.output_norm = common.LayerNorm(d_out or d_model, init.dtype)
 
-  def __call__(self, x_BLD, tokens):
-    return self._forward(x_BLD, tokens, self.config)
+  def __call__(self, x_BLD, tokens=None):
+    return self._forward(x_BLD, tokens or common.TokenInfo.unpadded(x_BLD.shape), self.config)
 
   def prefill(self, x_BLD, tokens):
     """The forward pass as in decoding: no token is dropped, no position depends on a later one."""
@@ -368,21 +411,12 @@ class MoESublayer(Sublayer):
   def make(self, init, rngs, d_in=None, d_out=None):
     """The layer; of other widths than the model's if they are given."""
     c = self.config
-    sizes = dict(d_model=d_in or c.d_model, d_out=d_out, d_ff=c.d_ff, activation=c.activation)
-    return MixtureOfExperts(c.moe, **sizes, init=init, rngs=rngs)
+    sizes = dict(d_model=d_in or c.d_model, d_ff=c.d_ff, activation=c.activation)
+    return MixtureOfExperts(c.moe, **sizes, d_out=d_out, init=init, rngs=rngs)
 
   def problems(self):
-    moe, d_ff = self.moe, self.config.d_ff
-    if d_ff % moe.granularity:
-      yield (
-        f'model.moe.granularity = {moe.granularity} must divide model.d_ff = {d_ff}: experts are '
-        'd_ff / granularity wide. Change one of the two.'
-      )
-    if moe.top_k > moe.num_experts:
-      yield (
-        f'model.moe: a token cannot choose {moe.top_k} of {moe.num_experts} experts. Lower '
-        'experts_per_token, or raise expansion_rate (experts = expansion_rate * granularity).'
-      )
+    moe = self.moe
+    yield from moe.problems(self.config.d_ff)
     group = moe.group_tokens(self.config.max_length)
     mean_load = moe.capacity_factor * moe.top_k * group / moe.num_experts
     if moe.capacity_factor and mean_load < 1:
@@ -390,21 +424,6 @@ class MoESublayer(Sublayer):
         f'model.moe: an expert would have {mean_load:.3g} slots for a routing group of {group} '
         f'tokens, fewer than 1. Raise group_size (now {moe.group_size} sequences) or '
         'capacity_factor.'
-      )
-    if moe.scores not in moe.rule.scores:
-      yield (
-        f'model.moe.scores must be one of {", ".join(moe.rule.scores)} with model.moe.router = '
-        f'{moe.router}; got {moe.scores!r}.'
-      )
-    if moe.rule.fills_slots and not moe.capacity_factor:
-      yield (
-        f'model.moe.capacity_factor must be positive for {moe.router}: it sets how many tokens '
-        'an expert takes; 1 gives every token granularity experts on average.'
-      )
-    if moe.rule.fills_slots and (moe.renormalize or moe.balance_bias):
-      yield (
-        'model.moe.renormalize and balance_bias are for routers in which tokens choose; with '
-        f'{moe.router} loads are equal by construction. Set both to False.'
       )
 
   def leaks(self):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax import parameters
+from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common, experts
 from moejax.layers.mlp import hidden_width, num_weights
@@ -66,6 +66,24 @@ class MoTConfig(Section):
       return self.expert_width
     return d_ff * self.group_size // self.num_experts
 
+  def problems(self, d_ff):
+    """Yields one sentence per combination of values, in a model of this `d_ff`, that is invalid."""
+    slots = d_ff * self.group_size
+    if self.separate_temperatures and not self.learns_temperature:
+      yield (
+        'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
+        f'got {self.temperature_mode!r}.'
+      )
+    if self.emit in ('raw', 'top_1'):
+      for name in ('separate_controllers', 'separate_temperatures'):
+        if getattr(self, name):
+          yield f'model.mot.{name} has nothing to act on with emit = {self.emit}; set it to False.'
+    if not self.expert_width and slots % self.num_experts:
+      yield (
+        f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = {slots} for '
+        'experts of equal FLOPs; change it or set expert_width.'
+      )
+
   @property
   def learns_temperature(self):
     return self.temperature_mode.startswith('learned')
@@ -94,7 +112,21 @@ class MixtureOfTokens(common.Stateless):
   and emit add 6 * D * E forward FLOPs.
   """
 
-  def __init__(self, config, *, d_model, d_ff, activation, init, rngs):
+  def __init__(
+    self,
+    config=None,
+    *,
+    d_model,
+    d_ff=None,
+    activation='relu',
+    init='truncated_normal',
+    rngs,
+    **fields_of_config,
+  ):
+    d_ff = d_ff or 4 * d_model
+    init = common.initializer(init)
+    config = fields.of_layer(MixtureOfTokens, MoTConfig, config, fields_of_config)
+    fields.check(config.problems(d_ff))
     self.config = config
     E = config.num_experts
     self.controller = init(rngs, d_model, E, fan_in=d_model)
@@ -114,7 +146,8 @@ class MixtureOfTokens(common.Stateless):
       self.norm_in = common.LayerNorm(d_model, init.dtype)
       self.norm_out = common.LayerNorm(d_model, init.dtype)
 
-  def __call__(self, x_BLD, tokens):
+  def __call__(self, x_BLD, tokens=None):
+    tokens = tokens or common.TokenInfo.unpadded(x_BLD.shape)
     B, L, _ = x_BLD.shape
     M = self.config.group_size
     groups.check('model.mot.group_size', M, B)
@@ -210,21 +243,7 @@ class MoTSublayer(Sublayer):
     return MixtureOfTokens(c.mot, **sizes, init=init, rngs=rngs)
 
   def problems(self):
-    mot, slots = self.mot, self.config.d_ff * self.mot.group_size
-    if mot.separate_temperatures and not mot.learns_temperature:
-      yield (
-        'model.mot.separate_temperatures needs temperature_mode = learned or learned_per_expert, '
-        f'got {mot.temperature_mode!r}.'
-      )
-    if mot.emit in ('raw', 'top_1'):
-      for name in ('separate_controllers', 'separate_temperatures'):
-        if getattr(mot, name):
-          yield f'model.mot.{name} has nothing to act on with emit = {mot.emit}; set it to False.'
-    if not mot.expert_width and slots % mot.num_experts:
-      yield (
-        f'model.mot.num_experts = {mot.num_experts} must divide d_ff * group_size = {slots} for '
-        'experts of equal FLOPs; change it or set expert_width.'
-      )
+    return self.mot.problems(self.config.d_ff)
 
   def remixed(self, mode, group_size):
     """`unmixed`: groups of one; `discrete`: one token per expert. Experts keep their width."""
