@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
 # Programs that begin a line of a page, beside the words of bash. In place of them, bash finds files
 # that write down what they are called with.
 PROGRAMS = ('python', 'pip', 'make', 'gcloud', 'docker', 'xpk', 'sbatch', 'launch/tpu_run.sh')

@@ -180,8 +180,23 @@ def test_the_versions_that_were_tested_are_allowed_and_the_oldest_are_the_lower_
     assert exact.version.startswith(bound), f'{needed}: constraints/oldest.txt has {low}'
 
 
+def test_the_page_lists_the_versions_that_were_tested():
+  page = (ROOT / 'docs' / 'installation.md').read_text()
+  header, _, *rows = re.findall(r'^\|(.*)\|$', page.partition('## Versions')[2], re.MULTILINE)
+  columns = [column.strip() for column in header.split('|')]
+  assert len(rows) == 3
+  for row in rows:
+    versions = dict(zip(columns, [cell.strip() for cell in row.split('|')], strict=True))
+    pins = _pinned(versions.pop('').split()[0])
+    python = {'python_full_version': f'{versions.pop("Python")}.0'}
+    assert versions.pop('command').strip('`').split()[0] == 'make'
+    for name, version in versions.items():
+      (pin,) = [p for p in pins[name] if p.marker is None or p.marker.evaluate(python)]
+      assert str(pin.specifier) == f'=={version}', f'{row}: constraints have {pin}'
+
+
 def test_extras_that_messages_and_pages_name_exist():
-  places = [*(ROOT / 'moejax').rglob('*.py'), *(ROOT / 'launch').iterdir(), ROOT / 'README.md']
-  for path in places + list((ROOT / 'docs').rglob('*.md')):
+  places = ROOT / 'README.md', *(ROOT / 'launch').iterdir(), *(ROOT / 'moejax').rglob('*.py')
+  for path in (*places, *(ROOT / 'docs').rglob('*.md')):
     for extras in re.findall(r"(?:moejax|'\.|CODE\})\[([\w,-]+)\]", path.read_text()):
       assert set(extras.split(',')) <= EXTRAS.keys(), f'{path}: [{extras}]'
