@@ -34,7 +34,7 @@ RANKS = (
   ('evaluate', 'decode', 'terminal'),
   ('generate',),
   ('train',),
-  ('aot', 'scaling_laws'),
+  ('aot', 'runner', 'scaling_laws', 'sweep'),
   ('library',),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}

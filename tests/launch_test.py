@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from moejax.scaling_laws import run
+from moejax import runner
 
 pytestmark = pytest.mark.heavy
 
@@ -345,7 +345,7 @@ def test_slurm_gives_each_task_one_gpu_and_time_to_save():
 
 def test_commands_for_other_machines_survive_a_space():
   cell = types.SimpleNamespace(name='a', command='python -m moejax.main --config.x="((1,),)"')
-  (line,) = run.launch_commands([cell], '/data/my $runs/', 'ssh {name} --command={command}')
+  (line,) = runner.launch_commands([cell], '/data/my $runs/', 'ssh {name} --command={command}')
   *_, command = shlex.split(line)
   words = shlex.split(command.removeprefix('--command='))
   assert words[-2:] == ['--config.x=((1,),)', '--workdir=/data/my $runs/a']

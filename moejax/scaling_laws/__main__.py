@@ -116,12 +116,13 @@ def _define_run():
 
 def run():
   """Trains a grid, or prints commands to train it on other machines."""
-  from moejax.scaling_laws import grid as grid_lib, run as run_lib
+  from moejax import runner
+  from moejax.scaling_laws import grid as grid_lib
 
   cells = grid_lib.read(_FLAGS.grid)
   if _FLAGS.launch is None:
-    return run_lib.run(cells, pathlib.Path(cli.path(_FLAGS.workdir)).absolute())
-  print('\n'.join(run_lib.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))
+    return runner.run(cells, pathlib.Path(cli.path(_FLAGS.workdir)).absolute())
+  print('\n'.join(runner.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))
   return cli.OK
 
 

@@ -5,26 +5,21 @@ import json
 import math
 import pathlib
 
-from moejax import files
+from moejax import files, runner
 from moejax.scaling_laws import laws
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(runner.Cell):
   """One run of a grid; parameters and FLOPs as in laws.py."""
 
-  name: str
   d_model: int
   blocks: int
   heads: int
   expansion_rate: float
   granularity: int
-  steps: int
   tokens: int
-  params: int
   active_params: int
-  flops: float
-  command: str  # without --workdir
   predicted_loss: float | None = None  # before training
 
 
@@ -36,7 +31,7 @@ class Recipe:
   base: str  # variant whose fields are overridden for other sizes
   tokens_per_step: int
   warmup: float  # fraction of the steps
-  flags: tuple[str, ...]
+  fields: dict[str, str]  # as in a Cell
 
 
 # arXiv:2402.07871, Appendix A: 2048 sequences of 256 tokens of C4, one learning rate for all sizes.
@@ -53,7 +48,7 @@ PAPER = Recipe(
   base='3M',
   tokens_per_step=2048 * 256,
   warmup=0.01,
-  flags=(),
+  fields={},
 )
 # A grid for a laptop CPU, on the embedded corpus; validation runs only at the end.
 LAPTOP = Recipe(
@@ -61,14 +56,14 @@ LAPTOP = Recipe(
   base='laptop',
   tokens_per_step=16 * 64,
   warmup=0.05,
-  flags=(
-    '--config.data.batch_size=16',
-    '--config.data.sequence_length=64',
-    '--config.train.log_interval=50',
-    '--config.train.eval_interval=1000000',
-    '--config.train.eval_batches=64',
-    '--config.train.sample_length=0',
-  ),
+  fields={
+    'data.batch_size': '16',
+    'data.sequence_length': '64',
+    'train.log_interval': '50',
+    'train.eval_interval': '1000000',
+    'train.eval_batches': '64',
+    'train.sample_length': '0',
+  },
 )
 
 _TO_4, _TO_8, _TO_16 = (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16)
@@ -156,29 +151,35 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
     params=params,
     active_params=laws.active_params(d_model, blocks),
     flops=float(laws.flops_per_token(d_model, blocks, rate, granularity) * tokens),
-    command=' '.join(_command(recipe, shape, rate, granularity, steps)),
+    config=_config(recipe, shape, rate, granularity),
+    fields=_fields(recipe, shape, granularity, steps),
     predicted_loss=law and float(laws.loss(law, params, tokens, granularity)),
   )
 
 
-def _command(recipe, shape, expansion_rate, granularity, steps):
-  d_model, blocks, heads = shape
+def _config(recipe, shape, expansion_rate, granularity):
+  d_model, blocks, _ = shape
   variant = recipe.sizes.get((d_model, blocks), recipe.base)
-  feed_forward, config = 'mlp', f'configs/dense.py:{variant}'
-  if granularity != laws.DENSE:
-    feed_forward = 'moe'
-    config = f'configs/fine_grained.py:{variant},granularity={granularity}'
-    config += f',expansion_rate={expansion_rate:g}'
-  yield f'python -m moejax.main --config={config}'
+  if granularity == laws.DENSE:
+    return f'configs/dense.py:{variant}'
+  rate = f'expansion_rate={expansion_rate:g}'
+  return f'configs/fine_grained.py:{variant},granularity={granularity},{rate}'
+
+
+def _fields(recipe, shape, granularity, steps):
+  d_model, blocks, heads = shape
+  fields = {}
   if (d_model, blocks) not in recipe.sizes:
-    yield f'--config.model.d_model={d_model}'
-    yield f'--config.model.d_ff={4 * d_model}'
-    yield f'--config.model.num_heads={heads}'
-    pattern = f"'attention','{feed_forward}'"
-    yield f'--config.model.blocks="((({pattern}),{blocks}),)"'
-  yield from recipe.flags
-  yield f'--config.optimizer.warmup_steps={int(recipe.warmup * steps)}'
-  yield f'--config.train.steps={steps}'
+    feed_forward = 'mlp' if granularity == laws.DENSE else 'moe'
+    fields = {
+      'model.d_model': d_model,
+      'model.d_ff': 4 * d_model,
+      'model.num_heads': heads,
+      'model.blocks': f"((('attention','{feed_forward}'),{blocks}),)",
+    }
+  fields |= recipe.fields
+  fields |= {'optimizer.warmup_steps': int(recipe.warmup * steps), 'train.steps': steps}
+  return {name: str(value) for name, value in fields.items()}
 
 
 def write(cells, path):
@@ -194,7 +195,7 @@ def read(path):
     ValueError: the file does not exist or is not a grid.
   """
   try:
-    cells = [Cell(**fields) for fields in json.loads(pathlib.Path(path).read_text('utf-8'))]
+    cells = [_cell(entry) for entry in json.loads(pathlib.Path(path).read_text('utf-8'))]
   except FileNotFoundError as error:
     raise ValueError(f'--grid={path}: file not found; `grid` writes it.') from error
   except (TypeError, ValueError) as error:
@@ -203,9 +204,22 @@ def read(path):
     name = cell.name
     if not isinstance(name, str) or not name or name.startswith('.') or '/' in name:
       raise ValueError(f'--grid={path}: name = {name!r}: expected a folder name.')
-    if not isinstance(cell.command, str):
-      raise ValueError(f'--grid={path}, {name}: command = {cell.command!r}: expected a string.')
+    if not isinstance(cell.config, str):
+      raise ValueError(f'--grid={path}, {name}: config = {cell.config!r}: expected a string.')
+    if not isinstance(cell.fields, dict) or not all(
+      isinstance(text, str) for text in cell.fields.values()
+    ):
+      raise ValueError(f'--grid={path}, {name}: fields = {cell.fields!r}: expected texts by field.')
     for field in ('steps', 'params', 'flops'):
       if not isinstance(value := getattr(cell, field), int | float) or not 0 < value < math.inf:
         raise ValueError(f'--grid={path}, {name}: {field} = {value!r}: expected a number above 0.')
   return cells
+
+
+def _cell(entry):
+  """The Cell of an entry of a grid file; older versions wrote a command."""
+  entry = dict(entry)
+  if 'command' in entry:
+    command = entry.pop('command')
+    entry['config'], entry['fields'] = runner.arguments_of(str(command))
+  return Cell(**entry)

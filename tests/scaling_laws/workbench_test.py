@@ -135,7 +135,9 @@ def test_the_laptop_grid():
     (lambda cell: cell.update(rate=1), 'is not a valid grid file: .*rate'),
     (lambda cell: cell.update(steps='many'), "d32x2-dense-200: steps = 'many': expected a number"),
     (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number above 0'),
-    (lambda cell: cell.update(command=None), 'command = None: expected a string'),
+    (lambda cell: cell.update(config=None), 'config = None: expected a string'),
+    (lambda cell: cell.update(fields={'train.steps': 4}), 'fields = .*: expected texts by field'),
+    (lambda cell: cell.update(command='true'), 'expected a command python -m moejax.main'),
     (lambda cell: cell.update(name='../a'), "name = '../a': expected a folder name"),
   ],
 )
@@ -147,6 +149,18 @@ def test_invalid_grids(tmp_path, change, message):
   path.write_text(json.dumps(cells))
   with pytest.raises(ValueError, match=message):
     grid.read(path)
+
+
+def test_grids_of_older_versions_have_commands(tmp_path):
+  path = tmp_path / 'grid.json'
+  cells = [*grid.make('laptop'), *grid.make('paper', PRINTED)]
+  grid.write(cells, path)
+  entries = json.loads(path.read_text())
+  for entry, cell in zip(entries, cells, strict=True):
+    del entry['config'], entry['fields']
+    entry['command'] = cell.command
+  path.write_text(json.dumps(entries))
+  assert grid.read(path) == cells
 
 
 @pytest.mark.parametrize('content', [b'', b'[1]', b'{"name": 1}', b'[{"name"', b'\xff\xfe[\0'])

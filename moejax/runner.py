@@ -1,6 +1,7 @@
 """Trains the cells of a grid: locally, several at a time, or by commands for other machines."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,6 +20,58 @@ from moejax import cli, metrics, run_folder
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
 _BYTES_PER_PARAM = 40  # float32 parameters, gradients and moments, plus activations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+  """One run of a grid."""
+
+  name: str  # of its folder
+  config: str  # a config file and its variants, as --config takes them
+  fields: dict[str, str]  # what differs: 'section.field' -> the text of its flag
+  steps: int
+  params: int  # for the memory that it takes
+  flops: float  # of training, for the progress of the grid
+
+  @property
+  def arguments(self):
+    """Of python, without --workdir."""
+    fields = [f'--config.{name}={text}' for name, text in self.fields.items()]
+    return ['-m', 'moejax.main', f'--config={self.config}', *fields]
+
+  @property
+  def command(self):
+    """Trains the cell, without --workdir; quoted for a shell."""
+    return ' '.join(['python', *map(_quote, self.arguments)])
+
+
+def _quote(argument):
+  """Like shlex.quote, but a value with single quotes stays readable."""
+  flag, _, value = argument.partition('=')
+  if "'" in value and not set('"$`\\!') & set(argument):
+    return f'{flag}="{value}"'
+  return shlex.quote(argument)
+
+
+def arguments_of(command):
+  """The `config` and the `fields` of a Cell with this command.
+
+  Raises:
+    ValueError: it is not of the form python -m moejax.main --config=FILE --config.FIELD=VALUE.
+  """
+  fields = {}
+  words = shlex.split(command)
+  config, *overrides = words[3:] or ['']
+  for word in overrides:
+    name, equals, fields[name.removeprefix('--config.')] = word.partition('=')
+    if not name.startswith('--config.') or not equals:
+      words = []
+  if words[1:3] != ['-m', 'moejax.main'] or not config.startswith('--config='):
+    raise ValueError(
+      'expected a command python -m moejax.main --config=FILE --config.FIELD=VALUE ..., got '
+      f'{command}.'
+    )
+  return config.removeprefix('--config='), fields
 
 
 def run(cells, workdir):
@@ -46,7 +99,7 @@ def run(cells, workdir):
     with _stop_on_signals() as stop:
       failed = scheduler.work(stop)
   if stop.is_set():
-    print('interrupted; run the same command again to resume')
+    print(f'interrupted; to resume:\n{cli.command()}')
     return cli.INTERRUPTED
   for name in failed:
     print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
@@ -56,12 +109,9 @@ def run(cells, workdir):
 
 
 def _settings(cell):
-  """The config of a cell's command as a flat dict."""
-  words = shlex.split(cell.command)
-  if words[1:3] != ['-m', 'moejax.main']:
-    raise ValueError(f'{cell.name}: expected a command python -m moejax.main, got {cell.command}.')
+  """The config of a cell as a flat dict."""
   try:
-    return _flat(cli.config_of(words[3:]))
+    return _flat(cli.config_of(cell.arguments[2:]))
   except ValueError as error:
     raise ValueError(f'{cell.name}: {error}') from error
 
@@ -168,10 +218,10 @@ class _Scheduler:
   def _start(self, cell):
     # JAX reads NPROC as the number of cores: concurrent cells are faster on separate cores.
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
-    _, *arguments = shlex.split(cell.command)
     with (self.workdir / f'{cell.name}.log').open('a') as log:
       process = subprocess.Popen(
-        [sys.executable, *arguments, f'--workdir={self.workdir / cell.name}'],
+        [sys.executable, *cell.arguments, f'--workdir={self.workdir / cell.name}'],
+        stdin=subprocess.DEVNULL,  # nobody answers
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
