@@ -126,7 +126,7 @@ def resolve(config):
   mesh = attempt(lambda: fields.make(MeshConfig, config.mesh))
   train = attempt(lambda: fields.make(TrainConfig, config.train))
   if data_config and model and optimizer:
-    problems.extend(_batch_problems(data_config, model, optimizer))
+    problems.extend(batch_problems(data_config, model, optimizer))
   if problems:
     raise ValueError('\n'.join(problems))
   assert data_config and tokenizer and model and optimizer and mesh and train
@@ -146,7 +146,8 @@ def _model_config(section, data_config, tokenizer):
   return dataclasses.replace(model, vocab_size=model.vocab_size or needed)
 
 
-def _batch_problems(data_config, model, optimizer):
+def batch_problems(data_config, model, optimizer):
+  """What a batch, its microbatches and the groups of a model have against each other."""
   batch, microbatches = data_config.batch_size, optimizer.accumulation
   if batch % microbatches:
     yield f'optimizer.accumulation = {microbatches} must divide data.batch_size = {batch}.'
@@ -162,13 +163,8 @@ def _batch_problems(data_config, model, optimizer):
 
 def check_batch(run_config, mesh):
   """Raises ValueError if the batch cannot be split over the devices of the mesh."""
-  sequences, shards = _microbatch_size(run_config), batch_shards(mesh)
-  if sequences % shards:
-    raise ValueError(
-      f'data.batch_size / optimizer.accumulation = {sequences} sequences cannot be split over the '
-      f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
-      'multiple, or give mesh.tensor more devices.'
-    )
+  if problems := list(_batch_mesh_problems(run_config, mesh)):
+    raise ValueError('\n'.join(problems))
   num_parts = process_part(mesh, run_config.data.batch_size)['num_parts']
   if run_config.data.source == 'seqio' and num_parts < jax.process_count():
     raise ValueError(
@@ -181,8 +177,15 @@ def check_batch(run_config, mesh):
 def check_mesh(run_config, mesh):
   """Raises ValueError if the mesh would leave devices idle or duplicate their work."""
   check_batch(run_config, mesh)
-  if problems := list(_mesh_problems(run_config, mesh)):
+  if problems := list(mesh_problems(run_config, mesh)):
     raise ValueError('\n'.join(problems))
+
+
+def mesh_problems(run_config, mesh):
+  """What a config and a mesh, or an AbstractMesh, have against each other, a message each."""
+  if problems := list(_batch_mesh_problems(run_config, mesh)):
+    return problems
+  return list(_division_problems(run_config, mesh))
 
 
 def _microbatch_size(run_config):
@@ -190,7 +193,17 @@ def _microbatch_size(run_config):
   return run_config.data.batch_size // run_config.optimizer.accumulation
 
 
-def _mesh_problems(run_config, mesh):
+def _batch_mesh_problems(run_config, mesh):
+  sequences, shards = _microbatch_size(run_config), batch_shards(mesh)
+  if sequences % shards:
+    yield (
+      f'data.batch_size / optimizer.accumulation = {sequences} sequences cannot be split over the '
+      f'{shards} devices of mesh axes data, fsdp and expert {dict(mesh.shape)}. Make the batch a '
+      'multiple, lower optimizer.accumulation, or give mesh.tensor more devices.'
+    )
+
+
+def _division_problems(run_config, mesh):
   sequences = _microbatch_size(run_config) // batch_shards(mesh)
   for field, size in run_config.model.whole_groups.items():
     if sequences % size:

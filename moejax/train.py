@@ -20,6 +20,7 @@ from moejax import (
   cli,
   config as config_lib,
   data,
+  estimate,
   flops,
   goodput,
   metrics as metrics_lib,
@@ -144,6 +145,7 @@ def prepare(config, workdir):
   """A Run whose config, mesh and data are checked; nothing is written."""
   run_config = config_lib.resolve(config)
   with cli.waiting_for('initialising the devices'):
+    run_config = estimate.placed(run_config, jax.devices())
     mesh = sharding.make_mesh(run_config.mesh)
   config_lib.check_mesh(run_config, mesh)
   _check_prompt(run_config)
@@ -463,6 +465,7 @@ def _summary(run):
   return run.describe() | {
     'parameters': flops.param_counts(run.run_config.model),
     'flops_per_token': run.flops_per_token,
+    'mesh': dict(run.mesh.shape),
     'steps': run.step,
     'tokens_seen': run.step * run.tokens_per_step,
     'resumed_from': run.first_step,

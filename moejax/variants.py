@@ -142,6 +142,7 @@ def moe_mamba_run(size):
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   c.data.sequence_length = 1024
   c.data.batch_size = batch_size
+  c.optimizer.accumulation = max(1, batch_size // 128)  # of 100M, whose batch is a million tokens
   c.optimizer.peak_lr = peak_lr
   c.optimizer.warmup_steps = steps // 100
   c.train.steps = steps

@@ -30,7 +30,7 @@ RANKS = (
   + ('goodput', 'profiling'),
   ('config', 'variants'),
   ('cli',),
-  ('step', 'run_folder', 'start_page'),
+  ('step', 'run_folder', 'start_page', 'estimate'),
   ('evaluate', 'decode', 'terminal'),
   ('generate',),
   ('train',),

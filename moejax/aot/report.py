@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moejax.sharding import describe
 from moejax.text import short, short_time, size
 
 
@@ -33,6 +34,8 @@ class Report:
   capacity: float  # bytes
   fits: bool
   needed: str  # the compiler's message, if it does not fit
+  better_mesh: str  # flags of a mesh that takes less memory, if it does not fit
+  better_state: float  # bytes of parameters and optimizer on it
   tokens: int  # per step, on all chips
   model_flops: float
   flops: float  # executed, recomputation included
@@ -61,7 +64,7 @@ class Report:
     """The report as text."""
     rows = [
       ('topology', f'{self.topology}, {self.chips} chips'),
-      ('mesh', ', '.join(f'{axis} {n}' for axis, n in self.mesh.items()) or 'one device'),
+      ('mesh', describe(self.mesh)),
       ('remat', f'{self.remat}, accumulation {self.accumulation}'),
       ('parameters', f'{short(self.params)}, {short(self.active_params)} active'),
       ('memory per chip', f'{size(self.capacity)}'),
@@ -110,12 +113,10 @@ class Report:
     """Changes that make a step fit, the most memory for the least time first."""
     memory = self.memory
     state = memory['parameters'] + memory['optimizer']
-    sharded = self.mesh.get('fsdp', 1) * self.mesh.get('expert', 1) * self.mesh.get('tensor', 1)
-    if sharded < self.chips:
+    if self.better_mesh:
       yield (
-        f'mesh.fsdp (now {config.mesh.fsdp}), or mesh.expert: parameters and optimizer take '
-        f'{size(state)} on each chip, {size(state * sharded / self.chips)} if sharded over all '
-        'chips (mesh.fsdp=-1 with mesh.data=1).'
+        f'{self.better_mesh} (now {describe(self.mesh)}): parameters and optimizer take '
+        f'{size(self.better_state)} on each chip, now {size(state)}.'
       )
     if config.model.remat != 'full':
       yield (

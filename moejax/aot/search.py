@@ -4,23 +4,11 @@ A rough estimate ranks all candidates; the best are compiled and ranked by their
 """
 
 import dataclasses
-import itertools
-import math
 from typing import NamedTuple
 
-from moejax import config as config_lib, flops, model as model_lib, sharding, step as step_lib
-from moejax.aot import step, topologies
+from moejax import config as config_lib, estimate, model as model_lib, sharding
+from moejax.aot import step
 from moejax.sharding import platform
-
-# Rough numbers: they only decide what is compiled first; a wrong one costs time.
-# Time over that of the model's matmuls, by policy: `full` adds one pass to three, `save_moe` one
-# without the experts; `none` recomputes nothing, but moves more memory than `dots`.
-_WORK = {'none': 1.15, 'dots': 1.1, 'save_moe': 1.25, 'full': 4 / 3}
-# Fraction of memory for parameters, optimizer and saved activations; temporaries take the rest. It
-# is at most 0.55 in the steps of docs/pods.json that fit.
-_MEMORY_FRACTION = 0.6
-_NOT_OVERLAPPED = 0.3  # fraction of compute or communication, whichever is shorter
-_TENSOR_SLOWDOWN = 1.5  # small matmuls are slow, and the compiler rejects these meshes more often
 
 
 class Candidate(NamedTuple):
@@ -72,68 +60,27 @@ def _changed(config, changes):
 
 
 def _candidates(config, topology):
-  config = step.without_data(config)
-  run_config = config_lib.resolve(_changed(config, {'mesh.data': -1, 'mesh.fsdp': 1}))
+  given = config_lib.resolve(step.without_data(config))
   with platform.compiling_for(topology.platform):
-    saved = {policy: _saved_per_sequence(run_config, policy) for policy in model_lib.REMAT}
-  devices = topologies.devices(topology)
-  experts = math.gcd(*run_config.model.experts.values()) or 1
-  for sizes in _mesh_shapes(topology.num_chips, experts):
-    names = {f'mesh.{axis}': n for axis, n in zip(sharding.AXES, sizes, strict=True)}
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
-    state = step.shard_bytes(sharding.abstract(step_lib.fresh_state(run_config), mesh))
-    for policy, bytes_per_sequence in saved.items():
-      for accumulation in _powers_of_two(run_config.data.batch_size):
-        changes = names | {'model.remat': policy, 'optimizer.accumulation': accumulation}
-        sequences = run_config.data.batch_size / accumulation / sharding.batch_shards(mesh)
-        fits = state + sequences * bytes_per_sequence < _MEMORY_FRACTION * topology.chip.memory
-        if fits and _is_possible(_changed(config, changes), mesh):
-          yield Candidate(changes, _seconds(run_config, topology, sizes, policy, accumulation))
-          break  # more microbatches are slower
+    for policy in model_lib.REMAT:
+      model = dataclasses.replace(given.model, remat=policy)
+      run_config = dataclasses.replace(given, model=model)
+      estimator = estimate.Estimator(run_config)
+      for tensor in (1, 2, 4):
+        mesh = sharding.MeshConfig(tensor=tensor)
+        free = dataclasses.replace(run_config, mesh=mesh)
+        for shape in estimate.mesh_shapes(free, topology.num_chips):
+          yield from _fewest_microbatches(free, shape, topology, estimator)
 
 
-def _is_possible(config, mesh):
-  try:
-    config_lib.check_mesh(config_lib.resolve(config), mesh)
-  except ValueError:
-    return False
-  return True
-
-
-def _mesh_shapes(chips, experts):
-  for tensor, expert in itertools.product((1, 2, 4), _powers_of_two(chips)):
-    if experts % expert or chips % (tensor * expert):
-      continue
-    for fsdp in _powers_of_two(chips // tensor // expert):
-      yield chips // tensor // expert // fsdp, fsdp, expert, tensor
-
-
-def _powers_of_two(limit):
-  return [2**i for i in range(int(math.log2(limit)) + 1) if limit % 2**i == 0]
-
-
-def _saved_per_sequence(run_config, policy):
-  model = dataclasses.replace(run_config.model, remat=policy)
-  sequences = math.lcm(*model.groups.values())
-  return step.saved_bytes(dataclasses.replace(run_config, model=model), sequences) / sequences
-
-
-def _seconds(run_config, topology, sizes, policy, accumulation):
-  """Compute, and communication: parameters and gradients (data, fsdp), tokens (expert)."""
-  data, fsdp, expert, tensor = sizes
-  chip, model = topology.chip, run_config.model
-  tokens = run_config.data.batch_size * run_config.data.sequence_length / topology.num_chips
-  per_token = flops.training_flops_per_token(model, run_config.data.sequence_length)['total']
-  compute = _WORK[policy] * tokens * per_token / chip.flops
-  param_bytes = 2 * flops.param_counts(model)['total'] / expert / tensor  # bfloat16
-  gathers = 2 * accumulation * (fsdp - 1) / fsdp
-  reductions = accumulation * (fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp
-  width = 2 * model.d_model * tokens * tensor
-  blocks = sum(kind in ('moe', 'mot', 'moe_in_mamba') for kind in model.kinds)
-  exchanged = 4 * blocks * width * min(model.moe.top_k, expert) * (expert - 1) / expert
-  partial_sums = 4 * len(model.kinds) * width * (tensor - 1) / tensor
-  num_bytes = param_bytes * (gathers + reductions) + exchanged + partial_sums
-  communication = num_bytes / chip.link
-  slowdown = 1 if tensor == 1 else _TENSOR_SLOWDOWN
-  shorter, longer = sorted((compute, communication))
-  return slowdown * (longer + _NOT_OVERLAPPED * shorter)
+def _fewest_microbatches(run_config, shape, topology, estimator):
+  """The Candidate of a mesh and remat policy, if any fits: more microbatches are slower."""
+  for accumulation in estimate.powers_of_two(run_config.data.batch_size):
+    optimizer = dataclasses.replace(run_config.optimizer, accumulation=accumulation)
+    run_config = dataclasses.replace(run_config, optimizer=optimizer)
+    choice = estimate.on(run_config, shape, topology.chip, estimator)
+    if choice.fits and not estimate.problems(run_config, shape, topology.slices):
+      changes = {f'mesh.{axis}': n for axis, n in zip(sharding.AXES, shape, strict=True)}
+      changes |= {'model.remat': run_config.model.remat, 'optimizer.accumulation': accumulation}
+      yield Candidate(changes, choice.seconds)
+      return

@@ -2,22 +2,21 @@
 
 import collections
 import dataclasses
-import math
 import re
+import sys
 import textwrap
 import time
-from typing import Any
 
 import jax
-import jax.extend
-import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib, data, flops, model as model_lib, sharding, step as step_lib
+from moejax import cli, config as config_lib, data, estimate, flops, sharding, step as step_lib
 from moejax.aot import hlo, topologies
 from moejax.aot.report import Exchange, Report
 from moejax.data import tokenizer
 from moejax.sharding import platform
+
+_USUALLY = 'half a minute to 5 minutes'  # on two idle cores: docs/pods.json
 
 
 def compile_step(config, topology: topologies.Topology):
@@ -26,38 +25,69 @@ def compile_step(config, topology: topologies.Topology):
   Raises:
     ValueError: the config is invalid there, or its compiler is not installed.
   """
-  run_config = config_lib.resolve(without_data(config))
-  mesh = sharding.make_mesh(run_config.mesh, topologies.devices(topology))
+  devices = topologies.devices(topology)
+  choice = choose_mesh(config_lib.resolve(without_data(config)), topology)
+  run_config = choice.run_config
+  mesh = sharding.make_mesh(run_config.mesh, devices)
   config_lib.check_mesh(run_config, mesh)
   platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     state = sharding.abstract(step_lib.fresh_state(run_config), mesh)
     microbatch = run_config.data.batch_size // run_config.optimizer.accumulation
-    saved = saved_bytes(run_config, microbatch) / sharding.batch_shards(mesh)
+    saved = estimate.saved_bytes(run_config, microbatch) / sharding.batch_shards(mesh)
     training = step_lib.lower_train_step(run_config, state, mesh, platforms)
     evaluations = [
       step_lib.lower_eval_step(evaluated, state['params'], mesh, platforms)
       for evaluated in _evaluated(run_config)
     ]
   started = time.monotonic()
-  compiled, needed = _compile(training)
-  memory = _memory(state, saved, compiled)
+  machine = f'{topology}, {sharding.describe(mesh.shape)}'
+  with cli.waiting_for(f'compiling the training step for {machine}, {_USUALLY}', sys.stderr):
+    compiled, needed = _compile(training)
+  memory = _memory(state, mesh, saved, compiled)
   evaluation = 0.0
   for lowered in evaluations if compiled else ():
-    compiled_evaluation, error = _compile(lowered)
+    with cli.waiting_for('compiling the evaluation step, half as long', sys.stderr):
+      compiled_evaluation, error = _compile(lowered)
     needed = needed or error and f'evaluation: {error}'
     if compiled_evaluation:
       evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
+  fits = not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory
+  better = None if fits else _better_mesh(run_config, topology)
   return Report(
     **_sizes(run_config, mesh, topology),
     memory=memory,
     evaluation=evaluation,
-    fits=not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory,
+    fits=fits,
     needed=needed,
+    better_mesh=better.flags if better else '',
+    better_state=better.state_bytes if better else 0.0,
     **_work(compiled, mesh, topology),
     compile_seconds=compile_seconds,
   )
+
+
+def choose_mesh(run_config, topology):
+  """The `estimate.Choice` of a RunConfig on a Topology.
+
+  Raises:
+    ValueError: the config is invalid there.
+  """
+  with platform.compiling_for(topology.platform):
+    choice = estimate.choose(run_config, topology.num_chips, topology.chip, topology.slices)
+  if choice is None:
+    shape = run_config.mesh.shape(topology.num_chips)
+    raise ValueError('\n'.join(estimate.problems(run_config, shape, topology.slices)))
+  return choice
+
+
+def _better_mesh(run_config, topology):
+  """The Choice of another mesh that takes less memory for its state, or None."""
+  now = choose_mesh(run_config, topology)
+  free = dataclasses.replace(run_config, mesh=sharding.MeshConfig())
+  best = choose_mesh(free, topology)
+  return best if best.state_bytes < now.state_bytes else None
 
 
 def _evaluated(run_config):
@@ -66,11 +96,11 @@ def _evaluated(run_config):
   return [dataclasses.replace(run_config, model=model) for model in models]
 
 
-def _memory(state, saved, compiled):
+def _memory(state, mesh, saved, compiled):
   """Bytes per chip in a training step, by kind."""
-  params, total = shard_bytes(state['params']), shard_bytes(state)
-  memory = {'parameters': params, 'optimizer': total - params, 'saved activations': saved}
+  memory = {**estimate.state_bytes(state, mesh), 'saved activations': saved}
   if compiled:
+    total = memory['parameters'] + memory['optimizer']
     memory['temporaries'] = max(0.0, _peak_bytes(compiled) - total - saved)
   return memory
 
@@ -153,35 +183,11 @@ def _compile(lowered):
   return None, f'the compiler rejects this mesh: {reason}'
 
 
-def shard_bytes(tree):
-  """Bytes per device of arrays with shardings."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
 def _peak_bytes(compiled):
   memory = compiled.memory_analysis()
   peak = getattr(memory, 'peak_memory_in_bytes', 0)
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return peak or held + memory.temp_size_in_bytes
-
-
-def saved_bytes(run_config, num_sequences):
-  """Bytes that a forward pass saves for its backward pass, without its inputs."""
-  leaf = jax.ShapeDtypeStruct((num_sequences, run_config.data.sequence_length), jnp.int32)
-  batch = dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)
-
-  def saved(params, batch):
-    loss = lambda params: model_lib.bind(run_config.model, params).loss(batch)[0]
-    return jax.tree.leaves(jax.vjp(loss, params)[1])
-
-  params = jax.eval_shape(lambda: model_lib.init_params(run_config.model, jax.random.key(0)))
-  jaxpr = jax.make_jaxpr(saved)(params, batch).jaxpr
-  variables = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
-  residuals: Any = variables - {*jaxpr.invars, *jaxpr.constvars}
-  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in residuals)
 
 
 def _exchanges(collectives, mesh, topology):

@@ -22,26 +22,33 @@ BATCH = P(BATCH_AXES)
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-  """Devices along each axis; -1, at most once, takes what the others leave."""
+  """Devices along each axis; -1, at most once, takes what the others leave.
+
+  Sizes of 0 are chosen by `moejax.estimate`: results do not depend on them.
+  """
 
   PATH = 'mesh'
 
   data: int = default(-1, 'devices that hold replicas; -1: the rest', minimum=-1)
-  fsdp: int = default(1, 'devices that share batch and parameters', minimum=-1)
-  expert: int = default(1, 'devices that share batch and experts', minimum=-1)
+  fsdp: int = default(
+    0, 'devices that share batch and parameters; 0: what fits; 1 on a CPU', minimum=-1
+  )
+  expert: int = default(
+    0, 'devices that share batch and experts; 0: what fits; 1 on a CPU', minimum=-1
+  )
   tensor: int = default(1, 'devices that share heads, hidden widths, vocabulary', minimum=-1)
 
   def conflicts(self):
     sizes = dataclasses.astuple(self)
-    if 0 in sizes or sizes.count(-1) > 1:
+    if 0 in (self.data, self.tensor) or sizes.count(-1) > 1:
       yield (
-        f'mesh sizes must be positive, with at most one -1 for "the rest"; got '
-        f'{dict(zip(AXES, sizes, strict=True))}.'
+        'mesh sizes must be positive, with at most one -1 for "the rest", and 0 only for mesh.fsdp '
+        f'and mesh.expert; got {dict(zip(AXES, sizes, strict=True))}.'
       )
 
   def shape(self, num_devices):
-    """Sizes of AXES on this many devices."""
-    sizes = dataclasses.astuple(self)
+    """Sizes of AXES on this many devices; sizes that are still 0 are 1."""
+    sizes = tuple(n or 1 for n in dataclasses.astuple(self))
     known = math.prod(n for n in sizes if n != -1)
     if num_devices % known or (-1 not in sizes and known != num_devices):
       raise ValueError(
@@ -61,7 +68,7 @@ def make_mesh(config, devices=None):
   shape = config.shape(len(devices))
   slices = len({getattr(device, 'slice_index', None) for device in devices})
   if slices > 1:
-    sizes = _by_slices(shape, slices)
+    sizes = by_slices(shape, slices)
     make = functools.partial(mesh_utils.create_hybrid_device_mesh, *sizes)
   else:
     make = functools.partial(mesh_utils.create_device_mesh, shape)
@@ -69,8 +76,8 @@ def make_mesh(config, devices=None):
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _by_slices(shape, slices):
-  """Sizes of AXES within a slice, and across slices."""
+def by_slices(shape, slices):
+  """Sizes of AXES within a slice, and across slices; ValueError if they cannot be divided so."""
   for axis, size in enumerate(shape[:2]):
     if size % slices == 0:
       between = [1] * len(shape)
@@ -80,6 +87,11 @@ def _by_slices(shape, slices):
     f'mesh {dict(zip(AXES, shape, strict=True))}: the {slices} slices must divide mesh.data or '
     'mesh.fsdp.'
   )
+
+
+def describe(sizes):
+  """Sizes by mesh axis as text: 'data 2, expert 8'."""
+  return ', '.join(f'{axis} {n}' for axis, n in sizes.items() if n > 1) or 'one device'
 
 
 def batch_shards(mesh):

@@ -107,6 +107,8 @@ def _report(**changes):
     'capacity': 16 * 2**30,
     'fits': False,
     'needed': 'the compiler needs 21.3GiB of 15.75GiB',
+    'better_mesh': '--config.mesh.expert=16',
+    'better_state': 0.78e9,
     'tokens': 2**16,
     'model_flops': 1e12,
     'flops': 0.0,
@@ -123,18 +125,36 @@ def test_advice_for_what_does_not_fit():
   config.model.remat, config.model.loss_chunk = 'none', 0
   advice = list(_report().advice(config))
   assert [line.split(' ')[0].split('=')[0] for line in advice] == [
-    'mesh.fsdp',
+    '--config.mesh.expert',
     'model.remat',
     'optimizer.accumulation',
     'model.loss_chunk',
     'more',
   ]
-  assert '12 GiB on each chip, 768 MiB if sharded over all chips' in advice[0]
+  assert (
+    '(now data 16): parameters and optimizer take 744 MiB on each chip, now 12 GiB.' in advice[0]
+  )
   config.model.remat, config.model.loss_chunk = 'full', 32
-  sharded = _report(mesh={'fsdp': 16}, accumulation=16)
+  sharded = _report(mesh={'fsdp': 16}, accumulation=16, better_mesh='')
   config.optimizer.accumulation = 16
   assert [line[:10] for line in sharded.advice(config)] == ['more chips']
   assert 'needs 21.3GiB' in sharded.describe() and sharded.describe().endswith('NO')
+
+
+def test_the_advice_is_computed_from_how_parameters_are_placed(machine, monkeypatch):
+  """Dimensions that a mesh axis does not divide stay whole: one part in eight is not the truth."""
+  monkeypatch.setattr(step, '_compile', lambda lowered: (None, 'the compiler needs more'))
+  changes = {'mesh.data': 8, 'mesh.fsdp': 1, 'mesh.expert': 1}
+  changes |= {'model.d_model': 20, 'model.moe.group_size': 1}
+  report = step.compile_step(_config(moe, **changes), machine)
+  assert not report.fits
+  state = report.memory['parameters'] + report.memory['optimizer']
+  flags = dict(flag.removeprefix('--config.').split('=') for flag in report.better_mesh.split())
+  mesh = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.expert': 1}
+  mesh |= {name: int(n) for name, n in flags.items()}
+  better = step.compile_step(_config(moe, **changes | mesh), machine)
+  assert report.better_state == better.memory['parameters'] + better.memory['optimizer']
+  assert state / 8 < report.better_state < state
 
 
 @pytest.mark.heavy

@@ -28,9 +28,9 @@ def test_impossible_meshes_are_refused(sizes, message):
   ],
 )
 def test_slices_lie_along_an_outer_axis(shape, slices, inside, between):
-  assert mesh_lib._by_slices(shape, slices) == (inside, between)
+  assert mesh_lib.by_slices(shape, slices) == (inside, between)
 
 
 def test_slices_that_fit_no_axis_are_refused():
   with pytest.raises(ValueError, match='the 2 slices must divide mesh.data or mesh.fsdp'):
-    mesh_lib._by_slices((1, 1, 32, 1), 2)
+    mesh_lib.by_slices((1, 1, 32, 1), 2)
