@@ -21,7 +21,8 @@ install() {
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   # Images of older generations have a Python that is too old.
   [[ -x $RUN/venv/bin/python ]] || uv venv --quiet --python 3.12 "$RUN/venv"
-  uv pip install --quiet --python "$RUN/venv/bin/python" --editable "${CODE}[tpu,seqio]"
+  uv pip install --quiet --python "$RUN/venv/bin/python" \
+    --constraint "$CODE/constraints/newest.txt" --editable "${CODE}[tpu,seqio]"
 }
 
 # Mounts a bucket as a folder, without caching: the hosts must see each other's files at once.
