@@ -121,6 +121,11 @@ def command(*more):
   return shlex.join([str(python), *sys.orig_argv[1:], *more])
 
 
+def say_how_to_resume(*more):
+  """Prints the command that resumes this program; `more`: flags that it was not given."""
+  print(f'resume with\n  {command(*more)}', flush=True)
+
+
 @contextlib.contextmanager
 def waiting_for(what, file=None):
   """Prints what is going on if the block takes seconds, then every minute, and how long it took.

@@ -15,10 +15,11 @@ _COLUMNS = '{:{width}} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 
 
 def compare(runs, output):
-  """Plots the losses of finished runs and returns the table.
+  """Plots the losses of runs and returns the table, with notes below it.
 
   Its column `speed-up` is the steps of the first run over the steps that a run takes to reach the
-  first run's final validation loss.
+  first run's last validation loss. Runs may be unfinished, interrupted or still training: a note
+  says how far they are, and the table shows their newest checkpoint and evaluation.
 
   Args:
     runs: their folders. A run's name is the shortest end of its path that is unique; a run that is
@@ -26,8 +27,8 @@ def compare(runs, output):
     output: the file to write; its name ends in one of FORMATS.
 
   Raises:
-    ValueError: a folder holds no finished run, the runs are on different data, or `output` names no
-      file of this kind.
+    ValueError: a folder holds no run with a checkpoint and an evaluation, the runs are on different
+      data, or `output` names no file of this kind.
   """
   if pathlib.Path(output).suffix not in FORMATS:
     raise ValueError(f'--output={output}: expected a name that ends in {", ".join(FORMATS)}.')
@@ -45,18 +46,30 @@ def compare(runs, output):
   for run, name in names.items():
     validation[name] = metrics.loss_curve(run, 'validation/loss')
     if not validation[name]:
-      raise ValueError(f'--runs: {run} has no validation loss in its metrics.jsonl.')
+      raise ValueError(
+        f'--runs: {run} has no validation loss in its metrics.jsonl; evaluations are every '
+        'train.eval_interval steps.'
+      )
     curves[f'{name} train'] = metrics.loss_curve(run)
     curves[f'{name} validation'] = validation[name]
   report.plot_losses(curves, output)
   header = 'run parameters active FLOPs/token tokens validation speed-up seconds'
   width = max(24, *map(len, summaries))
   lines = [_COLUMNS.format(*header.split(), width=width)]
-  steps, loss = next(iter(validation.values()))[-1]
+  first, (steps, loss) = next((name, curve[-1]) for name, curve in validation.items())
   for name, summary in summaries.items():
     needed = steps_to_reach(loss, validation[name])
-    cells = _cells(summary, steps / needed if needed else None)
+    cells = _cells(summary, validation[name][-1][1], steps / needed if needed else None)
     lines.append(_COLUMNS.format(name, *cells, width=width))
+  lines += [
+    '',
+    'validation: nats per token; speed-up: how many times fewer steps than '
+    f'{first} to its last loss, {loss:.4f}',
+  ]
+  for name, summary in summaries.items():
+    if not report.is_finished(summary):
+      step = validation[name][-1][0]
+      lines.append(f'unfinished: {name}, evaluated at step {step} of {_steps(summary)}')
   return '\n'.join(lines)
 
 
@@ -84,11 +97,13 @@ def steps_to_reach(loss, curve):
 def _summary(run):
   path = pathlib.Path(run) / 'summary.json'
   if not path.exists():
-    raise ValueError(f'--runs: {run} holds no finished run: {path} does not exist.')
+    raise ValueError(f'--runs: {run} holds no run with a checkpoint: {path} does not exist.')
   try:
     summary = json.loads(path.read_text())
-    _cells(summary, None)
+    _cells(summary, 0.0, None)
     hash((summary['corpus'], summary['tokenizer']))  # what `compare` does with them
+    if not report.is_finished(summary):
+      _steps(summary)
   except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
     raise ValueError(
       f'--runs: {path} is incomplete or from another version ({error!r}).'
@@ -96,13 +111,17 @@ def _summary(run):
   return summary
 
 
-def _cells(summary, speed_up):
+def _steps(summary):
+  return summary['config']['train']['steps']
+
+
+def _cells(summary, loss, speed_up):
   return (
     f'{summary["parameters"]["total"] / 1e6:.2f}M',
     f'{summary["parameters"]["active"] / 1e6:.2f}M',
     f'{summary["flops_per_token"]["model"] / 1e6:.2f}M',
     f'{summary["tokens_seen"] / 1e6:.2f}M',
-    f'{summary["validation"]["loss"]:.4f}',
+    f'{loss:.4f}',
     f'{speed_up:.2f}x' if speed_up else 'never',
     f'{summary["seconds"]:.0f}',
   )
@@ -114,6 +133,6 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.define_paths('runs', None, 'Folders of finished runs, separated by commas.', required=True)
+  cli.define_paths('runs', None, 'Folders of runs, separated by commas.', required=True)
   cli.define_path('output', 'compare.png', 'The plot to write.')
   cli.run(main, needs_config=False)

@@ -22,6 +22,7 @@ _NOT_JOINED = (
   "the other processes of this run did not join this one (see jax's message above). Start the same "
   'command on all hosts (see docs/launch.md).'
 )
+_STOPPING = b'stopping after this step, to save; a second signal ends the program at once\n'
 _LOST = (
   "the run has lost a process (see jax's message above and that process's log), so this one exits "
   'too. Run the same command on all hosts to resume from the last checkpoint.'
@@ -144,6 +145,8 @@ class Interrupt:
 
   def _on_signal(self, number, frame):
     del frame
+    if not self._event.is_set():
+      os.write(2, _STOPPING)  # print might be interrupted by this handler
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
     self._event.set()

@@ -32,8 +32,8 @@ def main(config):
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
     code = train.train(config, pathlib.Path(folder).absolute(), began=moejax.STARTED)
-  if code == cli.INTERRUPTED and not workdir:
-    print(f'with --workdir={folder}')
+  if code == cli.INTERRUPTED:
+    cli.say_how_to_resume(*([] if workdir else [f'--workdir={folder}']))
   return code
 
 

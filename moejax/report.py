@@ -1,5 +1,6 @@
 """Reports of a run: the progress line, plots, and summary.json."""
 
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -130,6 +131,7 @@ def _limits(curves):
   return low - margin, high + margin
 
 
+@functools.cache
 def versions() -> dict:
   """What else determines a run's numbers: versions of packages, and the devices."""
   packages = ('jax', 'jaxlib', 'flax', 'optax')
@@ -145,6 +147,7 @@ def versions() -> dict:
   }
 
 
+@functools.cache
 def git_commit() -> str | None:
   """The commit of the source tree, with '-dirty' if files differ from it; None outside git."""
   root = pathlib.Path(__file__).resolve().parent.parent
@@ -167,6 +170,11 @@ def read_summary(workdir) -> dict:
   except (OSError, RecursionError, ValueError):
     return {}
   return summary if isinstance(summary, dict) else {}
+
+
+def is_finished(summary: dict) -> bool:
+  """Whether a summary is that of a whole run; before, every checkpoint writes one."""
+  return summary.get('finished', True)  # older versions wrote it at the end only
 
 
 def write_summary(workdir, summary: dict) -> None:

@@ -15,7 +15,7 @@ import threading
 import tqdm
 from flax.traverse_util import flatten_dict
 
-from moejax import cli, metrics, run_folder
+from moejax import cli, metrics, report, run_folder
 
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
@@ -99,7 +99,7 @@ def run(cells, workdir):
     with _stop_on_signals() as stop:
       failed = scheduler.work(stop)
   if stop.is_set():
-    print(f'interrupted; to resume:\n{cli.command()}')
+    cli.say_how_to_resume()
     return cli.INTERRUPTED
   for name in failed:
     print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
@@ -150,7 +150,8 @@ def _check_same_runs(settings, workdir):
 
 
 def _is_done(workdir, cell):
-  return (workdir / cell.name / 'summary.json').exists()
+  folder = workdir / cell.name
+  return (folder / 'summary.json').exists() and report.is_finished(report.read_summary(folder))
 
 
 @contextlib.contextmanager

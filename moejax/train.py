@@ -133,7 +133,8 @@ def train(
           run.checkpoints.wait()
           run.writer.close()
           _record(run, 'checkpoint')
-          print(f'interrupted at step {run.step}; run the same command again to resume')
+          _plot(run)
+          print(f'interrupted at step {run.step} of {run.run_config.train.steps}; saved')
           return cli.INTERRUPTED
         finish(run, summarize)
     except Diverged as diverged:
@@ -223,7 +224,8 @@ def resume(run):
 def is_finished(run):
   """Whether an earlier process trained all steps and wrote the summary."""
   steps = run.run_config.train.steps
-  return run.step == steps == report.read_summary(run.workdir).get('steps')
+  summary = report.read_summary(run.workdir)
+  return run.step == steps == summary.get('steps') and report.is_finished(summary)
 
 
 def set_up(run, step, start=None):
@@ -351,6 +353,8 @@ def _save(run):
   run.ledger.lap('checkpoint')
   metadata = run.describe() | {'window': run.averager.totals()}
   run.checkpoints.save(run.step, run.state, run.loader, metadata)
+  if is_process_0():
+    report.write_summary(run.workdir, _summary(run) | {'finished': False})
   _record(run, 'checkpoint')
 
 
@@ -432,17 +436,25 @@ def finish(run, summarize: Callable[[], dict] = dict):
     return
   if sample:
     print(f'sample: {run.run_config.train.sample_prompt}{sample}')
-  curves = {
-    'train': metrics_lib.loss_curve(run.workdir),
-    'validation': metrics_lib.loss_curve(run.workdir, 'validation/loss'),
-  }
-  report.plot_losses(curves, run.workdir / 'loss.png')
+  _plot(run)
   run.writer.close()
   _record(run, 'other')
   report.write_summary(run.workdir, summary | run.describe() | {'sample': sample})
   print(f'final validation {report.describe(run.eval_result)}')
   print(run.ledger.describe())
   print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
+
+
+def _plot(run):
+  """Writes loss.png; a failure only prints a warning, for the checkpoint is what counts."""
+  if not is_process_0():
+    return
+  names = {'train': 'loss', 'validation': 'validation/loss'}
+  curves = {label: metrics_lib.loss_curve(run.workdir, name) for label, name in names.items()}
+  try:
+    report.plot_losses(curves, run.workdir / 'loss.png')
+  except Exception as error:
+    print(f'warning: no loss.png: {type(error).__name__}: {error}')
 
 
 def _sample(run):
@@ -466,6 +478,7 @@ def _summary(run):
     'parameters': flops.param_counts(run.run_config.model),
     'flops_per_token': run.flops_per_token,
     'mesh': dict(run.mesh.shape),
+    'finished': True,
     'steps': run.step,
     'tokens_seen': run.step * run.tokens_per_step,
     'resumed_from': run.first_step,

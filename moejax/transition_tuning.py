@@ -206,6 +206,8 @@ def main(overrides):
   code = tune(folder, args.workdir, args.router, fields=overrides, **options)
   if code == cli.OK:
     print(json.dumps(report(args.workdir)))
+  elif code == cli.INTERRUPTED:
+    cli.say_how_to_resume()
   return code
 
 

@@ -52,8 +52,17 @@ def test_speed_up_to_the_loss_of_the_first_run(tmp_path):
       writer.write(step, {'loss': loss}, prefix='validation')
     writer.close()
   table = compare.compare([tmp_path / n for n in ('slow', 'fast', 'never')], tmp_path / 'a.png')
-  speed_ups = [line.split()[-2] for line in table.splitlines()]
-  assert speed_ups == ['speed-up', '1.00x', '1.33x', 'never']  # half way between 10 and 20
+  assert _column(table, -2) == ['1.00x', '1.33x', 'never']  # half way between 10 and 20
+  assert table.endswith('fewer steps than slow to its last loss, 2.5000')
+
+
+def test_unfinished_runs_are_compared_and_marked(tmp_path):
+  _run(tmp_path / 'dense', loss=1.5)
+  summary = _run(tmp_path / 'mot', loss=1.25) | {'finished': False, 'validation': {}}
+  report.write_summary(tmp_path / 'mot', summary | {'config': {'train': {'steps': 3000}}})
+  table = compare.compare([tmp_path / 'dense', tmp_path / 'mot'], tmp_path / 'both.png')
+  assert _column(table, -3) == ['1.5000', '1.2500']
+  assert table.endswith('\nunfinished: mot, evaluated at step 20 of 3000')
 
 
 @pytest.mark.parametrize(
@@ -71,12 +80,12 @@ def test_runs_on_different_data_are_rejected(tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-  with pytest.raises(ValueError, match='nothing holds no finished run'):
+  with pytest.raises(ValueError, match='nothing holds no run with a checkpoint'):
     compare.compare([tmp_path / 'nothing'], tmp_path / 'both.png')
 
 
 def _column(table, index):
-  return [line.split()[index] for line in table.splitlines()[1:]]
+  return [line.split()[index] for line in table.partition('\n\n')[0].splitlines()[1:]]
 
 
 def test_runs_in_folders_of_the_same_name_are_distinguished(tmp_path):

@@ -106,31 +106,43 @@ def test_user_errors_are_one_clear_line(args, message, tmp_path):
 
 
 @pytest.mark.heavy
-def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
-  args = ['--config=configs/dense.py:debug', f'--workdir={tmp_path}', '--config.train.steps=100000']
+def test_an_interrupted_run_prints_the_command_that_resumes_it(tmp_path):
+  args = ['--config=configs/dense.py:debug', '--config.train.steps=100000']
+  args += ['--config.model.blocks=((("attention", "mlp"), 2),)']
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
   environment['XLA_FLAGS'] = ''  # this run is compiled as users compile
   process = subprocess.Popen(
     [sys.executable, '-m', 'moejax.main', *args],
-    cwd=ROOT,
+    cwd=tmp_path,
     env=environment,
     stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
   )
   assert process.stdout
   for line in process.stdout:
-    if line.startswith('step') and '/' in line:
+    if re.match('step +[0-9]+/', line):
       break
   time.sleep(0.5)
   process.send_signal(signal.SIGTERM)
-  output, _ = process.communicate(timeout=120)
+  output, error = process.communicate(timeout=120)
   assert process.returncode == 75
-  assert 'run the same command again to resume' in output
-  steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdecimal()]
-  last = f'--config.train.steps={max(steps) + 2}'
-  resumed = _moejax(*args[:2], last)
+  assert error == 'stopping after this step, to save; a second signal ends the program at once\n'
+  (folder,) = (tmp_path / 'runs').iterdir()  # that nobody named
+  step = max(int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdecimal())
+  *_, saved, resume, command = output.splitlines()
+  assert (saved, resume) == (f'interrupted at step {step} of 100000; saved', 'resume with')
+  assert json.loads((folder / 'summary.json').read_text())['finished'] is False
+  assert (folder / 'loss.png').exists()
+
+  command = command.replace('steps=100000', f'steps={step + 2}')
+  resumed = subprocess.run(
+    command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
   assert resumed.returncode == 0, resumed.stderr
-  assert f'resuming from step {max(steps)}' in resumed.stdout
+  assert f'resuming from step {step}' in resumed.stdout
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert (summary['finished'], summary['steps']) == (True, step + 2)
 
 
 def test_help_and_print_config_do_not_train(tmp_path):

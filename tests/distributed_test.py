@@ -105,7 +105,7 @@ def test_two_processes_interrupted_and_killed_match_one(alone, tmp_path):
     run.wait_for(r'step +3/60')
     run.processes[1].send_signal(signal.SIGINT)  # forwarded as SIGTERM
     assert run.codes() == [cli.INTERRUPTED] * 2, run.output()
-    assert 'run the same command again to resume' in run.output()
+    assert 'resume with\n' in run.output() and str(workdir) in run.output()
     assert 'step' not in run.output(1)
 
   with Processes(tmp_path / 'killed', 2, workdir) as run:

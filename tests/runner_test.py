@@ -55,11 +55,8 @@ def test_a_grid_is_trained_and_resumes_after_a_kill(tmp_path):
   _wait_for_step(tmp_path / 'runs' / 'long', 50)
   first.send_signal(signal.SIGTERM)
   out, _ = first.communicate(timeout=120)
-  assert (
-    first.returncode == cli.INTERRUPTED
-    and 'to resume:\n' in out
-    and f'--workdir={tmp_path / "runs"}' in out
-  )
+  assert first.returncode == cli.INTERRUPTED and 'resume with\n' in out
+  assert f'--workdir={tmp_path / "runs"}' in out
   reached = metrics.read_metrics(tmp_path / 'runs' / 'long')[-1]['step']
   assert 50 <= reached < 1000
 
@@ -108,6 +105,14 @@ def test_runs_of_an_edited_grid_are_rejected(tmp_path, changed, finished):
   ((field, value),) = changed.items()
   with pytest.raises(ValueError, match=f'a: {field} = {value} in the folder, .* in the grid'):
     runner.run([cell], tmp_path)
+
+
+def test_the_summary_of_a_checkpoint_is_not_that_of_a_run(tmp_path):
+  cell = _cell('a', 4)
+  _folder_of(cell, tmp_path)
+  assert runner._is_done(tmp_path, cell)
+  (tmp_path / 'a' / 'summary.json').write_text('{"finished": false, "steps": 2}')
+  assert not runner._is_done(tmp_path, cell)
 
 
 def test_a_summary_without_a_config_is_rejected(tmp_path):

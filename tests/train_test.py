@@ -80,11 +80,16 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
     patch.setattr(train, 'Interrupt', lambda: _StopAfter(4))
     assert train.train(_debug_config(), tmp_path) == cli.INTERRUPTED
   assert Checkpoints(run_folder.checkpoint_dir(tmp_path)).latest_step() == 4  # between log lines
+  until_then = report.read_summary(tmp_path)
+  assert not report.is_finished(until_then)
+  assert until_then['steps'] == 4 and until_then['config']['train']['steps'] == 6
+  assert (tmp_path / 'loss.png').exists()
   assert train.train(_debug_config(), tmp_path) == cli.OK
   (step, params), (other_step, other_params) = _params_of(finished), _params_of(tmp_path)
   assert step == other_step == 6
   jax.tree.map(np.testing.assert_array_equal, params, other_params)
   assert metrics.loss_curve(finished) == metrics.loss_curve(tmp_path)
+  assert report.is_finished(report.read_summary(tmp_path))
 
 
 def test_a_finished_run_leaves_everything_it_learnt(finished):
@@ -393,6 +398,21 @@ def test_mfu_is_relative_to_a_peak_that_is_known(run):
   first = metrics.read_metrics(run.workdir)[0]
   rate = first['tokens_per_second'] * run.flops_per_token['model']
   assert first['mfu'] == pytest.approx(rate / 1e9)
+
+
+def test_a_summary_of_the_last_checkpoint_is_not_that_of_the_run(run):
+  assert train.loop(run, _StopAfter(3))
+  assert report.read_summary(run.workdir)['steps'] == 3 and not train.is_finished(run)
+  train.finish(run)
+  assert train.is_finished(run)
+
+
+def test_a_failing_plot_leaves_the_run_saved(run, monkeypatch, capsys):
+  monkeypatch.setattr(report, 'plot_losses', lambda *_: 1 / 0)
+  assert train.loop(run, _StopAfter(3))
+  train.finish(run)
+  assert 'warning: no loss.png: ZeroDivisionError' in capsys.readouterr().out
+  assert train.is_finished(run)
 
 
 def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):

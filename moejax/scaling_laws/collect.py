@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 
-from moejax import files, run_folder
+from moejax import files, report, run_folder
 from moejax.scaling_laws import laws
 
 
@@ -79,6 +79,9 @@ def _read(path, expansion_rate):
       yield folder.name, 'unfinished or diverged: no summary.json'
       continue
     fields = run_folder.read_json(summary)
+    if not report.is_finished(fields):
+      yield folder.name, f'unfinished: at step {fields.get("steps")}'
+      continue
     try:
       yield folder.name, from_summary(folder.name, fields)
     except KeyError as error:

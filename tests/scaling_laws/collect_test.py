@@ -37,6 +37,9 @@ def test_the_folder_of_a_grid(tmp_path):
   _summary(tmp_path / 'exploded', loss=None)
   (tmp_path / 'unfinished').mkdir()
   (tmp_path / 'unfinished' / 'config.json').write_text('{}')
+  _summary(tmp_path / 'interrupted')
+  path = tmp_path / 'interrupted' / 'summary.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'finished': False, 'steps': 7}))
   (tmp_path / 'sparse.log').write_text('')
   runs, excluded = collect.collect([tmp_path])
   (sparse,), (dense,) = collect.by_kind(runs)
@@ -50,6 +53,7 @@ def test_the_folder_of_a_grid(tmp_path):
     'exploded': 'diverged:',
     'mixed': 'its',
     'unfinished': 'unfinished',
+    'interrupted': 'unfinished:',
   }
 
 
