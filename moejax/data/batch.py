@@ -39,6 +39,25 @@ class Loader(Protocol):
     """Restores the position that `save` wrote."""
 
 
+def from_tokens(tokens: np.ndarray, eos_id: int) -> Batch:
+  """Returns the batch of consecutive tokens [B, L + 1] of documents that `eos_id` closes.
+
+  As an input, `eos_id` has position 0 of the next document, because that document's first token is
+  predicted from it.
+  """
+  tokens = tokens.astype(np.int32)
+  inputs = np.ascontiguousarray(tokens[:, :-1])
+  begins = inputs == eos_id
+  begins[:, 0] = True
+  places = np.arange(inputs.shape[1], dtype=np.int32)
+  return {
+    'inputs': inputs,
+    'targets': np.ascontiguousarray(tokens[:, 1:]),
+    'segments': np.cumsum(begins, axis=1, dtype=np.int32),
+    'positions': places - np.maximum.accumulate(np.where(begins, places, 0), axis=1),
+  }
+
+
 def padding(num_sequences: int, length: int) -> Batch:
   """Returns a batch that is all padding."""
   names = ('inputs', 'targets', 'segments', 'positions')

@@ -4,7 +4,7 @@ import dataclasses
 
 from moejax.fields import MAX_SEED, Section, default
 
-SOURCES = ('stdlib', 'text', 'jsonl', 'parquet', 'tokens', 'seqio')
+SOURCES = ('stdlib', 'text', 'jsonl', 'parquet', 'datasets', 'tokens', 'seqio')
 _READS_FILES = ('text', 'jsonl', 'parquet', 'tokens')
 
 
@@ -17,8 +17,8 @@ class DataConfig(Section):
   source: str = default('stdlib', 'where the text comes from', choices=SOURCES)
   files: str = default('', 'a glob; tokens: the folder that moejax.tokenize wrote')
   validation_files: str = default('', "like files, all for validation; '': a twentieth of files")
-  field: str = default('text', 'jsonl, parquet: the field that holds the text')
-  task: str = default('', 'seqio: c4_en, a registered task or mixture, or MODULE:TASK to import')
+  field: str = default('text', 'jsonl, parquet, datasets: the field that holds the text')
+  task: str = default('', 'datasets: NAME:SUBSET or a folder; seqio: c4_en, a task, MODULE:TASK')
   tfds_data_dir: str = default('', "seqio: folder of tensorflow-datasets; '': its default")
   tokenizer: str = default(
     'bytes', 'bytes, tokenizer.json or its folder, a SentencePiece .model, gpt2:FOLDER'
@@ -57,9 +57,14 @@ class DataConfig(Section):
           f'data.{name}: expected a local path, got {getattr(self, name)!r}. Mount the bucket, as '
           'launch/tpu_run.sh does (see docs/launch.md).'
         )
-    if self.source in ('jsonl', 'parquet') and not self.field:
+    if self.source in ('jsonl', 'parquet', 'datasets') and not self.field:
       yield 'data.field: expected the name of the field that holds the text.'
     if self.source == 'seqio' and not self.task:
       yield "data.task: data.source='seqio' needs the name of a task, got none."
+    if self.source == 'datasets' and not self.task:
+      yield (
+        "data.task: data.source='datasets' needs the name of a dataset (allenai/c4:en) or a "
+        'folder, got none.'
+      )
     if not self.tokenizer:
       yield "data.tokenizer: expected 'bytes' or the path of a tokenizer."

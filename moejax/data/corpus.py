@@ -4,12 +4,14 @@ With `data.validation_files`, they are validation and everything else is trainin
 one document in twenty is validation, chosen by a hash:
   stdlib, text: of the file's path relative to the root of the corpus, so that moving the corpus or
     changing another file changes nothing.
-  jsonl, parquet: of the document's text, so that its duplicates are in the same split.
+  jsonl, parquet, datasets without a validation split: of the document's text, so that its
+    duplicates are in the same split.
 If that leaves a split empty (a single file, for example), the end of every document is validation
 instead.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -45,27 +47,48 @@ def documents(config: config_lib.DataConfig) -> Iterator[Document]:
 
   Raises ValueError, naming the config field, if there is nothing to read.
   """
+  if config.source == 'datasets':
+    return _dataset_documents(config)
+  read = functools.partial(_documents, config, *_files(config, 'files'))
   if not config.validation_files:
-    return _with_both_splits(lambda: _documents(config, 'files'))
-  parts = {'train': 'files', 'validation': 'validation_files'}
-  return (
-    dataclasses.replace(document, split=split)
-    for split, option in parts.items()
-    for document in _documents(config, option)
-  )
+    return _with_both_splits(read)
+  held_out = _documents(config, *_files(config, 'validation_files'))
+  parts = {'train': read(), 'validation': held_out}
+  return (dataclasses.replace(d, split=split) for split, part in parts.items() for d in part)
 
 
-def _documents(config: config_lib.DataConfig, option: str) -> Iterator[Document]:
-  """Yields the documents of one option of the config; their splits by hashes."""
+def _files(config: config_lib.DataConfig, option: str) -> tuple[pathlib.Path, list[str]]:
+  """Returns the folder and names of the files that an option of the config names."""
   if config.source == 'stdlib':
-    root, names = _stdlib_files()
-  else:
-    root, names = text_files.matching(getattr(config, option), f'data.{option}')
+    return _stdlib_files()
+  return text_files.matching(getattr(config, option), f'data.{option}')
+
+
+def _documents(
+  config: config_lib.DataConfig, root: pathlib.Path, names: list[str]
+) -> Iterator[Document]:
+  """Yields the documents of files, with splits by hashes."""
   source = 'text' if config.source == 'stdlib' else config.source
   for name in names:
     for number, data in text_files.texts(source, root / name, config.field):
       key = name.encode('utf-8', 'surrogateescape') if source == 'text' else data
-      yield Document(name + number, _split_of(key), data)
+      yield Document(name + number, split_of(key), data)
+
+
+def _dataset_documents(config: config_lib.DataConfig) -> Iterator[Document]:
+  """Yields the documents of a Hugging Face dataset, with its own splits if it has both."""
+  from moejax.data import hf_datasets
+
+  splits = hf_datasets.open_splits(config)
+
+  def read():
+    for split, content in splits.items():
+      for shard in range(content.num_shards):
+        for number, data in enumerate(content.texts(shard)):
+          own = split if len(splits) > 1 else split_of(data)
+          yield Document(f'{split}/{shard}:{number}', own, data)
+
+  return read() if len(splits) > 1 else _with_both_splits(read)
 
 
 def _with_both_splits(read: Callable[[], Iterator[Document]]) -> Iterator[Document]:
@@ -96,7 +119,7 @@ def encode(
   Warns once, with a count, if invalid UTF-8 was replaced.
   """
   num_replaced, first = 0, ''
-  for group in _groups(documents(config)):
+  for group in groups(documents(config)):
     for document in group:
       digest.update(f'{document.name}\0{len(document.data)}\0'.encode('utf-8', 'surrogateescape'))
       digest.update(document.data)
@@ -113,7 +136,7 @@ def encode(
     )
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
   """Yields lists of about `_GROUP_BYTES`, which tokenizers encode in parallel."""
   group, size = [], 0
   for document in documents:
@@ -160,7 +183,7 @@ def _split_each(documents: Iterable[Document]) -> Iterator[Document]:
     yield dataclasses.replace(document, split='validation', data=document.data[cut:])
 
 
-def _split_of(key: bytes) -> str:
+def split_of(key: bytes) -> str:
   hashed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'big')
   return 'validation' if hashed % _VALIDATION_ONE_IN == 0 else 'train'
 

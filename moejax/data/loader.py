@@ -13,6 +13,7 @@ from moejax.data import (
   token_files,
   tokenizer as tokenizer_lib,
 )
+from moejax.data.order import permute
 
 
 def make_loader(
@@ -43,9 +44,14 @@ def make_loader(
     from moejax.data import seqio_loader
 
     return seqio_loader.SeqioLoader(config, split, part, num_parts)
-  size = config.batch_size // num_parts
-  block = range(part * size, (part + 1) * size)
-  return TokenLoader(config, split, block if sequences is None else sequences)
+  if sequences is None:
+    size = config.batch_size // num_parts
+    sequences = range(part * size, (part + 1) * size)
+  if config.source == 'datasets':
+    from moejax.data import stream_loader
+
+    return stream_loader.StreamLoader(config, split, sequences, is_first=part == 0)
+  return TokenLoader(config, split, sequences)
 
 
 class TokenLoader:
@@ -99,18 +105,10 @@ class TokenLoader:
     if not self._is_train and step >= self.num_batches:
       return batch_lib.padding(len(self._in_batch), length)
     starts = self._indices(step) * length
-    tokens = np.stack([self._tokens[i : i + length + 1] for i in starts]).astype(np.int32)
-    inputs = np.ascontiguousarray(tokens[:, :-1])
-    begins = inputs == self.tokenizer.eos_id
-    begins[:, 0] = True
-    places = np.arange(length, dtype=np.int32)
-    is_text = starts[:, None] + places < self._num_targets
-    return {
-      'inputs': inputs,
-      'targets': np.ascontiguousarray(tokens[:, 1:]),
-      'segments': np.cumsum(begins, axis=1, dtype=np.int32) * is_text,
-      'positions': places - np.maximum.accumulate(np.where(begins, places, 0), axis=1),
-    }
+    tokens = np.stack([self._tokens[i : i + length + 1] for i in starts])
+    batch = batch_lib.from_tokens(tokens, self.tokenizer.eos_id)
+    batch['segments'] *= starts[:, None] + np.arange(length) < self._num_targets
+    return batch
 
   def save(self, directory: pathlib.Path) -> None:
     """Nothing to write: the step is the position."""
@@ -129,45 +127,6 @@ class TokenLoader:
       here = epochs == epoch
       indices[here] = permute(place[here], self.num_sequences, (self._seed, int(epoch)))
     return indices
-
-
-def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-  """A pseudo-random permutation of range(size), evaluated only at `index`.
-
-  A Feistel network of four rounds over the next power of four, applied repeatedly until the result
-  is below `size` (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-  Its memory does not grow with `size`.
-
-  Args:
-    index: int64 array of indices in [0, size).
-    size: the length of the permutation.
-    key: non-negative integers that choose the permutation.
-
-  Returns:
-    int64 array like `index`.
-  """
-  bits = max(1, ((size - 1).bit_length() + 1) // 2)
-  keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
-  x = _feistel(index.astype(np.uint64), bits, keys)
-  while (outside := x >= size).any():
-    x[outside] = _feistel(x[outside], bits, keys)
-  return x.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-  """Applies the network once to numbers of 2 * bits bits."""
-  mask = np.uint64(2**bits - 1)
-  left, right = x >> np.uint64(bits), x & mask
-  for key in keys:
-    left, right = right, left ^ (_mix(right + key) & mask)
-  return left << np.uint64(bits) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-  """The finaliser of SplitMix64 (Steele et al., 2014): every input bit moves every output bit."""
-  x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-  return x ^ x >> np.uint64(31)
 
 
 def _padded(tokens: np.ndarray, eos_id: int, multiple: int) -> np.ndarray:
