@@ -1,5 +1,6 @@
 """Tiny models and batches whose sizes all differ, so that a swapped axis cannot pass."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,3 +59,11 @@ def batch(seed=0, rows=B, length=L):
 def tokens(batch):
   """What the layers see of a batch."""
   return TokenInfo(jnp.asarray(batch['segments']), jnp.asarray(batch['positions']))
+
+
+def abstract(init):
+  """What `init()` would return, on one device, as checkpoints restore it."""
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(init)
+  )

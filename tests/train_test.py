@@ -246,7 +246,7 @@ def _kept(workdir):
   with contextlib.closing(checkpoints):
     steps = checkpoints._steps()
     for step in steps:
-      state = checkpoints.restore(step, jax.eval_shape(step_lib.fresh_state(run_config)))
+      state = checkpoints.restore(step, tiny.abstract(step_lib.fresh_state(run_config)))
       assert step_lib.is_finite(state)
       assert np.isfinite(step_lib.eval_step(run_config.model, 1, state['params'], tiny.batch())[0])
   return steps
@@ -694,7 +694,7 @@ def test_the_first_moment_can_be_narrower_than_the_parameters(tmp_path):
   assert {a.dtype for a in (*nu, *_moments(exact)[0])} == {jnp.dtype('float32')}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(5, state, None, {'config': {}})
-  restored = checkpoints.restore(5, jax.eval_shape(lambda: state), None)
+  restored = checkpoints.restore(5, tiny.abstract(lambda: state), None)
   checkpoints.close()
   assert jax.tree.map(lambda a: a.dtype, restored) == jax.tree.map(lambda a: a.dtype, state)
   jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -68,12 +68,8 @@ def _restore(folder, step):
   run_config = config_lib.resolve(run_folder.read(folder))
   optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
   init = functools.partial(step_lib.init_state, run_config.model, optimizer, jax.random.key(0))
-  on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one_device), jax.eval_shape(init)
-  )
   checkpoints = Checkpoints(run_folder.checkpoint_dir(folder))
-  state = jax.device_get(checkpoints.restore(step, abstract))
+  state = jax.device_get(checkpoints.restore(step, tiny.abstract(init)))
   checkpoints.close()
   return state
 
