@@ -1,7 +1,11 @@
 """Validation loss, as a function and as a program.
 
   python -m moejax.evaluate --workdir=DIR
+  python -m moejax.evaluate --workdir=DIR --files='books/*.txt' --by_position=positions.csv
   python -m moejax.evaluate --workdir=DIR --modes=mixed,unmixed,discrete,mixed_with_corpus
+
+A terminal gets a table, a file or a pipe one JSON object per mode and group size. The loss is the
+mean over tokens, +- its standard error over sequences, as if these were independent.
 
 In a model that mixes sequences, a mode says how those that are evaluated or decoded together
 influence each other:
@@ -18,21 +22,26 @@ import dataclasses
 import itertools
 import json
 import math
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import flags
 
 from moejax import (
   cli,
   config as config_lib,
   data,
+  eval_report,
   metrics,
   model as model_lib,
   sharding,
   step as step_lib,
 )
+from moejax.distributed import is_process_0
 from moejax.run_folder import load_run
 
 MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
@@ -70,8 +79,80 @@ def _num_bytes(batch):
   return jnp.sum(batch['bytes'] * model_lib.counted(batch))
 
 
+class Evaluation:
+  """The losses of batches, added up.
+
+  Attributes:
+    batches, tokens, bytes: how much was evaluated.
+    nats_L, tokens_L: sums at every position of a sequence, float64.
+  """
+
+  def __init__(self):
+    self.batches = self.tokens = self.bytes = 0
+    self.nats_L = self.tokens_L = np.zeros(0)
+    self._nats, self._nats_dropless = 0.0, None
+    self._nats_B, self._tokens_B = [], []
+    self._auxes = []
+
+  def add(self, nats, tokens, num_bytes, sums, aux):
+    """Adds what `step.eval_step` returns for a batch, and the bytes of its targets."""
+    self.batches += 1
+    self._nats += float(nats)
+    self.tokens += int(tokens)
+    self.bytes += int(num_bytes)
+    nats_B, tokens_B, nats_L, tokens_L = (np.asarray(a, np.float64) for a in sharding.fetch(sums))
+    self._nats_B.append(nats_B)
+    self._tokens_B.append(tokens_B)
+    self.nats_L = nats_L + (self.nats_L if self.batches > 1 else 0)
+    self.tokens_L = tokens_L + (self.tokens_L if self.batches > 1 else 0)
+    self._auxes.append(sharding.fetch(aux))
+
+  def add_dropless(self, nats):
+    """Adds the loss of the same batch without dropped tokens."""
+    self._nats_dropless = float(nats) + (self._nats_dropless or 0.0)
+
+  @property
+  def result(self):
+    """A dict of numbers, see `evaluate`."""
+    result = {'loss': self._nats / self.tokens, 'tokens': self.tokens}
+    if self.bytes:
+      result['bits_per_byte'] = self._nats / math.log(2) / self.bytes
+    if self._nats_dropless is not None:
+      result['loss_dropless'] = self._nats_dropless / self.tokens
+    nats_B, tokens_B = np.concatenate(self._nats_B), np.concatenate(self._tokens_B)
+    number = np.sum(tokens_B > 0)
+    if number > 1:  # of a ratio of sums, as if sequences were independent
+      squares = np.sum(np.square(nats_B - result['loss'] * tokens_B))
+      result['standard_error'] = float(np.sqrt(squares * number / (number - 1)) / self.tokens)
+    return result
+
+  @property
+  def perplexity(self):
+    return float(np.exp(self._nats / self.tokens))
+
+  @property
+  def aux(self):
+    """The mean over batches."""
+    return jax.tree.map(lambda *values: np.mean(values, axis=0), *self._auxes)
+
+
 def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None):
-  """Mean loss over the first `num_batches` batches of a loader, at most over one pass.
+  """Mean loss over the first `num_batches` batches of a loader; arguments as of `evaluation`.
+
+  Returns:
+    A dict of numbers: 'loss' in nats per token, its 'standard_error' over sequences (if there are
+    several), 'bits_per_byte' (of the evaluated targets), 'tokens', and for models that drop tokens
+    'loss_dropless'; and aux, the measurements of the sublayers, as numpy arrays [sublayers that
+    measure it, ...].
+  """
+  done = evaluation(model_config, params, loader, num_batches, mesh, accumulation, corpus)
+  return done.result, done.aux
+
+
+def evaluation(
+  model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None, progress=False
+):
+  """The `Evaluation` of a loader's first `num_batches` batches, at most of one pass.
 
   Args:
     model_config, params: the model.
@@ -80,44 +161,32 @@ def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, co
     mesh: of the parameters.
     accumulation: microbatches that a batch is split into, as in training.
     corpus: another loader; every sequence is mixed only with sequences of this one.
-
-  Returns:
-    A dict of numbers: 'loss' in nats per token, 'bits_per_byte' (of the evaluated targets),
-    'tokens', and for models that drop tokens 'loss_dropless'; and aux, the measurements of the
-    sublayers, as numpy arrays [sublayers that measure it, ...].
+    progress: whether to show it, once five seconds have passed.
 
   Raises:
-    ValueError: the split is smaller than one batch.
+    ValueError: there is nothing to evaluate.
   """
+  hidden = None if progress else True  # None: unless it is a terminal
   dropless = model_config.dropless()
-  total = {'nats': 0.0, 'tokens': 0.0, 'bytes': 0, 'nats_dropless': 0.0}
-  all_aux = []
+  total = Evaluation()
   batches = itertools.islice(map(loader.batch, itertools.count()), num_batches)
   if corpus:
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
-  for batch in batches:
+  for batch in tqdm.tqdm(batches, unit=' batches', delay=5, leave=False, disable=hidden):
     sizes = loader.tokenizer.num_bytes(batch['inputs'], batch['targets'])
     batch = sharding.place_batch(batch | {'bytes': sizes}, mesh)
     num_bytes = _num_bytes(batch)
     del batch['bytes']
     number = step_lib.microbatches(model_config, len(batch['inputs']), accumulation)
-    nats, tokens, aux = step_lib.eval_step(model_config, number, params, batch)
+    nats, tokens, aux, sums = step_lib.eval_step(model_config, number, params, batch)
     if not tokens:  # of any process: the split is exhausted
       break
-    all_aux.append(sharding.fetch(aux))
-    total['nats'] += float(nats)
-    total['tokens'] += float(tokens)
-    total['bytes'] += int(num_bytes)
+    total.add(nats, tokens, num_bytes, sums, aux)
     if dropless:
-      total['nats_dropless'] += float(step_lib.eval_step(dropless, number, params, batch)[0])
-  if not all_aux:
+      total.add_dropless(step_lib.eval_step(dropless, number, params, batch)[0])
+  if not total.batches:
     raise ValueError('data.batch_size: the validation split is smaller than one batch; lower it.')
-  result = {'loss': total['nats'] / total['tokens'], 'tokens': int(total['tokens'])}
-  if total['bytes']:
-    result['bits_per_byte'] = total['nats'] / math.log(2) / total['bytes']
-  if dropless:
-    result['loss_dropless'] = total['nats_dropless'] / total['tokens']
-  return result, jax.tree.map(lambda *values: np.mean(values, axis=0), *all_aux)
+  return total
 
 
 def _among_others(batches, corpus, group_size):
@@ -149,6 +218,20 @@ def compare_modes(run_config, params, mesh, modes, group_sizes, num_batches):
     ValueError: there is no mode, the model does not support one, or a group size does not divide
       the batch.
   """
+  return [
+    {**what, **done.result, **metrics.flatten_aux(done.aux)}
+    for what, done in evaluations(run_config, params, mesh, modes, group_sizes, num_batches)
+  ]
+
+
+def evaluations(
+  run_config, params, mesh, modes, group_sizes, num_batches, text=None, progress=False
+):
+  """Yields (mode, group size and leaks as a dict, `Evaluation`) for `compare_modes`.
+
+  `text`: the data config of what to evaluate; None: the run's. `mixed_with_corpus` mixes with
+  training text of the run in any case.
+  """
   if not modes:
     raise ValueError(f'--modes: expected at least one of {", ".join(MODES)}.')
   sizes = {mode: [0] if mode == 'unmixed' else group_sizes for mode in modes}
@@ -164,41 +247,85 @@ def compare_modes(run_config, params, mesh, modes, group_sizes, num_batches):
       )
   if 'mixed_with_corpus' in modes and jax.process_count() > 1:
     raise ValueError('--modes: mixed_with_corpus fills groups on one host; evaluate it on one.')
-  results = []
   part = sharding.process_part(mesh, batch_size)
   for mode, model in models:
     alone = mode == 'mixed_with_corpus'
-    validation = data.make_loader(run_config.data, 'validation', **part)
+    validation = data.make_loader(text or run_config.data, 'validation', **part)
     corpus = data.make_loader(run_config.data, 'train') if alone else None
     accumulation = run_config.optimizer.accumulation
-    result, aux = evaluate(model, params, validation, num_batches, mesh, accumulation, corpus)
+    how = num_batches, mesh, accumulation, corpus, progress
     group = model.mixed_sequences
     what = {'mode': mode, 'group_size': group, 'leaks': group > 1 and not alone}
-    results.append({**what, **result, **metrics.flatten_aux(aux)})
-  return results
+    yield what, evaluation(model, params, validation, *how)
+
+
+def _text_of(data_config, files):
+  """The data config of `--files`, all of which is evaluated."""
+  suffixes = set(pathlib.Path(files).suffixes)
+  source = 'text'
+  if pathlib.Path(files).is_dir():
+    source = 'tokens'
+  elif suffixes & {'.jsonl', '.json'}:
+    source = 'jsonl'
+  elif '.parquet' in suffixes:
+    source = 'parquet'
+  return dataclasses.replace(data_config, source=source, files=files, validation_files=files)
 
 
 def main(overrides):
   args = flags.FLAGS
+  if args.by_position and not args.by_position.endswith('.csv'):
+    raise ValueError(f'--by_position: expected a .csv file, got {args.by_position}.')
   cli.join_processes()
   run_config, step, params, mesh = load_run(args.workdir, overrides)
   config_lib.check_batch(run_config, mesh)
-  num_batches = None if args.batches < 0 else args.batches or run_config.train.eval_batches
+  text = _text_of(run_config.data, args.files) if args.files else None
+  num_batches = args.batches or (None if args.files else run_config.train.eval_batches)
+  num_batches = None if args.batches < 0 else num_batches
+  is_json, curves, rows = args.json or not sys.stdout.isatty(), {}, []
+  how = run_config, params, mesh, args.modes, args.group_size, num_batches
   with jax.set_mesh(mesh):
-    results = compare_modes(run_config, params, mesh, args.modes, args.group_size, num_batches)
-  for result in results:
-    print(json.dumps({'step': step, **result}))
+    for what, done in evaluations(*how, text, progress=is_process_0()):
+      extent = {'perplexity': done.perplexity, 'batches': done.batches, 'bytes': done.bytes}
+      rows.append(what | done.result | extent)
+      curve = done.nats_L, done.tokens_L
+      curves[f'{what["mode"]}, group {what["group_size"]}'] = curve
+      if is_json and is_process_0():
+        positions = {'by_position': eval_report.buckets(*curve)} if args.by_position else {}
+        measured = metrics.flatten_aux(done.aux)
+        print(json.dumps({'step': step, **rows[-1], **measured, **positions}), flush=True)
+  if not is_process_0():
+    return cli.OK
+  if not is_json:
+    print(f'{args.workdir}, step {step}\n{eval_report.table(rows)}')
+  if args.by_position:
+    eval_report.write_positions(curves, pathlib.Path(args.by_position))
+    if not is_json:
+      print(f'\n{eval_report.position_table(curves)}')
   return cli.OK
 
 
 if __name__ == '__main__':
   cli.define_process_flags()
   cli.define_path('workdir', None, 'Folder of the run to evaluate.', required=True)
+  cli.define_path(
+    'files',
+    None,
+    'Text to evaluate, all of it, in place of the validation split of the run: a glob of text, '
+    '.jsonl or .parquet files (--config.data.field names the field), or a folder of token files.',
+  )
   flags.DEFINE_integer(
-    'batches', 0, 'Validation batches; 0: train.eval_batches; -1: all.', lower_bound=-1
+    'batches',
+    0,
+    'Validation batches; -1: all; 0: train.eval_batches, or all of --files.',
+    lower_bound=-1,
   )
   flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed: {", ".join(MODES)}.')
   flags.DEFINE_multi_integer(
     'group_size', [0], 'Sequences mixed with each other; may be repeated. 0: as in training.'
   )
+  cli.define_path(
+    'by_position', None, 'Shows the loss by position; writes it to this .csv file and a .png.'
+  )
+  flags.DEFINE_bool('json', False, 'Prints JSON lines to a terminal, too.')
   cli.run(main, needs_config=False, takes_overrides=True)

@@ -288,17 +288,24 @@ class LanguageModel(nnx.Module):
     """
     if 'segments' not in batch:
       batch = common.TokenInfo.unpadded(batch['inputs'].shape)._asdict() | batch
+    weights_BL = counted(batch).astype(jnp.float32)
+    nats, aux = self.weighted_loss(batch, weights_BL, key)
+    return nats, weights_BL.sum(), aux
+
+  def weighted_loss(self, batch, weights_BL, key=None):
+    """The sum over targets of weight times cross-entropy (nats), and aux; see `loss`.
+
+    Its gradient by the weights is therefore the cross-entropy of every target.
+    """
     positions_BL = batch['positions']
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
     tokens = common.TokenInfo(batch['segments'], positions_BL, key)
     x_BLD, aux = self.activations(batch['inputs'], tokens)
-    weights_BL = counted(batch).astype(jnp.float32)
-    nats = loss.next_token_loss(
-      x_BLD, self._head(), batch['targets'], weights_BL, chunk=self.config.loss_chunk
-    )
-    return nats, weights_BL.sum(), aux
+    chunk = self.config.loss_chunk
+    nats = loss.next_token_loss(x_BLD, self._head(), batch['targets'], weights_BL, chunk=chunk)
+    return nats, aux
 
   def __call__(self, inputs_BL, tokens=None):
     """Float32 logits_BLV of every next token; of whole documents unless `tokens` says otherwise.

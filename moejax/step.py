@@ -5,6 +5,7 @@ Both are pure functions of arrays and a config.
 
 import functools
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,15 @@ def lower_train_step(run_config, abstract_state, mesh, platforms=None):
   return traced.lower(lowering_platforms=platforms)
 
 
+class Sums(NamedTuple):
+  """Nats and targets of every sequence of a batch, and of every position."""
+
+  nats_B: jax.Array
+  targets_B: jax.Array
+  nats_L: jax.Array
+  targets_L: jax.Array
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def eval_step(model_config, microbatches, params, batch):
   """The loss of one batch, in microbatches, so that it needs no more memory than a training step.
@@ -149,14 +159,24 @@ def eval_step(model_config, microbatches, params, batch):
     batch: as for `train_step`; may have 'counted', which targets count.
 
   Returns:
-    Summed nats, number of targets, and aux, averaged over microbatches.
+    Summed nats, number of targets, aux averaged over microbatches, and `Sums` of the batch.
   """
 
   def loss(_, microbatch):
-    return None, model_lib.bind(model_config, params).loss(microbatch)
+    model = model_lib.bind(model_config, params)
+    counted_BL = model_lib.counted(microbatch)
+    weights_BL = counted_BL.astype(jnp.float32)
+    of_weights = functools.partial(model.weighted_loss, microbatch)
+    (nats, aux), nats_BL = jax.value_and_grad(of_weights, has_aux=True)(weights_BL)
+    nats_BL = jnp.where(counted_BL, nats_BL, 0)
+    sums = Sums(nats_BL.sum(1), weights_BL.sum(1), nats_BL.sum(0), weights_BL.sum(0))
+    return None, (nats, weights_BL.sum(), aux, sums)
 
-  _, (nats, targets, aux) = jax.lax.scan(loss, None, _split(batch, microbatches))
-  return nats.sum(), targets.sum(), jax.tree.map(lambda a: a.mean(0), aux)
+  _, (nats, targets, aux, sums) = jax.lax.scan(loss, None, _split(batch, microbatches))
+  sums = Sums(
+    sums.nats_B.reshape(-1), sums.targets_B.reshape(-1), sums.nats_L.sum(0), sums.targets_L.sum(0)
+  )
+  return nats.sum(), targets.sum(), jax.tree.map(lambda a: a.mean(0), aux), sums
 
 
 def microbatches(model_config, batch_size, accumulation):

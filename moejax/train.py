@@ -342,7 +342,7 @@ def check_health(run):
   good = bool(is_finite(run.state))
   if good and run.batch is not None:
     accumulation = run.run_config.optimizer.accumulation
-    nats, _, _ = eval_step(run.run_config.model, accumulation, run.state['params'], run.batch)
+    nats, *_ = eval_step(run.run_config.model, accumulation, run.state['params'], run.batch)
     good = math.isfinite(nats)
   if not good:
     raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')

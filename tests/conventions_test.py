@@ -25,7 +25,7 @@ RANKS = (
   ('ops', 'sharding'),
   ('layers',),
   ('model',),
-  ('distributed', 'optimizer', 'data', 'metrics', 'report', 'checkpoint', 'flops')
+  ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
   + ('hf_mamba',)
   + ('goodput', 'profiling'),
   ('config', 'variants'),

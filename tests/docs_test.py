@@ -142,7 +142,7 @@ def go(tmp_path_factory):
 # Every program or command of one, and its flags that hold paths.
 PATHS = {
   'main': ['workdir'],
-  'evaluate': ['workdir'],
+  'evaluate': ['workdir', 'files', 'by_position'],
   'generate': ['workdir', 'prompts'],
   'transition_tuning': ['from', 'workdir'],
   'compare': ['runs', 'output'],

@@ -1,6 +1,7 @@
 """What sequences that are evaluated together see of each other."""
 
 import functools
+import json
 import types
 
 import jax
@@ -13,9 +14,11 @@ from moejax import (
   cli,
   config as config_lib,
   data,
+  eval_report,
   evaluate,
   model as model_lib,
   sharding,
+  step as step_lib,
   tokenize,
   tokenizer as tokenizer_program,
 )
@@ -168,23 +171,126 @@ def test_no_row_is_evaluated_twice(tmp_path):
     _evaluate_text(n, **text)[0] for n in (loader.num_batches, loader.num_batches + 3, None)
   )
   assert loader.num_batches > 1 and one['tokens'] == 16
-  assert whole['tokens'] == loader.num_batches * 16
+  padded = (loader.batch(loader.num_batches - 1)['segments'] == 0).sum()
+  assert padded and whole['tokens'] == loader.num_batches * 16 - padded
   assert whole == more == everything
 
 
-@pytest.mark.parametrize('batches, expected', [(-1, None), (0, 7), (3, 3)])
-def test_how_many_batches(monkeypatch, batches, expected):
-  args = {'workdir': 'run', 'batches': batches, 'modes': ['mixed'], 'group_size': [0]}
-  run_config = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7))
+def _main(monkeypatch, results=(), **args):
+  """What the program asks of `evaluations`, after it has printed these results."""
+  args = {'workdir': 'run', 'batches': 0, 'modes': ['mixed'], 'group_size': [0]} | args
+  args = {'files': None, 'by_position': None, 'json': False} | args
+  data_config = data.DataConfig(**mot_config.get_config('debug').data.to_dict())
+  run_config = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7), data=data_config)
   mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
   asked = []
   monkeypatch.setattr(evaluate.flags, 'FLAGS', types.SimpleNamespace(**args))
   monkeypatch.setattr(evaluate.cli, 'join_processes', lambda: None)
   monkeypatch.setattr(evaluate.config_lib, 'check_batch', lambda *_: None)
   monkeypatch.setattr(evaluate, 'load_run', lambda *_: (run_config, 6, None, mesh))
-  monkeypatch.setattr(evaluate, 'compare_modes', lambda *args: asked.append(args[-1]) or [])
+  monkeypatch.setattr(evaluate, 'evaluations', lambda *args, **_: asked.append(args) or results)
   evaluate.main({})
-  assert asked == [expected]
+  (asked,) = asked
+  return {'num_batches': asked[5], 'text': asked[6]}
+
+
+@pytest.mark.parametrize(
+  'batches, files, expected',
+  [(-1, None, None), (0, None, 7), (3, None, 3), (0, '*.txt', None), (3, '*.txt', 3)],
+)
+def test_how_many_batches(monkeypatch, batches, files, expected):
+  assert _main(monkeypatch, batches=batches, files=files)['num_batches'] == expected
+
+
+@pytest.mark.parametrize(
+  'files, source',
+  [
+    ('books/*.txt', 'text'),
+    ('c4/*.json.gz', 'jsonl'),
+    ('a.jsonl', 'jsonl'),
+    ('a.parquet', 'parquet'),
+    ('.', 'tokens'),
+  ],
+)
+def test_which_text(monkeypatch, files, source):
+  text = _main(monkeypatch, files=files)['text']
+  assert (text.source, text.files, text.validation_files) == (source, files, files)
+
+
+def _evaluation():
+  """Two batches of two sequences of 3, the second half empty."""
+  done = evaluate.Evaluation()
+  nats = np.array([[[1.0, 2, 3], [4, 5, 6]], [[2, 2, 2], [0, 0, 0]]])
+  for nats_BL, counts_BL in zip(nats, nats > 0, strict=True):
+    parts = (nats_BL, counts_BL)
+    sums = step_lib.Sums(*(p.sum(axis) for axis in (1, 0) for p in parts))
+    done.add(nats_BL.sum(), counts_BL.sum(), 4, sums, {'mot/entropy': np.array([0.5])})
+  return done
+
+
+def test_the_standard_error_is_that_of_sequences():
+  result = _evaluation().result
+  assert result['loss'] == 27 / 9 and result['tokens'] == 9
+  means = np.array([2.0, 5.0, 2.0])  # sequences of equal length
+  np.testing.assert_allclose(result['standard_error'], means.std(ddof=1) / np.sqrt(3))
+
+
+def test_a_table_for_a_terminal_and_json_for_a_pipe(monkeypatch, capsys, tmp_path):
+  results = [({'mode': 'mixed', 'group_size': 2, 'leaks': True}, _evaluation())]
+  path = tmp_path / 'by' / 'positions.csv'
+  _main(monkeypatch, results, by_position=str(path))
+  row = json.loads(capsys.readouterr().out)
+  assert row['step'] == 6 and row['loss'] == 3 and row['leaks'] and row['mot/entropy/00'] == 0.5
+  assert row['perplexity'] == pytest.approx(np.exp(3)) and (row['batches'], row['bytes']) == (2, 8)
+  assert row['by_position'] == [
+    {'first': 0, 'last': 0, 'loss': 7 / 3, 'tokens': 3},
+    {'first': 1, 'last': 1, 'loss': 3, 'tokens': 3},
+    {'first': 2, 'last': 2, 'loss': 11 / 3, 'tokens': 3},
+  ]
+  assert path.read_text().splitlines()[1] == '"mixed, group 2",0,2.333333,3'
+  assert path.with_suffix('.png').stat().st_size > 1000
+  monkeypatch.setattr(evaluate.sys.stdout, 'isatty', lambda: True)
+  _main(monkeypatch, results, by_position=str(path))
+  lines = capsys.readouterr().out.splitlines()
+  assert (
+    lines[1].split() == 'mode group leaks nats/token perplexity bits/byte tokens batches'.split()
+  )
+  assert lines[2].startswith('mixed  2      yes    3.0000 ± 1.0000')
+  assert lines[4:6] == ['position  mixed, group 2', '0         2.3333']
+  _main(monkeypatch, results, json=True)
+  assert json.loads(capsys.readouterr().out)['loss'] == 3
+  with pytest.raises(ValueError, match='--by_position: expected a .csv file, got positions'):
+    _main(monkeypatch, by_position='positions')
+
+
+def test_buckets_of_positions_are_powers_of_two():
+  nats, tokens = np.arange(11.0), np.ones(11)
+  found = eval_report.buckets(nats, tokens)
+  assert [(b['first'], b['last']) for b in found] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 10)]
+  assert [b['loss'] for b in found] == [0, 1, 2.5, 5.5, 9]
+
+
+@pytest.mark.parametrize('kind', ['dense', 'mot'])
+def test_parts_of_an_evaluated_batch_add_up(kind):
+  config = tiny.model_config(**tiny.MODELS[kind], loss_chunk=4)
+  params = (
+    _params()
+    if kind == 'mot'
+    else jax.jit(model_lib.init_params, static_argnums=0)(config, jax.random.key(0))
+  )
+  batch = tiny.batch() | {'segments': tiny.batch()['segments'].copy()}
+  batch['segments'][-1] = 0
+  batch['segments'][0, 7:] = 0
+  nats, targets, _, sums = step_lib.eval_step(config, 1, params, batch)
+  logits = jax.nn.log_softmax(
+    jax.jit(lambda p: model_lib.bind(config, p).logits(batch['inputs'], tiny.tokens(batch)))(params)
+  )
+  nats_BL = -np.take_along_axis(np.asarray(logits), batch['targets'][..., None], axis=-1)[..., 0]
+  nats_BL *= batch['segments'] > 0
+  np.testing.assert_allclose(nats, nats_BL.sum(), rtol=1e-5)
+  np.testing.assert_allclose(sums.nats_B, nats_BL.sum(1), rtol=1e-5)
+  np.testing.assert_allclose(sums.nats_L, nats_BL.sum(0), rtol=1e-5)
+  assert sums.targets_B.tolist() == [7] + [11] * 6 + [0] and targets == sums.targets_L.sum() == 73
 
 
 def test_fields_of_a_run_are_flags():

@@ -59,20 +59,19 @@ class TokenLoader:
 
   Documents are concatenated, each closed by its end-of-document id, and cut into chunks of L
   tokens. Sequence i of the corpus has tokens i*L .. (i+1)*L - 1 as inputs and the tokens one later
-  as targets, so every token but the first is a target once per epoch (up to L - 1 at the end are
-  dropped).
+  as targets, so every token but the first is a target once per epoch (in training, up to L - 1 at
+  the end are dropped).
 
   `segments` counts the documents of a sequence, `positions` the tokens of each document within the
   sequence. As an input, the end-of-document id has position 0 of the next document, because that
   document's first token is predicted from it. No text encodes to that id; a seqio task that writes
   it inside its documents splits them.
 
-  Validation of `data.validation_files` covers every token: the first one follows an end of
-  document, and the last batch is padded.
-
   Training visits the sequences of every epoch in a pseudo-random order, a function of seed and
-  epoch; validation reads its full batches in order, once. Hence `batch(step)` depends only on
-  corpus, seed and step: steps are random access, and the same for any number of processes.
+  epoch; validation reads them in order, once, and its last batch is padded. The first token of
+  `data.validation_files` is a target too: it follows an end of document. Hence `batch(step)`
+  depends only on corpus, seed and step: steps are random access, and the same for any number of
+  processes.
   """
 
   def __init__(self, config, split, sequences):
@@ -82,10 +81,9 @@ class TokenLoader:
     size, length = config.batch_size, config.sequence_length
     if len(self._tokens) < 2:
       raise ValueError(f'data.files: no text for the {split} split; add more text.')
-    self._num_targets = len(self._tokens) - 1
-    if split == 'validation' and config.validation_files:
-      self._num_targets = len(self._tokens)
-      self._tokens = _padded(self._tokens, self.tokenizer.eos_id, size * length)
+    self._is_train = split == 'train'
+    if not self._is_train and config.validation_files:
+      self._tokens = np.append(self._tokens.dtype.type(self.tokenizer.eos_id), self._tokens)
     elif len(self._tokens) <= size * length:
       raise ValueError(
         f'data.batch_size: the {split} split has {len(self._tokens)} tokens, but one batch of '
@@ -93,10 +91,11 @@ class TokenLoader:
         'data.sequence_length, or add more text.'
       )
     self.fingerprint = batch_lib.fingerprint(corpus_fingerprint, self.tokenizer.fingerprint)
-    self.num_sequences = (len(self._tokens) - 1) // length
-    self.num_batches = self.num_sequences // size
     self._length, self._size, self._seed = length, size, config.seed
-    self._is_train = split == 'train'
+    self._num_targets = len(self._tokens) - 1
+    count = lambda number, of: number // of if self._is_train else -(-number // of)
+    self.num_sequences = count(self._num_targets, length)
+    self.num_batches = count(self.num_sequences, size)
     self._in_batch = np.array(sequences)
 
   def batch(self, step: int) -> batch_lib.Batch:
@@ -105,7 +104,10 @@ class TokenLoader:
     if not self._is_train and step >= self.num_batches:
       return batch_lib.padding(len(self._in_batch), length)
     starts = self._indices(step) * length
-    tokens = np.stack([self._tokens[i : i + length + 1] for i in starts])
+    tokens = np.zeros((len(starts), length + 1), np.int32)
+    for row, start in zip(tokens, starts, strict=True):
+      text = self._tokens[start : start + length + 1]
+      row[: len(text)] = text
     batch = batch_lib.from_tokens(tokens, self.tokenizer.eos_id)
     batch['segments'] *= starts[:, None] + np.arange(length) < self._num_targets
     return batch
@@ -127,12 +129,6 @@ class TokenLoader:
       here = epochs == epoch
       indices[here] = permute(place[here], self.num_sequences, (self._seed, int(epoch)))
     return indices
-
-
-def _padded(tokens: np.ndarray, eos_id: int, multiple: int) -> np.ndarray:
-  """Returns an end of document, the tokens, and padding up to a multiple of targets."""
-  padding = np.zeros(-len(tokens) % multiple, np.uint32)
-  return np.concatenate([np.full(1, eos_id), tokens, padding], dtype=np.uint32, casting='unsafe')
 
 
 def _map_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
