@@ -30,6 +30,17 @@ _PATIENCE = 3  # seconds without output
 _HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
+_PROCESS_FLAGS = (
+  (
+    flags.DEFINE_string,
+    'coordinator_address',
+    'HOST:PORT of process 0; only where no TPU slice, SLURM or Open MPI tells jax.',
+  ),
+  (flags.DEFINE_integer, 'num_processes', 'Number of processes, with --coordinator_address.'),
+  (flags.DEFINE_integer, 'process_id', 'Index of this process, from 0.'),
+)
+
+
 def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   """Runs `main(config)`, `main()`, `main(arguments)` or `main(overrides)`, and exits with its code.
 
@@ -99,7 +110,9 @@ def run_command(commands):
   name = sys.argv[1] if len(sys.argv) > 1 else ''
   if name in _HELP:
     print(inspect.cleandoc(sys.modules['__main__'].__doc__ or ''))
-    print('\nEach command has its own --help.')
+    print('\nEach command has its own --help:')
+    for name, one in commands.items():
+      print(f'  {name:18}{_first_line(one.main)}')
     sys.exit(OK)
   if name not in commands:
     sys.exit(_fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
@@ -156,9 +169,8 @@ def waiting_for(what, file=None):
 
 def define_process_flags():
   """Defines the flags of a multi-process run, for clusters that jax cannot detect itself."""
-  flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0.')
-  flags.DEFINE_integer('num_processes', None, 'Number of processes.')
-  flags.DEFINE_integer('process_id', None, 'Index of this process: 0, 1, ...')
+  for define, name, meaning in _PROCESS_FLAGS:
+    define(name, None, meaning)
 
 
 def join_processes():
@@ -285,18 +297,37 @@ def _plain(message):
 def _print_help(main, takes_overrides):
   """Prints what a program does, and its own flags with meanings and defaults."""
   print(_help_of(main), '\n\nFlags:', sep='')
-  for module, defined in flags.FLAGS.flags_by_module_dict().items():
-    for flag in defined if module == sys.argv[0] or module.startswith('moejax') else ():
-      meaning = ' '.join(flag.help.partition(';\n')[0].split())  # absl appends the rest
-      default = flag.default_as_str if flag.default not in (None, '', False) else ''
-      default = default and f' Default: {default.strip(chr(39))}.'
-      print(textwrap.fill(f'--{flag.name}: {meaning}{default}', 100, subsequent_indent=' ' * 4))
+  defined = flags.FLAGS.flags_by_module_dict().items()
+  ours = [
+    flag
+    for module, of_module in defined
+    for flag in of_module
+    if module == sys.argv[0] or module.startswith('moejax')
+  ]
+  last = [name for _, name, _ in _PROCESS_FLAGS]
+  for flag in sorted(ours, key=lambda flag: flag.name in last):
+    meaning = ' '.join(flag.help.partition(';\n')[0].split())  # absl appends the rest
+    line = f'--{flag.name}: {meaning}{_default(flag)}'
+    print(textwrap.fill(line, 100, subsequent_indent=' ' * 4))
   if takes_overrides:
     print("--config.SECTION.FIELD=VALUE: changes a field of the run's config.")
   if 'config' in flags.FLAGS:
     from moejax import config  # importing JAX takes seconds
 
     print(f'--config.SECTION.FIELD=VALUE: a field of the config.\n\n{config.reference()}', end='')
+
+
+def _default(flag):
+  """' Default: x.', ' Required.' or ''."""
+  if any('other than None' in validator.message for validator in flag.validators):
+    return ' Required.'
+  values = flag.default if isinstance(flag.default, list) else [flag.default]
+  shown = ', '.join(str(value) for value in values if value not in (None, '', False))
+  return f' Default: {shown}.' if shown else ''
+
+
+def _first_line(function):
+  return inspect.cleandoc(function.__doc__ or '').partition('\n')[0]
 
 
 def _help_of(main):

@@ -88,6 +88,14 @@ def reference():
   return '\n'.join(lines).lstrip() + '\n'
 
 
+def as_yaml(config):
+  """A ConfigDict as YAML, with a comment for every field; `yaml.safe_load` reads it."""
+  lines = []
+  for name, section in SECTIONS.items():
+    lines += [f'{name}:', *fields.as_yaml(section, config[name], '  ')]
+  return '\n'.join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
   """The validated configuration of a run."""

@@ -15,6 +15,8 @@ import math
 import operator
 from typing import Any
 
+import yaml
+
 from moejax import text
 
 MAX_SEED = 2**32 - 1  # JAX keys take 32 bits and silently truncate the rest
@@ -167,6 +169,33 @@ def allowed(f):
     return f'{one} ' + ', '.join(choice or "''" for choice in choices)
   bounds = f.metadata['bounds'].items()
   return ' and '.join(f'{name} {bound}' for name, bound in bounds).replace('above 0', 'positive')
+
+
+def as_yaml(kind, values, indent=''):
+  """Yields lines of YAML: the fields of a Section and their values, with comments.
+
+  A comment tells the default, if the value is another, and the meaning. Tuples are lists.
+  """
+  for f in of(kind):
+    value = values[f.name]
+    if is_section(f):
+      yield f'{indent}{f.name}:  # {f.metadata["meaning"]}'
+      yield from as_yaml(f.type, value, f'{indent}  ')
+    else:
+      default = '' if value == f.default else f'[default: {_one_line(f.default)}] '
+      limits = allowed(f)
+      meaning = f.metadata['meaning'] + (f' ({limits})' if limits else '')
+      yield f'{f"{indent}{f.name}: {_one_line(value)}":31}  # {default}{meaning}'
+
+
+def _one_line(value):
+  text = yaml.safe_dump(lists(value), default_flow_style=True, width=math.inf)
+  return text.removesuffix('...\n').rstrip()
+
+
+def lists(value) -> Any:
+  """Converts nested tuples to lists."""
+  return list(map(lists, value)) if isinstance(value, tuple) else value
 
 
 def checked(name, f, value: Any):

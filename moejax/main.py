@@ -2,7 +2,10 @@
 
 python -m moejax.main --config=configs/mot.py
 python -m moejax.main --config=configs/mot.py:medium,experts=32 --workdir=runs/mot
+python -m moejax.main --config=mine.py --config.optimizer.peak_lr=3e-3 --config.train.steps=500
+python -m moejax.main --config=configs/moe_mamba.py:25M --print_config
 
+The same command with the same --workdir resumes an interrupted run; Ctrl-C saves and prints it.
 On several hosts: the same command on each of them (docs/launch.md).
 """
 
@@ -10,6 +13,7 @@ import contextlib
 import datetime
 import itertools
 import pathlib
+import sys
 
 from absl import flags
 
@@ -18,13 +22,14 @@ from moejax import cli
 
 cli.define_path('workdir', None, 'Folder of the run; by default a new one in runs/.')
 cli.define_process_flags()
-_PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the resolved config and stop.')
+_PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print the config as YAML, with what it means and implies, and stop.'
+)
 
 
 def main(config):
   if _PRINT_CONFIG.value:
-    print(config)
-    return cli.OK
+    return _print_config(config)
   cli.join_processes()
   with cli.waiting_for('importing JAX'):  # after the flags are checked
     from moejax import train
@@ -35,6 +40,19 @@ def main(config):
   if code == cli.INTERRUPTED:
     cli.say_how_to_resume(*([] if workdir else [f'--workdir={folder}']))
   return code
+
+
+def _print_config(config):
+  from moejax import config as config_lib, start_page
+
+  print(config_lib.as_yaml(config))
+  try:
+    derived = start_page.derived(config_lib.resolve(config))
+  except ValueError as error:  # a tokenizer of another machine, say
+    print(f'note: training would stop here with\n{error}', file=sys.stderr)
+  else:
+    print('\n'.join(['', '# What follows from it:', *(f'#   {line}' for line in derived)]))
+  return cli.OK
 
 
 @contextlib.contextmanager

@@ -41,6 +41,23 @@ def page(run_config, mesh, state, loader, workdir) -> str:
   return '\n'.join(f'{name:8}{what}' for name, what in lines)
 
 
+def derived(run_config):
+  """Yields lines: what follows from a config on any machine."""
+  model, data, steps = run_config.model, run_config.data, run_config.train.steps
+  yield f'vocabulary: {model.vocab_size:,} ids'
+  kinds = '+'.join(model.kinds)
+  if 'mot' in kinds:
+    width = model.mot.width(model.d_ff)
+    yield f'mot: {model.mot.num_experts} experts of width {width} per {model.mot.group_size} tokens'
+  if 'moe' in kinds:
+    width = model.d_ff // model.moe.granularity
+    yield f'moe: {model.moe.num_experts} experts of width {width}, {model.moe.top_k} per token'
+  yield from _table(run_config)
+  training = flops.training_flops_per_token(model, data.sequence_length)['total']
+  total = training * steps * data.batch_size * data.sequence_length
+  yield f'steps: {_steps(run_config, None)}, {total:.3g} training FLOPs'
+
+
 def estimate(seconds: float) -> str:
   """How long the rest of a run takes, and until when."""
   end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)

@@ -13,8 +13,6 @@ import os
 import pathlib
 import secrets
 
-import tensorboardX
-
 from moejax import files
 
 
@@ -22,6 +20,8 @@ class TensorBoard:
   """Events in the run's folder; `tensorboard --logdir FOLDER` shows them."""
 
   def __init__(self, workdir, config, start_step):
+    import tensorboardX  # it imports PyTorch, if that is installed
+
     del config
     first = start_step + 1 if start_step else 0
     self._events = tensorboardX.SummaryWriter(  # short runs would share a file name

@@ -5,8 +5,10 @@ import pathlib
 import re
 
 import pytest
+import yaml
 
-from moejax import config as config_lib, fields, variants
+from configs import dense, fine_grained, moe_mamba, mot
+from moejax import config as config_lib, fields, run_folder, variants
 
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'configuration.md'
 
@@ -24,6 +26,33 @@ def test_every_field_has_a_meaning_and_a_default_of_its_type():
     assert f.metadata['meaning'] and type(f.default) is f.type, name
   for section in config_lib.SECTIONS.values():
     section(**({'max_length': 8} if section is config_lib.ModelConfig else {}))
+
+
+@pytest.mark.parametrize(
+  ('module', 'words'),
+  [
+    (dense, None),
+    (mot, 'medium,experts=32'),
+    (moe_mamba, '25M,inner=conv+out'),
+    (fine_grained, '1B'),
+  ],
+)
+def test_a_config_reads_the_same_from_the_yaml_that_is_printed(module, words):
+  config = module.get_config(words)
+  config.train.sample_prompt = "no: 'x' # \n"
+  text = config_lib.as_yaml(config)
+  assert run_folder.from_saved(yaml.safe_load(text), 'printed').to_dict() == config.to_dict()
+  assert all(': ' in line and '  # ' in line for line in text.splitlines() if line[0] == ' ')
+
+
+def test_printed_fields_have_their_meaning_and_the_default_that_was_changed():
+  config = dense.get_config()
+  config.model.norm = 'rms_norm'
+  lines = [' '.join(line.split()) for line in config_lib.as_yaml(config).splitlines()]
+  assert (
+    'norm: rms_norm # [default: layer_norm] before every sublayer (one of layer_norm, rms_norm)'
+  ) in lines
+  assert 'd_ff: 256 # hidden width of a dense feed-forward (at least 1)' in lines
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from configs import fine_grained, moe as moe_config, moe_mamba, mot
 from moejax import metrics, model, variants
@@ -148,6 +149,10 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(tmp_path):
 def test_help_and_print_config_do_not_train(tmp_path):
   printed = _moejax('--config=configs/mot.py:mini', '--print_config', cwd=tmp_path)
   assert printed.returncode == 0 and 'd_model: 256' in printed.stdout
+  assert printed.stderr.startswith('note: training would stop here with\ndata.tokenizer: ')
+  printed = _moejax('--config=configs/mot.py:debug', '--print_config', cwd=tmp_path)
+  assert yaml.safe_load(printed.stdout)['train']['steps'] == 6 and not printed.stderr
+  assert '\n#   mot: 8 experts of width 32 per 4 tokens\n' in printed.stdout
   explained = _moejax('--help', cwd=tmp_path)
   assert explained.returncode == 0 and '`d_ff = 256`: hidden width of a' in explained.stdout
   assert not list(tmp_path.iterdir())

@@ -170,6 +170,11 @@ def test_every_program_has_help_and_refuses_a_bucket(go):
       others = [f'--{other}=x' for other in paths if other != name]
       code, output = go(*program.split(), *others, f'--{name}=gs://bucket/x')
       assert code == 2 and 'expected a local path' in output, f'{program}: {output}'
+  code, output = go('scaling_laws', '--help')
+  assert code == 0 and re.search('^  fit +Fits a law to runs.$', output, re.M)
+  code, output = go('evaluate', '--help')
+  assert '--workdir: Folder of the run to evaluate. Required.\n' in output
+  assert output.index('--batches: ') < output.index('--process_id: ')
   code, output = go('evaluate')
   assert code == 2 and output.startswith('error: --workdir is required: Folder of the run')
 

@@ -75,6 +75,13 @@ def test_the_state_of_one_device_is_all_of_it(texts):
   assert 'mesh' not in printed and 'epochs' not in printed  # of a stream
 
 
+def test_what_follows_from_a_config():
+  lines = [*start_page.derived(config_lib.resolve(fine_grained.get_config('debug')))]
+  assert lines[:2] == ['vocabulary: 259 ids', 'moe: 8 experts of width 32, 2 per token']
+  assert lines[-1].startswith('steps: 6 of 512 tokens (16 x 32): 3.07k tokens, ')
+  assert lines[-1].endswith(' training FLOPs')
+
+
 @pytest.mark.parametrize(
   ('path', 'extra'), [('/dev/nvidia0', 'moejax[cuda]'), ('/dev/accel0', 'moejax[tpu]')]
 )
