@@ -16,6 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: train test test-fast test-tpu test-versions test-newest test-oldest
 
+ON_TWO_CORES = --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 INSTALL = -m pip install --quiet --constraint constraints/newest.txt --editable
 
 train: $(VENV)/.installed
@@ -25,11 +26,11 @@ test: $(VENV)/.installed-test
 	ruff check
 	ruff format --check
 	pyright
-	pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	pytest $(ON_TWO_CORES)
 
 test-fast: $(VENV)/.installed-test
 	ruff check
-	pytest -m "not slow and not heavy" --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	pytest -m "not slow and not heavy" $(ON_TWO_CORES)
 
 test-tpu: $(VENV)/.installed-test
 	python $(INSTALL) '.[tpu-aot]'
@@ -48,9 +49,8 @@ $(VENV)/.installed-test: pyproject.toml constraints/newest.txt
 
 test-versions: test-newest test-oldest
 
-# What depends most on JAX.
 test-newest test-oldest: test-%: $(VENV)/%/.installed
-	$(VENV)/$*/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/model_test.py
+	$(VENV)/$*/bin/python -m pytest -m "not slow and not heavy or versions" $(ON_TWO_CORES)
 
 # PYENV_VERSION, for pyenv's python3.13 runs only if that version is selected.
 $(VENV)/%/.installed: pyproject.toml constraints/%.txt

@@ -72,7 +72,7 @@ class _StopAfter(train.Interrupt):
     return self.left <= 0
 
 
-@pytest.mark.heavy
+@pytest.mark.versions
 def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   finished, tmp_path, monkeypatch
 ):
@@ -603,7 +603,7 @@ def test_a_state_made_with_less_effort_is_the_same_and_sharded(texts, monkeypatc
   assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, abstract)
 
 
-@pytest.mark.heavy
+@pytest.mark.versions
 @pytest.mark.parametrize('model', tiny.MODELS)
 def test_golden_losses_of_five_steps(model, golden):
   _, measured = _steps(tiny.model_config(**tiny.MODELS[model], init_scale=1.0), 5)
