@@ -103,7 +103,7 @@ def run(cells, workdir):
     return cli.INTERRUPTED
   for name in failed:
     print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
-  done = sum(_is_done(workdir, cell) for cell in cells)
+  done = sum(is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
   return cli.FAILED if failed else cli.OK
 
@@ -149,7 +149,8 @@ def _check_same_runs(settings, workdir):
     )
 
 
-def _is_done(workdir, cell):
+def is_done(workdir, cell) -> bool:
+  """Whether the run of a cell is finished."""
   folder = workdir / cell.name
   return (folder / 'summary.json').exists() and report.is_finished(report.read_summary(folder))
 
@@ -187,7 +188,7 @@ class _Scheduler:
 
   def __init__(self, cells, workdir, lock):
     self.cells, self.workdir, self.lock = cells, workdir, lock
-    self.waiting = [cell for cell in cells if not _is_done(workdir, cell)]
+    self.waiting = [cell for cell in cells if not is_done(workdir, cell)]
     self.running = {}  # process -> cell
     self.failed = []
     self.cores = os.cpu_count() or 1
@@ -198,7 +199,9 @@ class _Scheduler:
   def work(self, stop):
     """Returns the names of the cells that failed."""
     total = sum(cell.flops for cell in self.cells)
-    with tqdm.tqdm(total=total, initial=self._flops(), unit='FLOP', unit_scale=True) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 60  # in a file, every line stays
+    options = {'unit': 'FLOP', 'unit_scale': True, 'mininterval': seconds}
+    with tqdm.tqdm(total=total, initial=self._flops(), **options) as bar:
       while (self.waiting or self.running) and not stop.is_set():
         while self.waiting and self._fits(self.waiting[0]):
           self._start(self.waiting.pop(0))
@@ -242,7 +245,7 @@ class _Scheduler:
 
   def _progress(self, cell):
     """The fraction of a cell's steps that are done."""
-    if _is_done(self.workdir, cell):
+    if is_done(self.workdir, cell):
       return 1.0
     lines = metrics.read_metrics(self.workdir / cell.name)
     return lines[-1]['step'] / cell.steps if lines else 0.0

@@ -102,6 +102,7 @@ UNAFFORDABLE = {
   r'-m moejax\.aot ': 'compiles for TPUs: tests/aot',
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
+  r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
 }
 # What a command is given here, so that it takes a second: the small models of `debug`, little text,
 # and in place of runs that are not trained here their results.
@@ -157,6 +158,7 @@ PATHS = {
   'scaling_laws grid': ['coefficients', 'output'],
   'scaling_laws run': ['grid'],  # its workdir may be another machine's
   'scaling_laws fit': ['output'],
+  'sweep': [],  # its workdir may be another machine's
   'scaling_laws plot': ['coefficients', 'runs', 'output'],
 }
 

@@ -110,9 +110,9 @@ def test_runs_of_an_edited_grid_are_rejected(tmp_path, changed, finished):
 def test_the_summary_of_a_checkpoint_is_not_that_of_a_run(tmp_path):
   cell = _cell('a', 4)
   _folder_of(cell, tmp_path)
-  assert runner._is_done(tmp_path, cell)
+  assert runner.is_done(tmp_path, cell)
   (tmp_path / 'a' / 'summary.json').write_text('{"finished": false, "steps": 2}')
-  assert not runner._is_done(tmp_path, cell)
+  assert not runner.is_done(tmp_path, cell)
 
 
 def test_a_summary_without_a_config_is_rejected(tmp_path):
