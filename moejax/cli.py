@@ -27,7 +27,7 @@ _DEFAULT = 'mot.py'
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 _PATIENCE = 3  # seconds without output
-_HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
+HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
 _PROCESS_FLAGS = (
@@ -50,7 +50,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   overrides = {}
 
   def parse(argv):
-    if _HELP.intersection(argv):
+    if HELP.intersection(argv):
       _print_help(main, takes_overrides)
       sys.exit(OK)
     if takes_overrides:
@@ -61,7 +61,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # absl's default also shows what libraries log
     if len(argv) > 1 and not takes_arguments:
-      return _fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
+      return fail(f'unexpected argument {argv[1]!r}; flags are written --name=value.')
     compilation_cache.enable()
     try:
       if takes_arguments:
@@ -86,12 +86,12 @@ def _exit_code(error):
   traceback, and the exit code is FAILED as well.
   """
   if isinstance(error, KeyboardInterrupt):
-    return _fail('interrupted; run the same command again', INTERRUPTED)
+    return fail('interrupted; run the same command again', INTERRUPTED)
   if isinstance(error, OSError) and error.strerror:  # no such file, no permission, disk full
     name = error.filename2 or error.filename
-    return _fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
+    return fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
   if isinstance(error, ValueError | RuntimeError) and _is_raised_here(error):
-    return _fail(str(error), USAGE if isinstance(error, ValueError) else FAILED)
+    return fail(str(error), USAGE if isinstance(error, ValueError) else FAILED)
   raise error
 
 
@@ -108,14 +108,14 @@ def run_command(commands):
   """Runs the one of `commands`, a dict of Commands by name, that the first argument names."""
   _protect_output()
   name = sys.argv[1] if len(sys.argv) > 1 else ''
-  if name in _HELP:
+  if name in HELP:
     print(inspect.cleandoc(sys.modules['__main__'].__doc__ or ''))
     print('\nEach command has its own --help:')
     for name, one in commands.items():
       print(f'  {name:18}{_first_line(one.main)}')
     sys.exit(OK)
   if name not in commands:
-    sys.exit(_fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
+    sys.exit(fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
   define, main, needs_config, takes_arguments = commands[name]
   define()
   del sys.argv[1]
@@ -270,7 +270,7 @@ def _is_raised_here(error):
   return package.split('.')[0] == __package__ and dis.opname[code[last.tb_lasti]] == 'RAISE_VARARGS'
 
 
-def _fail(message, code=USAGE):
+def fail(message, code=USAGE):
   for line in message.splitlines():
     print(f'error: {line}', file=sys.stderr)
   return code
@@ -283,7 +283,7 @@ def _parse(argv):
   except flags.Error as error:
     # ml_collections turns a config file's ValueError into the text of its traceback.
     _, in_config_file, message = str(error).rpartition('\nValueError: ')
-    sys.exit(_fail(message if in_config_file else _plain(str(error))))
+    sys.exit(fail(message if in_config_file else _plain(str(error))))
 
 
 def _plain(message):
@@ -356,7 +356,7 @@ def _parse_with_config(argv):
   try:
     argv = [argv[0], *map(_find_config, _joined(argv[1:]))]
   except ValueError as error:
-    sys.exit(_fail(str(error)))
+    sys.exit(fail(str(error)))
   if not any(a.startswith('--config=') for a in argv):
     argv.insert(1, f'--config={_BUNDLED / _DEFAULT}')
   overrides = {}
@@ -371,9 +371,9 @@ def _parse_with_config(argv):
   except ImportError as error:
     if (error.name or '').split('.')[0] != 'configs':
       raise
-    sys.exit(_fail(f'--config: {error}; what config files share is in moejax.variants.'))
+    sys.exit(fail(f'--config: {error}; what config files share is in moejax.variants.'))
   except (AttributeError, KeyError, ValueError) as error:
-    sys.exit(_fail(_config_error(error)))
+    sys.exit(fail(_config_error(error)))
 
 
 def _joined(arguments):

@@ -1,0 +1,44 @@
+"""Every program by one name: `moejax PROGRAM` is `python -m moejax.PROGRAM`.
+
+  moejax train --config=mot.py --workdir=runs/mot
+  moejax generate --workdir=runs/mot --prompt="def "
+
+Without a program, `moejax --config=...` trains.
+"""
+
+import runpy
+import sys
+
+from moejax import cli
+
+# By name: the module, and what it does.
+PROGRAMS = {
+  'train': ('main', 'trains a language model, or resumes a run'),
+  'evaluate': ('evaluate', 'validation loss of a run, in every decoding mode'),
+  'generate': ('generate', 'text from a run'),
+  'compare': ('compare', 'a plot and a table of several runs'),
+  'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),
+  'convert': ('convert', 'runs to and from safetensors and transformers'),
+  'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),
+  'tokenize': ('tokenize', 'writes a corpus to token files'),
+  'scaling_laws': ('scaling_laws', 'plans for a budget, grids of runs, fits, figures'),
+  'aot': ('aot', 'does a model fit a machine, and how fast is it? Compiles ahead of time'),
+}
+
+
+def run():
+  name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name in cli.HELP:
+    print(f'{__doc__}\nPrograms, each with its own --help:')
+    print('\n'.join(f'  {name:19}{what}' for name, (_, what) in PROGRAMS.items()))
+    sys.exit(cli.OK)
+  if name and not name.startswith('-') and name not in PROGRAMS:
+    sys.exit(cli.fail(f'expected one of {", ".join(PROGRAMS)}, got {name!r}.'))
+  if name in PROGRAMS:
+    del sys.argv[1]
+  module, _ = PROGRAMS[name if name in PROGRAMS else 'train']
+  runpy.run_module(f'moejax.{module}', run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  run()
