@@ -74,7 +74,7 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
   splits = {split: dict(zeros) for split in corpus.SPLITS}
   with contextlib.ExitStack() as stack:
     outputs = {s: stack.enter_context(open(directory / f'{s}.bin', 'wb')) for s in splits}
-    for split, ids, num_bytes in tqdm.tqdm(documents, unit=' documents', disable=None):
+    for split, ids, num_bytes in documents:
       outputs[split].write(ids.astype(dtype).tobytes())
       counts = splits[split]
       counts['documents'] += 1
@@ -99,7 +99,8 @@ def _encode_task(config, tokenizer, digest) -> Iterator[tuple[str, np.ndarray, i
   """`corpus.encode` of a seqio task; updates `digest` with the ids."""
   from moejax.data import seqio_loader
 
-  for split, example in seqio_loader.examples(config, tokenizer, corpus.SPLITS):
+  examples = seqio_loader.examples(config, tokenizer, corpus.SPLITS)
+  for split, example in tqdm.tqdm(examples, unit=' documents', delay=5, disable=None):
     ids = example['targets']
     if not len(ids) or ids[-1] != tokenizer.eos_id:
       ids = np.append(ids, np.int32(tokenizer.eos_id))

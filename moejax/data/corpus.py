@@ -15,11 +15,13 @@ import functools
 import hashlib
 import os
 import pathlib
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import tqdm
 from absl import logging
 
 from moejax.data import config as config_lib, text_files, tokenizer as tokenizer_lib
@@ -119,7 +121,7 @@ def encode(
   Warns once, with a count, if invalid UTF-8 was replaced.
   """
   num_replaced, first = 0, ''
-  for group in groups(documents(config)):
+  for group in groups(progress(documents(config))):
     for document in group:
       digest.update(f'{document.name}\0{len(document.data)}\0'.encode('utf-8', 'surrogateescape'))
       digest.update(document.data)
@@ -134,6 +136,16 @@ def encode(
       f'Replaced {num_replaced} invalid UTF-8 sequences by U+FFFD, the first in {first}. '
       "data.tokenizer='bytes' would keep them."
     )
+
+
+def progress(documents: Iterable[Document]) -> Iterator[Document]:
+  """Yields documents and shows how many bytes were read, if that takes more than five seconds."""
+  interval = 0.5 if sys.stderr.isatty() else 60
+  options = {'unit': 'B', 'unit_scale': True, 'delay': 5, 'mininterval': interval}
+  with tqdm.tqdm(desc='Tokenizing', **options) as bar:
+    for document in documents:
+      yield document
+      bar.update(len(document.data))
 
 
 def groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -36,7 +36,8 @@ class SeqioLoader:
 
   Documents longer than L are cut into pieces of L tokens, never truncated; pieces are packed, each
   its own segment with positions from 0. `inputs` are the targets shifted right by one, with 0 at
-  the start of each segment; `segments` is 0 for unfilled positions.
+  the start of each segment (the end of document, where 0 is a token); `segments` is 0 for unfilled
+  positions.
 
   A task can only be read in order, so steps must be consecutive, from 0 or from the step after the
   saved one; step 0 always restarts from the beginning. Training repeats the data forever;
@@ -51,7 +52,11 @@ class SeqioLoader:
     self._task = config.task
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
     task, name = _find_task(config, self.tokenizer)
-    self._make_dataset = functools.partial(_packed, config, task, split, part, num_parts)
+    # seqio takes id 0 for padding; where it is a token, all ids are one larger inside of it.
+    self._offset = 0 if self.tokenizer.pad_id == 0 else 1
+    self._make_dataset = functools.partial(
+      _packed, config, task, split, part, num_parts, self._offset
+    )
     self.fingerprint = batch_lib.fingerprint('seqio', name, self.tokenizer.fingerprint)
     self._identity = {'fingerprint': self.fingerprint, 'sequence_length': config.sequence_length}
     self._restart()
@@ -69,9 +74,14 @@ class SeqioLoader:
     features = next(self._iterator, None)
     if features is None:
       return batch_lib.padding(self._num_sequences, self._sequence_length)
+    inputs = features['decoder_input_tokens'].numpy()
+    targets = features['decoder_target_tokens'].numpy()
+    if self._offset:  # 0 begins a segment and fills up a sequence
+      inputs = np.where(inputs == 0, np.int32(self.tokenizer.eos_id), inputs - 1)
+      targets = np.maximum(targets - 1, 0)
     return {
-      'inputs': features['decoder_input_tokens'].numpy(),
-      'targets': features['decoder_target_tokens'].numpy(),
+      'inputs': inputs,
+      'targets': targets,
       'segments': features['decoder_segment_ids'].numpy(),
       'positions': features['decoder_positions'].numpy(),
     }
@@ -257,8 +267,11 @@ def _check_vocabulary(config, task, tokenizer) -> None:
     )
 
 
-def _packed(config, task, split, part, num_parts):
-  """Returns the dataset of one process's packed batches; it repeats forever in training."""
+def _packed(config, task, split, part, num_parts, offset=0):
+  """Returns the dataset of one process's packed batches; it repeats forever in training.
+
+  All ids are larger by `offset`.
+  """
   seqio, tf = _modules().seqio, _modules().tf
   length, shuffle = config.sequence_length, split == 'train'
   shard, epochs = seqio.ShardInfo(part, num_parts), None if shuffle else 1
@@ -273,7 +286,7 @@ def _packed(config, task, split, part, num_parts):
   dataset = dataset.map(pieces).unbatch()
   if shuffle:
     dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
-  dataset = dataset.map(lambda ids: {'targets': ids})
+  dataset = dataset.map(lambda ids: {'targets': ids + offset if offset else ids})
   dataset = seqio.LMFeatureConverter(pack=True)(dataset, {'targets': length})
   dataset = dataset.batch(config.batch_size // num_parts, drop_remainder=True).prefetch(2)
   options = tf.data.Options()

@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def tfds_data_dir(tmp_path_factory):
 
 def _shard_texts(split, shard):
   """Texts of 10 to 130 bytes: shorter and longer than a sequence."""
-  return [f'{split} {shard}.{i} ' + 'né🎉' * ((7 * i) % 18) for i in range(20)]
+  return [f'{split} {shard}.{i} ' + 'né!🎉' * ((7 * i) % 18) for i in range(20)]
 
 
 def _all_texts(split):
@@ -210,6 +211,24 @@ def test_position_with_a_wrapped_tokenizer(config, make_config, foreign_file, tm
   _equal(resumed.batch(1), train.batch(1))
 
 
+def test_a_tokenizer_whose_id_0_is_text(config, make_config, tmp_path):
+  name = str(pathlib.Path(__file__).parent / 'bpe')  # '!' is 0
+  fields = {'source': 'seqio', 'task': 'c4_en', 'tfds_data_dir': config.tfds_data_dir}
+  fields |= {'tokenizer': name, 'sequence_length': 500, 'batch_size': 1}
+  validation = data.make_loader(make_config(**fields), 'validation')
+  batches = [validation.batch(step) for step in range(20)]
+  tokenizer = validation.tokenizer
+  segments = [s for batch in batches for s in _segments(batch)]
+  assert sorted(tokenizer.decode(s) for s in segments) == sorted(_all_texts('validation'))
+  for batch in batches:
+    counted = batch['segments'] > 0
+    begins = counted & (batch['positions'] == 0)
+    assert (batch['inputs'][begins] == tokenizer.eos_id).all()
+    inside = counted & (batch['positions'] > 0)
+    np.testing.assert_array_equal(batch['inputs'][inside], np.roll(batch['targets'], 1)[inside])
+    assert not batch['targets'][~counted].any()
+
+
 @pytest.fixture
 def stateful(tmp_path, monkeypatch):
   """A module that registers tasks with operations whose state cannot be saved."""
@@ -263,9 +282,7 @@ def test_tokenize_writes_every_document(config, make_config, tmp_path):
     texts = _all_texts(split)
     assert index['splits'][split]['documents'] == len(texts)
     assert index['splits'][split]['bytes'] == sum(len(t.encode()) for t in texts)
-    tokens = token_files.read(
-      make_config(source='tokens', files=str(tmp_path / 'tokens')), index, split
-    )
+    tokens = token_files.read(str(tmp_path / 'tokens'), index, split)
     documents = np.split(tokens, np.flatnonzero(tokens == 1) + 1)[:-1]
     decoded = [tokenizer_lib.BytesTokenizer().decode(d) for d in documents]
     assert sorted(decoded) == sorted(texts)
