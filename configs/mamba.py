@@ -9,18 +9,21 @@ nats per byte on held-out files (docs/LOG.md).
 
 The paper's runs apply weight decay to every parameter. The authors of Mamba exempt the recurrence
 (--config.optimizer.decay=matrices) and keep the residual stream in float32
-(--config.model.residual_float32).
+(--config.model.residual_float32). The variant `hf` is a model that transformers has too
+(docs/convert.md).
 """
 
 from moejax import variants
 
 
 def get_config(arg=None):
-  arg = variants.parse_arg(arg, sizes=('laptop', *variants.MOE_MAMBA_SIZES))
+  arg = variants.parse_arg(arg, sizes=('laptop', *variants.MOE_MAMBA_SIZES), hf=False)
   c = variants.moe_mamba_run(arg.size)
   ((_, blocks),) = c.model.blocks
   c.model.blocks = ((('mamba',), 2 * blocks),)
   c.model.positions = 'none'
   if arg.size != 'laptop':
     c.optimizer.peak_lr = 1e-3
+  if arg.hf:
+    variants.like(c, 'mamba')
   return variants.shrink(c) if arg.debug else c

@@ -7,15 +7,23 @@ Sizes are the Transformer-MoE baselines of MoE-Mamba (arXiv:2401.04081, tables 5
 top 1, capacity factor 1, on C4 with context 1024; the variant `dense` is the Transformer without
 experts. Final log-perplexity in the paper (table 1): 25M 3.23, dense 3.43; 100M 2.88. 3M is our own
 miniature. The laptop default (8 experts) reaches 1.190 nats per byte on held-out files, 1.162
-without drops; its dense baseline 1.191.
+without drops; its dense baseline 1.191. The variants `mixtral` (two experts per token) and `olmoe`
+are models that transformers has too (docs/convert.md).
 """
 
 from moejax import variants
 
+_LIKE = ('mixtral', 'olmoe')
+
 
 def get_config(arg=None):
   sizes = ('laptop', *variants.MOE_MAMBA_SIZES)
-  arg = variants.parse_arg(arg, sizes=sizes, experts=0, top_k=0, dense=False)
+  arg = variants.parse_arg(
+    arg, sizes=sizes, experts=0, top_k=0, dense=False, **dict.fromkeys(_LIKE, False)
+  )
+  like = [name for name in _LIKE if getattr(arg, name)]
+  if len(like) + arg.dense > 1:
+    raise ValueError('--config=...: a model is one of dense, mixtral and olmoe; remove the others.')
   c = variants.moe_mamba_run(arg.size)
   if arg.size != 'laptop':
     c.model.moe.expansion_rate = 32
@@ -26,5 +34,7 @@ def get_config(arg=None):
     ((_, blocks),) = c.model.blocks
     c.model.blocks = ((('attention', 'moe'), blocks),)
   c.model.moe.expansion_rate = arg.experts or c.model.moe.expansion_rate
-  c.model.moe.experts_per_token = arg.top_k or 1
+  c.model.moe.experts_per_token = arg.top_k or (2 if arg.mixtral else 1)
+  for name in like:
+    variants.like(c, name)
   return variants.shrink(c) if arg.debug else c

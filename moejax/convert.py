@@ -35,11 +35,13 @@ from moejax import (
   cli,
   config as config_lib,
   files,
-  hf_mamba,
+  hf,
   model as model_lib,
+  report,
   run_folder,
   step as step_lib,
 )
+from moejax.hf import card, folder as folder_lib
 from moejax.optimizer import make_optimizer
 
 
@@ -77,46 +79,70 @@ def from_safetensors(path, workdir, tokenizer=None):
   run_config = config_lib.resolve(config)
   run_folder.check_tokenizer(metadata, run_config.tokenizer)
   abstract = abstract_params(run_config.model)
-  _check(tensors, jax.eval_shape(to_tensors, abstract), path)
+  folder_lib.check(tensors, jax.eval_shape(to_tensors, abstract), path)
   return write_run(config, run_config, from_tensors(tensors, abstract), workdir)
 
 
 def to_hf(workdir, output):
-  """Writes a folder that transformers' MambaForCausalLM loads; returns a summary."""
+  """Writes a folder that transformers loads without our code; returns a summary."""
   output = _new_path(output)
   run_config, step, params, _ = run_folder.load_run(workdir)
-  options = hf_mamba.export_options(run_config.model, run_config.data, run_config.tokenizer)
-  tensors = hf_mamba.export_tensors(to_tensors(jax.device_get(params)), run_config.model)
+  architecture = hf.of_run(run_config)
+  tensors = architecture.export(to_tensors(jax.device_get(params)), run_config.model)
+  notes = card.notes(run_config)
   with _output(output) as path:
     path.mkdir()
-    _write(tensors, {'format': 'pt'}, path / 'model.safetensors')
+    folder_lib.write_tensors(tensors, path)
+    options = architecture.write(run_config)
     (path / 'config.json').write_text(json.dumps(options, indent=2))
-  return f'written to {output}: config.json, model.safetensors of step {step}'
+    try:
+      run_config.tokenizer.save_pretrained(path)
+    except ValueError as error:
+      notes.append(f'No tokenizer is in the folder: {error}')
+    summary = report.read_summary(workdir)
+    text = card.text(architecture, run_config, step, summary, output.name, notes)
+    (path / 'README.md').write_text(text)
+  return '\n'.join([f'written to {output}: {architecture.class_name} of step {step}', *notes])
 
 
 def from_hf(config, model, workdir):
-  """Makes a run from a Mamba of transformers; returns a summary.
+  """Makes a run from a model of transformers; returns a summary.
 
   Args:
-    config: everything but the model: data, tokenizer, optimizer, dtypes.
+    config: everything but the model: data, optimizer, dtypes, and the tokenizer if the model comes
+      without one.
     model: a folder with config.json and model.safetensors, or a name on Hugging Face's hub.
     workdir: the run to create. Its token ids are those of the model.
   """
   workdir = _new_path(workdir)
-  folder = hf_mamba.folder(model)
-  options = hf_mamba.read_options(folder / 'config.json')
-  hf_mamba.import_options(options, config)
+  folder = folder_lib.find(model)
+  options = folder_lib.read_options(folder)
+  with _naming(folder / 'config.json'):
+    architecture = hf.of_options(options)
+    fields = architecture.read(options, config.data.sequence_length)
+  config.update_from_flattened_dict(fields)
+  own_tokenizer = folder_lib.has_tokenizer(folder)
+  if own_tokenizer:
+    config.data.tokenizer = str(folder)
   run_config = config_lib.resolve(config)
   abstract = abstract_params(run_config.model)
-  export = lambda params: hf_mamba.export_tensors(to_tensors(params), run_config.model)
+  export = lambda params: architecture.export(to_tensors(params), run_config.model)
   expected = jax.eval_shape(export, abstract)
-  tensors = {}
-  for file in hf_mamba.files(folder):
-    tensors |= _read(file, run_config.model.param_dtype)[0]
-  tensors = hf_mamba.complete(tensors, options, expected)
-  _check(tensors, expected, folder)
-  params = from_tensors(hf_mamba.import_tensors(tensors, run_config.model), abstract)
-  return write_run(config, run_config, params, workdir)
+  theirs = folder_lib.read_tensors(folder, architecture, options, expected)
+  ours = architecture.bring(theirs, jax.eval_shape(to_tensors, abstract), run_config.model)
+  if own_tokenizer:
+    config.data.tokenizer = str(workdir / 'tokenizer')
+  tokenizer = run_config.tokenizer if own_tokenizer else None
+  return write_run(config, run_config, from_tensors(ours, abstract), workdir, tokenizer)
+
+
+@contextlib.contextmanager
+def _naming(path):
+  """Names the file in every line of a ValueError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError('\n'.join(f'{path}: {line}' for line in str(error).splitlines())) from error
 
 
 def to_tensors(params):
@@ -152,20 +178,10 @@ def abstract_params(model):
   return jax.eval_shape(functools.partial(model_lib.init_params, model), jax.random.key(0))
 
 
-def _check(tensors, expected, source):
-  """Raises ValueError if names, shapes or dtypes differ from those expected."""
-  lines = checkpoint.differences(tensors, expected)
-  if lines:
-    raise ValueError('\n'.join([f'{source} does not match the model of its config:', *lines]))
-
-
-def _read(path, dtype=None):
-  """Reads tensors, converted to `dtype` if given, and metadata of a safetensors file."""
-  with checkpoint.one_line_errors(f'cannot read {path} as safetensors'):
-    with safetensors.safe_open(path, 'np') as file:
-      tensors = {name: file.get_tensor(name) for name in file.keys()}
-      metadata = file.metadata() or {}
-  return {n: t.astype(dtype or t.dtype, copy=False) for n, t in tensors.items()}, metadata
+def _read(path):
+  """Reads the tensors and the metadata of a safetensors file."""
+  with folder_lib.reading(path) as file:
+    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def _write(tensors, metadata, path):
@@ -174,7 +190,7 @@ def _write(tensors, metadata, path):
   safetensors.numpy.save_file(tensors, path, metadata)
 
 
-def write_run(config, run_config, params, workdir):
+def write_run(config, run_config, params, workdir, tokenizer=None):
   """Writes a run at step 0, in the format of training; returns a summary.
 
   Args:
@@ -182,6 +198,7 @@ def write_run(config, run_config, params, workdir):
     run_config: what it resolves to.
     params: nested dict of arrays.
     workdir: the folder, which must not exist.
+    tokenizer: a Tokenizer to be written to the folder `tokenizer` of the run.
   """
   optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
   state = step_lib.new_state(jax.tree.map(jnp.asarray, params), optimizer)
@@ -192,6 +209,8 @@ def write_run(config, run_config, params, workdir):
   }
   with _output(workdir) as path:
     path.mkdir()
+    if tokenizer:
+      tokenizer.save_pretrained(path / 'tokenizer')
     run_folder.write(config, path)
     checkpoints = checkpoint.Checkpoints(run_folder.checkpoint_dir(path))
     checkpoints.save(0, state, None, metadata)

@@ -6,6 +6,7 @@ fields are derived from them; `--config.section.field=value` overrides single fi
 
 import types
 
+from moejax import hf
 from moejax.config import baseline
 from moejax.text import did_you_mean
 
@@ -146,6 +147,13 @@ def moe_mamba_run(size):
   c.optimizer.peak_lr = peak_lr
   c.optimizer.warmup_steps = steps // 100
   c.train.steps = steps
+  return c
+
+
+def like(c, architecture):
+  """Sets what a model of transformers of this kind (`hf.ARCHITECTURES`) needs; returns c."""
+  for name, value in hf.ARCHITECTURES[architecture].needs.items():
+    c.update_from_flattened_dict({name: value[0] if isinstance(value, tuple) else value})
   return c
 
 

@@ -26,7 +26,7 @@ RANKS = (
   ('layers',),
   ('model',),
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
-  + ('hf_mamba',)
+  + ('hf',)
   + ('goodput', 'profiling'),
   ('config', 'variants'),
   ('cli',),

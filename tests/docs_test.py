@@ -117,7 +117,8 @@ SMALLER = {
 
 def _smaller(words):
   """The same command at a smaller scale."""
-  words = [re.sub(r'^(--config=configs/(?!run).*\.py)$', r'\1:debug', word) for word in words]
+  words = [re.sub(r'^(--config=configs/(?!run)[^:]*\.py)$', r'\1:', word) for word in words]
+  words = [re.sub(r'^(--config=configs/(?!run)[^:]*:.*)$', r'\1,debug', word) for word in words]
   words = [re.sub(r'(sequence_length|train.steps)=\d+$', r'\1=32', word) for word in words]
   words = [str(DOCS / 'laptop_grid/runs.csv') if word == 'runs/grid' else word for word in words]
   return words + [flag for name, flags in SMALLER.items() if name in words for flag in flags]
@@ -181,8 +182,7 @@ def test_every_program_has_help_and_refuses_a_bucket(go):
   assert code == 2 and output.startswith('error: --workdir is required: Folder of the run')
 
 
-MAMBA = ['--config=configs/mamba.py:debug', '--config.train.steps=1', '--workdir=runs/model']
-MAMBA += ['--config.model.norm=rms_norm', '--config.model.final_norm=True']
+MAMBA = ['--config=configs/mamba.py:debug,hf', '--config.train.steps=1', '--workdir=runs/model']
 
 
 def test_the_commands_of_the_pages_run_one_after_the_other(go):

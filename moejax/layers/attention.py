@@ -60,8 +60,9 @@ class Attention(nnx.Module):
       setattr(self, name, init(rngs, d_model, *shape, fan_in=d_model))
     self.out = init(rngs, num_heads, head_width, d_model, fan_in=d_model)
     if biases:
-      for name, shape in (shapes | {'out': (d_model,)}).items():
+      for name, shape in shapes.items():
         setattr(self, f'{name}_bias', nnx.Param(jnp.zeros(shape, init.dtype)))
+      self.out_bias = nnx.Param(jnp.zeros(d_model, init.dtype))
     if qk_norm:
       self.q_norm = common.RMSNorm(d_model, init.dtype, norm_eps)
       self.k_norm = common.RMSNorm(kv_heads * head_width, init.dtype, norm_eps)
