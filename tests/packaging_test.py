@@ -1,5 +1,6 @@
 """What is installed: one package, which includes the config files and needs no checkout."""
 
+import ast
 import importlib.metadata
 import os
 import pathlib
@@ -159,6 +160,24 @@ def test_the_core_needs_no_tensorflow():
   tensorflow, core = _names(EXTRAS['seqio']), _names(PROJECT['dependencies'])
   assert tensorflow == {'seqio', 'tensorflow', 'tensorflow-datasets'}
   assert 'tokenizers' in core and not tensorflow & core
+
+
+def _imported(source):
+  """Names of the packages that source code imports, anywhere."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.partition('.')[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module.partition('.')[0]
+
+
+def test_what_is_imported_is_a_dependency_or_an_error_names_its_extra():
+  core = set(map(utils.canonicalize_name, _names(PROJECT['dependencies'])))
+  installed = importlib.metadata.packages_distributions()
+  for path in (ROOT / 'moejax').rglob('*.py'):
+    for name in {*_imported(path.read_text())} - sys.stdlib_module_names - {'moejax'}:
+      if core.isdisjoint(map(utils.canonicalize_name, installed.get(name, []))):
+        assert 'moejax[' in path.read_text(), f'{path} imports {name}'
 
 
 def _pinned(name):

@@ -8,12 +8,13 @@ import sys
 import sysconfig
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from absl import logging
 
 from moejax.data import corpus, tokenizer as tokenizer_lib
+
+pyarrow = pytest.importorskip('pyarrow')
+pytest.importorskip('pyarrow.parquet')
 
 
 def _fingerprint(config):
