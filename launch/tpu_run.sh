@@ -7,12 +7,15 @@
 #   launch/tpu_run.sh logs --name=mot --zone=us-west4-a     # follow a running job
 #   launch/tpu_run.sh delete --name=mot --zone=us-west4-a   # stop it and its costs
 #
-# All other flags are passed to python -m moejax.main. Buckets (gs://) are mounted on the hosts.
+# Types are v2-, v3-, v4-, v5litepod- (or v5e-), v5p- and v6e-N, or shapes: v5e:4x4. All other flags
+# are passed to python -m moejax.main. Before it requests the slice, it checks here that the config
+# is valid, its files exist and a step fits into memory. Buckets (gs://) are mounted on the hosts.
 #   --project=P       of the slice; default: gcloud's own
 #   --spot            cheaper, but may be preempted at any time
 #   --keep            do not delete the slice at the end
 #   --max_failures=N  give up after N in a row (default 3); preemptions do not count
-#   --dry_run         print the commands
+#   --dry_run         check everything, and print the commands
+#   --estimate        check by an estimate that it fits, without compiling (with libtpu installed)
 #   --help            print this
 #
 # Exit codes: 0 done, 1 given up, 2 usage or config error.
@@ -33,7 +36,7 @@ help() {
 }
 
 parse() {
-  action=run name='' zone='' type='' project='' spot=0 keep=0 dry_run=0 max_failures=3 args=()
+  action=run name='' zone='' type='' project='' spot=0 keep=0 dry_run=0 estimate=0 max_failures=3 args=()
   case ${1-} in
     help) help ;;
     run | logs | delete) action=$1 && shift ;;
@@ -47,6 +50,7 @@ parse() {
       --spot) spot=1 ;;
       --keep) keep=1 ;;
       --dry_run) dry_run=1 ;;
+      --estimate) estimate=1 ;;
       --help | -h) help ;;
       --*) args+=("$flag") ;;
       *) usage "unexpected argument '$flag'; flags are written --name=value." ;;
@@ -58,31 +62,28 @@ parse() {
   where=(--zone="$zone")
   if [[ $project ]]; then where+=(--project="$project"); fi
   if [[ $action == run ]]; then
-    case $type in
-      v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
-      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
-      v5p-*) version=v2-alpha-tpuv5 ;;
-      v6e-*) version=v2-alpha-tpuv6e ;;
-      '') usage '--type is missing, for example v5litepod-16.' ;;
-      *) usage "--type: expected v2-, v3-, v4-, v5litepod-, v5p- or v6e-N, got '$type'." \
-        'Newer generations are on GKE only: docs/launch.md.' ;;
-    esac
+    [[ $type ]] || usage '--type is missing, for example v5litepod-16.'
     [[ " ${args[*]}" == *' --workdir='* ]] ||
       usage '--workdir is missing: a folder that all hosts share, for example gs://BUCKET/run.'
   fi
 }
 
-# Exits with 2 on a config error, before there are costs. If the program is not installed here, the
-# hosts report it.
-check_config() {
-  local python configs=() flag
-  for python in python .venv/bin/python; do
+# Exits with 2, before there are costs, on an error in a flag or the config, a missing file, or a
+# model that does not fit; sets Google Cloud's name of the slice, and the image of its hosts.
+preflight() {
+  local python found configs=() flag
+  for python in python .venv/bin/python ''; do
+    [[ $python ]] || usage 'moejax is not installed here to check the config: pip install -e .'
     "$python" -c 'import ml_collections' 2>/dev/null && break
-  done || return 0
+  done
   for flag in "${args[@]}"; do
     if [[ $flag == --config[.=]* ]]; then configs+=("$flag"); fi
   done
-  "$python" -m moejax.main "${configs[@]}" --print_config >/dev/null || exit 2
+  # Hosts see buckets as folders.
+  "$python" -m moejax.main "${args[@]//gs:\/\///gs/}" --only_check_args || exit 2
+  if ((estimate)); then configs+=(--estimate); fi
+  found=$("$python" -m moejax.preflight --topology="$type" "${configs[@]}") || exit 2
+  read -r type image <<<"$found"
 }
 
 # Runs a command, or only prints it.
@@ -105,7 +106,7 @@ worker() {
 }
 
 create() {
-  local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
+  local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$image")
   if ((spot)); then flags+=(--spot); fi
   tpus queued-resources create "$name" "${flags[@]}"
 }
@@ -216,7 +217,7 @@ train() {
 
 parse "$@"
 case $action in
-  run) check_config; train ;;
+  run) preflight; train ;;
   logs) worker 0 follow ;;
   delete) delete ;;
 esac

@@ -142,8 +142,7 @@ class Choice:
     """One line: the mesh, and the memory that it is estimated to take."""
     sizes = dataclasses.asdict(self.run_config.mesh)
     needed = f'about {size(sum(self.memory.values()))} of {size(self.capacity)} per device'
-    doubt = '' if self.fits else '; it may not fit: moejax.aot says what would help'
-    return f'{sharding.describe(sizes)}; {needed}{doubt}'
+    return f'{sharding.describe(sizes)}; {needed}'
 
   @property
   def state_bytes(self):
@@ -167,6 +166,8 @@ def placed(run_config, devices):
   if not choice:
     return run_config
   print(f'mesh: {choice.describe()}', flush=True)
+  if not choice.fits:
+    print('warning: a step may not fit into memory; python -m moejax.aot says what would help.')
   return choice.run_config
 
 

@@ -151,6 +151,7 @@ PATHS = {
   'tokenize': ['output'],
   'tokenizer': ['output'],
   'aot': ['json'],
+  'preflight': [],
   'convert to_safetensors': ['workdir', 'output'],
   'convert from_safetensors': ['input', 'workdir'],
   'convert to_hf': ['workdir', 'output'],
@@ -211,7 +212,7 @@ def _do(go, words, prelude):
   if program == 'make':
     return _finished(['make', '--dry-run', *arguments])
   if program == 'launch/tpu_run.sh':
-    return _finished([ROOT / program, *arguments, '--dry_run'])
+    return _finished([ROOT / program, *arguments, '--dry_run', '--estimate'])
   assert program == 'python', words
   if arguments[1] == 'venv':
     return 0, ''

@@ -59,10 +59,14 @@ GCLOUD = f"""\
 """
 
 
-# In place of the program, which has no variant `bsae`.
+# In place of the programs, which take seconds: there is no variant `bsae`, and `huge` does not fit.
 PYTHON = """\
   #!/usr/bin/env bash
   if [[ "$*" == *:bsae* ]]; then echo 'error: not one of small, base' >&2 && exit 2; fi
+  if [[ "$*" == *moejax.preflight* ]]; then
+    if [[ "$*" == *:huge* ]]; then echo 'error: does not fit' >&2 && exit 2; fi
+    echo v5litepod-16 v2-alpha-tpuv5-lite
+  fi
 """
 
 
@@ -118,6 +122,10 @@ def test_a_config_error_is_found_before_the_slice_is_created(tpu_run):
   done, calls = tpu_run(*RUN, '--config=configs/mot.py:bsae')
   assert (done.returncode, calls) == (2, [])
   assert done.stderr == 'error: not one of small, base\n'
+  for flags in ([], ['--dry_run']):
+    done, calls = tpu_run(*RUN, '--config=configs/mot.py:huge', *flags)
+    assert (done.returncode, calls, done.stdout) == (2, [], '')
+    assert done.stderr == 'error: does not fit\n'
 
 
 @pytest.mark.parametrize('flags', [['--help'], ['help'], [*RUN, '-h']])
@@ -126,6 +134,45 @@ def test_help(tpu_run, flags):
   assert (done.returncode, calls, done.stderr) == (0, [], '')
   assert done.stdout.startswith('Trains on a Cloud TPU slice') and '--max_failures=N' in done.stdout
   assert done.stdout.endswith('usage or config error.\n')
+
+
+@pytest.fixture
+def preflight(tmp_path):
+  """`preflight(*flags)`: the launcher's dry run with the real program; its output."""
+  (tmp_path / 'python').write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+  (tmp_path / 'python').chmod(0o755)
+
+  def go(*flags):
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    command = [LAUNCH / 'tpu_run.sh', *flags, '--dry_run', '--estimate']
+    environment = os.environ | {'PATH': path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+  return go
+
+
+IN_A_BUCKET = (
+  '--config.data.tokenizer=gpt2:gs://bucket/gpt2',
+  '--config.data.tfds_data_dir=gs://bucket/tfds',
+)
+
+
+def test_everything_is_checked_at_home(preflight):
+  start = [*SLICE, '--workdir=gs://bucket/mot']
+  done = preflight(*start, '--type=v5e:4x4', '--config=configs/mot.py:base', *IN_A_BUCKET)
+  assert done.returncode == 0, done.stderr
+  create = shlex.split(done.stdout.splitlines()[0])
+  assert '--accelerator-type=v5litepod-16' in create
+  assert '--runtime-version=v2-alpha-tpuv5-lite' in create
+  assert 'v5e:4x4: expert 16; about 1.' in done.stderr
+
+
+def test_mistakes_are_found_at_home(preflight):
+  start = [*SLICE, '--workdir=gs://bucket/mot', '--type=v5e-16']
+  for flags, message in [(['--wrokdir=x'], 'wrokdir'), (['--config=mot.py:base'], 'no gpt2/vocab')]:
+    done = preflight(*start, *flags)
+    assert done.returncode == 2 and not done.stdout
+    assert message in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_a_preempted_slice_is_recreated_and_the_run_resumes(tpu_run):
@@ -205,7 +252,6 @@ def test_dry_run_prints_every_command_and_calls_nothing(tpu_run):
     (RUN[1:], '--name is missing'),
     (('--name=t', *RUN[2:]), '--zone is missing'),
     ((*SLICE, '--workdir=w'), '--type is missing'),
-    ((*SLICE, '--workdir=w', '--type=tpu7x-8'), 'on GKE only'),
     (RUN[:-1], '--workdir is missing'),
     ((*RUN, '--max_failures=x'), '--max_failures: expected a number'),
     ((*RUN, 'more'), "unexpected argument 'more'"),

@@ -19,7 +19,7 @@ from moejax import cli, files
 from moejax.aot import search, step, topologies
 
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'Target machine: v5e:4x4, v5e-16, v5p-128, v4-512, v6e:16x16, h100x8, ...'
+  'topology', None, 'Target machine: v5e:4x4, v5litepod-16, v5p-128, v6e:16x16, h100x8, ...'
 )
 _SLICES = flags.DEFINE_integer('slices', 1, 'TPU slices, connected by the data-center network.')
 _SEARCH = flags.DEFINE_bool('search', False, 'Search over meshes, model.remat and accumulation.')

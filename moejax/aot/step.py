@@ -147,6 +147,7 @@ def without_data(config):
   if not config.model.vocab_size:
     config.model.vocab_size = known_vocab_size(config.data.tokenizer)
   config.data.source, config.data.tokenizer = 'stdlib', 'bytes'
+  config.data.files = config.data.validation_files = ''
   return config
 
 

@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from moejax import hardware
+from moejax.text import did_you_mean
 
 _SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _CUBES = (
@@ -18,6 +19,16 @@ _CUBES = (
   *('8x8x16', '8x16x16', '16x16x16'),
 )
 _SHAPES = {'v4': _CUBES, 'v5e': _SQUARES, 'v5p': _CUBES, 'v6e': _SQUARES}
+# Known to the launcher only: their devices are cores, and libtpu does not compile for them.
+_OLD = {'v2': (8, 32, 128, 256, 512), 'v3': (8, 32, 64, 128, 256, 512, 1024, 2048)}
+# Names that Google Cloud gives to slices, and the images of their hosts.
+_CLOUD_NAMES = {'v5e': 'v5litepod'}
+_IMAGES = {
+  'v5e': 'v2-alpha-tpuv5-lite',
+  'v5p': 'v2-alpha-tpuv5',
+  'v6e': 'v2-alpha-tpuv6e',
+}
+_OLD_IMAGE = 'tpu-ubuntu2204-base'
 _GPUS = ('a100', 'h100', 'h200')
 _NODE = 8  # GPUs
 _GPU_COUNTS = (1, 2, 4, *(_NODE * 2**i for i in range(9)))
@@ -39,7 +50,21 @@ class Topology:
 
   @property
   def platform(self):
-    return 'tpu' if self.kind in _SHAPES else 'gpu'
+    return 'gpu' if self.kind in _GPUS else 'tpu'
+
+  @property
+  def accelerator_type(self):
+    """Google Cloud's name of a slice; `parse` takes it too."""
+    return (
+      f'{_CLOUD_NAMES.get(self.kind, self.kind)}-{_per_chip(self.kind) * math.prod(self.shape)}'
+    )
+
+  @property
+  def cloud_names(self):
+    """What Google Cloud calls a slice, and the software version of its hosts; of GPUs, the name."""
+    if self.platform == 'gpu':
+      return (str(self),)
+    return self.accelerator_type, _IMAGES.get(self.kind, _OLD_IMAGE)
 
   @property
   def num_chips(self):
@@ -49,6 +74,8 @@ class Topology:
     if self.platform == 'gpu':
       return f'{self.kind}x{self.num_chips}'
     times = f'{self.slices} slices of ' if self.slices > 1 else ''
+    if self.kind in _OLD:
+      return times + self.accelerator_type
     return f'{times}{self.kind}:{"x".join(map(str, self.shape))}'
 
   def wraps(self):
@@ -63,7 +90,12 @@ class Topology:
 
 
 def parse(name, slices=1):
-  """The Topology of a name such as v5e:4x4, v5e-16 (chips), v5p-128 and v4-512 (cores), h100x8.
+  """The Topology of a name: the only reader of such names, for every program and the launcher.
+
+  Args:
+    name: such as v5e:4x4 or, as Google Cloud counts, v5litepod-16 or v5e-16 (chips), v5p-128 and
+      v4-512 (cores); h100x8 (GPUs). Upper or lower case.
+    slices: TPU slices, connected by the data-center network.
 
   Raises:
     ValueError: the name is unknown.
@@ -71,12 +103,9 @@ def parse(name, slices=1):
   if slices < 1:
     raise ValueError(f'--slices must be at least 1, got {slices}.')
   known = _names()
-  if name not in known:
-    raise ValueError(
-      f'--topology={name}: unknown topology. Available:\n'
-      + '\n'.join(f'  {kind}: {", ".join(names)}' for kind, names in _listing(known).items())
-    )
-  topology = dataclasses.replace(known[name], slices=slices)
+  if name.lower() not in known:
+    raise ValueError(_unknown(name, known))
+  topology = dataclasses.replace(known[name.lower()], slices=slices)
   if topology.platform == 'gpu' and slices > 1:
     raise ValueError(f'--slices={slices}: only TPUs have slices; for more GPUs set --topology.')
   return topology
@@ -87,18 +116,45 @@ def _names():
   for kind, shapes in _SHAPES.items():
     for text in shapes:
       topology = Topology(kind, tuple(map(int, text.split('x'))))
-      cores = 2 if kind in ('v4', 'v5p') else 1  # per chip: the names of slices count cores
-      names[f'{kind}:{text}'] = names[f'{kind}-{cores * topology.num_chips}'] = topology
+      count = _per_chip(kind) * topology.num_chips
+      names[f'{kind}:{text}'] = names[f'{kind}-{count}'] = names[topology.accelerator_type] = (
+        topology
+      )
+  for kind, counts in _OLD.items():
+    names |= {f'{kind}-{n}': Topology(kind, (n,)) for n in counts}
   for kind in _GPUS:
     names |= {f'{kind}x{n}': Topology(kind, (n,)) for n in _GPU_COUNTS}
   return names
 
 
-def _listing(known):
-  listing = {}
-  for name, topology in known.items():
-    listing.setdefault(topology.kind, []).append(name)
-  return listing
+def _per_chip(kind):
+  """What the number in the name of a slice counts of a chip: itself, or its two cores."""
+  return 2 if kind in ('v4', 'v5p') else 1
+
+
+def _unknown(name, known):
+  """One line: the closest name, and all names of its kind, or all kinds."""
+  hint = did_you_mean(name.lower(), known, cutoff=0.6)
+  kind = next((kind for start, kind in _kinds().items() if name.lower().startswith(start)), None)
+  if kind:
+    sizes = dict.fromkeys(
+      topology.accelerator_type if topology.platform == 'tpu' else str(topology)
+      for topology in known.values()
+      if topology.kind == kind
+    )
+    shape = f', or by shape, such as {kind}:{_SHAPES[kind][2]}' if kind in _SHAPES else ''
+    return f'--topology={name}: there is no such {kind}{hint} There are {", ".join(sizes)}{shape}.'
+  newer = ' Newer TPUs are on GKE only: docs/launch.md.' if name.startswith('tpu') else ''
+  return (
+    f'--topology={name}: unknown{hint} Expected a size of {", ".join((*_SHAPES, *_OLD, *_GPUS))}, '
+    f'such as v5e:4x4, v5litepod-16, v5p-128 or h100x8.{newer}'
+  )
+
+
+def _kinds():
+  """Kinds by the beginnings of their names."""
+  kinds = (*_SHAPES, *_OLD, *_GPUS)
+  return {name: kind for kind, name in _CLOUD_NAMES.items()} | dict(zip(kinds, kinds, strict=True))
 
 
 # Devices.
@@ -139,6 +195,10 @@ def devices(topology):
 
 
 def _tpus(topology):
+  if topology.kind in _OLD:
+    raise ValueError(
+      f'--topology={topology}: libtpu compiles ahead of time for {", ".join(_SHAPES)} only.'
+    )
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       "--topology: compiling for a TPU needs libtpu: pip install 'moejax[tpu-aot]' "

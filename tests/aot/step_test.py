@@ -177,7 +177,7 @@ def _run(*args):
   'args, message',
   [
     ([], '--topology: expected a machine'),
-    (['--topology=v5e-17'], 'unknown topology'),
+    (['--topology=v5e-17'], 'no such v5e'),
   ],
 )
 def test_bad_names(args, message):

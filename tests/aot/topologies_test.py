@@ -13,6 +13,9 @@ from moejax.aot import topologies
   [
     ('v5e:4x4', (4, 4), 16),
     ('v5e-16', (4, 4), 16),
+    ('v5litepod-16', (4, 4), 16),  # Google Cloud's name
+    ('V5P-8', (2, 2, 1), 4),
+    ('v6e-8', (2, 4), 8),
     ('v5p-128', (4, 4, 4), 64),  # names of v4 and v5p count cores
     ('v4-512', (4, 8, 8), 256),
     ('v6e:16x16', (16, 16), 256),
@@ -27,6 +30,27 @@ def test_names(name, shape, chips):
   assert topologies.parse(str(topology)) == topology
 
 
+@pytest.mark.parametrize(
+  'name, cloud, image',
+  [
+    ('v5e:2x4', 'v5litepod-8', 'v2-alpha-tpuv5-lite'),
+    ('v5p:4x4x4', 'v5p-128', 'v2-alpha-tpuv5'),
+    ('v4-8', 'v4-8', 'tpu-ubuntu2204-base'),
+    ('v6e-256', 'v6e-256', 'v2-alpha-tpuv6e'),
+    ('v3-32', 'v3-32', 'tpu-ubuntu2204-base'),
+  ],
+)
+def test_what_google_cloud_calls_it(name, cloud, image):
+  topology = topologies.parse(name)
+  assert topology.cloud_names == (cloud, image)
+  assert topologies.parse(cloud) == topology == topologies.parse(str(topology))
+
+
+def test_old_slices_are_not_compiled_for():
+  with pytest.raises(ValueError, match='ahead of time for v4, v5e, v5p, v6e only'):
+    topologies.devices(topologies.parse('v3-8'))
+
+
 def test_slices():
   topology = topologies.parse('v5e:16x16', slices=4)
   assert topology.num_chips == 1024
@@ -36,8 +60,10 @@ def test_slices():
 @pytest.mark.parametrize(
   'name, slices, message',
   [
-    ('v5e-17', 1, r'unknown topology. Available:\n(.*\n)*  v5e: v5e:1x1, v5e-1, '),
-    ('v7x', 1, 'unknown topology'),
+    ('v5e-17', 1, 'no such v5e; did you mean .* There are v5litepod-1, v5litepod-4, .*by shape'),
+    ('v5lite-16', 1, "did you mean 'v5litepod-16'"),
+    ('v7x', 1, 'unknown. Expected a size of v4, v5e'),
+    ('tpu7x-8', 1, 'on GKE only'),
     ('v5e-16', 0, '--slices must be at least 1, got 0'),
     ('h100x8', 2, 'only TPUs have slices'),
   ],
