@@ -87,6 +87,7 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
   if arrays:
     axes.set_ylim(*_limits(arrays.values()))
     axes.legend(frameon=False)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.grid(color='0.9')
   axes.spines[['top', 'right']].set_visible(False)
   return figure

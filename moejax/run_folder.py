@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from moejax import config as config_lib, fields, files, model as model_lib, sharding
+from moejax import cli, config as config_lib, fields, files, model as model_lib, sharding
 from moejax.checkpoint import Checkpoints, changed_fields
 
 
@@ -259,6 +259,6 @@ def load_run(workdir, overrides=None):
   init = functools.partial(model_lib.init_params, run_config.model, jax.random.key(0))
   abstract = sharding.abstract(init, mesh)
   restore = lambda step: saved.restore_params(step, abstract, config.to_dict())
-  with contextlib.closing(saved):
+  with contextlib.closing(saved), cli.waiting_for('reading the checkpoint', file=sys.stderr):
     step, params = saved.read_newest(restore)
   return run_config, step, params, mesh

@@ -143,7 +143,9 @@ def _first_bytes(texts: Iterable[bytes], limit: int) -> Iterator[bytes]:
 def main(config):
   values = flags.FLAGS
   section = data.DataConfig(**config.data)
-  print(train(section, values.vocab_size, values.output, values.max_megabytes))
+  with cli.waiting_for('training the tokenizer'):
+    done = train(section, values.vocab_size, values.output, values.max_megabytes)
+  print(done)
 
 
 if __name__ == '__main__':

@@ -153,10 +153,11 @@ def fit(paths):
   names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
   options: Any = {name: _FLAGS[name].value for name in names}
   fits = {}
-  if _FLAGS.law == 'moe':
-    fits = fit_lib.fit_moe_and_dense(sparse, dense, **options)
-  else:
-    fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
+  with cli.waiting_for('fitting'):
+    if _FLAGS.law == 'moe':
+      fits = fit_lib.fit_moe_and_dense(sparse, dense, **options)
+    else:
+      fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
   folder = pathlib.Path(_FLAGS.output)
   report.save(fits, folder / 'fit.json')
   used = {name for one in fits.values() for name in one.used}
