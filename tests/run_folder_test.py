@@ -93,8 +93,8 @@ def test_a_field_that_is_gone_and_changes_nothing_is_left_out(run, capsys):
       ],
     ),
     (
-      lambda saved: saved['model'].update(qk_norm=True, heads={'kv': 2}),
-      ['model.qk_norm = True is not known', 'model.heads.kv = 2 is not known to this version'],
+      lambda saved: saved['model'].update(sinks=True, heads={'kv': 2}),
+      ['model.sinks = True is not known', 'model.heads.kv = 2 is not known to this version'],
     ),
     (lambda saved: saved.update(lora={'rank': 3}), ['lora.rank = 3 is not known']),
     (lambda saved: saved.update(model=3), ['model = 3 is not known']),
