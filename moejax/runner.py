@@ -140,13 +140,19 @@ def _check_same_runs(settings, workdir):
       problems += [
         f'{name}: {field} = {found.get(field)!r} in the folder, {wanted.get(field)!r} in the grid'
         for field in sorted(found.keys() | wanted.keys())
-        if found.get(field) != wanted.get(field)
+        if found.get(field) != wanted.get(field) and not _is_free(field)
       ]
   if problems:
     raise ValueError(
       f'--workdir={workdir} holds runs of another grid; choose another folder or delete them.\n'
       + '\n'.join(problems)
     )
+
+
+def _is_free(field):
+  """Whether a run learns the same with any value of a field, so that it may change on resuming."""
+  how = run_folder.RESUMABLE_FIELDS | {'train.trackers', 'train.profile_steps'}
+  return field.startswith('mesh.') or (field in how and not field.startswith('data.'))
 
 
 def is_done(workdir, cell) -> bool:

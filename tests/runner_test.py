@@ -115,6 +115,12 @@ def test_the_summary_of_a_checkpoint_is_not_that_of_a_run(tmp_path):
   assert not runner.is_done(tmp_path, cell)
 
 
+def test_how_a_run_computes_may_change(tmp_path):
+  cell = _cell('a', 4)
+  _folder_of(cell, tmp_path, **{'mesh.fsdp': 4, 'model.loss_chunk': 7, 'train.trackers': ()})
+  assert runner.run([cell], tmp_path) == cli.OK
+
+
 def test_a_summary_without_a_config_is_rejected(tmp_path):
   cell = _cell('a', 4)
   _folder_of(cell, tmp_path)

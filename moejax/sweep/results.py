@@ -68,13 +68,18 @@ def noise(all_groups) -> float | None:
 
 
 def is_within_noise(group, best, all_groups) -> bool:
-  """Whether a t-test with the pooled deviation cannot tell the mean of a group from the best."""
+  """Whether a t-test cannot tell the mean of a group from the best.
+
+  The deviation is that of all groups, or that of these two if it is larger: some learning rates are
+  noisier than others.
+  """
   deviation = noise(all_groups)
   if deviation is None or not group.losses:
     return False
+  deviation = max(deviation, noise([group, best]) or 0.0)
   freedom = sum(max(0, len(g.losses) - 1) for g in all_groups)
   error = deviation * math.sqrt(1 / len(group.losses) + 1 / len(best.losses))
-  return group.mean - best.mean <= stats.t.ppf((1 + _CONFIDENCE) / 2, freedom) * error
+  return bool(group.mean - best.mean <= stats.t.ppf((1 + _CONFIDENCE) / 2, freedom) * error)
 
 
 def describe(axes, all_groups) -> str:
@@ -100,15 +105,15 @@ def describe(axes, all_groups) -> str:
 def _conclusions(axes, best, all_groups):
   """One line for the noise, and one for every axis on whose edge the best group is."""
   yield 'Losses in nats per token, mean ± standard deviation over seeds.'
-  if len(all_groups) > 1 and (deviation := noise(all_groups)) is None:
+  if len(all_groups) > 1 and noise(all_groups) is None:
     yield f'With one seed, differences may be noise: add --grid {_SEED}=0,1,2.'
   elif len(all_groups) > 1:
-    near = sum(is_within_noise(g, best, all_groups) for g in all_groups if g is not best)
+    test = f't-test at {_CONFIDENCE:.0%}'
+    near = any(is_within_noise(g, best, all_groups) for g in all_groups if g is not best)
     yield (
-      f'within noise: as good as the best, as far as these seeds tell (t-test, {_CONFIDENCE:.0%}, '
-      f'pooled standard deviation {deviation:.4f}).'
+      f'within noise: as good as the best, as far as these seeds can tell ({test}).'
       if near
-      else f'The best is better than all others beyond the noise of seeds ({deviation:.4f}).'
+      else f'The best is better than all others by more than the noise of seeds ({test}).'
     )
   for axis in axes:
     yield from _edge(axis, best, all_groups)

@@ -41,7 +41,7 @@ def test_the_table_of_seeds():
     ['0.003', '1.2200', '±', '0.0141', '2', 'within', 'noise'],
     ['0.01', '1.2000', '1', 'best', '(1', 'of', '2', 'without', 'a', 'result)'],
   ]
-  assert 'pooled standard deviation 0.0224' in table[6]
+  assert table[6].startswith('within noise: as good as the best')
   assert table[7].startswith(
     'The best optimizer.peak_lr, 0.01, is the largest of the sweep: add optimizer.peak_lr=0.033 '
   )
@@ -50,8 +50,18 @@ def test_the_table_of_seeds():
 def test_differences_beyond_the_noise():
   axes, groups = _sweep([1.50, 1.51, 1.20, 1.21, 1.40, 1.41], RATES, SEEDS)
   table = results.describe(axes, groups)
-  assert 'within noise' not in table and 'better than all others beyond the noise' in table
+  assert 'within noise' not in table and 'better than all others by more than the noise' in table
   assert 'of the sweep: add' not in table
+
+
+def test_the_noise_is_that_of_the_noisier_cells():
+  quiet, noisy = [1.50, 1.50], [1.20, 1.24]
+  axes, groups = _sweep([*quiet, *noisy, 1.275, 1.285], RATES, SEEDS)
+  assert results.noise(groups) == pytest.approx(np.sqrt((0.0008 + 0.00005) / 3))
+  assert [results.is_within_noise(g, groups[1], groups) for g in groups] == [False, True, True]
+  axes, groups = _sweep([*quiet, *noisy, 1.34, 1.35], RATES, SEEDS)
+  assert not results.is_within_noise(groups[2], groups[1], groups)
+  assert not results.is_within_noise(groups[2], groups[1], groups[1:])
 
 
 def test_one_seed_cannot_tell_noise():
