@@ -4,6 +4,8 @@
 # make test-fast                                 lint and the quick tests, while you work
 # make test-tpu                                  tests with the TPU compiler, 700 MB (Linux)
 # make test-versions                             tests on Python 3.13, with the newest and oldest JAX
+# make notebooks                                 makes notebooks/*.ipynb from their sources
+# make docs                                      builds the documentation into build/site
 # PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the virtual environment,
 # PYTHON313 the interpreter of test-versions.
 
@@ -14,7 +16,7 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast test-tpu test-versions test-newest test-oldest
+.PHONY: train test test-fast test-tpu test-versions test-newest test-oldest notebooks docs
 
 ON_TWO_CORES = --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 INSTALL = -m pip install --quiet --constraint constraints/newest.txt --editable
@@ -35,6 +37,13 @@ test-fast: $(VENV)/.installed-test
 test-tpu: $(VENV)/.installed-test
 	python $(INSTALL) '.[tpu-aot]'
 	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/layers/mamba_mesh_test.py
+
+notebooks: $(VENV)/.installed-test
+	python notebooks/build.py
+
+docs: $(VENV)/.installed-test
+	python $(INSTALL) '.[docs]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 # Reinstalled only when the dependencies change.
 $(VENV)/.installed: pyproject.toml constraints/newest.txt

@@ -13,8 +13,10 @@ import numpy as np
 from moejax import (
   cli,
   config as config_lib,
+  evaluate,
   generate,
   model as model_lib,
+  report,
   run_folder,
   sharding,
   step as step_lib,
@@ -85,7 +87,7 @@ def load(workdir: str | os.PathLike) -> 'Run':
   workdir = cli.path(os.fspath(workdir))
   run_config, step, params, mesh = run_folder.load_run(workdir)
   model = model_lib.bind(run_config.model, params)
-  return Run(run_folder.read(workdir), model, params, run_config.tokenizer, step, mesh)
+  return Run(run_folder.read(workdir), model, params, run_config.tokenizer, step, mesh, workdir)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -102,9 +104,36 @@ class Run:
   tokenizer: Any  # `encode(text)` -> int32 ids, `decode(ids)` -> text
   step: int  # optimizer steps it was trained for
   mesh: jax.sharding.Mesh  # all devices
+  workdir: str  # the run's folder
 
   def __repr__(self):
     return f'<moejax.Run: step {self.step} of {self.config.train.steps}>'
+
+  @property
+  def summary(self) -> dict:
+    """The run's summary.json: parameters, FLOPs, losses, seconds; {} before its end."""
+    return report.read_summary(self.workdir)
+
+  def evaluate(
+    self, modes: Any = ('mixed',), group_sizes: Any = (0,), batches: int | None = None
+  ) -> list[dict]:
+    """Evaluates held-out text in every mode at every group size (docs/evaluation.md).
+
+    Args:
+      modes: of `moejax.evaluate.MODES`.
+      group_sizes: sequences that are mixed with each other; 0: as many as in training.
+      batches: how many of the validation split; None: all.
+
+    Returns:
+      One dict per combination: `mode`, `group_size`, `leaks`, `loss` (nats per token), ...
+
+    Raises:
+      ValueError: the model does not support a mode, or a group size does not divide the batch.
+    """
+    run_config = config_lib.resolve(self.config)
+    choices = list(modes), list(group_sizes)
+    with jax.set_mesh(self.mesh):
+      return evaluate.compare_modes(run_config, self.params, self.mesh, *choices, batches)
 
   def logits(self, text: Any) -> np.ndarray:
     """The logits of every next token: row i predicts the token after token i.

@@ -239,3 +239,22 @@ def test_the_first_commands_of_the_readme(tmp_path):
     assert code == 0, output
   assert 'def ' in output and '-' * 40 in output
   assert 'exceed the context of 64' in output
+
+
+def test_the_site_has_every_page():
+  pages = {str(page.relative_to(DOCS)) for page in DOCS.glob('**/*.md')}
+  listed = re.findall(r'[\w/]+\.md', (ROOT / 'mkdocs.yml').read_text())
+  assert sorted(listed) == sorted(pages)
+
+
+def test_links_between_pages_lead_somewhere():
+  for page in [README, *DOCS.glob('**/*.md')]:
+    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+      path, _, anchor = target.partition('#')
+      if '://' in target or not path:
+        continue
+      assert (page.parent / path).exists(), f'{page.name}: {target}'
+      if anchor and path.endswith('.md'):
+        headings = re.findall(r'^#+ (.*)', (page.parent / path).read_text(), re.M)
+        slugs = [re.sub(r'[^\w -]', '', h).strip().lower().replace(' ', '-') for h in headings]
+        assert anchor in slugs, f'{page.name}: {target}'
