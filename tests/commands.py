@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
 # Programs that begin a line of a page, beside the words of bash. In place of them, bash finds files
 # that write down what they are called with.
-PROGRAMS = ('python', 'pip', 'make', 'gcloud', 'docker', 'xpk', 'sbatch', 'launch/tpu_run.sh')
+PROGRAMS = ('python', 'pip', 'make', 'gcloud', 'docker', 'xpk', 'sbatch', 'hf', 'launch/tpu_run.sh')
 PROGRAMS += ('.venv/bin/pip',)
 _FIRST_WORDS = {*PROGRAMS, '$', 'for', 'cat', 'export'}
 _RECORDER = f"""#!{sys.executable} -S

@@ -140,7 +140,7 @@ def encode(
 
 def progress(documents: Iterable[Document]) -> Iterator[Document]:
   """Yields documents and shows how many bytes were read, if that takes more than five seconds."""
-  interval = 0.5 if sys.stderr.isatty() else 60
+  interval = 0.5 if sys.stderr.isatty() else 10
   options = {'unit': 'B', 'unit_scale': True, 'delay': 5, 'mininterval': interval}
   with tqdm.tqdm(desc='Tokenizing', **options) as bar:
     for document in documents:

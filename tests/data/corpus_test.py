@@ -362,3 +362,12 @@ def test_names_with_brackets(make_config, tmp_path, pattern):
   (folder / 'a[1].txt').write_text('some text\n' * 100)
   config = make_config(source='text', files=f'{folder}/{pattern}')
   assert set(_names(config)) == {'a[1].txt'}
+
+
+def test_reading_shows_progress_after_five_seconds(make_config, monkeypatch, capsys):
+  documents = [corpus.Document('a', 'train', b'x' * 1000)] * 20
+  clock = iter(range(10**6))
+  for seconds, shown in ((0.1, False), (10, True)):
+    monkeypatch.setattr('tqdm.std.time', lambda seconds=seconds: next(clock) * seconds)
+    assert len(list(corpus.progress(documents))) == 20
+    assert ('Tokenizing: 20.0kB' in capsys.readouterr().err) == shown
