@@ -11,13 +11,14 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moejax import compilation_cache
+from moejax import compilation_cache, imports
 from moejax.text import duration
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -53,6 +54,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
     if HELP.intersection(argv):
       _print_help(main, takes_overrides)
       sys.exit(OK)
+    argv = _import_own_code(argv)
     if takes_overrides:
       argv = _without_overrides(argv, overrides)
     return _parse_with_config(argv) if needs_config else _parse(argv)
@@ -297,14 +299,17 @@ def _plain(message):
 def _print_help(main, takes_overrides):
   """Prints what a program does, and its own flags with meanings and defaults."""
   print(_help_of(main), '\n\nFlags:', sep='')
-  defined = flags.FLAGS.flags_by_module_dict().items()
+  defined = [
+    *flags.FLAGS.flags_by_module_dict().items(),
+    *_import_flags().flags_by_module_dict().items(),
+  ]
   ours = [
     flag
     for module, of_module in defined
     for flag in of_module
     if module == sys.argv[0] or module.startswith('moejax')
   ]
-  last = [name for _, name, _ in _PROCESS_FLAGS]
+  last = [name for _, name, _ in _PROCESS_FLAGS] + ['imports', 'allow_imports']
   for flag in sorted(ours, key=lambda flag: flag.name in last):
     meaning = ' '.join(flag.help.partition(';\n')[0].split())  # absl appends the rest
     line = f'--{flag.name}: {meaning}{_default(flag)}'
@@ -339,6 +344,52 @@ def _help_of(main):
   return '\n'.join([inspect.cleandoc(main.__doc__).partition('\n\n')[0], '', *examples])
 
 
+def _import_flags():
+  """The flags about the user's own code, which is imported before other flags are read."""
+  values = flags.FlagValues()
+  flags.DEFINE_list(
+    'imports',
+    [],
+    'Files or modules of your own that register routers, sublayers, optimizers or tasks. The run '
+    'remembers them.',
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    'allow_imports',
+    False,
+    'Lets a run import the files that it remembers, although you have not run them before.',
+    flag_values=values,
+  )
+  return values
+
+
+def _import_own_code(argv):
+  """Imports what `--imports` names; returns the other arguments."""
+  values = _import_flags()
+  values.set_gnu_getopt()
+  try:
+    rest = values(argv, known_only=True)
+    if values['allow_imports'].value:
+      imports.allow_all()
+    for name in values['imports'].value:
+      imports.use(name)
+  except (flags.Error, ValueError) as error:
+    sys.exit(_fail(str(error).removeprefix('flag ')))
+  return rest
+
+
+@contextlib.contextmanager
+def _remembering_config_file(argv):
+  """Remembers the file of `--config=` if executing it, in this context, registers anything."""
+  from moejax import config  # importing JAX takes seconds
+
+  before = config.registered()
+  yield
+  if config.registered() != before:
+    *_, given = (a.removeprefix('--config=') for a in argv if a.startswith('--config='))
+    imports.remember(given.partition(':')[0])
+
+
 def _without_overrides(argv, overrides):
   """argv without the `--config.FIELD=` flags, which are moved into `overrides`."""
   rest = []
@@ -362,7 +413,8 @@ def _parse_with_config(argv):
   overrides = {}
   sys.argv[:] = argv = _without_overrides(argv, overrides)  # config_flags also reads it
   try:
-    rest = _parse(argv)
+    with _remembering_config_file(argv):
+      rest = _parse(argv)
     if overrides:
       from moejax import config
 
@@ -420,7 +472,9 @@ def config_of(arguments):
   argv = _without_overrides(['', *map(_find_config, arguments)], overrides)
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
-    values(argv, known_only=True)
+    with _remembering_config_file(argv), warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'the load_module')  # ml_collections calls it
+      values(argv, known_only=True)
   except flags.Error as error:
     raise ValueError(str(error).rpartition('\nValueError: ')[2].strip()) from error
   except (AttributeError, KeyError, ValueError) as error:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from moejax import fields, profiling
+from moejax import fields, model as model_lib, optimizer, profiling
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
+from moejax.layers import common, moe
 from moejax.layers.mot import MoTConfig
 from moejax.model import ModelConfig
 from moejax.optimizer import OptimizerConfig
@@ -74,6 +75,15 @@ def baseline() -> Any:
 def flat_fields():
   """All config fields: 'section.field' -> dataclasses.Field."""
   return {name: f for section in SECTIONS.values() for name, f in fields.flat(section).items()}
+
+
+def registered():
+  """What code of one's own may add to or replace: the choices that exist, by name."""
+  tables = (model_lib.SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
+  tables += (common.NORMS, common.INITIALIZERS)
+  seqio: Any = sys.modules.get('seqio')  # imported by few programs
+  tasks = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} if seqio else set()
+  return [dict(table) for table in tables] + [tasks]
 
 
 def reference():

@@ -15,6 +15,7 @@ from moejax import (
   config as config_lib,
   evaluate,
   generate,
+  imports,
   model as model_lib,
   report,
   run_folder,
@@ -78,16 +79,24 @@ def fit(config: Any, workdir: str | os.PathLike) -> 'Run':
   return load(workdir)
 
 
-def load(workdir: str | os.PathLike) -> 'Run':
+def load(workdir: str | os.PathLike, allow_imports: bool = False) -> 'Run':
   """The run in a folder, at its newest checkpoint.
 
+  Args:
+    workdir: the folder.
+    allow_imports: whether code that the run needs may be imported although you have not run it
+      before (docs/library.md); needed for folders of other people that have such code.
+
   Raises:
-    ValueError: there is no run or no checkpoint, or its tokenizer is missing.
+    ValueError: there is no run or no checkpoint, its tokenizer is missing, or its code is not
+      allowed.
   """
   workdir = cli.path(os.fspath(workdir))
-  run_config, step, params, mesh = run_folder.load_run(workdir)
+  with imports.allowed(allow_imports):
+    run_config, step, params, mesh = run_folder.load_run(workdir)
+    config = run_folder.read(workdir)
   model = model_lib.bind(run_config.model, params)
-  return Run(run_folder.read(workdir), model, params, run_config.tokenizer, step, mesh, workdir)
+  return Run(config, model, params, run_config.tokenizer, step, mesh, workdir)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from moejax import cli, config as config_lib, fields, files, model as model_lib, sharding
+from moejax import cli, config as config_lib, fields, files, imports, model as model_lib, sharding
 from moejax.checkpoint import Checkpoints, changed_fields
 
 
@@ -67,22 +67,30 @@ def _take(path, stack):
 
 def write(config, workdir, corpus=None):
   """Writes `config.json` for `read`; the fingerprint `corpus` is there for people only."""
-  text = json.dumps({'corpus': corpus, **config.to_dict()}, indent=2)
+  of_own = {'imports': code} if (code := imports.remembered()) else {}
+  text = json.dumps({'corpus': corpus, **of_own, **config.to_dict()}, indent=2)
   files.write(pathlib.Path(workdir) / 'config.json', text)
 
 
 def read(workdir, flag='--workdir'):
   """The ConfigDict of a run; fields that are newer than the run have their default.
 
+  Imports the user's own code that the run needs (`moejax.imports`).
+
   `flag`: the flag that named the folder, for errors.
 
   Raises:
-    ValueError: there is no run in `workdir`, or this version cannot read its config.
+    ValueError: there is no run in `workdir`, this version cannot read its config, or the code is
+      missing or not allowed.
   """
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'{flag}={workdir} holds no run: {path} does not exist.')
-  return from_saved(read_json(path), path)
+  saved = read_json(path)
+  imports.of_run(saved.get('imports', []), path)
+  config = from_saved(saved, path)
+  imports.name_task(config.data.task, path)
+  return config
 
 
 def read_json(path):
@@ -137,7 +145,7 @@ def from_saved(saved, source):
         print(f'note: {source}: {name} was removed; all runs behave so.', file=sys.stderr)
       else:
         problems.append(f'{name} = {value!r} was removed; {advice} and remove it.')
-    elif name != 'corpus':
+    elif name not in ('corpus', 'imports'):
       problems.append(
         f'{name} = {value!r} is not known to this version of moejax. Use the later version that '
         'wrote it, or remove it if it does not matter.'

@@ -23,6 +23,7 @@ from moejax import (
   estimate,
   flops,
   goodput,
+  imports,
   metrics as metrics_lib,
   profiling,
   report,
@@ -145,6 +146,7 @@ def train(
 def prepare(config, workdir):
   """A Run whose config, mesh and data are checked; nothing is written."""
   run_config = config_lib.resolve(config)
+  imports.name_task(run_config.data.task)
   with cli.waiting_for('initialising the devices'):
     run_config = estimate.placed(run_config, jax.devices())
     mesh = sharding.make_mesh(run_config.mesh)

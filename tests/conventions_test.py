@@ -21,7 +21,17 @@ SOURCES = sorted((ROOT / 'moejax').rglob('*.py'))
 # A module may import modules of its own rank or below. Whatever is not named is a program, on top.
 RANKS = (
   # '' is moejax/__init__.py
-  ('', 'compilation_cache', 'fields', 'files', 'hardware', 'parameters', 'text', 'trackers'),
+  (
+    '',
+    'compilation_cache',
+    'fields',
+    'files',
+    'imports',
+    'hardware',
+    'parameters',
+    'text',
+    'trackers',
+  ),
   ('ops', 'sharding'),
   ('layers',),
   ('model',),

@@ -6,7 +6,6 @@ The only module that imports TensorFlow, on first use and without its startup me
 import contextlib
 import difflib
 import functools
-import importlib
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from moejax import imports
 from moejax.data import batch as batch_lib, tokenizer as tokenizer_lib
 from moejax.text import did_you_mean
 
@@ -181,7 +181,7 @@ def _find_task(config, tokenizer) -> tuple[Any, str]:
   module, _, name = config.task.rpartition(':')
   if module:
     try:
-      importlib.import_module(module)
+      imports.of_task(module)
     except ModuleNotFoundError as error:
       raise ValueError(
         f'data.task: cannot import {module!r} of {config.task!r}: {error}.'
