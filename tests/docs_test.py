@@ -4,12 +4,14 @@ import concurrent.futures
 import gzip
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -135,6 +137,9 @@ def _smaller(words):
 def go(tmp_path_factory):
   """`go('moejax.main', argument, ...)` in a folder with what a reader has; code and output."""
   folder = tmp_path_factory.mktemp('docs')
+  for page in DOCS.glob('adding_*.md'):  # what the reader saved
+    (name,) = set(re.findall(r'--imports=(\S+)', page.read_text()))
+    (folder / name).write_text(*_python(page))
   (folder / 'text').mkdir()
   for i in range(40):
     (folder / 'text' / f'{i}.txt').write_text(f'def function_{i}(x):\n  return x * {i}\n' * 20)
@@ -144,11 +149,14 @@ def go(tmp_path_factory):
     lines = '\n'.join(json.dumps({'text': f'document {i} of {name} ' * 20}) for i in range(40))
     (folder / 'c4' / 'en' / f'c4-{name}.json.gz').write_bytes(gzip.compress(lines.encode()))
   context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(1, context, programs.compile_quickly) as pool:
+  with (
+    mock.patch.dict(os.environ, XDG_STATE_HOME=str(folder / 'state')),
+    concurrent.futures.ProcessPoolExecutor(1, context, programs.compile_quickly) as pool,
+  ):
 
-    def run(module, *arguments, prelude=''):
+    def run(module, *arguments):
       program = module.removeprefix('moejax.')
-      return pool.submit(programs.run, program, arguments, folder, prelude).result()
+      return pool.submit(programs.run, program, arguments, folder).result()
 
     yield run
 
@@ -204,11 +212,10 @@ def test_the_commands_of_the_pages_run_one_after_the_other(go):
     assert code == 0, output
   done = set()
   for page in commands.PAGES:
-    added = '\n'.join(_python(page)) if page.name.startswith('adding_') else ''
     for words in commands.of(page):
       if words[0] not in OTHERS and str(words) not in done:
         done.add(str(words))
-        code, output = _do(go, words, added)
+        code, output = _do(go, words)
         assert code == 0, f'{page.name}: {shlex.join(words)}\n{output}'
     for text, is_commands in commands.blocks(page):
       for line in text.splitlines() if text.startswith('--config.') else ():
@@ -218,7 +225,7 @@ def test_the_commands_of_the_pages_run_one_after_the_other(go):
       assert is_commands or 'python -m moejax' not in text.partition('\n')[2], text
 
 
-def _do(go, words, prelude):
+def _do(go, words):
   """Does what words of a page say, or as much of it as can be done here."""
   program, *arguments = words
   if program == 'make':
@@ -232,7 +239,7 @@ def _do(go, words, prelude):
     arguments.append('--only_check_args')
   else:
     arguments = _smaller(arguments)
-  return go(*arguments[1:], prelude=prelude)
+  return go(*arguments[1:])
 
 
 def _finished(command, **options):

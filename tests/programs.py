@@ -16,8 +16,8 @@ def compile_quickly():
   os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 
 
-def run(module, arguments, folder, prelude=''):
-  """What `python -m moejax.MODULE ARGUMENTS` in a folder would do, after the code of `prelude`.
+def run(module, arguments, folder):
+  """What `python -m moejax.MODULE ARGUMENTS` in a folder would do.
 
   Meant for a process of its own: flags, streams and the current folder are those of the process.
 
@@ -27,7 +27,6 @@ def run(module, arguments, folder, prelude=''):
   from moejax import distributed
 
   distributed.initialize = lambda *_: None  # the processes of a test are alone
-  exec(prelude, {})
   of_absl = {'absl.app', 'absl.logging', 'absl.testing', 'absl.flags'}
   for defined_by, defined in flags.FLAGS.flags_by_module_dict().items():
     for flag in [] if defined_by in of_absl else list(defined):
