@@ -371,10 +371,10 @@ def _import_own_code(argv):
     rest = values(argv, known_only=True)
     if values['allow_imports'].value:
       imports.allow_all()
-    for name in values['imports'].value:
+    for name in values['imports'].value or ():
       imports.use(name)
   except (flags.Error, ValueError) as error:
-    sys.exit(_fail(str(error).removeprefix('flag ')))
+    sys.exit(fail(str(error).removeprefix('flag ')))
   return rest
 
 

@@ -108,7 +108,7 @@ def of_run(entries, source):
     _run(code)
 
 
-def name_task(task, source=''):
+def name_task(task, source: str | pathlib.Path = ''):
   """Notes who names `data.task` first: the file `source`, or else the user."""
   if module := task.rpartition(':')[0]:
     _tasks.setdefault(module, str(source))
