@@ -16,11 +16,13 @@ PROGRAMS = {
   'train': ('main', 'trains a language model, or resumes a run'),
   'evaluate': ('evaluate', 'validation loss of a run, in every decoding mode'),
   'generate': ('generate', 'text from a run'),
+  'eval_harness': ('eval_harness', 'lm-evaluation-harness on a run'),
   'compare': ('compare', 'a plot and a table of several runs'),
   'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),
   'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),
   'tokenize': ('tokenize', 'writes a corpus to token files'),
+  'sweep': ('sweep', 'one config with many values of its fields, and a table'),
   'scaling_laws': ('scaling_laws', 'plans for a budget, grids of runs, fits, figures'),
   'aot': ('aot', 'does a model fit a machine, and how fast is it? Compiles ahead of time'),
 }

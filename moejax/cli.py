@@ -72,7 +72,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
         return main(overrides)
       return main(flags.FLAGS.config) if needs_config else main()
     except (Exception, KeyboardInterrupt) as error:
-      return _exit_code(error)
+      return exit_code(error)
 
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
@@ -80,7 +80,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   app.run(guarded, flags_parser=parse)
 
 
-def _exit_code(error):
+def exit_code(error):
   """Prints an error as one message and returns the exit code; re-raises it if it is a bug.
 
   A ValueError that this package raises is a mistake of the user, a RuntimeError a failure; both

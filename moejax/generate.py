@@ -120,7 +120,14 @@ class Completion:
 
 
 def complete(
-  model_config, params, tokenizer, prompts, length, sampling=None, watch=lambda texts: None
+  model_config,
+  params,
+  tokenizer,
+  prompts,
+  length,
+  sampling=None,
+  watch=lambda texts: None,
+  others=None,
 ):
   """Continues texts together.
 
@@ -133,6 +140,7 @@ def complete(
     length: the most tokens to generate after each.
     sampling: a `Sampling`; None: the default.
     watch: called with the list of Completions after every token.
+    others: sequences of ids that fill up a group of every prompt's own; None: prompts share groups.
 
   Returns:
     A Completion per prompt.
@@ -144,14 +152,20 @@ def complete(
   ids = [tokenizer.encode(prompt) for prompt in prompts]
   ids = [i if len(i) else np.array([tokenizer.eos_id], np.int32) for i in ids]
   _check(ids, length)
-  number = decode.full_groups(model_config, len(ids))
-  repeated = [ids[i % len(ids)] for i in range(number)]
-  seeds = sampling.seeds(number)
-  texts = [Completion(tokenizer, sampling, seed, length) for seed in seeds[: len(ids)]]
-  for new in decode.stream(model_config, params, repeated, length, seeds, sampling.settings):
-    for i, token in new:
-      if i < len(texts):
-        texts[i].add(token)
+  seeds = sampling.seeds(len(ids))
+  texts = [Completion(tokenizer, sampling, seed, length) for seed in seeds]
+  if others is None:
+    number = decode.full_groups(model_config, len(ids))
+    rows, seeds = [ids[i % len(ids)] for i in range(number)], sampling.seeds(number)
+    text_of = dict(enumerate(texts))
+  else:
+    rows = [row for i in ids for row in (i, *others)]
+    seeds = [seed for seed in seeds for _ in range(1 + len(others))]
+    text_of = {i * (1 + len(others)): text for i, text in enumerate(texts)}
+  for new in decode.stream(model_config, params, rows, length, seeds, sampling.settings):
+    for row, token in new:
+      if row in text_of:
+        text_of[row].add(token)
     watch(texts)
     if all(text.finish_reason for text in texts):
       break

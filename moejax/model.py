@@ -26,7 +26,7 @@ from moejax.layers.moe_in_mamba import MoEInMambaSublayer
 from moejax.layers.mot import MoTConfig, MoTSublayer
 from moejax.layers.parallel import Parallel
 from moejax.layers.sublayer import Sublayer
-from moejax.ops import routing
+from moejax.ops import cross_entropy, routing
 from moejax.sharding import exchange, rules
 from moejax.sharding.mesh import SHARD_AXES
 
@@ -297,15 +297,24 @@ class LanguageModel(nnx.Module):
 
     Its gradient by the weights is therefore the cross-entropy of every target.
     """
+    x_BLD, aux = self._activations_of(batch, key)
+    chunk = self.config.loss_chunk
+    nats = loss.next_token_loss(x_BLD, self._head(), batch['targets'], weights_BL, chunk=chunk)
+    return nats, aux
+
+  def target_scores(self, batch):
+    """The log-probability (nats) of every target, and whether it is the likeliest; [B, L] each."""
+    x_BLD, _ = self._activations_of(batch)
+    chunk = self.config.loss_chunk
+    return cross_entropy.target_scores(x_BLD, self._head(), batch['targets'], chunk=chunk)
+
+  def _activations_of(self, batch, key=None):
     positions_BL = batch['positions']
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
     tokens = common.TokenInfo(batch['segments'], positions_BL, key)
-    x_BLD, aux = self.activations(batch['inputs'], tokens)
-    chunk = self.config.loss_chunk
-    nats = loss.next_token_loss(x_BLD, self._head(), batch['targets'], weights_BL, chunk=chunk)
-    return nats, aux
+    return self.activations(batch['inputs'], tokens)
 
   def __call__(self, inputs_BL, tokens=None):
     """Float32 logits_BLV of every next token; of whole documents unless `tokens` says otherwise.

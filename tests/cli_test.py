@@ -61,7 +61,7 @@ except ValueError:
   ],
 )
 def test_user_errors_and_failures_are_one_message(capsys, error, code, said):
-  assert cli._exit_code(error) == code
+  assert cli.exit_code(error) == code
   assert capsys.readouterr().err.startswith(said)
 
 
@@ -79,7 +79,7 @@ def test_user_errors_and_failures_are_one_message(capsys, error, code, said):
 )
 def test_bugs_keep_their_traceback(error):
   with pytest.raises(type(error)):
-    cli._exit_code(error)
+    cli.exit_code(error)
 
 
 def _python(*arguments, env=None, **options):

@@ -37,18 +37,39 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
     return cross_entropy(x_BLD, head_DV, targets_BL, weights_BL)
   head_DV = head_DV.astype(x_BLD.dtype)  # rounded as in the plain form
   head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))  # for its gradient
-  num_chunks = -(-L // chunk)
-
-  def split(a):  # [B, L, ...] -> [num_chunks, B, chunk, ...]
-    a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - L)] + [(0, 0)] * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(len(a), num_chunks, chunk, *a.shape[2:]), 1, 0)
 
   def add_chunk(total, chunk_arrays):
     x, targets, weights = chunk_arrays
     return total + jnp.sum(_nats(x, head_DV, targets) * weights), None
 
-  chunks = (split(x_BLD), split(targets_BL), split(weights_BL))
+  chunks = tuple(_split(a, chunk) for a in (x_BLD, targets_BL, weights_BL))
   return jax.lax.scan(add_chunk, jnp.zeros((), head_DV.dtype), chunks)[0]
+
+
+def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
+  """The log-probability (nats) of every target, and whether it is the likeliest token: [B, L] each.
+
+  Arguments as of `chunked_cross_entropy`; of equal logits, the first is the likeliest.
+  """
+
+  def of_chunk(arrays):
+    x, targets = arrays
+    logits = _logits(x, head_DV)
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return target_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+
+  B, L = targets_BL.shape
+  if not 0 < chunk < L:
+    return of_chunk((x_BLD, targets_BL))
+  scores = jax.lax.map(of_chunk, (_split(x_BLD, chunk), _split(targets_BL, chunk)))
+  return tuple(jnp.moveaxis(score, 0, 1).reshape(B, -1)[:, :L] for score in scores)
+
+
+def _split(a, chunk):
+  """[B, L, ...] -> [chunks, B, chunk, ...], zeros at the end."""
+  chunks = -(-a.shape[1] // chunk)
+  padding = [(0, 0), (0, chunks * chunk - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
+  return jnp.moveaxis(jnp.pad(a, padding).reshape(len(a), chunks, chunk, *a.shape[2:]), 1, 0)
 
 
 @jax.custom_vjp
