@@ -58,7 +58,7 @@ def _is_writable(folder):
 def _prune(folder):
   """Deletes the programs that were not used for longest, if there are too many."""
   found = []
-  for path in folder.glob('*'):
+  for path in filter(pathlib.Path.is_file, folder.rglob('*')):  # XLA makes folders of its own
     with contextlib.suppress(OSError):  # deleted by another process
       stat = path.stat()
       found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))

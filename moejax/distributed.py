@@ -145,7 +145,7 @@ class Interrupt:
 
   def _on_signal(self, number, frame):
     del frame
-    if not self._event.is_set():
+    if is_process_0() and not self._event.is_set():
       os.write(2, _STOPPING)  # print might be interrupted by this handler
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
