@@ -132,9 +132,10 @@ def train(
       with contextlib.closing(run.writer):
         if not loop(run, interrupt):
           run.checkpoints.wait()
-          run.writer.close()
-          _record(run, 'checkpoint')
+          run.ledger.lap('checkpoint')
           _plot(run)
+          run.writer.close()
+          _record(run, 'other')
           print(f'interrupted at step {run.step} of {run.run_config.train.steps}; saved')
           return cli.INTERRUPTED
         finish(run, summarize)
