@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import jax
 import numpy as np
@@ -175,6 +176,12 @@ def test_ops_ask_nothing_of_their_surroundings():
 def test_no_import_cycle():
   needs = {module: _ours(_at_import(tree)) - {module} for module, tree in MODULES.items()}
   list(graphlib.TopologicalSorter(needs).static_order())  # raises CycleError, which names the cycle
+
+
+def test_every_package_is_installed():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  folders = {'.'.join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+  assert {*project['tool']['setuptools']['packages']} == folders | {'moejax.configs'}
 
 
 def test_tensorflow_is_imported_only_where_it_is_used():

@@ -10,7 +10,7 @@ from moejax import config as config_lib, sharding, step as step_lib
 from moejax.sharding import platform
 from tests import tiny
 
-pytestmark = [pytest.mark.heavy, pytest.mark.versions]
+pytestmark = pytest.mark.heavy
 
 # JAX's name of a platform: ours.
 PLATFORMS = {'tpu': 'tpu', 'cuda': 'gpu'}
