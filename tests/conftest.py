@@ -14,6 +14,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 # In the environment, so that programs started by a test have them too. Before JAX is imported.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('WANDB_MODE', 'offline')  # nothing is uploaded
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.jax_cache'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
