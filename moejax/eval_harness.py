@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import tqdm
 
-from moejax import cli, compilation_cache, data, decode, fields, model as model_lib
-from moejax.evaluate import decoding
+from moejax import cli, compilation_cache, decode, fields, model as model_lib
+from moejax.evaluate import decoding, training_text
 from moejax.generate import Sampling, complete
 from moejax.run_folder import load_run
 
@@ -87,7 +87,7 @@ class MoejaxLM(TemplateLM):
     self._model = model.dropless() or model
     self._others = []
     if mode == 'mixed_with_corpus':
-      self._others = _training_text(run_config.data, self._model.mixed_sequences - 1)
+      self._others = training_text(run_config.data, self._model.mixed_sequences - 1)
     self._groups_of_one = bool(self._others) or self._model.mixed_sequences == 1
     groups = math.lcm(*self._model.groups.values())
     rows = int(batch_size) * (1 + len(self._others))
@@ -216,15 +216,6 @@ class MoejaxLM(TemplateLM):
 @functools.partial(jax.jit, static_argnums=0)
 def _target_scores(model_config, params, batch):
   return model_lib.bind(model_config, params).target_scores(batch)
-
-
-def _training_text(data_config, number):
-  """Sequences of ids, the first ones of training."""
-  loader, found, step = data.make_loader(data_config, 'train'), [], 0
-  while len(found) < number:
-    found.extend(loader.batch(step)['inputs'])
-    step += 1
-  return found[:number]
 
 
 def _settings(gen_kwargs):

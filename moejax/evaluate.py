@@ -15,7 +15,7 @@ influence each other:
   discrete           an expert of Mixture of Tokens takes a single token of a group; which one
                      depends on the others
   mixed_with_corpus  every sequence in a group of its own, filled with training text: how the paper
-                     scores single prompts (evaluation only; costs as much as a full group)
+                     scores single prompts (costs as much as a full group)
 """
 
 import dataclasses
@@ -205,6 +205,13 @@ def _among_others(batches, corpus, group_size):
       counted = np.zeros(mixed['segments'].shape, bool)
       counted[places] = True
       yield mixed | {'counted': counted}
+
+
+def training_text(data_config, number):
+  """The inputs of training's first `number` sequences, int32 [L] each: others to mix with."""
+  loader = data.make_loader(data_config, 'train')
+  steps = range(-(-number // data_config.batch_size))
+  return [row for step in steps for row in loader.batch(step)['inputs']][:number]
 
 
 def compare_modes(run_config, params, mesh, modes, group_sizes, num_batches):

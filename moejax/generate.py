@@ -6,9 +6,9 @@
   python -m moejax.generate --workdir=DIR --prompt="def " --mode=unmixed
 
 In a model that mixes sequences, the requests of a group influence each other, in decoding as in
-training, unless `--mode=unmixed` decodes each by itself; a group that the prompts do not fill is
-filled with further continuations of them. In other models a request's text depends on nothing but
-its prompt, its seed and the settings.
+training; a group that the prompts do not fill is filled with further continuations of them. With
+`--mode=mixed_with_corpus` or `unmixed`, and in other models, a request's text depends on nothing
+but its prompt, its seed and the settings.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from absl import flags
 
 from moejax import cli, decode, fields, run_folder, terminal
 from moejax.distributed import is_process_0
-from moejax.evaluate import decoding
+from moejax.evaluate import decoding, training_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +241,16 @@ def main(overrides):
     raise ValueError('--interactive: one process reads the input; start only one.')
   run_config, step, params, mesh = run_folder.load_run(args.workdir, overrides)
   model, tokenizer = decoding(run_config.model, args.mode, args.group_size), run_config.tokenizer
+  others = None
+  if args.mode == 'mixed_with_corpus':
+    others = training_text(run_config.data, model.mixed_sequences - 1)
   screen = terminal.Screen(step if args.json else None, args.interactive, is_process_0())
 
   def show(prompts, seed):
     with_seed = dataclasses.replace(sampling, seed=seed)
     watch = screen.begin(prompts)
-    screen.end(complete(model, params, tokenizer, prompts, args.length, with_seed, watch))
+    how = args.length, with_seed, watch, others
+    screen.end(complete(model, params, tokenizer, prompts, *how))
 
   def warn(prompts, length=args.length):
     longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
@@ -278,6 +282,7 @@ _MODES = {
   'mixed': 'groups as in training, one request influences another',
   'unmixed': 'every request by itself, experts see each token alone',
   'discrete': 'an expert takes one token of a group, which one depends on the others',
+  'mixed_with_corpus': 'every request in a group of its own, filled with training text',
 }
 
 
