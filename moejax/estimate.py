@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from moejax import (
   config as config_lib,
@@ -101,8 +100,11 @@ def _with_remat(run_config, policy):
   return dataclasses.replace(run_config, model=model)
 
 
-def seconds(run_config, mesh, chip):
-  """Rough time of a step: compute, and communication of parameters, gradients and tokens."""
+def seconds(run_config, mesh, chip, detour=1.0):
+  """Rough time of a step: compute, and communication of parameters, gradients and tokens.
+
+  `detour`: how much longer an exchange between all devices takes than over one link of each.
+  """
   data, fsdp, expert, tensor = (mesh.shape[axis] for axis in sharding.AXES)
   model, accumulation = run_config.model, run_config.optimizer.accumulation
   devices = math.prod(mesh.shape.values())
@@ -114,7 +116,10 @@ def seconds(run_config, mesh, chip):
   reductions = accumulation * (fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp
   width = 2 * model.d_model * tokens * tensor
   blocks = sum(kind in ('moe', 'mot', 'moe_in_mamba') for kind in model.kinds)
-  exchanged = 4 * blocks * width * min(model.moe.top_k, expert) * (expert - 1) / expert
+  passes = 4 if model.remat in ('none', 'save_moe') else 6  # to experts and back; gradients; again
+  exchanged = (
+    detour * passes * blocks * width * min(model.moe.top_k, expert) * (expert - 1) / expert
+  )
   partial_sums = 4 * len(model.kinds) * width * (tensor - 1) / tensor
   num_bytes = param_bytes * (gathers + reductions) + exchanged + partial_sums
   shorter, longer = sorted((compute, num_bytes / chip.link))
@@ -196,9 +201,9 @@ def choose(run_config, num_devices, chip, slices=1):
 
 def on(run_config, shape, chip, estimator):
   """The Choice of a mesh of this shape; `estimator`: of the same model and batch."""
-  mesh = _abstract(shape)
-  memory = estimator.memory(mesh, run_config.optimizer.accumulation)
   placed = dataclasses.replace(run_config, mesh=sharding.MeshConfig(*shape))
+  mesh = sharding.abstract_mesh(placed.mesh)
+  memory = estimator.memory(mesh, run_config.optimizer.accumulation)
   return Choice(placed, memory, chip.memory, seconds(run_config, mesh, chip))
 
 
@@ -220,11 +225,10 @@ def problems(run_config, shape, slices=1):
   except ValueError as error:
     return [str(error)]
   batch = config_lib.batch_problems(run_config.data, run_config.model, run_config.optimizer)
-  return [*batch, *config_lib.mesh_problems(run_config, _abstract(shape))]
-
-
-def _abstract(shape):
-  return AbstractMesh(shape, sharding.AXES)
+  return [
+    *batch,
+    *config_lib.mesh_problems(run_config, sharding.abstract_mesh(sharding.MeshConfig(*shape))),
+  ]
 
 
 def powers_of_two(limit):

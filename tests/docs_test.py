@@ -119,6 +119,7 @@ SMALLER = {
   'moejax.tokenizer': ['--vocab_size=300', *TEXT],
   'moejax.tokenize': TEXT,
   'fit': ['--starts=2', '--repeats=2'],
+  'plan': ['--estimate'],
 }
 
 

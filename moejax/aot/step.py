@@ -74,7 +74,9 @@ def choose_mesh(run_config, topology):
   Raises:
     ValueError: the config is invalid there.
   """
-  with platform.compiling_for(topology.platform):
+  # cuDNN's attention, which saves less, cannot be traced without a GPU.
+  traced = 'tpu' if topology.platform == 'gpu' else topology.platform
+  with platform.compiling_for(traced):
     choice = estimate.choose(run_config, topology.num_chips, topology.chip, topology.slices)
   if choice is None:
     shape = run_config.mesh.shape(topology.num_chips)

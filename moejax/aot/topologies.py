@@ -32,6 +32,7 @@ _OLD_IMAGE = 'tpu-ubuntu2204-base'
 _GPUS = ('a100', 'h100', 'h200')
 _NODE = 8  # GPUs
 _GPU_COUNTS = (1, 2, 4, *(_NODE * 2**i for i in range(9)))
+KINDS = (*_SHAPES, *_GPUS)  # that moejax.aot compiles for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Topology:
   @property
   def platform(self):
     return 'gpu' if self.kind in _GPUS else 'tpu'
+
+  @property
+  def detour(self):
+    """Time of an all-to-all of all chips over that of one link with the same bytes."""
+    if self.platform == 'gpu':
+      return 1.0
+    across = (n / (2 if ring else 1) for n, ring in zip(self.shape, self.wraps(), strict=True))
+    return max(across) / 4
 
   @property
   def accelerator_type(self):
@@ -109,6 +118,11 @@ def parse(name, slices=1):
   if topology.platform == 'gpu' and slices > 1:
     raise ValueError(f'--slices={slices}: only TPUs have slices; for more GPUs set --topology.')
   return topology
+
+
+def of_kind(kind):
+  """All topologies of one of KINDS, the smallest first."""
+  return dict.fromkeys(topology for topology in _names().values() if topology.kind == kind)
 
 
 def _names():

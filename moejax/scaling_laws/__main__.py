@@ -50,8 +50,10 @@ def _define_plan():
   _define_number('target_loss', None, 'Target loss in nats per token.')
   _define_number('params', None, 'Active parameters: 7e9 is the "64x7B" of the paper.')
   _define_number('tokens', None, 'Training tokens.')
-  flags.DEFINE_string('chip', None, 'Estimate hours on this chip, such as v5e, v5p, A100 or H100.')
-  _define_number('mfu', 0.4, 'Model FLOPs utilization for that estimate.')
+  flags.DEFINE_string('chip', None, 'Choose a machine with this chip: v5e, v5p, A100, H100, ...')
+  _define_number('days', None, 'The machine must end in so many days, not only be large enough.', 0)
+  flags.DEFINE_bool('estimate', False, 'Do not compile for it, even if libtpu is installed.')
+  _define_number('mfu', None, 'Instead: hours on one chip at this model FLOPs utilization.')
   flags.DEFINE_enum('recipe', 'paper', ['paper', 'laptop'], 'Training recipe of the model.')
   flags.DEFINE_bool('json', False, 'Print JSON.')
 
@@ -70,13 +72,17 @@ def plan():
   if len(target) != 1 or min(target.values()) <= 0:
     raise ValueError('give one of --flops, --target_loss, --params and --tokens, above zero.')
   coefficients = report.load(_FLAGS.coefficients)
+  rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
   result = plan_lib.make(
     coefficients,
-    report.choose_rate(coefficients, _FLAGS.expansion_rate),
+    rate,
     target,
     {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe],
+    report.fitted_runs(_FLAGS.coefficients, rate),
     _FLAGS.chip,
-    _FLAGS.mfu,
+    mfu=_FLAGS.mfu,
+    days=_FLAGS.days,
+    compiles=not _FLAGS.estimate,
   )
   print(json.dumps(result, indent=2) if _FLAGS.json else plan_lib.describe(result))
   return cli.OK

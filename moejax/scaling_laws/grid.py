@@ -31,6 +31,7 @@ class Recipe:
   base: str  # variant whose fields are overridden for other sizes
   tokens_per_step: int
   warmup: float  # fraction of the steps
+  peak_lr: float
   fields: dict[str, str]  # as in a Cell
 
 
@@ -48,6 +49,7 @@ PAPER = Recipe(
   base='3M',
   tokens_per_step=2048 * 256,
   warmup=0.01,
+  peak_lr=2e-4,
   fields={},
 )
 # A grid for a laptop CPU, on the embedded corpus; validation runs only at the end.
@@ -56,6 +58,7 @@ LAPTOP = Recipe(
   base='laptop',
   tokens_per_step=16 * 64,
   warmup=0.05,
+  peak_lr=6e-3,
   fields={
     'data.batch_size': '16',
     'data.sequence_length': '64',

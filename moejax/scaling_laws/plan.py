@@ -1,11 +1,18 @@
-"""Training plan for a budget: the optimum of a law, rounded to a real model."""
+"""Training plan for a budget: the optimum of a law, rounded to a model, and a machine for it."""
 
-from moejax import hardware
-from moejax.scaling_laws import grid, laws, optimal
+import dataclasses
+import math
+
+from moejax import cli, hardware, variants
+from moejax.scaling_laws import grid, laws, machine, optimal
 from moejax.text import short
 
+_HEAD_WIDTH = 64
+_RULE = 'arXiv:2502.05172'
+_COLUMNS = 100
 
-def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
+
+def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **machine_options):
   """The plan as a dict of plain values, in the units of laws.py.
 
   Args:
@@ -13,13 +20,18 @@ def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
     expansion_rate: of the model to train, a key of `coefficients`; 1: dense.
     target: one quantity of `optimal.solve`, and its value.
     recipe: a `grid.Recipe` to train the model with.
-    chip: such as 'v5e' or 'H100', to estimate hours on it, or None.
-    mfu: the fraction of the chip's peak that the model's FLOPs reach.
+    fitted: (params, tokens) of the runs that the law was fitted to, to warn of extrapolation.
+    chip: such as 'v5e' or 'H100', to choose a machine and estimate hours, or None.
+    **machine_options: `mfu`, to estimate hours from the chip's peak instead, or as `machine.find`.
 
   Raises:
     ValueError: the chip is unknown, or no budget reaches the target.
   """
   best = optimal.solve(coefficients[expansion_rate], expansion_rate, **target)
+  cell = _cell(coefficients, best, expansion_rate, recipe)
+  rate = peak_lr(recipe, cell)
+  if rate < recipe.peak_lr:
+    cell = _with_fields(cell, {'optimizer.peak_lr': f'{rate:.2g}'})
   result = {
     'flops': best.flops,
     'expansion_rate': expansion_rate,
@@ -30,38 +42,92 @@ def make(coefficients, expansion_rate, target, recipe, chip=None, mfu=0.4):
     'loss': best.loss,
     'tokens_per_param': best.tokens / best.params,
     'tokens_per_active_param': best.tokens / best.active_params,
-    'model': _model(coefficients, best, expansion_rate, recipe),
+    'peak_lr': rate,
+    'peak_lr_rule': _RULE if rate < recipe.peak_lr else '',
+    'extrapolation': _extrapolation(cell, fitted),
   }
   if expansion_rate != 1 and 1 in coefficients:
     result['dense'] = _dense(coefficients[1], best)
   if chip:
-    result['chip'] = _chip(chip, mfu, best.flops)
-  return result
+    result['chip'], mesh = _chip(chip, cell, best.flops, **machine_options)
+    cell = _with_fields(cell, mesh)
+  return result | {'model': _model(cell)}
 
 
-def _model(coefficients, best, expansion_rate, recipe):
-  """The nearest model with an integer number of blocks, trained with the same FLOPs."""
-  blocks = max(1, round(best.blocks))
-  d_model = laws.WIDTH_PER_BLOCK * blocks
+def _cell(coefficients, best, expansion_rate, recipe):
+  """The nearest model that machines like, trained with the same FLOPs, as a `grid.Cell`."""
+  d_model = round_width(best.d_model)
+  blocks = max(1, round(best.params / laws.total_params(d_model, 1, expansion_rate)))
   per_token = laws.flops_per_token(d_model, blocks, expansion_rate, best.granularity)
   steps = max(1, round(best.flops / per_token / recipe.tokens_per_step))
-  cell = grid.make_cell(
-    recipe, (d_model, blocks, blocks), expansion_rate, best.granularity, steps, coefficients
-  )
-  sparse = best.granularity != laws.DENSE
+  if recipe is grid.PAPER:
+    recipe = dataclasses.replace(recipe, base=_nearest_size(laws.active_params(d_model, blocks)))
+  shape = d_model, blocks, max(2, d_model // _HEAD_WIDTH)
+  return grid.make_cell(recipe, shape, expansion_rate, best.granularity, steps, coefficients)
+
+
+def round_width(d_model):
+  """The nearest width of the form 4, 5, 6, 7 times a power of two, in multiples of 128 if larger.
+
+  Mesh axes divide it, and so do 16 experts in place of one from 512 on; heads are even.
+  """
+  smallest = 128 if d_model >= 128 else 32
+  step = max(smallest, 2 ** (math.floor(math.log2(d_model)) - 2))
+  return max(smallest, step * round(d_model / step))
+
+
+def _nearest_size(active_params):
+  """The variant with the closest number of active parameters, for its name and recipe."""
+
+  def distance(name):
+    d_model, blocks, *_ = variants.SCALING_SIZES[name]
+    return abs(math.log(laws.active_params(d_model, blocks) / active_params))
+
+  return min(variants.SCALING_SIZES, key=distance)
+
+
+def _with_fields(cell, fields):
+  return dataclasses.replace(cell, fields=cell.fields | fields)
+
+
+def peak_lr(recipe, cell):
+  """The recipe's peak rate, or a lower one by the rule of arXiv:2502.05172.
+
+  The rule, of the authors of the laws, is for E experts of which a token activates one, and at most
+  2.7B active parameters: exp(8.39 - 0.81 ln N_active - 0.25 ln E).
+  """
+  rule = math.exp(8.39 - 0.81 * math.log(cell.active_params) - 0.25 * math.log(cell.expansion_rate))
+  return min(recipe.peak_lr, rule)
+
+
+def _extrapolation(cell, fitted):
+  """How far parameters and tokens are outside of the fitted runs: texts."""
+  texts = []
+  for index, (what, value) in enumerate({'parameters': cell.params, 'tokens': cell.tokens}.items()):
+    known = [run[index] for run in fitted]
+    if known and value > max(known):
+      texts.append(f'{value / max(known):.3g} times the {what} of the largest fitted run')
+    elif known and value < min(known):
+      texts.append(f'{min(known) / value:.3g} times fewer {what} than the smallest fitted run')
+  return texts
+
+
+def _model(cell):
+  sparse = cell.granularity != laws.DENSE
   return {
-    'd_model': d_model,
-    'blocks': blocks,
-    'heads': blocks,
-    'experts': round(expansion_rate * best.granularity) if sparse else 0,
-    'expert_width': 4 * d_model // best.granularity if sparse else 0,
+    'd_model': cell.d_model,
+    'blocks': cell.blocks,
+    'heads': cell.heads,
+    'experts': round(cell.expansion_rate * cell.granularity) if sparse else 0,
+    'expert_width': 4 * cell.d_model // cell.granularity if sparse else 0,
     'params': cell.params,
     'active_params': cell.active_params,
     'tokens': cell.tokens,
-    'steps': steps,
+    'steps': cell.steps,
     'flops': cell.flops,
     'loss': cell.predicted_loss,
-    'command': cell.command,
+    'workdir': f'runs/{cell.name}',
+    'command': f'{cell.command} --workdir=runs/{cell.name}',
   }
 
 
@@ -79,13 +145,25 @@ def _dense(law, best):
   }
 
 
-def _chip(name, mfu, training_flops):
+def _chip(name, cell, training_flops, mfu=None, **options):
+  """A machine of a chip, or hours at `mfu`; and the fields of the mesh there."""
   chip = hardware.find(name)
-  if chip is None:
-    raise ValueError(f'--chip={name}: unknown chip; known ones are {", ".join(hardware.CHIPS)}.')
+  if mfu is None or chip is None:
+    kind = machine.kind_of(name)
+    found = machine.find(cli.config_of(cell.arguments[2:]), kind, **options)
+    mesh = (found or {}).get('mesh', '').split()
+    fields = dict(flag.removeprefix('--config.').split('=') for flag in mesh)
+    return {'name': name, 'kind': kind, 'machine': found}, fields
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu={mfu}: expected a fraction of the peak, such as 0.4.')
-  return {'name': name, 'mfu': mfu, 'hours': training_flops / (chip.flops * mfu) / 3600}
+  return {'name': name, 'mfu': mfu, 'hours': training_flops / (chip.flops * mfu) / 3600}, {}
+
+
+def _chip_rows(chip):
+  if 'mfu' in chip:
+    text = f'{chip["hours"]:.4g} if {100 * chip["mfu"]:.0f}% MFU is reached, which is a guess'
+    return [(f'{chip["name"]} hours', text)]
+  return machine.describe(chip['machine'], chip['kind'])
 
 
 def describe(plan):
@@ -110,9 +188,6 @@ def describe(plan):
     )
     if dense
     else None,
-    (f'{chip["name"]} hours', f'{chip["hours"]:.4g} at {100 * chip["mfu"]:.0f}% MFU')
-    if chip
-    else None,
     (
       'nearest shape',
       f'd_model {model["d_model"]}, {model["blocks"]} blocks'
@@ -125,6 +200,39 @@ def describe(plan):
       f'{short(model["params"])} parameters, {short(model["tokens"])} tokens, '
       f'loss {model["loss"]:.4f}',
     ),
+    _rate_row(plan),
+    *(_chip_rows(chip) if chip else ()),
+    *(('warning', f'extrapolates: {text}') for text in plan['extrapolation']),
   ]
   lines = [f'{name:17} {text}' for name, text in filter(None, rows)]
-  return '\n'.join([*lines, '', model['command']])
+  return '\n'.join([*lines, '', _wrapped(model['command']), *_launch(model, chip)])
+
+
+def _rate_row(plan):
+  source = f'by the rule of {_RULE}' if plan['peak_lr_rule'] else "the recipe's"
+  return 'peak rate', f'{plan["peak_lr"]:.2g}, {source}, not by this law: try half and twice of it'
+
+
+def _launch(model, chip):
+  """Text: how to launch it on a slice."""
+  found = (chip or {}).get('machine')
+  if not found or not found['type'].startswith('v'):
+    return
+  name = model['workdir'].removeprefix('runs/')
+  flags = model['command'].removeprefix('python -m moejax.main ').partition(' --workdir=')[0]
+  yield '\non a slice, with C4 and a tokenizer in a bucket (docs/data.md, docs/launch.md):'
+  yield _wrapped(
+    f'launch/tpu_run.sh --name={name} --zone=ZONE --type={found["type"]} {flags} '
+    f'--workdir=gs://BUCKET/{name} --config.data.tokenizer=gpt2:gs://BUCKET/gpt2 '
+    '--config.data.tfds_data_dir=gs://BUCKET/tfds'
+  )
+
+
+def _wrapped(command):
+  """A command on lines that a shell joins again."""
+  lines = ['']
+  for word in command.replace(' --', '\n--').split('\n'):
+    if len(lines[-1]) + len(word) > _COLUMNS:
+      lines.append(' ')
+    lines[-1] += f' {word}'
+  return ' \\\n'.join(lines).strip()

@@ -6,7 +6,7 @@ import math
 import pathlib
 
 from moejax import files
-from moejax.scaling_laws import laws
+from moejax.scaling_laws import collect, grid, laws
 
 
 def save(fits, path):
@@ -43,6 +43,16 @@ def _coefficients(fields):
     if value is not None and not math.isfinite(value):
       raise ValueError(f'{name} = {value}')
   return laws.Coefficients(**fields)
+
+
+def fitted_runs(name, expansion_rate):
+  """(params, tokens) of the runs behind the coefficients of `load(name)`; empty if not known."""
+  if name in laws.PUBLISHED:
+    runs = grid.make('paper')
+  else:
+    table = pathlib.Path(name).with_name('runs.csv')
+    runs = collect.collect([table], expansion_rate)[0] if table.is_file() else []
+  return [(run.params, run.tokens) for run in runs if run.expansion_rate == expansion_rate]
 
 
 def choose_rate(coefficients, expansion_rate=None):

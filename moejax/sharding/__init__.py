@@ -11,4 +11,12 @@ from moejax.sharding.arrays import (
   replicated,
   state_shardings,
 )
-from moejax.sharding.mesh import AXES, BATCH, MeshConfig, batch_shards, describe, make_mesh
+from moejax.sharding.mesh import (
+  AXES,
+  BATCH,
+  MeshConfig,
+  abstract_mesh,
+  batch_shards,
+  describe,
+  make_mesh,
+)

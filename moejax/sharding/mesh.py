@@ -10,7 +10,7 @@ import math
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 
 from moejax.fields import Section, default
 
@@ -74,6 +74,11 @@ def make_mesh(config, devices=None):
     make = functools.partial(mesh_utils.create_device_mesh, shape)
   placed = make(devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config):
+  """A mesh of the sizes of a MeshConfig, none of them -1, without devices."""
+  return AbstractMesh(dataclasses.astuple(config), AXES)
 
 
 def by_slices(shape, slices):

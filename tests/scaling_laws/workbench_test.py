@@ -1,16 +1,28 @@
 """The commands as users run them, the grids, the plans and the figures."""
 
 import csv
+import dataclasses
 import json
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import dense
-from moejax import cli
-from moejax.scaling_laws import __main__ as program, grid, laws, optimal, plan, plots
+from moejax import cli, config as config_lib, estimate, flops, sharding
+from moejax.aot import step, topologies
+from moejax.scaling_laws import (
+  __main__ as program,
+  grid,
+  laws,
+  machine,
+  optimal,
+  plan,
+  plots,
+  report,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -188,12 +200,82 @@ def test_commands_set_fields_that_the_config_has():
 def test_the_planned_model_has_integer_blocks_and_the_budget():
   result = plan.make(PRINTED, 64, {'flops': 1e21}, grid.PAPER)
   model = result['model']
-  assert model['d_model'] == 64 * model['blocks'] and model['experts'] == 64 * 16
-  assert model['expert_width'] * 16 == 4 * model['d_model']
+  assert (model['d_model'], model['blocks'], model['experts']) == (2560, 32, 64 * 16)
+  assert model['d_model'] == 64 * model['heads'] and model['expert_width'] == 4 * 2560 // 16
+  assert model['params'] == pytest.approx(result['params'], rel=0.02)
   assert model['flops'] == pytest.approx(1e21, rel=1e-4)
   assert model['loss'] == pytest.approx(result['loss'], abs=1e-3)
   text = plan.describe(result)
-  assert model['command'] in text and f'{result["loss"]:.4f}' in text
+  assert model['command'] in text.replace(' \\\n ', '') and f'{result["loss"]:.4f}' in text
+
+
+@pytest.mark.parametrize('wished', [33, 90, 130, 300, 500, 900, 2368, 5000, 100_000])
+def test_widths_that_machines_like(wished):
+  width = plan.round_width(wished)
+  assert 0.79 < width / wished < 1.27 and width % (128 if wished >= 128 else 32) == 0
+  odd = width
+  while odd % 2 == 0:
+    odd //= 2
+  assert odd <= 7 or width < 512  # mesh axes that are powers of two divide it
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections reads config files so
+@pytest.mark.parametrize('chip, budget', [('V5E', 1e21), ('h100', 1e20)])
+def test_the_planned_command_runs_on_the_planned_machine(chip, budget):
+  """Up to its placement: config, mesh and batch are valid there, and a step fits into memory."""
+  result = plan.make(PRINTED, 64, {'flops': budget}, grid.PAPER, chip=chip, compiles=False)
+  found = result['chip']['machine']
+  assert found['basis'] == machine.ESTIMATED and found['memory'] < 0.9 * found['capacity']
+  words = shlex.split(result['model']['command'])
+  assert words[:3] == ['python', '-m', 'moejax.main'] and words[-1].startswith('--workdir=')
+  config = step.without_data(cli.config_of(words[3:]))
+  run_config = config_lib.resolve(config)
+  assert run_config.train.steps == result['model']['steps']
+  assert run_config.optimizer.peak_lr == pytest.approx(result['peak_lr'], rel=0.05)
+  counted = flops.param_counts(run_config.model)['by_kind']['experts']
+  assert counted == pytest.approx(result['model']['params'], rel=0.02)
+  topology = topologies.parse(found['topology'])
+  sizes = run_config.mesh.shape(topology.num_chips)
+  assert not estimate.problems(run_config, sizes)
+  choice = step.choose_mesh(run_config, topology)
+  assert choice.flags == found['mesh'] and choice.fits
+  smaller = [t for t in topologies.of_kind(topology.kind) if t.num_chips < topology.num_chips]
+  free = dataclasses.replace(run_config, mesh=sharding.MeshConfig())
+  assert not smaller or not step.choose_mesh(free, smaller[-1]).fits
+  assert ('launch/tpu_run.sh' in plan.describe(result)) == (topology.platform == 'tpu')
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_a_machine_that_ends_in_time_and_fits_by_compiling(monkeypatch):
+  compiled = []
+
+  def compile_step(config, topology):
+    compiled.append((str(topology), config.mesh.expert))
+    return types.SimpleNamespace(fits=len(compiled) > 1, step_seconds=2.0, memory={'all': 2**30})
+
+  monkeypatch.setattr(machine.step, 'compile_step', compile_step)
+  monkeypatch.setattr(machine.importlib.util, 'find_spec', lambda name: True)
+  config = cli.config_of(['--config=configs/mot.py:base', '--config.train.steps=43200'])
+  found = machine.find(config, 'v5e')
+  assert [name for name, _ in compiled] == ['v5e:2x2', 'v5e:2x4'] and compiled[1][1] == 8
+  assert found['basis'] == machine.COMPILED and found['memory'] == 2**30
+  assert (found['type'], found['hours'], found['chip_hours']) == ('v5litepod-8', 24, 192)
+  assert (
+    '1d00h, 192 v5e hours: 2 s per step is the compiler' in machine.describe(found, 'v5e')[1][1]
+  )
+  soon = machine.find(config, 'v5e', days=0.03, compiles=False)
+  assert soon['chips'] == 8 and soon['hours'] < 0.03 * 24
+  assert machine.find(config, 'v5e', days=1e-6, compiles=False) is None
+  assert 'no v5e of any size' in machine.describe(None, 'v5e')[0][1]
+
+
+def test_rates_and_extrapolation():
+  result = plan.make(PRINTED, 64, {'flops': 1e21}, grid.PAPER, report.fitted_runs('printed', 64))
+  assert result['peak_lr'] == pytest.approx(3.8e-5, rel=0.02)
+  assert '29.6 times the parameters of the largest fitted run' in plan.describe(result)
+  small = plan.make(PRINTED, 64, {'flops': 1e18}, grid.PAPER, report.fitted_runs('printed', 64))
+  assert small['peak_lr'] == 2e-4 and "0.0002, the recipe's" in plan.describe(small)
+  assert not any('parameters' in text for text in small['extrapolation'])
 
 
 def test_a_dense_plan():
@@ -207,7 +289,8 @@ def test_a_dense_plan():
   ('changes', 'message'),
   [
     ({'target': {'flops': 1e40}}, 'no budget between 1e6 and 1e36 FLOPs'),
-    ({'chip': 'v99'}, '--chip=v99'),
+    ({'chip': 'v99'}, '--chip=v99: unknown chip'),
+    ({'chip': 't4'}, 'no machines with it are known, only with v4, v5e'),
     ({'chip': 'v5e', 'mfu': 40}, '--mfu=40'),
   ],
 )
