@@ -259,9 +259,15 @@ def _tokenizer_named(name: str, eos_id: int) -> Tokenizer:
   paths = tokenizer_files(name)
   for path in paths:
     if not path.is_file():
+      remedy = 'python -m moejax.tokenizer trains a SentencePiece model'
+      if name.startswith(GPT2_PREFIX):
+        remedy = (
+          f'hf download openai-community/gpt2 {" ".join(tokenizer_json.GPT2_FILES)} --local-dir '
+          f'{path.parent} fetches those of GPT-2'
+        )
       raise ValueError(
         f'data.tokenizer: expected {_KINDS}; got {name!r}, but there is no file {path.resolve()}. '
-        'python -m moejax.tokenizer trains a SentencePiece model.'
+        f'{remedy} (docs/data.md).'
       )
   try:
     if name.startswith(GPT2_PREFIX):

@@ -210,7 +210,7 @@ def test_known_vocabulary_sizes(gpt2_folder, sentencepiece_file, tmp_path):
 def test_missing_and_broken_files(make_config, tmp_path):
   with pytest.raises(ValueError, match=r'data\.tokenizer: .*no file .*nowhere\.model'):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=str(tmp_path / 'nowhere.model')))
-  with pytest.raises(ValueError, match=r'data\.tokenizer: .*no file .*vocab\.json'):
+  with pytest.raises(ValueError, match=r'no file .*vocab\.json\. hf download .* --local-dir '):
     tokenizer_lib.make_tokenizer(make_config(tokenizer=f'gpt2:{tmp_path}'))
   (tmp_path / 'broken.model').write_bytes(b'not a model')
   with pytest.raises(ValueError, match=r'data\.tokenizer: .*not a SentencePiece model'):
