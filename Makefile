@@ -2,6 +2,7 @@
 # make train ARGS="--config.train.steps=100"     the same, with flags added
 # make test                                      lint, format, types, tests
 # make test-fast                                 lint and the quick tests, while you work
+# make test-hf                                   tests with PyTorch and transformers, 1 GB
 # make test-tpu                                  tests with the TPU compiler, 700 MB (Linux)
 # make test-versions                             tests on Python 3.13, with the newest and oldest JAX
 # make notebooks                                 makes notebooks/*.ipynb from their sources
@@ -16,7 +17,7 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast test-tpu test-versions test-newest test-oldest notebooks docs
+.PHONY: train test test-fast test-hf test-tpu test-versions test-newest test-oldest notebooks docs
 
 ON_TWO_CORES = --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 INSTALL = -m pip install --quiet --constraint constraints/newest.txt --editable
@@ -37,6 +38,10 @@ test-fast: $(VENV)/.installed-test
 test-tpu: $(VENV)/.installed-test
 	python $(INSTALL) '.[tpu-aot]'
 	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/layers/mamba_mesh_test.py
+
+test-hf: $(VENV)/.installed-test
+	python $(INSTALL) '.[test-hf]'
+	pytest --numprocesses=2 tests/hf_package_test.py
 
 notebooks: $(VENV)/.installed-test
 	python notebooks/build.py

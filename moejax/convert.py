@@ -34,6 +34,7 @@ from moejax import (
   checkpoint,
   cli,
   config as config_lib,
+  fields,
   files,
   hf,
   model as model_lib,
@@ -100,8 +101,11 @@ def to_hf(workdir, output):
     except ValueError as error:
       notes.append(f'No tokenizer is in the folder: {error}')
     summary = report.read_summary(workdir)
-    text = card.text(architecture, run_config, step, summary, output.name, notes)
+    given, defaults = run_folder.read(workdir).to_dict(), config_lib.baseline().to_dict()
+    changed = {n: new for n, (_, new) in checkpoint.changed_fields(defaults, given).items()}
+    text = card.text(architecture, run_config, changed, step, summary, output.name, notes)
     (path / 'README.md').write_text(text)
+  notes = [f'note: {note}' for note in notes]
   return '\n'.join([f'written to {output}: {architecture.class_name} of step {step}', *notes])
 
 
@@ -119,8 +123,11 @@ def from_hf(config, model, workdir):
   options = folder_lib.read_options(folder)
   with _naming(folder / 'config.json'):
     architecture = hf.of_options(options)
-    fields = architecture.read(options, config.data.sequence_length)
-  config.update_from_flattened_dict(fields)
+    known = config_lib.flat_fields()
+    values = architecture.read(options, config.data.sequence_length)
+    config.update_from_flattened_dict(
+      {name: fields.checked(name, known[name], value) for name, value in values.items()}
+    )
   own_tokenizer = folder_lib.has_tokenizer(folder)
   if own_tokenizer:
     config.data.tokenizer = str(folder)

@@ -162,22 +162,6 @@ def test_generation_of_an_imported_model_ends_at_its_own_eos_id(from_hf, monkeyp
   assert text == 'CD'
 
 
-@pytest.mark.slow
-def test_transformers_loads_the_folder(from_hf, tmp_path):
-  transformers = pytest.importorskip('transformers')
-  import torch
-
-  convert.to_hf(from_hf, tmp_path / 'hf')
-  loaded, info = transformers.MambaForCausalLM.from_pretrained(
-    tmp_path / 'hf', output_loading_info=True
-  )
-  assert not any(info.values()), info
-  reference = np.load(HF / 'logits.npz')
-  with torch.no_grad():
-    logits = loaded(torch.from_numpy(reference['ids']).long()).logits
-  np.testing.assert_array_equal(logits.numpy(), reference['logits'])
-
-
 def test_shards_and_old_names_are_read(from_hf, tmp_path):
   tensors = _hf_tensors()
   tensors['backbone.embedding.weight'] = tensors.pop('backbone.embeddings.weight')

@@ -16,7 +16,7 @@ def of_options(options):
     ValueError: it is not one of ours.
   """
   kind = options.get('model_type')
-  if kind not in ARCHITECTURES:
+  if not isinstance(kind, str) or kind not in ARCHITECTURES:
     raise ValueError(
       f'model_type must be one of {", ".join(ARCHITECTURES)}; got {kind}. (Checkpoints of the '
       'package mamba_ssm have none; on the hub, those for transformers have -hf in their names.)'

@@ -115,12 +115,16 @@ class Architecture:
       for name, value in self.only.items()
       if given[name] != value
     ]
-    problems += [] if missing else self.unsupported(given, length)
+    try:
+      problems += [] if missing else self.unsupported(given, length)
+      others = {} if problems else self.fields(given)
+    except (ArithmeticError, AttributeError, TypeError) as error:
+      raise ValueError(f'a value has a type or a size that it cannot have ({error}).') from error
     if problems:
       raise ValueError('\n'.join(problems))
     chosen = {name: v[0] if isinstance(v, tuple) else v for name, v in self.needs.items()}
     chosen |= {ours: given[theirs] for theirs, ours in self.same.items()}
-    chosen |= self.fields(given)
+    chosen |= others
     chosen['model.blocks'] = ((self.layer, given[self.depth]),)
     return chosen | {f'data.{name}_id': _first(given[f'{name}_token_id']) for name in _SPECIAL}
 

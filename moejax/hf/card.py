@@ -24,6 +24,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 | | |
 |---|---|
 {table}
+
+Fields of its config that are not the defaults of moejax:
+
+```
+{fields}
+```
 """
 
 
@@ -42,12 +48,13 @@ def notes(run_config):
   return found
 
 
-def text(architecture, run_config, step, summary, folder, notes):
+def text(architecture, run_config, fields, step, summary, folder, notes):
   """The card, in Markdown.
 
   Args:
     architecture: of the model.
     run_config: of the run.
+    fields: of its config that are not the defaults: a dict of values by name.
     step: of the checkpoint.
     summary: the content of summary.json, or {}.
     folder: name of the folder.
@@ -70,6 +77,7 @@ def text(architecture, run_config, step, summary, folder, notes):
     class_name=architecture.class_name,
     step=step,
     folder=folder,
+    fields='\n'.join(f'{name} = {value!r}' for name, value in fields.items()),
     table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()),
   )
   return card + ''.join(f'\n{note}\n' for note in notes)

@@ -13,8 +13,18 @@ NEEDS = {
 }
 
 
+_MOST_EXPERTS = 10_000  # a larger number is a mistake, and would take forever to check
+
+
+def unsupported(options, length, experts):
+  """As `llama.unsupported`; `experts` is their option for the number of these."""
+  yield from llama.unsupported(options, length)
+  if not 1 <= options[experts] <= _MOST_EXPERTS:
+    yield f'{experts} = {options[experts]} must be 1 to {_MOST_EXPERTS}.'
+
+
 def fields(options, experts):
-  """Our fields for attention and experts; `experts` is their option for the number of these."""
+  """Our fields for attention and experts."""
   return llama.fields(options) | {
     'model.moe.expansion_rate': options[experts],
     'model.moe.granularity': 1,
@@ -60,7 +70,7 @@ MIXTRAL = Architecture(
   },
   fields=lambda o: fields(o, 'num_local_experts'),
   options=lambda m: options(m, 'num_local_experts') | {'sliding_window': None},
-  unsupported=llama.unsupported,
+  unsupported=lambda o, length: unsupported(o, length, 'num_local_experts'),
   top=llama.top,
   rows=lambda m: rows(m, 'block_sparse_moe', 'w1', 'w3', 'w2'),
 )

@@ -31,7 +31,7 @@ OLMOE = Architecture(
   },
   fields=lambda o: mixtral.fields(o, 'num_experts'),
   options=lambda m: mixtral.options(m, 'num_experts'),
-  unsupported=llama.unsupported,
+  unsupported=lambda o, length: mixtral.unsupported(o, length, 'num_experts'),
   top=llama.top,
   rows=_rows,
 )
