@@ -80,7 +80,7 @@ def flat_fields():
 def registered():
   """What code of one's own may add to or replace: the choices that exist, by name."""
   tables = (model_lib.SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
-  tables += (common.NORMS, common.INITIALIZERS)
+  tables += (common.NORMS, common.INITIALIZERS, TRACKERS)
   seqio: Any = sys.modules.get('seqio')  # imported by few programs
   tasks = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} if seqio else set()
   return [dict(table) for table in tables] + [tasks]

@@ -15,7 +15,7 @@ import threading
 import tqdm
 from flax.traverse_util import flatten_dict
 
-from moejax import cli, metrics, report, run_folder
+from moejax import cli, imports, metrics, report, run_folder
 
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
@@ -230,7 +230,7 @@ class _Scheduler:
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
     with (self.workdir / f'{cell.name}.log').open('a') as log:
       process = subprocess.Popen(
-        [sys.executable, *cell.arguments, f'--workdir={self.workdir / cell.name}'],
+        [sys.executable, *cell.arguments, *_imports(), f'--workdir={self.workdir / cell.name}'],
         stdin=subprocess.DEVNULL,  # nobody answers
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -271,6 +271,11 @@ def _backend():
   return done.stdout.strip()
 
 
+def _imports():
+  """The flag by which cells import what this program was told to import."""
+  return [f'--imports={",".join(names)}'] if (names := imports.named()) else []
+
+
 def launch_commands(cells, workdir, template):
   """Yields a command per cell that trains it on another machine.
 
@@ -283,8 +288,8 @@ def launch_commands(cells, workdir, template):
     ValueError: the template has other braces, or no {command}.
   """
   for cell in cells:
-    folder = shlex.quote(f'--workdir={workdir.rstrip("/")}/{cell.name}')
-    command = shlex.quote(f'{cell.command} {folder}')
+    more = shlex.join([*_imports(), f'--workdir={workdir.rstrip("/")}/{cell.name}'])
+    command = shlex.quote(f'{cell.command} {more}')
     try:
       launch = template.format(name=cell.name, command=command)
     except (KeyError, IndexError, ValueError) as error:

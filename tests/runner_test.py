@@ -157,6 +157,12 @@ def test_launch_commands_are_quoted_and_complete():
   assert words[3].endswith(f"--workdir=gs://bucket/grid/{cells[0].name}'")
 
 
+def test_cells_import_what_their_program_does(monkeypatch):
+  monkeypatch.setattr(runner.imports, 'named', lambda: ['/my code/a.py', 'b'])
+  (line,) = runner.launch_commands(grid.make('laptop')[:1], 'runs', 'sh -c {command}')
+  assert shlex.split(shlex.split(line)[2])[-2] == '--imports=/my code/a.py,b'
+
+
 def test_launch_commands_survive_two_shells():
   (cell,) = grid.make('laptop')[:1]
   (line,) = runner.launch_commands([cell], "/my runs/it's", 'sh -c {command}')

@@ -1,4 +1,4 @@
-"""Sweeps over config fields: trains every combination, and compares them.
+r"""Sweeps over config fields: trains every combination, and compares them.
 
   python -m moejax.sweep --config=configs/dense.py --workdir=sweeps/lr \
     --grid optimizer.peak_lr=1e-3,3e-3,1e-2 --grid train.seed=0,1,2 --config.train.steps=500
