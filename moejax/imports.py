@@ -28,7 +28,7 @@ class Code(NamedTuple):
 
 
 _used: dict[str, Code] = {}  # path -> what this process has imported, and runs in it remember
-_named: set[str] = set()  # paths of those that the user named by `use`
+_named: list[str] = []  # what the user named by `use`: paths and modules
 _tasks: dict[str, str] = {}  # module of a task -> '', or the config.json that alone names it
 _allows_all = False
 
@@ -46,7 +46,12 @@ def use(name):
     raise ValueError(f'cannot import {name!r}: {where}.')
   code = _code('' if is_file else name, path)
   _run(code)
-  _named.add(code.path)
+  _named.append(code.name or code.path)
+
+
+def flags():
+  """Arguments with which another program imports what the user named."""
+  return [f'--imports={",".join(_named)}'] if _named else []
 
 
 def remember(path):

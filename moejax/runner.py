@@ -37,7 +37,7 @@ class Cell:
   def arguments(self):
     """Of python, without --workdir."""
     fields = [f'--config.{name}={text}' for name, text in self.fields.items()]
-    return ['-m', 'moejax.main', f'--config={self.config}', *fields]
+    return ['-m', 'moejax.main', f'--config={self.config}', *fields, *imports.flags()]
 
   @property
   def command(self):

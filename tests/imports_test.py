@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import moejax
-from moejax import imports, run_folder
+from moejax import imports, run_folder, runner
 from moejax.layers import moe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -134,6 +134,13 @@ def test_a_module_is_found_from_another_folder(tmp_path, monkeypatch):
   for name in ('own_package', 'own_package.routers'):
     del sys.modules[name]
   assert run_folder.read(tmp_path / 'run').model.moe.router == 'own'
+
+
+def test_the_cells_of_a_sweep_import_what_its_user_named(own):
+  cell = runner.Cell(name='a', config='moe', fields={}, steps=1, params=1, flops=1.0)
+  assert '--imports' not in cell.command
+  imports.use(str(own))
+  assert cell.command.endswith(f' --imports={own}')
 
 
 def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
