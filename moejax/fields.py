@@ -20,6 +20,7 @@ import yaml
 from moejax import text
 
 MAX_SEED = 2**32 - 1  # JAX keys take 32 bits and silently truncate the rest
+OF_OWN = 'If it is of your own, --imports=FILE imports it.'  # of a table that code may add to
 _KINDS = {
   int: 'an integer',
   float: 'a finite number',
@@ -212,7 +213,8 @@ def checked(name, f, value: Any):
   for chosen in value if f.type is tuple else (value,):
     if choices and chosen not in [*choices]:
       hint = text.did_you_mean(str(chosen), choices)
-      raise ValueError(f'{name} must be {allowed(f)}; got {chosen!r}{hint}')
+      own = f' {OF_OWN}' if isinstance(choices, dict) else ''
+      raise ValueError(f'{name} must be {allowed(f)}; got {chosen!r}{hint}{own}')
   if not all(_HOLDS[relation](value, bound) for relation, bound in f.metadata['bounds'].items()):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
   return value

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import parameters
+from moejax import fields, parameters
 from moejax.fields import Section, default, section
 from moejax.layers import common, experts, loss
 from moejax.layers.attention import AttentionSublayer
@@ -197,7 +197,8 @@ class ModelConfig(Section):
         yield f'model.blocks: {pattern} must repeat 1 to {_MOST_REPEATS} times, got {repeats}.'
       for kind in '+'.join(pattern).split('+'):
         if kind not in SUBLAYERS:
-          yield f'model.blocks: no sublayer {kind!r}; there are {", ".join(SUBLAYERS)}.'
+          known = ', '.join(SUBLAYERS)
+          yield f'model.blocks: no sublayer {kind!r}; there are {known}. {fields.OF_OWN}'
 
 
 def _union(dicts):

@@ -69,7 +69,7 @@ def _as_another_user(monkeypatch, tmp_path):
 
 
 def test_a_run_imports_the_config_file_that_registered_its_router(run):
-  with pytest.raises(ValueError, match="router must be one of .*; got 'own'"):
+  with pytest.raises(ValueError, match="router must be one of .*; got 'own'.* --imports=FILE"):
     run_folder.from_saved(run_folder.read_json(run / 'config.json'), 'config.json')
   assert run_folder.read(run).model.moe.router == 'own'
   assert 'own' in moe.ROUTERS
