@@ -7,9 +7,10 @@ import types
 
 import pytest
 
-from notebooks import build
-
 nbclient = pytest.importorskip('nbclient')
+pytest.importorskip('jupytext')
+
+from notebooks import build  # noqa: E402
 
 # Sizes at which a notebook takes seconds on a CPU, in place of those in its cell `parameters`.
 SMALL = {
