@@ -32,7 +32,9 @@ def test_files_exist():
   files = re.findall(r'`([\w/]+(?:\.py|/))`', PAGE)
   files += [f'moejax/{path}' for path in re.findall(r'[\w/]+\.py\b', PICTURE)]
   assert len(files) > 40
-  assert [path for path in files if not (ROOT / path).exists()] == []
+  places = (ROOT, ROOT / 'moejax')  # in tables, only the first file of a row has its folder
+  missing = [path for path in files if not any((place / path).exists() for place in places)]
+  assert missing == []
 
 
 @pytest.mark.parametrize('path', sorted({path for path, _ in _pairs(PAGE)}))
