@@ -53,6 +53,10 @@ class Sampling(fields.Section):
   )
 
   def __post_init__(self):
+    for f in fields.of(Sampling):
+      value = getattr(self, f.name)
+      if isinstance(value, np.generic):  # of np.linspace, for example
+        object.__setattr__(self, f.name, value.item())
     if isinstance(self.stop, str):
       object.__setattr__(self, 'stop', (self.stop,))
     super().__post_init__()

@@ -12,6 +12,8 @@ from moejax import decode, generate, model as model_lib, terminal
 from moejax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope='module')
 def trained():
@@ -180,6 +182,11 @@ def test_many_prompt_lengths_compile_few_programs(monkeypatch):
     generate.generate(config, params, [[5] * length], 2, top_k=length, temperature=length / 10)
   # Caches of 16 and of 32 positions; prompts of up to 16 for both, of 32 for the second.
   assert traced == {'prefill': 3, 'step': 2}
+
+
+def test_numbers_of_numpy_are_numbers():
+  sampling = generate.Sampling(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(7))
+  assert sampling == generate.Sampling(temperature=0.5, top_k=3, seed=7)
 
 
 def test_temperature_0_is_top_k_1(alone):

@@ -110,6 +110,7 @@ def test_noise_is_that_of_the_seed_and_the_token_alone():
   assert len(np.unique(np.asarray(three)[:, 0])) == 3
 
 
+@pytest.mark.heavy
 def test_transformers_does_the_same():
   transformers = pytest.importorskip('transformers')
   torch = pytest.importorskip('torch')
