@@ -107,6 +107,7 @@ OTHERS = {
 UNAFFORDABLE = {
   r'-m moejax\.aot ': 'compiles for TPUs: tests/aot',
   r'configs/mot\.py:mini ': "trains a paper's model",
+  r'mesh\.fsdp=2 ': 'needs eight devices: tests/sharding_test.py',
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
@@ -126,7 +127,9 @@ SMALLER = {
 def _smaller(words):
   """The same command at a smaller scale."""
   words = [re.sub(r'^(--config=configs/(?!run)[^:]*\.py)$', r'\1:', word) for word in words]
-  words = [re.sub(r'^(--config=configs/(?!run)[^:]*:.*)$', r'\1,debug', word) for word in words]
+  words = [
+    re.sub(r'^(--config=configs/(?!run|.*debug)[^:]*:.*)$', r'\1,debug', word) for word in words
+  ]
   words = [re.sub(r'(sequence_length|train.steps)=\d+$', r'\1=32', word) for word in words]
   words = [str(DOCS / 'laptop_grid/runs.csv') if word == 'runs/grid' else word for word in words]
   added = [flag for name, flags in SMALLER.items() if name in words for flag in flags]
