@@ -383,9 +383,10 @@ def _remembering_config_file(argv):
   """Remembers the file of `--config=` if executing it, in this context, registers anything."""
   from moejax import config  # importing JAX takes seconds
 
-  before = config.registered()
+  before, remembered = config.registered(), imports.remembered()
   yield
-  if config.registered() != before:
+  of_a_run = imports.remembered() != remembered  # configs/run.py: what it reads has imports
+  if config.registered() != before and not of_a_run:
     *_, given = (a.removeprefix('--config=') for a in argv if a.startswith('--config='))
     imports.remember(given.partition(':')[0])
 

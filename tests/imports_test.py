@@ -75,6 +75,14 @@ def test_a_run_imports_the_config_file_that_registered_its_router(run):
   assert 'own' in moe.ROUTERS
 
 
+def test_the_config_of_a_run_brings_its_imports(run, own, tmp_path):
+  config = moejax.get_config(f'run:{run}')
+  assert config.model.moe.router == 'own'
+  run_folder.write(config, tmp_path / 'further')
+  saved = run_folder.read_json(tmp_path / 'further/config.json')
+  assert [entry['path'] for entry in saved['imports']] == [str(own)]
+
+
 def test_a_config_file_that_registers_nothing_is_not_remembered(tmp_path):
   (tmp_path / 'plain.py').write_text(CONFIG.replace("'own'", "'expert_choice'"))
   run_folder.write(moejax.get_config(f'{tmp_path}/plain.py:debug'), tmp_path / 'run')

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import moejax
-from moejax import layers, model as model_lib, step
+from moejax import cli, layers, model as model_lib, step, train
 from moejax.layers import common, moe
 from tests import tiny
 
@@ -192,6 +192,12 @@ def test_a_layer_that_is_not_here_is_found():
     _ = moejax.MixtureOfExperts
   with pytest.raises(AttributeError, match="no attribute 'nothing'"):
     _ = moejax.nothing
+
+
+def test_an_interrupt_is_raised_once_everything_is_saved(monkeypatch, tmp_path):
+  monkeypatch.setattr(train, 'train', lambda *_: cli.INTERRUPTED)
+  with pytest.raises(KeyboardInterrupt, match='saved in .*run; the same call goes on'):
+    moejax.fit('mot:debug', tmp_path / 'run')
 
 
 def test_configs_by_name():
