@@ -39,7 +39,7 @@ def of_run(run_config):
   if not problems:
     have = [f'{"+".join(a.layer)} ({a.name})' for a in ARCHITECTURES.values()]
     lines.append(f'model.blocks: its layers are {", ".join(have)}; got {model.blocks}.')
-  if model.uses('mot'):
+  if 'mot' in model.kinds:
     lines.append(
       'Mixture of Tokens has no counterpart there: python -m moejax.transition_tuning '
       '--router=token_choice makes a sparse model of the same experts.'
