@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -170,9 +172,9 @@ def test_a_search_ranks_what_is_possible(machine, capsys):
   assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('Best: '))
 
 
-def _run(*args):
+def _run(*args, **environment):
   command = [sys.executable, '-m', 'moejax.aot', *args]
-  return subprocess.run(command, capture_output=True, text=True)
+  return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -202,16 +204,39 @@ def test_bad_meshes(machine, changes, message):
     step.compile_step(_config(moe, **changes), machine)
 
 
-def _compiled_for_tpu(tmp_path, *args):
+def _compiled_for_tpu(tmp_path, *args, **environment):
   """The report and the exit code of moejax.aot in a separate process."""
   path = tmp_path / 'report.json'
-  done = _run(f'--json={path}', *args)
+  done = _run(f'--json={path}', *args, **environment)
   assert path.exists(), done.stderr
   fields = json.loads(path.read_text())
   names = {field.name for field in dataclasses.fields(report_lib.Report)}
   exchanges = [report_lib.Exchange(**exchange) for exchange in fields.pop('exchanges')]
   fields = {name: value for name, value in fields.items() if name in names}
   return report_lib.Report(**fields, exchanges=exchanges), done.returncode
+
+
+# What docs/launch.md promises: config, slice, mesh, GiB per chip by the compiler.
+PAPER_SIZES = [
+  ('mot.py:base', 'v5litepod-16', {'expert': 16}, 1.38),
+  ('moe.py:100M', 'v5litepod-8', {'expert': 8}, 8.47),
+  ('moe_mamba.py:100M', 'v5litepod-8', {'data': 2, 'fsdp': 2, 'expert': 2}, 13.0),
+  ('fine_grained.py:1B', 'v5p-32', {'expert': 16}, 52.3),
+]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('config, topology, mesh, gib', PAPER_SIZES)
+def test_paper_sizes_fit_with_the_mesh_that_is_chosen(tmp_path, config, topology, mesh, gib):
+  args = [f'--config=configs/{config}', f'--topology={topology}']
+  effort = {'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0'}  # a quarter of the compiler's time
+  report, code = _compiled_for_tpu(tmp_path, *args, **effort)
+  assert code == 0 and report.fits and report.mesh == mesh
+  assert sum(report.memory.values()) / 2**30 == pytest.approx(gib, rel=0.1)
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'launch.md').read_text()
+  sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.items())
+  assert f'| `{config}` | {topology} | {sizes} | {gib:g} of ' in page
 
 
 @pytest.mark.slow
