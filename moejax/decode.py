@@ -48,8 +48,9 @@ def stream(model_config, params, prompts, length, seeds, settings):
   """Grows sequences past the context if necessary; yields the new tokens of one position each time.
 
   When a sequence fills the context, its newest half becomes its prompt, and all fill it at the same
-  position. A longer prompt is cut in the same way. Sequences that end early are only known to the
-  caller, who may stop at any time; the others still see them, as in training.
+  position. A longer prompt is cut in the same way. Sequences that have their tokens, or have ended
+  (which only the caller knows, who may stop at any time), go on: the others see them, as in
+  training.
 
   Args:
     model_config, params: the model.
@@ -70,10 +71,11 @@ def stream(model_config, params, prompts, length, seeds, settings):
     ):
       new = []
       for i, text in enumerate(texts):
-        if len(text) == position and done[i] < length:
+        if len(text) == position:
           text.append(int(token_B[i]))
+          if done[i] < length:
+            new.append((i, text[-1]))
           done[i] += 1
-          new.append((i, text[-1]))
       if new:
         yield new
 
