@@ -31,7 +31,7 @@ def blocks(page):
 
 def _script(text):
   """What is typed of a block; where some lines begin with a prompt, the others are output."""
-  typed = [line.removeprefix('$ ') for line in text.splitlines() if line.startswith('$ ')]
+  typed = re.findall(r'^\$ ((?:.*\\\n)*.*)', text, re.M)  # with the lines that it goes on in
   return '\n'.join(typed) or text
 
 
