@@ -105,6 +105,7 @@ OTHERS = {
 }
 # Commands of ours, as regular expressions, of which only the flags are checked.
 UNAFFORDABLE = {
+  r'moejax\.main .*--config\.mesh\.fsdp=': 'needs several devices: tests/sharding',
   r'-m moejax\.aot ': 'compiles for TPUs: tests/aot',
   r'configs/mot\.py:mini ': "trains a paper's model",
   r'mesh\.fsdp=2 ': 'needs eight devices: tests/sharding_test.py',
