@@ -51,10 +51,12 @@ def test_what_leaks_in_a_group_and_that_groups_of_one_do_not():
   assert not alone.any()
 
 
-def test_the_router_of_the_page_routes_and_learns(routers):
-  code, lines = _code('adding_a_router.md')
+@pytest.mark.parametrize('ragged', ['ragged', 'packed'])  # its name in version 0.1
+def test_the_router_of_the_page_routes_and_learns(ragged, routers):
+  _, lines = _code('adding_a_router.md')
   assert lines <= 30
-  exec(code, {})
+  (text,) = _python(DOCS / 'adding_a_router.md')
+  exec(text.replace('ragged', ragged), {})
   changes = tiny.MODELS['token choice'] | {'moe_capacity_factor': 1.0}
   config = tiny.model_config(**changes, moe_router='round_robin')
 

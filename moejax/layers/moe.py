@@ -6,6 +6,7 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -183,6 +184,12 @@ class Router:
   # A token's experts depend on all tokens of its group: causal only where a group is one position,
   # as it is in decoding.
   compares_tokens: bool = False
+
+  def make_plan(self, logits_GTE, **options):
+    """Calls `plan`; a router written for version 0.1 knows the option `ragged` as `packed`."""
+    if 'packed' in inspect.signature(self.plan).parameters:
+      options['packed'] = options.pop('ragged')
+    return self.plan(logits_GTE, **options)
 
 
 # Name in `model.moe.router` -> Router, or the function of one in which tokens choose.
@@ -371,7 +378,7 @@ _WORTH_RAGGED = 512
 def _plan(config, logits_GTE, valid_GT, bias_E, prefers_ragged):
   G, T, _ = logits_GTE.shape
   capacity = config.capacity(T)
-  return config.rule.plan(
+  return config.rule.make_plan(
     logits_GTE,
     config=config,
     capacity=capacity,

@@ -139,7 +139,9 @@ def normalizing_logits(logits, scores):
   return jax.nn.log_sigmoid(logits) if scores == 'sigmoid' else logits
 
 
-def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, ragged):
+def plan_of_choices(
+  choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, ragged=False, packed=False
+):
   """The plan in which every token goes to the experts it chose, while they have slots.
 
   Args:
@@ -149,7 +151,9 @@ def plan_of_choices(choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, 
     num_experts: E.
     capacity: slots per expert and group, for tokens in the order of the group; None: no limit.
     ragged: layout of the plan.
+    packed: the name of `ragged` in version 0.1, for routers written for it.
   """
+  ragged = ragged or packed
   G, T, K = choice_GTK.shape
   E, n = num_experts, choice_GTK.size
   C = T if capacity is None else min(capacity, T)
