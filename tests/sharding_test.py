@@ -24,10 +24,12 @@ SIZES = {'vocab_size': 40, 'd_model': 16, 'num_heads': 4, 'd_ff': 32, 'mot_num_e
 SIZES |= {'moe_expansion_rate': 4, 'moe_group_size': 2, 'moe_impl': 'rows'}
 ROWS, ACCUMULATION = 32, 2
 SPREAD = {'expert choice': {'moe_group_size': 4}}
+SHARED_HEADS = {'blocks': tiny.DENSE, 'num_kv_heads': 2, 'qk_norm': True, 'biases': True}
+MODELS = tiny.MODELS | {'shared heads': SHARED_HEADS | {'positions': 'rope', 'norm': 'rms_norm'}}
 
 
 def _model_config(model, **changes):
-  return tiny.model_config(**SIZES | tiny.MODELS[model] | SPREAD.get(model, {}) | changes)
+  return tiny.model_config(**SIZES | MODELS[model] | SPREAD.get(model, {}) | changes)
 
 
 def _state(config, optimizer):
@@ -89,7 +91,7 @@ ON_MESHES = {
   'data 8': ('mot', 'token choice', 'expert choice'),
   'fsdp 8': ('dense', 'mot', 'expert choice', 'mamba', 'moe mamba'),
   'data 2, expert 4': ('mot', 'token choice', 'expert choice', 'moe in mamba'),
-  'fsdp 2, expert 2, tensor 2': tuple(tiny.MODELS),
+  'fsdp 2, expert 2, tensor 2': tuple(MODELS),
 }
 
 

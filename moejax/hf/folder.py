@@ -16,7 +16,7 @@ from moejax import checkpoint
 _INDEX = 'model.safetensors.index.json'
 _LARGEST_FILE = 5 * 10**9  # bytes, as transformers writes them
 # What is downloaded: config, weights, and the files of tokenizers.
-_WANTED = ['*.json', '*.safetensors', 'merges.txt', '*.jinja']
+_WANTED = ['*.json', 'model*.safetensors', 'merges.txt', '*.jinja']
 
 
 def find(name):
