@@ -89,7 +89,7 @@ def to_hf(workdir, output):
   output = _new_path(output)
   run_config, step, params, _ = run_folder.load_run(workdir)
   architecture = hf.of_run(run_config)
-  tensors = architecture.export(to_tensors(jax.device_get(params)), run_config.model)
+  tensors = architecture.to_theirs(to_tensors(jax.device_get(params)), run_config.model)
   notes = card.notes(run_config)
   with _output(output) as path:
     path.mkdir()
@@ -133,10 +133,10 @@ def from_hf(config, model, workdir):
     config.data.tokenizer = str(folder)
   run_config = config_lib.resolve(config)
   abstract = abstract_params(run_config.model)
-  export = lambda params: architecture.export(to_tensors(params), run_config.model)
+  export = lambda params: architecture.to_theirs(to_tensors(params), run_config.model)
   expected = jax.eval_shape(export, abstract)
   theirs = folder_lib.read_tensors(folder, architecture, options, expected)
-  ours = architecture.bring(theirs, jax.eval_shape(to_tensors, abstract), run_config.model)
+  ours = architecture.to_ours(theirs, jax.eval_shape(to_tensors, abstract), run_config.model)
   if own_tokenizer:
     config.data.tokenizer = str(workdir / 'tokenizer')
   tokenizer = run_config.tokenizer if own_tokenizer else None

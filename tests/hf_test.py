@@ -168,6 +168,7 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
     ('llama', {'num_key_value_heads': 3}, 'num_kv_heads = 3 must divide num_heads = 4'),
     ('mixtral', {'hidden_size': 24}, r'checkpoint \(260, 16\) vs config \(260, 24\)'),
     ('llama', {'vocab_size': 2**40}, r'checkpoint \(260, 16\) vs config \(1099511627776, 16\)'),
+    ('llama', {'quantization_config': {'bits': 4}}, 'quantized weights are not supported'),
     ('llama', {'hidden_size': 'wide'}, 'a value has a type or a size that it cannot have'),
     ('llama', {'vocab_size': 2.5}, 'config.json: model.vocab_size must be an integer, got 2.5'),
     ('mixtral', {'num_local_experts': 10**12}, 'num_local_experts = 1000000000000 must be 1 to'),

@@ -44,7 +44,7 @@ class Row(NamedTuple):
   layout: Layout = SAME
   axis: int | None = None
 
-  def export(self, arrays):
+  def to_theirs(self, arrays):
     """Converts arrays of ours to tensors of theirs."""
     joined = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
     parts = [joined]
@@ -52,8 +52,8 @@ class Row(NamedTuple):
       parts = [joined.take(i, axis=self.axis) for i in range(len(self.theirs))]
     return [self.layout.to_theirs(part) for part in parts]
 
-  def bring(self, tensors, shapes):
-    """The inverse of `export`, on numpy arrays; `shapes` are those of ours."""
+  def to_ours(self, tensors, shapes):
+    """The inverse of `to_theirs`, on numpy arrays; `shapes` are those of ours."""
     ends = np.cumsum([shape[-1] for shape in shapes])
     shape = (*shapes[0][:-1], int(ends[-1]))
     if self.axis is None:
@@ -115,6 +115,8 @@ class Architecture:
       for name, value in self.only.items()
       if given[name] != value
     ]
+    if given.get('quantization_config'):
+      problems.append('quantization_config: quantized weights are not supported.')
     try:
       problems += [] if missing else self.unsupported(given, length)
       others = {} if problems else self.fields(given)
@@ -157,18 +159,18 @@ class Architecture:
       **_special_ids(run_config),
     }
 
-  def export(self, tensors, model):
+  def to_theirs(self, tensors, model):
     """Converts our tensors by name, as `convert.to_tensors` returns them, to theirs."""
     found = {}
     for row in self._table(model):
-      found |= zip(row.theirs, row.export([tensors[name] for name in row.ours]), strict=True)
+      found |= zip(row.theirs, row.to_theirs([tensors[name] for name in row.ours]), strict=True)
     return found
 
-  def bring(self, tensors, expected, model):
-    """The inverse of `export`; `expected` has the shapes of our tensors."""
+  def to_ours(self, tensors, expected, model):
+    """The inverse of `to_theirs`; `expected` has the shapes of our tensors."""
     found = {}
     for row in self._table(model):
-      arrays = row.bring([tensors[n] for n in row.theirs], [expected[n].shape for n in row.ours])
+      arrays = row.to_ours([tensors[n] for n in row.theirs], [expected[n].shape for n in row.ours])
       found |= zip(row.ours, arrays, strict=True)
     return found
 
