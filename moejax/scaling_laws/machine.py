@@ -100,6 +100,6 @@ def describe(found, kind):
       f'{short_time(found["step_seconds"])} per step is {found["basis"]}',
     ),
   ]
-  if found['basis'] == ESTIMATED:
+  if found['basis'] == ESTIMATED and found['type'] != found['topology']:  # a TPU
     rows.append(('', "pip install '.[tpu-aot]' for the compiler's memory and time"))
   return rows
