@@ -21,14 +21,13 @@ docs/library.md has whole examples. `import moejax` is quick: names are imported
 """
 
 import importlib
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from moejax import layers
   from moejax.library import Run, build, fit, get_config, load
   from moejax.model import LanguageModel, ModelConfig
-
-import time
 
 STARTED = time.monotonic()  # about when the program was
 __version__ = '0.1.0'

@@ -1,8 +1,8 @@
 """JAX's persistent compilation cache, on in every program: a model's second run starts sooner.
 
-Compiled programs lie in `moejax/xla` of the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
-JAX's own environment variables win: `JAX_COMPILATION_CACHE_DIR` names another folder, or none if
-it is empty.
+Compiled programs are kept in `moejax/xla` of the user's cache folder (`XDG_CACHE_HOME`, or
+`~/.cache`). JAX's own environment variables win: `JAX_COMPILATION_CACHE_DIR` names another folder,
+or none if it is empty.
 """
 
 import contextlib

@@ -24,18 +24,12 @@ def table(rows: list[dict]) -> str:
     columns['without drops'] = lambda row: f'{row.get("loss_dropless", math.nan):.4f}'
   columns['tokens'] = lambda row: text.short(row['tokens'])
   columns['batches'] = lambda row: str(row['batches'])
-  return _aligned([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
+  return text.table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
 
 
 def _loss(row):
   error = row.get('standard_error')
   return f'{row["loss"]:.4f}' + ('' if error is None else f' ± {error:.4f}')
-
-
-def _aligned(lines):
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  padded = (zip(line, widths, strict=True) for line in lines)
-  return '\n'.join('  '.join(cell.ljust(width) for cell, width in line).rstrip() for line in padded)
 
 
 def buckets(nats_L, tokens_L) -> list[dict]:
@@ -58,7 +52,7 @@ def position_table(curves: dict) -> str:
     first, last = parts[0]['first'], parts[0]['last']
     where = str(first) if first == last else f'{first} to {last}'
     lines.append([where, *(f'{part["loss"]:.4f}' for part in parts)])
-  return _aligned(lines)
+  return text.table(lines)
 
 
 def write_positions(curves: dict, path) -> None:

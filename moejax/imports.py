@@ -64,11 +64,6 @@ def remembered():
   return [code._asdict() for code in _used.values()]
 
 
-def named():
-  """The modules, and the paths of files, that the user named to this process."""
-  return [code.name or code.path for code in _used.values() if code.path in _named]
-
-
 def allow_all(yes=True):
   """Lets runs import whatever they name, from now on; returns whether they could before."""
   global _allows_all

@@ -58,7 +58,7 @@ def build(config: Any) -> model_lib.LanguageModel:
 def fit(config: Any, workdir: str | os.PathLike) -> 'Run':
   """Trains a config, or the one of this name, as `python -m moejax.main` does.
 
-  It goes on from the last checkpoint in the folder, and returns at once if the run is finished.
+  It resumes from the last checkpoint in the folder, and returns at once if the run is finished.
 
   Args:
     config: a ConfigDict or its name.
@@ -70,12 +70,12 @@ def fit(config: Any, workdir: str | os.PathLike) -> 'Run':
   Raises:
     ValueError: the config, the data or the folder cannot be used; nothing was written.
     RuntimeError: training diverged; the last good checkpoint is kept.
-    KeyboardInterrupt: after Ctrl-C or SIGTERM, with everything saved: the same call goes on.
+    KeyboardInterrupt: after Ctrl-C or SIGTERM, with everything saved: the same call resumes.
   """
   config = get_config(config) if isinstance(config, str) else config
   workdir = pathlib.Path(cli.path(os.fspath(workdir))).absolute()
   if train.train(config, workdir) == cli.INTERRUPTED:
-    raise KeyboardInterrupt(f'saved in {workdir}; the same call goes on from there')
+    raise KeyboardInterrupt(f'saved in {workdir}; the same call resumes it')
   return load(workdir)
 
 

@@ -12,7 +12,6 @@ Exit codes: 0, and one line for the launcher, or 2 and what to change.
 """
 
 import glob
-import importlib.util
 import os
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def _check_section(section):
 def _check_fit(config, topology):
   """Raises ValueError if a training step surely does not fit, or the config is invalid there."""
   from moejax import config as config_lib
-  from moejax.aot import step
+  from moejax.aot import step, topologies
 
   try:
     sized = step.without_data(config)
@@ -129,7 +128,7 @@ def _check_fit(config, topology):
     return
   choice = step.choose_mesh(run_config, topology)
   _say(f'{topology}: {choice.describe()}, by an estimate')
-  if _can_compile(topology) and not _ESTIMATE.value:
+  if topologies.can_compile(topology) and not _ESTIMATE.value:
     report = step.compile_step(config, topology)
     if not report.fits:
       lines = [f'does not fit on {topology}: {report.needed or "see moejax.aot"}. What would help:']
@@ -142,10 +141,6 @@ def _check_fit(config, topology):
     )
   elif not choice.fits:
     _say("warning: that is close; pip install '.[tpu-aot]' to know, or take more chips")
-
-
-def _can_compile(topology):
-  return topology.platform == 'tpu' and importlib.util.find_spec('libtpu') is not None
 
 
 if __name__ == '__main__':

@@ -230,8 +230,8 @@ class _Scheduler:
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
     with (self.workdir / f'{cell.name}.log').open('a') as log:
       process = subprocess.Popen(
-        [sys.executable, *cell.arguments, *_imports(), f'--workdir={self.workdir / cell.name}'],
-        stdin=subprocess.DEVNULL,  # nobody answers
+        [sys.executable, *cell.arguments, f'--workdir={self.workdir / cell.name}'],
+        stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
@@ -271,11 +271,6 @@ def _backend():
   return done.stdout.strip()
 
 
-def _imports():
-  """The flag by which cells import what this program was told to import."""
-  return [f'--imports={",".join(names)}'] if (names := imports.named()) else []
-
-
 def launch_commands(cells, workdir, template):
   """Yields a command per cell that trains it on another machine.
 
@@ -288,8 +283,8 @@ def launch_commands(cells, workdir, template):
     ValueError: the template has other braces, or no {command}.
   """
   for cell in cells:
-    more = shlex.join([*_imports(), f'--workdir={workdir.rstrip("/")}/{cell.name}'])
-    command = shlex.quote(f'{cell.command} {more}')
+    folder = shlex.quote(f'--workdir={workdir.rstrip("/")}/{cell.name}')
+    command = shlex.quote(f'{cell.command} {folder}')
     try:
       launch = template.format(name=cell.name, command=command)
     except (KeyError, IndexError, ValueError) as error:

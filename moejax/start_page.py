@@ -1,12 +1,11 @@
-"""What a run prints before it trains: where it runs, the model by kind of layer, data, memory."""
+"""What a run prints before it trains: devices, the model by kind of layer, data, memory."""
 
 import datetime
-import math
 import os
 
 import jax
 
-from moejax import flops, text
+from moejax import estimate, flops, text
 
 # Files that a driver makes, by the extra that lets jax use the device.
 _DRIVERS = {
@@ -21,7 +20,7 @@ def page(run_config, mesh, state, loader, workdir) -> str:
   Args:
     run_config: of the run.
     mesh: of its devices.
-    state: shapes, dtypes and shardings of the train state, a dict with 'params'.
+    state: shapes and dtypes of the train state, a dict with 'params'.
     loader: of the training split.
     workdir: the run's folder.
   """
@@ -35,7 +34,7 @@ def page(run_config, mesh, state, loader, workdir) -> str:
   lines += [
     ('steps', _steps(run_config, loader)),
     *zip(['corpus', ''], _corpus(run_config.data, loader), strict=True),
-    ('state', _state(state)),
+    ('state', _state(state, mesh)),
     ('folder', f'{workdir}'),
   ]
   return '\n'.join(f'{name:8}{what}' for name, what in lines)
@@ -58,7 +57,7 @@ def derived(run_config):
   yield f'steps: {_steps(run_config, None)}, {total:.3g} training FLOPs'
 
 
-def estimate(seconds: float) -> str:
+def time_left(seconds: float) -> str:
   """How long the rest of a run takes, and until when."""
   end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
   form = '%H:%M' if seconds < 12 * 3600 else '%Y-%m-%d %H:%M'
@@ -115,17 +114,7 @@ def _corpus(data, loader):
   yield f'{size}tokenizer {data.tokenizer}, fingerprint {loader.fingerprint}'
 
 
-def _state(state):
-  parts = {name: _bytes_per_device(part) for name, part in state.items()}
-  others = sum(parts.values()) - parts['params']
-  return (
-    f'{text.size(sum(parts.values()))} per device: parameters {text.size(parts["params"])}, '
-    f'optimizer {text.size(others)}'
-  )
-
-
-def _bytes_per_device(tree):
-  leaves = jax.tree.leaves(tree)
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-  )
+def _state(state, mesh):
+  num_bytes = estimate.state_bytes(state, mesh)
+  parts = ', '.join(f'{name} {text.size(number)}' for name, number in num_bytes.items())
+  return f'{text.size(sum(num_bytes.values()))} per device: {parts}'

@@ -27,6 +27,12 @@ def size(num_bytes: float) -> str:
   return f'{num_bytes:.3g} GiB' if num_bytes < 999.5 else f'{num_bytes:.0f} GiB'
 
 
+def table(rows) -> str:
+  """Rows of texts, in columns that are aligned on the left."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def duration(seconds: float) -> str:
   """'45s', '3m12s', '2h05m' or '4d03h'."""
   minutes, seconds = divmod(round(seconds), 60)

@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 class WandB:
-  """A run of Weights & Biases, which goes on when this run resumes.
+  """A run of Weights & Biases, which continues when this run resumes.
 
   Its id is in the file `wandb_id` of the run's folder. The environment variables of wandb apply:
   WANDB_PROJECT (default: moejax), WANDB_NAME (default: the folder's name), WANDB_MODE=offline, ...
@@ -116,4 +116,4 @@ class Trackers:
     except Exception as error:
       self._trackers.pop(name, None)
       what = ' '.join(f'{type(error).__name__}: {error}'.split())
-      print(f'warning: train.trackers: {name} failed, the run goes on without it: {what}')
+      print(f'warning: train.trackers: {name} failed and is left out from now on: {what}')

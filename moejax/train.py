@@ -375,7 +375,7 @@ def _estimate(run):
   evaluations = math.ceil(train.steps / train.eval_interval) - run.step // train.eval_interval
   forward = evaluations * train.eval_batches / 3  # a third of a step each
   if (left := seconds * (train.steps - run.step + forward)) > 10:
-    print(start_page.estimate(left), flush=True)
+    print(start_page.time_left(left), flush=True)
 
 
 def _log(run, means):

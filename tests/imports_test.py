@@ -211,7 +211,7 @@ def test_a_home_that_cannot_be_written_is_a_warning(own, monkeypatch, capsys):
 
 @pytest.mark.heavy
 def test_programs_import_the_code_of_a_run_from_any_folder(own, tmp_path):
-  """Trained by main, then generated from and tuned in another folder."""
+  """Trained by main, then generated from in another folder, once that is allowed."""
 
   def program(name, *arguments, folder):
     words = [sys.executable, '-m', f'moejax.{name}', *arguments]
@@ -234,8 +234,6 @@ def test_programs_import_the_code_of_a_run_from_any_folder(own, tmp_path):
   code, said = program('main', '--config=own.py:debug', '--workdir=run', *small, folder=tmp_path)
   assert code == 0, said
   arguments = [f'--workdir={tmp_path}/run', '--prompt=a', '--length=2']
-  code, said = program('generate', *arguments, folder=elsewhere)
-  assert code == 0, said
   shutil.rmtree(tmp_path / 'state')
   code, said = program('generate', *arguments, folder=elsewhere)
   assert code == 2 and f'would import {own}' in said and '--allow_imports' in said

@@ -196,7 +196,7 @@ def test_a_layer_that_is_not_here_is_found():
 
 def test_an_interrupt_is_raised_once_everything_is_saved(monkeypatch, tmp_path):
   monkeypatch.setattr(train, 'train', lambda *_: cli.INTERRUPTED)
-  with pytest.raises(KeyboardInterrupt, match='saved in .*run; the same call goes on'):
+  with pytest.raises(KeyboardInterrupt, match='saved in .*run; the same call resumes it'):
     moejax.fit('mot:debug', tmp_path / 'run')
 
 

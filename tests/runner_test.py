@@ -158,7 +158,7 @@ def test_launch_commands_are_quoted_and_complete():
 
 
 def test_cells_import_what_their_program_does(monkeypatch):
-  monkeypatch.setattr(runner.imports, 'named', lambda: ['/my code/a.py', 'b'])
+  monkeypatch.setattr(runner.imports, '_named', ['/my code/a.py', 'b'])
   (line,) = runner.launch_commands(grid.make('laptop')[:1], 'runs', 'sh -c {command}')
   assert shlex.split(shlex.split(line)[2])[-2] == '--imports=/my code/a.py,b'
 

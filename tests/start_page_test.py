@@ -63,11 +63,9 @@ def test_the_page_of_a_run_on_several_devices(texts):
 def test_the_state_of_one_device_is_all_of_it(texts):
   config = _config(mot, **texts, **{'mesh.data': 1, 'mesh.tensor': 1})
   run_config = config_lib.resolve(config)
-  leaf = lambda *shape: jax.ShapeDtypeStruct(
-    shape, 'float32', sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  )
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
   state = {'params': {'a': leaf(256, 2)}, 'optimizer': (leaf(256, 4),), 'step': leaf()}
-  one = types.SimpleNamespace(size=1)
+  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   printed = start_page.page(
     run_config, one, state, types.SimpleNamespace(fingerprint='f'), 'runs/a'
   )
@@ -106,5 +104,5 @@ def test_an_estimate_says_until_when(monkeypatch):
   clock = types.SimpleNamespace(now=lambda: now)
   patched = types.SimpleNamespace(datetime=clock, timedelta=datetime.timedelta)
   monkeypatch.setattr(start_page, 'datetime', patched)
-  assert start_page.estimate(200) == 'time    about 3m20s, until 03:07'
-  assert start_page.estimate(1e5) == 'time    about 1d03h, until 2026-01-03 06:50'
+  assert start_page.time_left(200) == 'time    about 3m20s, until 03:07'
+  assert start_page.time_left(1e5) == 'time    about 1d03h, until 2026-01-03 06:50'

@@ -60,7 +60,7 @@ def test_a_failing_tracker_is_left_out_with_one_warning(registry, tmp_path, caps
     writer.write(step, {'loss': 1 / step})
   writer.close()
   assert capsys.readouterr().out == (
-    'warning: train.trackers: broken failed, the run goes on without it: OSError: no network\n'
+    'warning: train.trackers: broken failed and is left out from now on: OSError: no network\n'
   )
   assert len(Recorder.made.written) == len(metrics.read_metrics(tmp_path)) == 3
 

@@ -11,7 +11,6 @@ takes longer. Exit code 0: it fits; 1: it does not.
 
 import dataclasses
 import json
-import sys
 
 import jax
 from absl import flags
@@ -37,8 +36,7 @@ def main(config):
   if _SEARCH.value:
     report = search.search(config, topology, _NUM_COMPILED.value)
   else:
-    with cli.waiting_for(f'compiling for {_TOPOLOGY.value}', file=sys.stderr):
-      report = step.compile_step(config, topology)
+    report = step.compile_step(config, topology)
     print(report.describe())
     if not report.fits:
       print('\n'.join(['', 'Suggestions:', *(f'  {line}' for line in report.advice(config))]))

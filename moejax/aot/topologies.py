@@ -208,6 +208,11 @@ def devices(topology):
   return _tpus(topology) if topology.platform == 'tpu' else _gpus(topology)
 
 
+def can_compile(topology):
+  """Whether the compiler for these TPUs is installed; for GPUs False: theirs needs 4 GB."""
+  return topology.platform == 'tpu' and importlib.util.find_spec('libtpu') is not None
+
+
 def _tpus(topology):
   if topology.kind in _OLD:
     raise ValueError(

@@ -1,7 +1,5 @@
 """The machine for a planned run: the smallest slice on which it fits, its mesh, the hours."""
 
-import importlib.util
-
 from moejax import config as config_lib, estimate, hardware, sharding
 from moejax.aot import step, topologies
 from moejax.text import duration, short, short_time, size
@@ -54,7 +52,7 @@ def find(config, kind, days=None, compiles=True):
     if not choice.fits or (days and _hours(run_config, seconds) > 24 * days):
       continue
     memory, basis = sum(choice.memory.values()), ESTIMATED
-    if compiles and topology.platform == 'tpu' and importlib.util.find_spec('libtpu'):
+    if compiles and topologies.can_compile(topology):
       report = step.compile_step(_with_mesh(config, choice), topology)
       if not report.fits or (days and _hours(run_config, report.step_seconds) > 24 * days):
         continue

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from moejax import config as config_lib, fields as fields_lib, files, report, runner
+from moejax import config as config_lib, fields as fields_lib, files, report, runner, text
 
 _SEED = 'train.seed'
 _CONFIDENCE = 0.95
@@ -97,9 +97,7 @@ def describe(axes, all_groups) -> str:
       note += f' ({group.cells - len(group.losses)} of {group.cells} without a result)'
     values = [str(group.values[name]) for name in names]
     rows.append([*values, measured if group.losses else '-', str(len(group.losses)), note.strip()])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-  return '\n'.join([*lines, '', *_conclusions(axes, best, all_groups)])
+  return '\n'.join([text.table(rows), '', *_conclusions(axes, best, all_groups)])
 
 
 def _conclusions(axes, best, all_groups):
@@ -171,7 +169,7 @@ def _is_log(values):
 
 
 def _next(end, neighbor, values):
-  """The number that goes on beyond the end of a list of numbers, rounded."""
+  """The number that continues a list of numbers beyond its end, rounded."""
   value = end * end / neighbor if _is_log(values) else 2 * end - neighbor
   return round(value) if type(end) is int else float(f'{value:.2g}')
 
