@@ -10,6 +10,7 @@ import runpy
 import sys
 
 from moejax import cli
+from moejax.text import did_you_mean
 
 # By name: the module, and what it does.
 PROGRAMS = {
@@ -36,7 +37,8 @@ def run():
     print('\n'.join(f'  {name:19}{what}' for name, (_, what) in PROGRAMS.items()))
     sys.exit(cli.OK)
   if name and not name.startswith('-') and name not in PROGRAMS:
-    sys.exit(cli.fail(f'expected one of {", ".join(PROGRAMS)}, got {name!r}.'))
+    hint = did_you_mean('train' if name == 'main' else name, PROGRAMS)
+    sys.exit(cli.fail(f'expected one of {", ".join(PROGRAMS)}, got {name!r}{hint}'))
   if name in PROGRAMS:
     del sys.argv[1]
   module, _ = PROGRAMS[name if name in PROGRAMS else 'train']

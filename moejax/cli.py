@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moejax import compilation_cache, imports
-from moejax.text import duration
+from moejax.text import did_you_mean, duration
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # The bundled config files: of the installed package, or of the checkout around it.
@@ -117,7 +117,9 @@ def run_command(commands):
       print(f'  {name:18}{_first_line(one.main)}')
     sys.exit(OK)
   if name not in commands:
-    sys.exit(fail(f'expected one of {", ".join(commands)}, got {name!r}.'))
+    sys.exit(
+      fail(f'expected one of {", ".join(commands)}, got {name!r}{did_you_mean(name, commands)}')
+    )
   define, main, needs_config, takes_arguments = commands[name]
   define()
   del sys.argv[1]

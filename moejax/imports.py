@@ -15,6 +15,7 @@ import importlib
 import os
 import pathlib
 import sys
+import traceback
 import types
 from typing import NamedTuple
 
@@ -42,7 +43,11 @@ def use(name):
   is_file = '/' in name or name.endswith('.py')
   path = os.path.expanduser(name) if is_file else _find(name)
   if not path or not os.path.isfile(path):
-    where = 'no such file' if is_file else 'no module of this name; is its folder in PYTHONPATH?'
+    where = (
+      'no such file' if is_file else 'no module of this name; its folder must be in PYTHONPATH'
+    )
+    if not is_file and os.path.isfile(f'{name}.py'):
+      where += f', or name its file: --imports={name}.py'
     raise ValueError(f'cannot import {name!r}: {where}.')
   code = _code('' if is_file else name, path)
   _run(code)
@@ -156,7 +161,23 @@ def _run(code):
     raise ValueError(
       f'cannot import {code.path}: {error}. Set PYTHONPATH to the folder of what is missing.'
     ) from error
+  except Exception as error:
+    raise ValueError(f'cannot import {_place(error, code.path)}: {error!r}.') from error
   _note(code)
+
+
+def _place(error, path):
+  """'FILE' of one's own or 'FILE, line N': what it was doing when the error came up."""
+  if isinstance(error, SyntaxError):
+    return f'{error.filename}, line {error.lineno}'
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(
+      error.__traceback__,
+    )
+    if frame.filename == path
+  ]
+  return f'{path}, line {lines[-1]}' if lines else path
 
 
 def _execute(code):

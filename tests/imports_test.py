@@ -186,12 +186,17 @@ def test_a_task_that_only_a_run_names_is_not_imported(tmp_path, monkeypatch):
   [
     ('nowhere.py', "cannot import 'nowhere.py': no such file"),
     ('no_such_module', "cannot import 'no_such_module': no module of this name"),
+    ('needs', "cannot import 'needs': .*, or name its file: --imports=needs.py"),
     ('needs.py', 'needs.py: No module named .not_there.* PYTHONPATH'),
+    ('wrong.py', r'wrong.py, line 2: NameError\("name .unknown. is not defined"\)'),
+    ('typo.py', r'typo.py, line 1: SyntaxError\(.*'),
   ],
 )
 def test_what_cannot_be_imported_is_one_sentence(name, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   pathlib.Path('needs.py').write_text('import not_there')
+  pathlib.Path('wrong.py').write_text('x = 1\nunknown.y = x\n')
+  pathlib.Path('typo.py').write_text('def f(:\n')
   with pytest.raises(ValueError, match=message):
     imports.use(name)
 

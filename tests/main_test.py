@@ -65,6 +65,7 @@ def test_a_program_is_run_by_its_name():
   assert done.returncode == 0 and '--target_loss: ' in done.stdout and not done.stderr
   unknown = _moejax('tran')
   assert unknown.returncode == 2 and unknown.stderr.startswith('error: expected one of train, eval')
+  assert unknown.stderr.endswith("got 'tran'; did you mean 'train'?\n")
 
 
 def test_without_a_name_it_trains(monkeypatch):
