@@ -5,6 +5,7 @@ python -m moejax.compare --runs=runs/dense,runs/mot --output=compare.png
 
 import json
 import pathlib
+from typing import NamedTuple
 
 from absl import flags
 
@@ -15,11 +16,11 @@ _COLUMNS = '{:{width}} {:>10} {:>10} {:>12} {:>11} {:>11} {:>9} {:>9}'
 
 
 def compare(runs, output):
-  """Plots the losses of runs and returns the table, with notes below it.
+  """Plots the losses of runs and returns the table of their results.
 
   Its column `speed-up` is the steps of the first run over the steps that a run takes to reach the
-  first run's last validation loss. Runs may be unfinished, interrupted or still training: a note
-  says how far they are, and the table shows their newest checkpoint and evaluation.
+  first run's last validation loss. Runs may be unfinished, interrupted or still training: the table
+  shows their newest checkpoint and evaluation.
 
   Args:
     runs: their folders. A run's name is the shortest end of its path that is unique; a run that is
@@ -32,45 +33,67 @@ def compare(runs, output):
   """
   if pathlib.Path(output).suffix not in FORMATS:
     raise ValueError(f'--output={output}: expected a name that ends in {", ".join(FORMATS)}.')
-  runs = [pathlib.Path(run).absolute() for run in runs]
-  runs = list({run.resolve(): run for run in reversed(runs)}.values())[::-1]
-  names = {run: _name(run, runs) for run in runs}
-  summaries = {name: _summary(run) for run, name in names.items()}
-  corpora = {(s['corpus'], s['tokenizer']) for s in summaries.values()}
-  if len(corpora) > 1:
-    raise ValueError(
-      'the runs were trained on different corpora or tokenizers; their losses are not comparable: '
-      + ', '.join(f'{run} on {s["corpus"]}/{s["tokenizer"]}' for run, s in summaries.items())
-    )
-  curves, validation = {}, {}
-  for run, name in names.items():
-    validation[name] = metrics.loss_curve(run, 'validation/loss')
-    if not validation[name]:
-      raise ValueError(
-        f'--runs: {run} has no validation loss in its metrics.jsonl; evaluations are every '
-        'train.eval_interval steps.'
-      )
-    curves[f'{name} train'] = metrics.loss_curve(run)
-    curves[f'{name} validation'] = validation[name]
+  runs = _read(runs)
+  curves = {}
+  for run in runs:
+    curves[f'{run.name} train'] = metrics.loss_curve(run.folder)
+    curves[f'{run.name} validation'] = run.validation
   report.plot_losses(curves, output)
   header = 'run parameters active FLOPs/token tokens validation speed-up seconds'
-  width = max(24, *map(len, summaries))
+  width = max(24, *(len(run.name) for run in runs))
   lines = [_COLUMNS.format(*header.split(), width=width)]
-  first, (steps, loss) = next((name, curve[-1]) for name, curve in validation.items())
-  for name, summary in summaries.items():
-    needed = steps_to_reach(loss, validation[name])
-    cells = _cells(summary, validation[name][-1][1], steps / needed if needed else None)
-    lines.append(_COLUMNS.format(name, *cells, width=width))
-  lines += [
-    '',
-    'validation: nats per token; speed-up: how many times fewer steps than '
-    f'{first} to its last loss, {loss:.4f}',
-  ]
-  for name, summary in summaries.items():
-    if not report.is_finished(summary):
-      step = validation[name][-1][0]
-      lines.append(f'unfinished: {name}, evaluated at step {step} of {_steps(summary)}')
+  steps, loss = runs[0].validation[-1]
+  for run in runs:
+    needed = steps_to_reach(loss, run.validation)
+    cells = _cells(run.summary, run.validation[-1][1], steps / needed if needed else None)
+    lines.append(_COLUMNS.format(run.name, *cells, width=width))
   return '\n'.join(lines)
+
+
+def notes(runs):
+  """What the table of `compare` means, and which runs are unfinished, as lines of text."""
+  runs = _read(runs)
+  loss = runs[0].validation[-1][1]
+  lines = [
+    'validation: nats per token; speed-up: how many times fewer steps than '
+    f'{runs[0].name} to its last loss, {loss:.4f}'
+  ]
+  for run in runs:
+    if not report.is_finished(run.summary):
+      step = run.validation[-1][0]
+      lines.append(f'unfinished: {run.name}, evaluated at step {step} of {_steps(run.summary)}')
+  return '\n'.join(lines)
+
+
+class _Run(NamedTuple):
+  folder: pathlib.Path
+  name: str
+  summary: dict
+  validation: list[tuple[int, float]]  # (step, loss)
+
+
+def _read(folders):
+  """The `_Run`s in folders, each once."""
+  folders = [pathlib.Path(folder).absolute() for folder in folders]
+  folders = list({f.resolve(): f for f in reversed(folders)}.values())[::-1]
+  names = {folder: _name(folder, folders) for folder in folders}
+  summaries = {folder: _summary(folder) for folder in folders}
+  corpora = {folder: (s['corpus'], s['tokenizer']) for folder, s in summaries.items()}
+  if len({*corpora.values()}) > 1:
+    raise ValueError(
+      'the runs were trained on different corpora or tokenizers; their losses are not comparable: '
+      + ', '.join(f'{names[folder]} on {"/".join(map(str, c))}' for folder, c in corpora.items())
+    )
+  runs = []
+  for folder in folders:
+    validation = metrics.loss_curve(folder, 'validation/loss')
+    if not validation:
+      raise ValueError(
+        f'--runs: {folder} has no validation loss in its metrics.jsonl; evaluations are every '
+        'train.eval_interval steps.'
+      )
+    runs.append(_Run(folder, names[folder], summaries[folder], validation))
+  return runs
 
 
 def _name(run, runs):
@@ -128,7 +151,8 @@ def _cells(summary, loss, speed_up):
 
 
 def main():
-  print(compare(flags.FLAGS.runs, flags.FLAGS.output))
+  table = compare(flags.FLAGS.runs, flags.FLAGS.output)
+  print(notes(flags.FLAGS.runs), table, sep='\n\n')
   return cli.OK
 
 

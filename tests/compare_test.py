@@ -51,18 +51,20 @@ def test_speed_up_to_the_loss_of_the_first_run(tmp_path):
     for step, loss in zip((10, 20), losses, strict=True):
       writer.write(step, {'loss': loss}, prefix='validation')
     writer.close()
-  table = compare.compare([tmp_path / n for n in ('slow', 'fast', 'never')], tmp_path / 'a.png')
+  runs = [tmp_path / name for name in ('slow', 'fast', 'never')]
+  table = compare.compare(runs, tmp_path / 'a.png')
   assert _column(table, -2) == ['1.00x', '1.33x', 'never']  # half way between 10 and 20
-  assert table.endswith('fewer steps than slow to its last loss, 2.5000')
+  assert compare.notes(runs).endswith('fewer steps than slow to its last loss, 2.5000')
 
 
 def test_unfinished_runs_are_compared_and_marked(tmp_path):
   _run(tmp_path / 'dense', loss=1.5)
   summary = _run(tmp_path / 'mot', loss=1.25) | {'finished': False, 'validation': {}}
   report.write_summary(tmp_path / 'mot', summary | {'config': {'train': {'steps': 3000}}})
-  table = compare.compare([tmp_path / 'dense', tmp_path / 'mot'], tmp_path / 'both.png')
+  runs = [tmp_path / 'dense', tmp_path / 'mot']
+  table = compare.compare(runs, tmp_path / 'both.png')
   assert _column(table, -3) == ['1.5000', '1.2500']
-  assert table.endswith('\nunfinished: mot, evaluated at step 20 of 3000')
+  assert compare.notes(runs).endswith('\nunfinished: mot, evaluated at step 20 of 3000')
 
 
 @pytest.mark.parametrize(

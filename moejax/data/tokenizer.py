@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from moejax.data import tokenizer_json
-from moejax.data.tokenizer_json import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID
+from moejax.data.tokenizer_json import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, gpt2_alphabet
+
+_gpt2_alphabet = gpt2_alphabet  # its former name
 
 GPT2_PREFIX = 'gpt2:'
 _KINDS = (
@@ -240,6 +242,15 @@ class JsonTokenizer(Tokenizer):
     return self._original
 
 
+class Gpt2Tokenizer(JsonTokenizer):
+  """GPT-2's vocab.json and merges.txt, or others in this format; ids are shifted by 3."""
+
+  def __init__(self, vocab_path: pathlib.Path, merges_path: pathlib.Path):
+    vocab, merges = vocab_path.read_bytes(), merges_path.read_bytes()
+    spec = tokenizer_json.gpt2(vocab, merges, NUM_SPECIAL)
+    super().__init__(spec, EOS_ID, _fingerprint(b'gpt2', vocab, merges))
+
+
 def make_tokenizer(config) -> Tokenizer:
   """Returns the tokenizer of a DataConfig; its `eos_id`, unless it is -1, replaces the own one.
 
@@ -271,9 +282,7 @@ def _tokenizer_named(name: str, eos_id: int) -> Tokenizer:
       )
   try:
     if name.startswith(GPT2_PREFIX):
-      vocab, merges = (path.read_bytes() for path in paths)
-      spec = tokenizer_json.gpt2(vocab, merges, NUM_SPECIAL)
-      return JsonTokenizer(spec, EOS_ID, _fingerprint(b'gpt2', vocab, merges))
+      return Gpt2Tokenizer(*paths)
     if paths[0].suffix == '.json':
       return _from_json(paths, eos_id)
     return SentencePieceTokenizer(paths[0])

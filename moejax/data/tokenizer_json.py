@@ -65,7 +65,7 @@ def gpt2(vocab: bytes, merges: bytes, first_id: int) -> dict[str, Any]:
   """
   ids = {token: i + first_id for token, i in _gpt2_vocabulary(vocab).items()}
   pairs = _gpt2_merges(merges)
-  made = {*_alphabet(), *map(''.join, pairs)}
+  made = {*gpt2_alphabet(), *map(''.join, pairs)}
   if missing := [token for token in made if token not in ids]:
     raise ValueError(f'vocab.json lacks {len(missing)} tokens of merges.txt, e.g. {min(missing)!r}')
   special = {token: i for token, i in ids.items() if token not in made}
@@ -75,7 +75,7 @@ def gpt2(vocab: bytes, merges: bytes, first_id: int) -> dict[str, Any]:
 
 def of_bytes() -> dict[str, Any]:
   """Returns the tokenizer with one id per byte: byte b has id b + 3."""
-  ids = {character: byte + NUM_SPECIAL for character, byte in _alphabet().items()}
+  ids = {character: byte + NUM_SPECIAL for character, byte in gpt2_alphabet().items()}
   return _byte_level(ids, [], _RESERVED, use_regex=False)
 
 
@@ -203,7 +203,7 @@ def token_bytes(spec: dict[str, Any]) -> list[bytes]:
 
 
 def _byte_level_bytes(token: str) -> bytes:
-  alphabet = _alphabet()
+  alphabet = gpt2_alphabet()
   if all(character in alphabet for character in token):
     return bytes(alphabet[character] for character in token)
   return token.encode('utf-8', 'replace')
@@ -315,7 +315,7 @@ def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
 
 def _gpt2_merges(merges: bytes) -> list[tuple[str, str]]:
   """Returns the pairs of merges.txt, in order."""
-  alphabet = _alphabet()
+  alphabet = gpt2_alphabet()
   pairs, made = [], set(alphabet)
   lines = merges.decode('utf-8-sig').splitlines()  # no token holds any kind of white space
   if lines and lines[0].startswith('#version'):
@@ -333,7 +333,7 @@ def _gpt2_merges(merges: bytes) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _alphabet() -> dict[str, int]:
+def gpt2_alphabet() -> dict[str, int]:
   """The printable character that stands for each byte in byte-level vocabularies.
 
   Printable Latin-1 bytes stand for themselves, the others for the characters from 256 on.

@@ -20,7 +20,7 @@ TEXTS = [
 @pytest.fixture
 def gpt2_folder(tmp_path):
   """A made-up vocabulary in GPT-2's file format: 256 bytes, four merges, the end of text."""
-  tokens = list(tokenizer_json._alphabet())
+  tokens = list(tokenizer_json.gpt2_alphabet())
   merges = ['l o', 'Ġ lo', 'r e', 'Ġlo re']
   tokens = ['!', *(t for t in tokens if t != '!'), *(m.replace(' ', '') for m in merges)]
   vocab = {token: i for i, token in enumerate([*tokens, '<|endoftext|>'])}
