@@ -167,7 +167,9 @@ def placed(run_config, devices):
   """
   chip = hardware.find(devices[0].device_kind)
   slices = len({getattr(device, 'slice_index', None) for device in devices})
-  choice = chip and chip.memory and choose(run_config, len(devices), chip, slices)
+  if not chip or not chip.memory:
+    return run_config
+  choice = choose(run_config, len(devices), chip, slices)
   if not choice:
     return run_config
   print(f'mesh: {choice.describe()}', flush=True)
