@@ -17,7 +17,7 @@ A run: training, as `python -m moejax.main` does it, and what it leaves in its f
   run = moejax.load('runs/mot')
   run.generate('def ', 50), run.loss('def f(x):'), run.logits('def ').shape
 
-docs/library.md has whole examples. `import moejax` is quick: names are imported when they are used.
+docs/library.md has complete examples. `import moejax` is quick: names are imported on first use.
 """
 
 import importlib

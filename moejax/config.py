@@ -78,7 +78,7 @@ def flat_fields():
 
 
 def registered():
-  """What code of one's own may add to or replace: the choices that exist, by name."""
+  """What the user's own code may add to or replace: the choices that exist, by name."""
   tables = (model_lib.SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
   tables += (common.NORMS, common.INITIALIZERS, TRACKERS)
   seqio: Any = sys.modules.get('seqio')  # imported by few programs

@@ -19,7 +19,7 @@ _SHORTEST = 16
 
 
 def padded(length, limit):
-  """The length that a program is compiled for: a power of two, or the limit."""
+  """The length that a program is compiled for: a power of two, or the limit; so few compile."""
   return min(limit, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
 

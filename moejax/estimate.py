@@ -90,7 +90,7 @@ def saved_bytes(run_config, num_sequences):
 
 def _saved(run_config):
   """Bytes that are saved per sequence, and independently of their number."""
-  sequences = math.lcm(*run_config.model.groups.values())
+  sequences = run_config.model.group_multiple
   one, two = (saved_bytes(run_config, n * sequences) for n in (1, 2))
   return (two - one) / sequences, 2 * one - two
 
@@ -108,7 +108,7 @@ def seconds(run_config, mesh, chip, detour=1.0):
   data, fsdp, expert, tensor = (mesh.shape[axis] for axis in sharding.AXES)
   model, accumulation = run_config.model, run_config.optimizer.accumulation
   devices = math.prod(mesh.shape.values())
-  tokens = run_config.data.batch_size * run_config.data.sequence_length / devices
+  tokens = run_config.data.tokens_per_step / devices
   per_token = flops.training_flops_per_token(model, run_config.data.sequence_length)['total']
   compute = _WORK[model.remat] * tokens * per_token / chip.flops
   param_bytes = 2 * flops.param_counts(model)['total'] / expert / tensor  # bfloat16

@@ -9,7 +9,6 @@ arguments of `MoejaxLM`. In a program, `lm_eval.simple_evaluate(MoejaxLM('runs/m
 
 import functools
 import logging
-import math
 import sys
 from typing import Any
 
@@ -89,7 +88,7 @@ class MoejaxLM(TemplateLM):
     if mode == 'mixed_with_corpus':
       self._others = training_text(run_config.data, self._model.mixed_sequences - 1)
     self._groups_of_one = bool(self._others) or self._model.mixed_sequences == 1
-    groups = math.lcm(*self._model.groups.values())
+    groups = self._model.group_multiple
     rows = int(batch_size) * (1 + len(self._others))
     self._requests = -(-rows // groups) * groups // (1 + len(self._others))  # of a batch
     if self.leaks:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from moejax import files, text
+from moejax import files, report, text
 
 
 def table(rows: list[dict]) -> str:
@@ -64,14 +64,12 @@ def write_positions(curves: dict, path) -> None:
       for position in np.flatnonzero(tokens_L):
         loss = nats_L[position] / tokens_L[position]
         writer.writerow([label, position, f'{loss:.6f}', int(tokens_L[position])])
-  with files.atomic_output(path.with_suffix('.png')) as temporary:
-    position_figure(curves).savefig(temporary)
+  report.save_figure(position_figure(curves), path.with_suffix('.png'))
 
 
 def position_figure(curves: dict) -> Figure:
   """The loss by position, thin at every position and thick in the buckets of `buckets`."""
-  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
-  axes = figure.add_subplot(
+  figure, axes = report.new_figure(
     xlabel='position in the sequence, from 1', ylabel='loss (nats per token)', xscale='log'
   )
   for i, (label, (nats_L, tokens_L)) in enumerate(curves.items()):
@@ -85,6 +83,4 @@ def position_figure(curves: dict) -> Figure:
   axes.xaxis.set_major_formatter('{x:.0f}')
   axes.minorticks_off()
   axes.legend(frameon=False)
-  axes.grid(color='0.9')
-  axes.spines[['top', 'right']].set_visible(False)
   return figure

@@ -6,16 +6,6 @@
 
 A terminal gets a table, a file or a pipe one JSON object per mode and group size. The loss is the
 mean over tokens, +- its standard error over sequences, as if these were independent.
-
-In a model that mixes sequences, a mode says how those that are evaluated or decoded together
-influence each other:
-
-  mixed              groups as in training: one request influences another
-  unmixed            groups of one: every expert sees every token, and the outputs add up
-  discrete           an expert of Mixture of Tokens takes a single token of a group; which one
-                     depends on the others
-  mixed_with_corpus  every sequence in a group of its own, filled with training text: how the paper
-                     scores single prompts (costs as much as a full group)
 """
 
 import dataclasses
@@ -44,7 +34,20 @@ from moejax import (
 from moejax.distributed import is_process_0
 from moejax.run_folder import load_run
 
-MODES = ('mixed', 'unmixed', 'discrete', 'mixed_with_corpus')
+# In a model that mixes sequences: how those that are evaluated or decoded together influence each
+# other.
+MODES = {
+  'mixed': 'groups as in training, one sequence influences another',
+  'unmixed': 'groups of one, every expert sees every token and the outputs add up',
+  'discrete': 'an expert takes a single token of a group, which one depends on the others',
+  'mixed_with_corpus': 'every sequence in a group of its own, filled with training text, as the '
+  'paper scores single prompts; as slow as a full group',
+}
+
+
+def describe_modes():
+  """MODES as text, for the help of flags."""
+  return ' '.join(f'{mode}: {meaning}.' for mode, meaning in MODES.items())
 
 
 def decoding(model_config, mode, group_size=0):
@@ -327,7 +330,7 @@ if __name__ == '__main__':
     'Validation batches; -1: all; 0: train.eval_batches, or all of --files.',
     lower_bound=-1,
   )
-  flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed: {", ".join(MODES)}.')
+  flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed. {describe_modes()}')
   flags.DEFINE_multi_integer(
     'group_size', [0], 'Sequences mixed with each other; may be repeated. 0: as in training.'
   )

@@ -19,7 +19,7 @@ from absl import flags
 
 from moejax import cli, decode, fields, run_folder, terminal
 from moejax.distributed import is_process_0
-from moejax.evaluate import decoding, training_text
+from moejax.evaluate import MODES, decoding, describe_modes, training_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,14 +282,6 @@ def main(overrides):
   return cli.OK
 
 
-_MODES = {
-  'mixed': 'groups as in training, one request influences another',
-  'unmixed': 'every request by itself, experts see each token alone',
-  'discrete': 'an expert takes one token of a group, which one depends on the others',
-  'mixed_with_corpus': 'every request in a group of its own, filled with training text',
-}
-
-
 def _define_flags():
   cli.define_process_flags()
   cli.define_path('workdir', None, 'Folder of the run to generate from.', required=True)
@@ -303,7 +295,7 @@ def _define_flags():
     'interactive', False, 'Reads prompts from the terminal or a pipe, line by line.'
   )
   flags.DEFINE_bool(
-    'keep_context', False, 'Of --interactive: a line continues the text; an empty one starts anew.'
+    'keep_context', False, 'Of --interactive: a line continues the text; an empty line starts over.'
   )
   flags.DEFINE_bool('json', False, 'Prints a JSON object per text, in place of the text.')
   flags.DEFINE_integer('length', 100, 'Most tokens to generate.', lower_bound=1)
@@ -324,12 +316,11 @@ def _define_flags():
       f.default or None if f.type is tuple else f.default,
       f'{meaning[0].upper()}{meaning[1:]}.',
     )
-  modes = '; '.join(f'{mode}: {meaning}' for mode, meaning in _MODES.items())
   flags.DEFINE_enum(
     'mode',
     'mixed',
-    list(_MODES),
-    f'Of models that mix sequences. {modes}. moejax.evaluate compares their losses.',
+    list(MODES),
+    f'Of models that mix sequences. {describe_modes()} moejax.evaluate compares their losses.',
   )
   flags.DEFINE_integer('group_size', 0, 'Requests per mixing group; 0: as in training.')
 

@@ -1,12 +1,12 @@
-"""Code of one's own that runs need, and who may make it run.
+"""The user's own code that runs need, and when it may be imported.
 
-A router, sublayer, optimizer or seqio task may be registered in a file of one's own: a config file,
+A router, sublayer, optimizer or seqio task may be registered in the user's own file: a config file,
 a file or module that `--imports` names, the module of `data.task`. `config.json` remembers the
-first two with a fingerprint, so that every program that opens the run imports them again. A folder
-that somebody shared must not run code by itself, though: what a run names, and not the user's
-command line or program, is imported only if the user has run this file with this content before, or
-allows it by `--allow_imports`. What he has run is recorded outside of runs, by an empty file for
-each in ~/.local/state/moejax/imports.
+first two with a fingerprint, so that every program that opens the run imports them again. Opening a
+shared folder must not run its code, though: what a run names, and not the user's command line or
+program, is imported only if the user has run this file with this content before, or allows it by
+`--allow_imports`. What the user has run is recorded outside of runs, by an empty file for each in
+~/.local/state/moejax/imports.
 """
 
 import contextlib

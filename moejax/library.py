@@ -13,6 +13,7 @@ import numpy as np
 from moejax import (
   cli,
   config as config_lib,
+  decode,
   evaluate,
   generate,
   imports,
@@ -31,7 +32,7 @@ def get_config(name: str) -> Any:
   """The config that `--config=NAME` names: a ConfigDict of sections, to be changed and passed on.
 
   Args:
-    name: 'mot', 'mot:debug', 'configs/mot.py:medium,experts=32', or a file of one's own; after the
+    name: 'mot', 'mot:debug', 'configs/mot.py:medium,experts=32', or your own file; after the
       colon are variants, which the file defines.
 
   Raises:
@@ -164,7 +165,7 @@ class Run:
         f'logits: expected a text or integer ids, 1 to {context} (data.sequence_length) of them; '
         f'got {ids.dtype}{list(ids.shape)}.'
       )
-    padded_BL = np.pad(ids_BL.astype(np.int32), ((0, 0), (0, _padded_length(L, context) - L)))
+    padded_BL = np.pad(ids_BL.astype(np.int32), ((0, 0), (0, decode.padded(L, context) - L)))
     segments_BL = np.broadcast_to(np.arange(padded_BL.shape[1]) < L, padded_BL.shape)
     rows = self._full_groups(np.arange(B))
     with jax.set_mesh(self.mesh):
@@ -186,7 +187,7 @@ class Run:
     ids = self.tokenizer.encode(text)
     if not len(ids):
       raise ValueError('loss: expected a text, got an empty one.')
-    L = _padded_length(len(ids), self.model.config.max_length)
+    L = decode.padded(len(ids), self.model.config.max_length)
     number = math.ceil(len(ids) / L)
     stream = np.zeros(number * L + 1, np.int32)
     stream[0], stream[1 : len(ids) + 1] = self.tokenizer.eos_id, ids
@@ -235,13 +236,8 @@ class Run:
 
   def _full_groups(self, rows):
     """Indices of rows, repeated in turn to fill up the last group."""
-    group = math.lcm(*self.model.config.groups.values())
+    group = self.model.config.group_multiple
     return np.resize(rows, -(-len(rows) // group) * group)
-
-
-def _padded_length(length, context):
-  """A power of two, or the context: few lengths, so that few programs are compiled."""
-  return min(context, 1 << (length - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -151,6 +151,11 @@ class ModelConfig(Section):
   widths = property(lambda self: _union(sublayer.widths for sublayer in self.used))
   mixed_sequences = property(lambda self: math.lcm(*(s.mixed_sequences for s in self.used)))
 
+  @property
+  def group_multiple(self):
+    """Number of sequences that must divide a batch."""
+    return math.lcm(*self.groups.values())
+
   def leaks(self):
     """How a token sees later positions, as a sentence; '' if it does not."""
     return ' '.join(filter(None, (sublayer.leaks() for sublayer in self.used)))

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,8 +58,22 @@ def describe(result: dict) -> str:
 
 def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
   """Writes `loss_figure` to a file; its suffix says in which format."""
+  save_figure(loss_figure(curves), path)
+
+
+def new_figure(**properties) -> tuple[Figure, Any]:
+  """A figure in the style of all plots of runs, and its axes with these properties."""
+  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
+  axes = figure.add_subplot(axisbelow=True, **properties)
+  axes.grid(color='0.9')
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure, axes
+
+
+def save_figure(figure: Figure, path) -> None:
+  """Writes a figure to a file, in the format of its suffix."""
   with files.atomic_output(path) as temporary:
-    loss_figure(curves).savefig(temporary)
+    figure.savefig(temporary)
 
 
 def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
@@ -70,8 +85,7 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
       'x validation', or 'x' alone, share a colour.
   """
   arrays = {label: np.array(points, float) for label, points in curves.items() if points}
-  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
-  axes = figure.add_subplot(xlabel='step', ylabel='loss (nats per token)', axisbelow=True)
+  figure, axes = new_figure(xlabel='step', ylabel='loss (nats per token)')
   colours = {}
   for label, points in arrays.items():
     run = re.sub(r'\s*(train|validation)$', '', label)
@@ -88,8 +102,6 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     axes.set_ylim(*_limits(arrays.values()))
     axes.legend(frameon=False)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  axes.grid(color='0.9')
-  axes.spines[['top', 'right']].set_visible(False)
   return figure
 
 
@@ -109,8 +121,7 @@ def plot_router(load, path) -> None:
   label = f'load over fair share (largest {load.max():.2f}, {(load == 0).sum()} dead)'
   figure.colorbar(image, label='load / fair share', extend='max')
   axes.set_title(label, fontsize='medium', loc='left')
-  with files.atomic_output(path) as temporary:
-    figure.savefig(temporary)
+  save_figure(figure, path)
 
 
 def running_mean(values) -> np.ndarray:
@@ -174,7 +185,7 @@ def read_summary(workdir) -> dict:
 
 
 def is_finished(summary: dict) -> bool:
-  """Whether a summary is that of a whole run; before, every checkpoint writes one."""
+  """Whether a summary is that of a finished run; every checkpoint before writes one too."""
   return summary.get('finished', True)  # older versions wrote it at the end only
 
 

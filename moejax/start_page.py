@@ -53,7 +53,7 @@ def derived(run_config):
     yield f'moe: {model.moe.num_experts} experts of width {width}, {model.moe.top_k} per token'
   yield from _table(run_config)
   training = flops.training_flops_per_token(model, data.sequence_length)['total']
-  total = training * steps * data.batch_size * data.sequence_length
+  total = training * steps * data.tokens_per_step
   yield f'steps: {_steps(run_config, None)}, {total:.3g} training FLOPs'
 
 
@@ -98,11 +98,11 @@ def _table(run_config):
 
 def _steps(run_config, loader):
   data, steps = run_config.data, run_config.train.steps
-  tokens = data.batch_size * data.sequence_length
-  whole = f'{steps:,} of {tokens:,} tokens ({data.batch_size} x {data.sequence_length})'
+  tokens = data.tokens_per_step
+  each = f'{steps:,} of {tokens:,} tokens ({data.batch_size} x {data.sequence_length})'
   sequences = getattr(loader, 'num_sequences', None)  # unknown of a stream
   epochs = f', {steps * data.batch_size / sequences:.2g} epochs' if sequences else ''
-  return f'{whole}: {text.short(steps * tokens)} tokens{epochs}'
+  return f'{each}: {text.short(steps * tokens)} tokens{epochs}'
 
 
 def _corpus(data, loader):

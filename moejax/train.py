@@ -75,10 +75,6 @@ class Run:
   flops_per_token: dict = dataclasses.field(default_factory=dict)
   peak_flops: float | None = None  # of all devices together, if it is known
 
-  @property
-  def tokens_per_step(self):
-    return self.run_config.data.batch_size * self.run_config.data.sequence_length
-
   def describe(self):
     """The metadata of a checkpoint, also part of the summary."""
     return {
@@ -382,7 +378,7 @@ def _log(run, means):
   train, speeds = run.run_config.train, {}
   seconds = means.get('seconds_per_step')  # of no step yet, if the first one is logged
   if seconds:
-    speeds['tokens_per_second'] = run.tokens_per_step / seconds
+    speeds['tokens_per_second'] = run.run_config.data.tokens_per_step / seconds
   if seconds and run.peak_flops:
     flops_per_second = speeds['tokens_per_second'] * run.flops_per_token['model']
     speeds['mfu'] = flops_per_second / run.peak_flops
@@ -483,7 +479,7 @@ def _summary(run):
     'mesh': dict(run.mesh.shape),
     'finished': True,
     'steps': run.step,
-    'tokens_seen': run.step * run.tokens_per_step,
+    'tokens_seen': run.step * run.run_config.data.tokens_per_step,
     'resumed_from': run.first_step,
     'train_loss': losses[-1][1] if losses else math.nan,
     'validation': run.eval_result,

@@ -1,4 +1,4 @@
-"""Code of one's own: remembered by runs, imported by every program, never without being allowed."""
+"""The user's own code: remembered by runs, imported by every program, never without permission."""
 
 import json
 import os

@@ -110,7 +110,7 @@ def _memory(state, mesh, saved, compiled):
 def _sizes(run_config, mesh, topology):
   """Fields of the Report about model and machine."""
   counts = flops.param_counts(run_config.model)
-  tokens = run_config.data.batch_size * run_config.data.sequence_length
+  tokens = run_config.data.tokens_per_step
   per_token = flops.training_flops_per_token(run_config.model, run_config.data.sequence_length)
   return {
     'topology': str(topology),

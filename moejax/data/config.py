@@ -37,6 +37,11 @@ class DataConfig(Section):
   batch_size: int = default(32, 'sequences per step, over all devices', minimum=1)
   seed: int = default(0, 'of the order of the training data', minimum=0, maximum=MAX_SEED)
 
+  @property
+  def tokens_per_step(self):
+    """Over all devices."""
+    return self.batch_size * self.sequence_length
+
   def conflicts(self):
     if self.source in _READS_FILES and not self.files:
       what = 'a directory written by moejax.tokenize' if self.source == 'tokens' else 'a glob'

@@ -120,7 +120,7 @@ def make_cells(config: str, overrides: dict[str, str], axes: list[Axis]) -> list
       problems |= {line.removeprefix('--config.'): texts for line in str(error).splitlines()}
       continue
     values = {field: _value(changed, field) for field in texts}
-    tokens = run_config.train.steps * run_config.data.batch_size * run_config.data.sequence_length
+    tokens = run_config.train.steps * run_config.data.tokens_per_step
     per_token = flops.training_flops_per_token(run_config.model, run_config.data.sequence_length)
     cells.append(
       Cell(

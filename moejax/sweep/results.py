@@ -8,7 +8,6 @@ import statistics
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from scipy import stats
 
 from moejax import config as config_lib, fields as fields_lib, files, report, runner, text
@@ -203,10 +202,7 @@ def plot(axes, all_groups, path) -> None:
   numeric = {axis: field for axis in axes if (field := _numeric_field(axis, all_groups))}
   axis = next(iter(numeric), axes[0])
   field = numeric.get(axis, axis.fields[0])
-  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
-  axes_ = figure.add_subplot(
-    xlabel=field, ylabel='validation loss (nats per token)', axisbelow=True
-  )
+  figure, axes_ = report.new_figure(xlabel=field, ylabel='validation loss (nats per token)')
   finished = [group for group in all_groups if group.losses]
   ticks = list(dict.fromkeys(str(group.values.get(field, 'all')) for group in all_groups))
   others = lambda group: {k: v for k, v in group.values.items() if k not in axis.fields}
@@ -228,10 +224,7 @@ def plot(axes, all_groups, path) -> None:
     axes_.set_xticks(range(len(ticks)), ticks)
   if axes_.get_legend_handles_labels()[1]:
     axes_.legend(frameon=False)
-  axes_.grid(color='0.9')
-  axes_.spines[['top', 'right']].set_visible(False)
-  with files.atomic_output(path) as temporary:
-    figure.savefig(temporary)
+  report.save_figure(figure, path)
 
 
 def _lines(finished, others):
