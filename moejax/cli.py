@@ -316,12 +316,12 @@ def _print_help(main, takes_overrides):
     meaning = ' '.join(flag.help.partition(';\n')[0].split())  # absl appends the rest
     line = f'--{flag.name}: {meaning}{_default(flag)}'
     print(textwrap.fill(line, 100, subsequent_indent=' ' * 4))
-  if takes_overrides:
-    print("--config.SECTION.FIELD=VALUE: changes a field of the run's config.")
   if 'config' in flags.FLAGS:
     from moejax import config  # importing JAX takes seconds
 
     print(f'--config.SECTION.FIELD=VALUE: a field of the config.\n\n{config.reference()}', end='')
+  elif takes_overrides:
+    print("--config.SECTION.FIELD=VALUE: changes a field of the run's config.")
 
 
 def _default(flag):

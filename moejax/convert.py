@@ -1,9 +1,9 @@
-r"""Converts models to and from other formats: safetensors, and for Mamba, transformers folders.
+r"""Converts models to and from other formats: safetensors, and folders of transformers.
 
   python -m moejax.convert to_safetensors --workdir=RUN --output=model.safetensors
   python -m moejax.convert from_safetensors --input=model.safetensors --workdir=NEW
   python -m moejax.convert to_hf --workdir=RUN --output=FOLDER
-  python -m moejax.convert from_hf --model=FOLDER --workdir=NEW --config=configs/mamba.py
+  python -m moejax.convert from_hf --model=FOLDER --workdir=NEW --config=configs/dense.py
 
 In a safetensors file, a tensor's name is the path of the parameter, joined by dots. A stack of
 blocks, one array with a leading axis here, becomes one tensor per block, with the block's index
@@ -47,7 +47,10 @@ from moejax.optimizer import make_optimizer
 
 
 def to_safetensors(workdir, output):
-  """Writes the latest checkpoint of a run to one file; returns a summary."""
+  """Writes the latest checkpoint of a run to one file.
+
+  Returns a summary, as the other conversions do.
+  """
   output = _new_path(output)
   run_config, step, params, _ = run_folder.load_run(workdir)
   tensors = to_tensors(jax.device_get(params))
@@ -63,7 +66,7 @@ def to_safetensors(workdir, output):
 
 
 def from_safetensors(path, workdir, tokenizer=None):
-  """Makes a run from a file that `to_safetensors` wrote; returns a summary.
+  """Makes a run from a file that `to_safetensors` wrote.
 
   `tokenizer` replaces data.tokenizer of the config, for files that have moved.
   """
@@ -85,7 +88,7 @@ def from_safetensors(path, workdir, tokenizer=None):
 
 
 def to_hf(workdir, output):
-  """Writes a folder that transformers loads without our code; returns a summary."""
+  """Writes a folder that transformers loads without moejax."""
   output = _new_path(output)
   run_config, step, params, _ = run_folder.load_run(workdir)
   architecture = hf.of_run(run_config)
@@ -110,7 +113,7 @@ def to_hf(workdir, output):
 
 
 def from_hf(config, model, workdir):
-  """Makes a run from a model of transformers; returns a summary.
+  """Makes a run from a model of transformers.
 
   Args:
     config: everything but the model: data, optimizer, dtypes, and the tokenizer if the model comes

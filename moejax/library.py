@@ -155,7 +155,8 @@ class Run:
       float32 [L, V], for ids [B, L] float32 [B, L, V].
 
     Raises:
-      ValueError: there is no token, or more than the context has (data.sequence_length).
+      ValueError: there is no token, more than the context has (data.sequence_length), or an id
+        that the vocabulary has not.
     """
     ids = self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
     ids_BL = np.atleast_2d(ids)
@@ -165,6 +166,9 @@ class Run:
         f'logits: expected a text or integer ids, 1 to {context} (data.sequence_length) of them; '
         f'got {ids.dtype}{list(ids.shape)}.'
       )
+    if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:
+      vocab = f'0 to {self.model.config.vocab_size - 1}'
+      raise ValueError(f'logits: expected ids from {vocab}, got {ids.min()} to {ids.max()}.')
     padded_BL = np.pad(ids_BL.astype(np.int32), ((0, 0), (0, decode.padded(L, context) - L)))
     segments_BL = np.broadcast_to(np.arange(padded_BL.shape[1]) < L, padded_BL.shape)
     rows = self._full_groups(np.arange(B))
@@ -182,11 +186,10 @@ class Run:
     context is cut into pieces, which do not see each other.
 
     Raises:
-      ValueError: the text is empty.
+      ValueError: the text is empty, or no string.
     """
-    ids = self.tokenizer.encode(text)
-    if not len(ids):
-      raise ValueError('loss: expected a text, got an empty one.')
+    if not isinstance(text, str) or not len(ids := self.tokenizer.encode(text)):
+      raise ValueError(f'loss: expected a text that is not empty, got {text!r}.')
     L = decode.padded(len(ids), self.model.config.max_length)
     number = math.ceil(len(ids) / L)
     stream = np.zeros(number * L + 1, np.int32)
@@ -221,9 +224,11 @@ class Run:
       The continuation without its prompt; for a list a list.
 
     Raises:
-      ValueError: a prompt is empty, or an option is invalid.
+      ValueError: there is no prompt, one is no text, or an option is invalid.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+      raise ValueError(f'generate: expected a text or a list of texts, got {prompts!r}.')
     arguments = self.model.config, self.params, self.tokenizer, texts, length
     with jax.set_mesh(self.mesh):
       continued = generate.continuations(*arguments, **sampling)

@@ -1,4 +1,4 @@
-r"""Writes a corpus to flat token files, so that runs need no TensorFlow.
+r"""Writes a corpus to token files: for text of any size, read without TensorFlow or the network.
 
   python -m moejax.tokenize --config=configs/mot.py:medium --output=/data/c4_tokens
   python -m moejax.main --config=configs/mot.py:medium --config.data.source=tokens \

@@ -191,6 +191,11 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
     begin = source.step if schedule == 'restart' else 0
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
+    if config.train.steps <= source.step:
+      raise ValueError(
+        f'train.steps = {config.train.steps}: the run to start from is at step {source.step} '
+        'already, and its steps count. Leave it out: --steps=N trains N steps further.'
+      )
     first = functools.partial(start, source=source, moments=moments)
     result = lambda: (
       {'transition': {'from': str(folder), **report(workdir)}} if is_process_0() else {}

@@ -37,6 +37,14 @@ def test_files_exist():
   assert missing == []
 
 
+def test_every_file_has_its_place_in_the_table():
+  table = PAGE.partition('## Files')[2]
+  missing = [
+    p.name for p in (ROOT / 'moejax').glob('*.py') if not re.search(rf'[`/]{p.name}`', table)
+  ]
+  assert missing == []
+
+
 @pytest.mark.parametrize('path', sorted({path for path, _ in _pairs(PAGE)}))
 def test_names_exist(path):
   wanted = {name for other, name in _pairs(PAGE) if other == path}

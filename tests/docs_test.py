@@ -198,6 +198,7 @@ def test_every_program_has_help_and_refuses_a_bucket(go):
     code, output = go(*program.split(), '--help')
     assert code == 0 and f'python -m moejax.{program} ' in output, f'{program}: {output}'
     assert all(f'--{name}: ' in output for name in paths), f'{program}: {output}'
+    assert output.count('--config.SECTION.FIELD=VALUE: ') <= 1, program
     for name in paths:
       others = [f'--{other}=x' for other in paths if other != name]
       code, output = go(*program.split(), *others, f'--{name}=gs://bucket/x')

@@ -106,7 +106,11 @@ def test_a_run_scores_text_as_its_model_does(page):
 @pytest.mark.parametrize(
   ('bad', 'message'),
   [
-    (lambda run: run.loss(''), 'expected a text, got an empty one'),
+    (lambda run: run.loss(''), "expected a text that is not empty, got ''"),
+    (lambda run: run.loss(['a', 'b']), r"expected a text .* got \['a', 'b'\]"),
+    (lambda run: run.logits([3, 999]), 'ids from 0 to 258, got 3 to 999'),
+    (lambda run: run.generate([5, 6], 4), r'a list of texts, got \[5, 6\]'),
+    (lambda run: run.generate([], 4), r'a list of texts, got \[\]'),
     (lambda run: run.logits(''), r'1 to 32 .* got int32\[0\]'),
     (lambda run: run.logits('x' * 33), r'got int32\[33\]'),
     (lambda run: run.logits([0.5]), r'integer ids.* got float64\[1\]'),
@@ -172,6 +176,13 @@ def test_init_may_be_a_name(init):
     (lambda: _make('MLP', init=jax.nn.initializers.zeros), 'init must be one of'),
     (lambda: layers.MixtureOfTokens(64, d_model=64, rngs=nnx.Rngs(0)), 'must be a MoTConfig'),
     (lambda: _make('MixtureOfTokens')(X_BLD[:3]), 'group_size = 4 must divide'),
+    (lambda: _make('MixtureOfTokens')(X_BLD[0]), r'd_model = 12\]; got float32\[\d+, 12\]'),
+    (lambda: _make('MixtureOfExperts')(X_BLD.astype(int)), r'd_model = 12\]; got int32\['),
+    *(
+      (lambda name=name: _make(name)(X_BLD[..., 1:]), r'd_model = 12\]; got')
+      for name in LAYERS
+      if name != 'MLP'
+    ),
     (lambda: moejax.LanguageModel({}, nnx.Rngs(0)), r'moejax\.build\(config\)'),
     (
       lambda: moejax.LanguageModel(moejax.ModelConfig(max_length=8), nnx.Rngs(0)),

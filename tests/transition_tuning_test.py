@@ -116,6 +116,13 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     transition_tuning.tune(tmp_path / 'nothing', tmp_path / 'new', 'token_choice')
 
 
+def test_fewer_steps_than_the_run_has_are_refused(runs, tmp_path):
+  fields = {'train.steps': '1'}
+  with pytest.raises(ValueError, match=r'train\.steps = 1: the run .*--steps=N'):
+    transition_tuning.tune(runs[0], tmp_path / 'new', 'token_choice', fields=fields)
+  assert not (tmp_path / 'new').exists()
+
+
 def test_a_run_that_began_with_other_moments_is_refused(runs):
   with pytest.raises(ValueError, match="began with {'optimizer': 'continue'}, not"):
     transition_tuning.tune(*runs, 'token_choice', steps=2, moments='restart')

@@ -94,7 +94,8 @@ class Attention(nnx.Module):
     return y_BLD + common.row(self.out_bias[...], y_BLD) if self.biases else y_BLD
 
   def __call__(self, x_BLD, tokens=None):
-    return self.prefill(x_BLD, tokens or common.TokenInfo.unpadded(x_BLD.shape))[0], {}
+    tokens = tokens or common.unpadded(x_BLD, self.out.shape[-1])
+    return self.prefill(x_BLD, tokens)[0], {}
 
   def prefill(self, x_BLD, tokens):
     """The forward pass: y_BLD, and the cache of its positions."""

@@ -33,6 +33,17 @@ class TokenInfo(NamedTuple):
     return cls(jnp.ones((B, L), jnp.int32), jnp.broadcast_to(positions_L[None], (B, L)))
 
 
+def unpadded(x_BLD, d_model):
+  """The TokenInfo of a layer that is given none; raises ValueError if it cannot process x."""
+  shape, dtype = jnp.shape(x_BLD), jnp.result_type(x_BLD)
+  if len(shape) != 3 or shape[-1] != d_model or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+      f'x: expected a floating dtype, [sequences, positions, d_model = {d_model}]; got '
+      f'{dtype.name}{list(shape)}.'
+    )
+  return TokenInfo.unpadded(shape)
+
+
 Tokens = TokenInfo  # its name in version 0.1, which programs of users import
 
 

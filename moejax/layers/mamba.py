@@ -89,6 +89,7 @@ class Mamba(nnx.Module):
         return experts(d_in, d_out)
       return init(rngs, d_in, d_out, fan_in=d_in)
 
+    self.d_model = d_model
     self.w_in = projection('conv')
     self.w_gate = projection('gate')
     self.conv_kernel = init(rngs, W, I, fan_in=W)
@@ -101,7 +102,7 @@ class Mamba(nnx.Module):
     self.w_out = projection('out')
 
   def __call__(self, x_BLD, tokens=None):
-    tokens = tokens or common.TokenInfo.unpadded(x_BLD.shape)
+    tokens = tokens or common.unpadded(x_BLD, self.d_model)
     auxes = []
 
     def through(experts, x):

@@ -256,7 +256,8 @@ class MixtureOfExperts(common.Stateless):
       self.output_norm = common.LayerNorm(d_out or d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens=None):
-    return self._forward(x_BLD, tokens or common.TokenInfo.unpadded(x_BLD.shape), self.config)
+    tokens = tokens or common.unpadded(x_BLD, self.router.shape[0])
+    return self._forward(x_BLD, tokens, self.config)
 
   def prefill(self, x_BLD, tokens):
     """The forward pass as in decoding: no token is dropped, no position depends on a later one."""

@@ -147,7 +147,7 @@ class MixtureOfTokens(common.Stateless):
       self.norm_out = common.LayerNorm(d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens=None):
-    tokens = tokens or common.TokenInfo.unpadded(x_BLD.shape)
+    tokens = tokens or common.unpadded(x_BLD, self.controller.shape[0])
     B, L, _ = x_BLD.shape
     M = self.config.group_size
     groups.check('model.mot.group_size', M, B)
