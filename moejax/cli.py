@@ -295,6 +295,9 @@ def _plain(message):
   missing = re.search('Flag --(.*) must have a value other than None', message)
   if missing:
     return f'--{missing[1]} is required: {flags.FLAGS[missing[1]].help}'
+  field = re.search(r"Unknown command line flag '(\w+\.[\w.]+)'", message)
+  if field and not field[1].startswith('config.'):
+    return f'--{field[1]}: fields of the config are written --config.{field[1]}=VALUE.'
   return message.removeprefix('flag ')
 
 
