@@ -178,13 +178,13 @@ def placed(run_config, devices):
   return choice.run_config
 
 
-def choose(run_config, num_devices, chip, slices=1):
+def choose(run_config, num_devices, chip, slices=1, estimator=None):
   """The Choice of the mesh sizes that are 0, or None if the batch can be split on no such mesh.
 
   Of all meshes with the sizes that are set, it is the fastest that fits into memory, by these
   estimates; if none fits, the one that takes the least. It is a function of the config, the
   `hardware.Chip` and the number of devices alone, so all processes make the same. Results do not
-  depend on the mesh.
+  depend on the mesh. `estimator`: of the same model and batch, if there is one already.
   """
   shapes = [
     shape
@@ -193,7 +193,7 @@ def choose(run_config, num_devices, chip, slices=1):
   ]
   if not shapes:
     return None
-  estimator = Estimator(run_config)
+  estimator = estimator or Estimator(run_config)
   choices = [on(run_config, shape, chip, estimator) for shape in shapes]
   needed = lambda choice: sum(choice.memory.values())
   fitting = [choice for choice in choices if choice.fits] or [min(choices, key=needed)]

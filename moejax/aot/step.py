@@ -54,7 +54,7 @@ def compile_step(config, topology: topologies.Topology):
       evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
   fits = not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory
-  better = None if fits else _better_mesh(run_config, topology)
+  better = None if fits else _better_mesh(choice, topology)
   return Report(
     **_sizes(run_config, mesh, topology),
     memory=memory,
@@ -68,28 +68,28 @@ def compile_step(config, topology: topologies.Topology):
   )
 
 
-def choose_mesh(run_config, topology):
+def choose_mesh(run_config, topology, estimator=None):
   """The `estimate.Choice` of a RunConfig on a Topology.
+
+  `estimator`: of the same model and batch, traced for a TPU; for several topologies in a row.
 
   Raises:
     ValueError: the config is invalid there.
   """
-  # cuDNN's attention, which saves less, cannot be traced without a GPU.
-  traced = 'tpu' if topology.platform == 'gpu' else topology.platform
-  with platform.compiling_for(traced):
-    choice = estimate.choose(run_config, topology.num_chips, topology.chip, topology.slices)
+  sizes = topology.num_chips, topology.chip, topology.slices
+  with platform.compiling_for('tpu'):  # cuDNN's attention, which saves less, needs a GPU to trace
+    choice = estimate.choose(run_config, *sizes, estimator)
   if choice is None:
     shape = run_config.mesh.shape(topology.num_chips)
     raise ValueError('\n'.join(estimate.problems(run_config, shape, topology.slices)))
   return choice
 
 
-def _better_mesh(run_config, topology):
+def _better_mesh(choice, topology):
   """The Choice of another mesh that takes less memory for its state, or None."""
-  now = choose_mesh(run_config, topology)
-  free = dataclasses.replace(run_config, mesh=sharding.MeshConfig())
+  free = dataclasses.replace(choice.run_config, mesh=sharding.MeshConfig())
   best = choose_mesh(free, topology)
-  return best if best.state_bytes < now.state_bytes else None
+  return best if best.state_bytes < choice.state_bytes else None
 
 
 def _evaluated(run_config):

@@ -2,6 +2,7 @@
 
 from moejax import config as config_lib, estimate, hardware, sharding
 from moejax.aot import step, topologies
+from moejax.sharding import platform
 from moejax.text import duration, short, short_time, size
 
 COMPILED = "the compiler's bound on a step; real steps are slower"
@@ -41,9 +42,11 @@ def find(config, kind, days=None, compiles=True):
     is large enough, None.
   """
   run_config = config_lib.resolve(step.without_data(config))
+  with platform.compiling_for('tpu'):
+    estimator = estimate.Estimator(run_config)
   for topology in topologies.of_kind(kind):
     try:
-      choice = step.choose_mesh(run_config, topology)
+      choice = step.choose_mesh(run_config, topology, estimator)
     except ValueError:  # the batch cannot be split so
       continue
     placed = choice.run_config

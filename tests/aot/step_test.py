@@ -145,6 +145,7 @@ def test_advice_for_what_does_not_fit():
   assert 'needs 21.3GiB' in sharded.describe() and sharded.describe().endswith('NO')
 
 
+@pytest.mark.heavy
 def test_the_advice_is_computed_from_how_parameters_are_placed(machine, monkeypatch):
   """Dimensions that a mesh axis does not divide stay whole: one part in eight is not the truth."""
   monkeypatch.setattr(step, '_compile', lambda lowered: (None, 'the compiler needs more'))

@@ -88,7 +88,7 @@ def test_the_edge_of_the_range(axis, losses, advice):
   assert advice in table if advice else 'of the sweep: add' not in table
 
 
-def test_zipped_fields_go_on_together():
+def test_zipped_fields_continue_together():
   zipped = ('model.d_ff=32,64,128', 'optimizer.peak_lr=4e-3,2e-3,1e-3')
   table = results.describe(*_sweep([3, 2, 1], zipped=zipped))
   assert 'add model.d_ff=256, optimizer.peak_lr=0.0005 to the command' in table
