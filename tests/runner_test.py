@@ -83,6 +83,7 @@ def _folder_of(cell, workdir, **changed):
   (workdir / cell.name / 'summary.json').write_text('{}')
 
 
+@pytest.mark.heavy
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
   cells = [_cell('bad', 4, sample_prompt='', sample_length=9), _cell('good', 4)]
   _folder_of(cells[1], tmp_path)
