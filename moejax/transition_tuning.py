@@ -14,6 +14,7 @@ import functools
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,16 +185,17 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
   folder, workdir = pathlib.Path(folder).absolute(), pathlib.Path(workdir).absolute()
   source = run_folder.open_run(folder, flag='--from')
   with contextlib.closing(source.checkpoints):
-    config = source.config.copy_and_resolve_references()
+    config: Any = source.config.copy_and_resolve_references()
     if router != 'mot':
       make_sparse(config, router)
     last = source.step + (steps or max(1, source.step // 10))
     begin = source.step if schedule == 'restart' else 0
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
     config_lib.override(config, fields or {})
-    if config.train.steps <= source.step:
+    last = config.train.steps
+    if last <= source.step:
       raise ValueError(
-        f'train.steps = {config.train.steps}: the run to start from is at step {source.step} '
+        f'train.steps = {last}: the run to start from is at step {source.step} '
         'already, and its steps count. Leave it out: --steps=N trains N steps further.'
       )
     first = functools.partial(start, source=source, moments=moments)
