@@ -43,9 +43,11 @@ def read_options(folder):
   """The content of config.json.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: there is none, or it cannot be read.
   """
   path = folder / 'config.json'
+  if not path.exists():
+    raise ValueError(f'cannot read {path}: {folder} holds no model of transformers.')
   with checkpoint.one_line_errors(f'cannot read {path}'):
     options = json.loads(path.read_bytes())
   if not isinstance(options, dict):

@@ -71,6 +71,9 @@ def plan():
   target = {name: value for name, value in targets.items() if value is not None}
   if len(target) != 1 or min(target.values()) <= 0:
     raise ValueError('give one of --flops, --target_loss, --params and --tokens, above zero.')
+  of_chip = {'--mfu': _FLAGS.mfu, '--days': _FLAGS.days}
+  if given := [name for name, value in of_chip.items() if value is not None and not _FLAGS.chip]:
+    raise ValueError(f'{given[0]} is of a chip: give --chip too, such as --chip=v5e.')
   coefficients = report.load(_FLAGS.coefficients)
   rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
   result = plan_lib.make(

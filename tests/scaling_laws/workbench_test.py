@@ -55,6 +55,7 @@ def test_a_plan_as_json():
     ((), 'expected one of plan, grid, run, fit, plot'),
     (('plan',), 'give one of --flops'),
     (('plan', '--flops=1e21', '--params=1e9'), 'give one of --flops'),
+    (('plan', '--flops=1e21', '--mfu=0.4'), '--mfu is of a chip: give --chip too'),
     (('plan', '--flops=nan'), 'expected a finite number'),
     (('plot', '--expansion_rate=32'), '--expansion_rate=32: these coefficients are for 1, 16, 64'),
     (('fit',), 'fit needs folders of runs'),
