@@ -61,7 +61,16 @@ def test_a_plan_as_json():
     (('fit',), 'fit needs folders of runs'),
     (('run', '--workdir=x', '--grid=nowhere.json'), 'file not found'),
   ],
-  ids=['nothing', 'no_target', 'two_targets', 'no_number', 'no_law', 'no_runs', 'no_grid'],
+  ids=[
+    'nothing',
+    'no_target',
+    'two_targets',
+    'no_chip',
+    'no_number',
+    'no_law',
+    'no_runs',
+    'no_grid',
+  ],
 )
 def test_bad_command_lines(arguments, message):
   done = _call(*arguments)
