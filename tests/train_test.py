@@ -357,13 +357,15 @@ def _slow_first_step(run):
 
 def test_speeds_are_those_of_steps_without_the_first(run, monkeypatch, capsys):
   monkeypatch.setattr(train, '_STEPS_TO_ESTIMATE', 2)
-  monkeypatch.setattr(train.start_page, 'estimate', 'about {}'.format)
+  monkeypatch.setattr(train.start_page, 'time_left', 'about {}'.format)
   run.averager.skip(-1000)  # what set-up might take
   _slow_first_step(run)
   assert train.loop(run, _StopAfter(3))
   first = metrics.read_metrics(run.workdir)[0]
   assert 0 < first['seconds_per_step'] < 5
-  assert first['tokens_per_second'] == run.tokens_per_step / first['seconds_per_step']
+  assert (
+    first['tokens_per_second'] == run.run_config.data.tokens_per_step / first['seconds_per_step']
+  )
   assert 'mfu' not in first  # of a CPU
   said = capsys.readouterr().out
   assert ' tok/s' in said and 'MFU' not in said and 'about' not in said  # less than ten seconds
@@ -381,7 +383,7 @@ def test_the_first_step_alone_has_no_speed(run, capsys):
 
 
 def test_the_time_of_a_run_includes_its_evaluations(run, monkeypatch, capsys):
-  monkeypatch.setattr(train.start_page, 'estimate', 'about {:.0f} s'.format)
+  monkeypatch.setattr(train.start_page, 'time_left', 'about {:.0f} s'.format)
   longer = dataclasses.replace(run.run_config.train, steps=103, eval_interval=50, eval_batches=30)
   run.run_config, run.step = dataclasses.replace(run.run_config, train=longer), 3
   run.averager = types.SimpleNamespace(means=lambda: {'seconds_per_step': 2.0})
