@@ -31,9 +31,13 @@ def compare(runs, output):
     ValueError: a folder holds no run with a checkpoint and an evaluation, the runs are on different
       data, or `output` names no file of this kind.
   """
+  return tabulate(read(runs), output)
+
+
+def tabulate(runs, output):
+  """`compare` for runs that `read` returned."""
   if pathlib.Path(output).suffix not in FORMATS:
     raise ValueError(f'--output={output}: expected a name that ends in {", ".join(FORMATS)}.')
-  runs = _read(runs)
   curves = {}
   for run in runs:
     curves[f'{run.name} train'] = metrics.loss_curve(run.folder)
@@ -51,8 +55,7 @@ def compare(runs, output):
 
 
 def notes(runs):
-  """What the table of `compare` means, and which runs are unfinished, as lines of text."""
-  runs = _read(runs)
+  """What their table means, and which runs are unfinished, for runs that `read` returned."""
   loss = runs[0].validation[-1][1]
   lines = [
     'validation: nats per token; speed-up: how many times fewer steps than '
@@ -65,15 +68,17 @@ def notes(runs):
   return '\n'.join(lines)
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
+  """What is compared of a run."""
+
   folder: pathlib.Path
   name: str
   summary: dict
   validation: list[tuple[int, float]]  # (step, loss)
 
 
-def _read(folders):
-  """The `_Run`s in folders, each once."""
+def read(folders):
+  """The `Run`s in folders, each once; raises ValueError as `compare` does."""
   folders = [pathlib.Path(folder).absolute() for folder in folders]
   folders = list({f.resolve(): f for f in reversed(folders)}.values())[::-1]
   names = {folder: _name(folder, folders) for folder in folders}
@@ -92,7 +97,7 @@ def _read(folders):
         f'--runs: {folder} has no validation loss in its metrics.jsonl; evaluations are every '
         'train.eval_interval steps.'
       )
-    runs.append(_Run(folder, names[folder], summaries[folder], validation))
+    runs.append(Run(folder, names[folder], summaries[folder], validation))
   return runs
 
 
@@ -151,8 +156,9 @@ def _cells(summary, loss, speed_up):
 
 
 def main():
-  table = compare(flags.FLAGS.runs, flags.FLAGS.output)
-  print(notes(flags.FLAGS.runs), table, sep='\n\n')
+  runs = read(flags.FLAGS.runs)  # once: one of them may be training
+  table = tabulate(runs, flags.FLAGS.output)
+  print(notes(runs), table, sep='\n\n')
   return cli.OK
 
 

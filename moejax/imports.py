@@ -170,13 +170,8 @@ def _place(error, path):
   """'FILE' of one's own or 'FILE, line N': what it was doing when the error came up."""
   if isinstance(error, SyntaxError):
     return f'{error.filename}, line {error.lineno}'
-  lines = [
-    frame.lineno
-    for frame in traceback.extract_tb(
-      error.__traceback__,
-    )
-    if frame.filename == path
-  ]
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
   return f'{path}, line {lines[-1]}' if lines else path
 
 

@@ -54,7 +54,8 @@ def test_speed_up_to_the_loss_of_the_first_run(tmp_path):
   runs = [tmp_path / name for name in ('slow', 'fast', 'never')]
   table = compare.compare(runs, tmp_path / 'a.png')
   assert _column(table, -2) == ['1.00x', '1.33x', 'never']  # half way between 10 and 20
-  assert compare.notes(runs).endswith('fewer steps than slow to its last loss, 2.5000')
+  notes = compare.notes(compare.read(runs))
+  assert notes.endswith('fewer steps than slow to its last loss, 2.5000')
 
 
 def test_unfinished_runs_are_compared_and_marked(tmp_path):
@@ -64,7 +65,8 @@ def test_unfinished_runs_are_compared_and_marked(tmp_path):
   runs = [tmp_path / 'dense', tmp_path / 'mot']
   table = compare.compare(runs, tmp_path / 'both.png')
   assert _column(table, -3) == ['1.5000', '1.2500']
-  assert compare.notes(runs).endswith('\nunfinished: mot, evaluated at step 20 of 3000')
+  notes = compare.notes(compare.read(runs))
+  assert notes.endswith('\nunfinished: mot, evaluated at step 20 of 3000')
 
 
 @pytest.mark.parametrize(
