@@ -30,6 +30,7 @@ RANKS = (
     'imports',
     'hardware',
     'parameters',
+    'seeds',
     'text',
     'trackers',
   ),
@@ -45,7 +46,7 @@ RANKS = (
   ('evaluate', 'decode', 'terminal'),
   ('generate',),
   ('train',),
-  ('aot', 'runner', 'scaling_laws', 'sweep'),
+  ('aot', 'compare', 'runner', 'scaling_laws', 'sweep'),
   ('library',),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
