@@ -23,7 +23,7 @@ def _define_coefficients(default: str | None = 'printed'):
   cli.define_path(
     'coefficients',
     default,
-    'printed or four_digits (both from the paper), or a fit.json.',
+    'printed, four_digits or joint (published laws), or a fit.json.',
   )
 
 
@@ -140,8 +140,9 @@ def _define_fit():
   flags.DEFINE_enum(
     'law',
     'moe',
-    ['moe', 'dense', 'chinchilla'],
-    'moe: fit the sparse runs, then the dense runs with its c. Others: fit the dense runs.',
+    ['moe', 'dense', 'chinchilla', 'joint'],
+    'moe: fit the sparse runs, then the dense runs with its c. joint: fit dense runs and those of '
+    'any number of experts, of G = 1, together. Others: fit the dense runs.',
   )
   _define_number('c', None, 'Fixed value of c; default: fit c.', lower_bound=0)
   flags.DEFINE_integer('starts', 8, 'Starting points per optimization.', lower_bound=1)
@@ -158,15 +159,18 @@ def fit(paths):
   if not paths:
     raise ValueError('fit needs folders of runs or CSV files: fit runs/grid --output=law.')
   runs, excluded = collect.collect(map(cli.path, paths), _FLAGS.expansion_rate or 0)
-  sparse, dense = collect.by_kind(runs)
   names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
   options: Any = {name: _FLAGS[name].value for name in names}
   fits = {}
   with cli.waiting_for('fitting'):
-    if _FLAGS.law == 'moe':
-      fits = fit_lib.fit_moe_and_dense(sparse, dense, **options)
+    if _FLAGS.law == 'joint':
+      runs, others = collect.unsplit(runs)
+      excluded |= others
+      fits[0] = fit_lib.fit(runs, 'joint', **options)
+    elif _FLAGS.law == 'moe':
+      fits = fit_lib.fit_moe_and_dense(*collect.by_kind(runs), **options)
     else:
-      fits[1] = fit_lib.fit(dense, _FLAGS.law, **options)
+      fits[1] = fit_lib.fit(collect.by_kind(runs)[1], _FLAGS.law, **options)
   folder = pathlib.Path(_FLAGS.output)
   report.save(fits, folder / 'fit.json')
   used = {name for one in fits.values() for name in one.used}

@@ -23,12 +23,15 @@ class Run:
   expansion_rate: float  # 1 for a dense model
   flops: float  # of training
   loss: float  # validation, nats per token
+  active_params: float = 0.0
   data: str = ''  # corpus and tokenizer
   config_hash: str = ''
 
 
 _COLUMNS = [field.name for field in dataclasses.fields(Run)]
 _REQUIRED = ('params', 'tokens', 'granularity', 'loss')
+_INSTEAD = {'params': 'active_params', 'granularity': 'experts'}  # of a required column
+_PARAMS = ('params', 'active_params')
 _WEIGHTS = ('attention', 'mlp', 'experts')  # kinds of parameters that N of the law counts
 
 
@@ -36,8 +39,9 @@ def collect(paths, expansion_rate=0.0):
   """Reads runs.
 
   Args:
-    paths: folders of runs, folders of such folders, and CSV files as written by `write_table` (the
-      columns params, tokens, granularity and loss are required).
+    paths: folders of runs, folders of such folders, and CSV files as written by `write_table`. The
+      columns params, tokens, granularity and loss are required; active_params may stand for params,
+      and experts, 1 for a dense model, for granularity and expansion_rate.
     expansion_rate: of sparse runs in CSV files without this column; 0: not given.
 
   Returns:
@@ -108,10 +112,12 @@ def from_summary(name, summary):
     return f'its sublayers are {", ".join(sorted(sublayers))}: expected attention with mlp or moe'
   d_model, blocks = model['d_model'], sum(repeats for _, repeats in model['blocks'])
   tokens = _positive('tokens_seen', summary['tokens_seen'])
+  weights = {kind: by_kind.get(kind, 0) for kind in _WEIGHTS}
   config = json.dumps(summary['config'], sort_keys=True)
   return Run(
     name=name,
-    params=_positive('parameters', sum(by_kind.get(kind, 0) for kind in _WEIGHTS)),
+    params=_positive('parameters', sum(weights.values())),
+    active_params=sum(weights.values()) - weights['experts'] * (1 - 1 / expansion_rate),
     tokens=tokens,
     granularity=granularity,
     expansion_rate=expansion_rate,
@@ -156,7 +162,7 @@ def _columns(names):
   duplicates = [name for name in _COLUMNS if names.count(name) > 1]
   if duplicates:
     raise ValueError(f'two columns are named {duplicates[0]}; remove one')
-  missing = [name for name in _REQUIRED if name not in names]
+  missing = [name for name in _REQUIRED if not {name, _INSTEAD.get(name)} & set(names)]
   if missing:
     hint = '; columns are separated by commas' if len(names) == 1 else ''
     raise ValueError(f'no column {", ".join(missing)} in {", ".join(names) or "nothing"}{hint}')
@@ -166,14 +172,15 @@ def _columns(names):
 def _from_row(name, row, expansion_rate):
   if None in row or None in row.values():
     raise ValueError('more or fewer values than columns in the header')
-  params, tokens = _positive('params', row['params']), _positive('tokens', row['tokens'])
-  granularity = _granularity(row['granularity'])
-  rate = _expansion_rate(granularity, row.get('expansion_rate'), expansion_rate)
+  tokens = _positive('tokens', row['tokens'])
+  granularity, rate = _experts(row, expansion_rate)
+  params, active_params = _params(row, rate)
   flops = row.get('flops')
   flops = _positive('flops', flops) if flops else _default_flops(params, tokens, rate, granularity)
   return Run(
     name=name,
     params=params,
+    active_params=active_params,
     tokens=tokens,
     granularity=granularity,
     expansion_rate=rate,
@@ -198,6 +205,28 @@ def _positive(field, value):
   if not 0 < number < math.inf:
     raise ValueError(f'{field} = {value!r}: expected a finite number above 0')
   return number
+
+
+def _params(row, expansion_rate):
+  """All and active parameters; of the laws' shapes where a table has only one of them."""
+  ratio = laws.total_params(1, 1, expansion_rate) / laws.active_params(1, 1)
+  given = {name: _positive(name, row[name]) for name in _PARAMS if row.get(name)}
+  if not given:
+    raise ValueError(f'params = {row.get("params", "")!r}: expected a finite number above 0')
+  params = given.get('params') or given['active_params'] * ratio
+  return params, given.get('active_params') or params / ratio
+
+
+def _experts(row, default):
+  """The granularity and the expansion rate; `default` is --expansion_rate, 0 if not given."""
+  if 'granularity' in row:
+    granularity, experts = _granularity(row['granularity']), row.get('experts')
+    rate = row.get('expansion_rate')
+    if experts and not rate:
+      rate = _positive('experts', experts) / (granularity or 1)
+    return granularity, _expansion_rate(granularity, rate, default)
+  experts = _positive('experts', row['experts'])
+  return (laws.DENSE, 1) if experts == 1 else (1, _expansion_rate(1, experts, default))
 
 
 def _granularity(value):
@@ -268,6 +297,19 @@ def _check_data(runs):
       'the runs differ in corpus or tokenizer, so their losses are not comparable:\n'
       + '\n'.join(f'{data or "unknown"}: {", ".join(names)}' for data, names in groups.items())
     )
+
+
+def unsplit(runs):
+  """Dense runs and those of any number of experts of full width, and the others: name -> reason.
+
+  They are what the joint law is of.
+  """
+  others = {
+    run.name: f'granularity {run.granularity}: the joint law is of experts of full width'
+    for run in runs
+    if run.granularity > 1
+  }
+  return [run for run in runs if run.name not in others], others
 
 
 def by_kind(runs):

@@ -8,6 +8,7 @@ geometric means: otherwise a scale and its exponent are nearly collinear.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,23 +21,44 @@ INTERVAL = (10, 90)  # percentiles of the bootstrap samples, as in Table 6
 SAMPLED = 0.8  # runs per bootstrap sample, as in the paper; 1 gives too narrow intervals
 OUTLIER = 0.2  # nats from the law of the other runs: five times the spread of seeds
 _ZERO = math.log(1e-9)  # log of a scale that counts as 0
+_SHORT = 2  # tokens per parameter
 _NOISE_FLOOR = 1e-3  # nats; the least error of a loss, however well a law fits
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """What is fitted: the coefficients and the loss function."""
+class Form(NamedTuple):
+  """What is fitted: the coefficients and the loss function.
+
+  The loss is a sum of c and of terms whose logarithms are linear in the exponents and in the
+  logarithms of the scales.
+  """
 
   names: tuple[str, ...]
+  terms: Callable  # logarithms of N, D, G and effective experts -> per term, factors by coefficient
   huber: float  # residual at which the Huber loss becomes linear
-  log_loss: bool  # residuals of log L instead of L
+  log_loss: bool = False  # residuals of log L instead of L
+  coefficients: type = laws.Coefficients
+
+
+def _dense_terms(n, d, g, x):
+  return {'a': 1, 'alpha': -n}, {'b': 1, 'beta': -d}
+
+
+def _moe_terms(n, d, g, x):
+  return *_dense_terms(n, d, g, x), {'g': 1, 'alpha': -n, 'gamma': -g}
+
+
+def _joint_terms(n, d, g, x):
+  size = {'a': 1, 'alpha': n, 'delta': x, 'gamma': x * n}
+  return size, {'b': 1, 'beta': d, 'omega': x, 'zeta': x * d}
 
 
 _DENSE = ('c', 'a', 'alpha', 'b', 'beta')
+_JOINT = (*_DENSE, 'delta', 'gamma', 'omega', 'zeta')
 FORMS = {
-  'moe': Form((*_DENSE, 'g', 'gamma'), huber=0.1, log_loss=False),  # arXiv:2402.07871, Section 5
-  'dense': Form(_DENSE, huber=0.1, log_loss=False),
-  'chinchilla': Form(_DENSE, huber=1e-3, log_loss=True),  # arXiv:2203.15556, Section 3.3
+  'moe': Form((*_DENSE, 'g', 'gamma'), _moe_terms, 0.1),  # arXiv:2402.07871, Section 5
+  'dense': Form(_DENSE, _dense_terms, 0.1),
+  'chinchilla': Form(_DENSE, _dense_terms, 1e-3, log_loss=True),  # arXiv:2203.15556, Section 3.3
+  'joint': Form(_JOINT, _joint_terms, 1e-2, True, laws.Joint),  # arXiv:2502.05172, Appendix B
 }
 
 
@@ -45,20 +67,23 @@ class Fit:
   """A fitted law; losses and errors in nats per token."""
 
   form: str
-  coefficients: laws.Coefficients
+  coefficients: laws.Coefficients | laws.Joint
   intervals: dict[str, tuple[float, float]]  # of the free coefficients
   rmse: float  # over the used runs
   held_out_rmse: float | None  # over the runs of lowest loss, by a fit without them
   used: tuple[str, ...]  # names of runs
   excluded: dict[str, str]  # name of a run -> reason
   warnings: tuple[str, ...]
+  expansion_rates: tuple[float, ...] = ()  # of the used runs
+  samples: tuple[tuple, ...] = ()  # coefficients of the bootstrap samples
 
 
 def fit(runs, form, *, c=None, starts=8, repeats=100, held_out=0.2, penalty=0.0, seed=0):
   """Fits one law.
 
   Args:
-    runs: `collect.Run`s, all sparse with one expansion rate for `moe`, all dense otherwise.
+    runs: `collect.Run`s: sparse ones of one expansion rate for `moe`, dense ones and those of G = 1
+      and any number of experts for `joint`, and dense ones otherwise.
     form: a key of FORMS.
     c: a fixed value of c; None fits it.
     starts: random starting points per optimization; the best result is used. Nearly all reach the
@@ -96,15 +121,18 @@ def fit(runs, form, *, c=None, starts=8, repeats=100, held_out=0.2, penalty=0.0,
   train = _train_split(problem.loss, kept, held_out)
   validated = train.sum() > len(names) and (kept & ~train).any()
   samples = [solve(counts)[1] for counts in _bootstrap(kept, repeats, seed)]
+  used = [run for run in runs if run.name not in excluded]
   return Fit(
     form=form,
     coefficients=found,
     intervals=_intervals(names, samples),
     rmse=_rms(errors(found, runs)[kept]),
     held_out_rmse=_rms(errors(solve(train)[1], runs)[kept & ~train]) if validated else None,
-    used=tuple(run.name for run in runs if run.name not in excluded),
+    used=tuple(run.name for run in used),
     excluded=excluded,
-    warnings=tuple(_unidentified(problem, theta, kept)),
+    warnings=(*_unidentified(problem, theta, kept), *_doubts(form, found, used)),
+    expansion_rates=tuple(sorted({run.expansion_rate for run in used})),
+    samples=tuple(map(tuple, samples)),
   )
 
 
@@ -146,9 +174,14 @@ def _check_number(number, form, names):
 
 def errors(coefficients, runs):
   """[runs]: measured minus predicted loss."""
-  columns = ('params', 'tokens', 'granularity', 'loss')
-  *sizes, loss = np.array([[getattr(run, name) for name in columns] for run in runs], float).T
-  return loss - laws.loss(coefficients, *sizes)
+  return np.array([run.loss - laws.loss_of(_at(coefficients, run), run) for run in runs])
+
+
+def _at(coefficients, run):
+  """The coefficients for the number of experts of a run."""
+  if isinstance(coefficients, laws.Joint):
+    return coefficients.at(run.expansion_rate)
+  return coefficients
 
 
 def _outliers(runs, excess):
@@ -188,12 +221,13 @@ def _unidentified(problem, theta, kept):
   root = problem.raw @ (directions / length).T / np.maximum(size, 1e-9)  # of the covariance
   floor = _NOISE_FLOOR / problem.loss.mean() if problem.law.log_loss else _NOISE_FLOOR
   deviation = max(_rms(error), floor) * np.linalg.norm(root, axis=1)
+  remedy = _REMEDY | (_JOINT_REMEDY if 'delta' in problem.names else {})
   for name, value, spread in zip(problem.names, values, deviation, strict=True):
     if name in ('a', 'b', 'g') and spread > 0.5:
       factor = f'{np.exp(spread):.2g}' if spread < 5 else 'more than 100'
-      yield f'{name} is known only to a factor of {factor}; {_REMEDY[name]}'
+      yield f'{name} is known only to a factor of {factor}; {remedy[name]}'
     elif name not in ('a', 'b', 'g') and spread > 0.5 * abs(value):
-      yield f'{name} = {value:.3g} is known only to +-{spread:.2g}; {_REMEDY[name]}'
+      yield f'{name} = {value:.3g} is known only to +-{spread:.2g}; {remedy[name]}'
 
 
 _REMEDY = {
@@ -205,16 +239,39 @@ _REMEDY = {
   'g': 'add runs of other granularities.',
   'gamma': 'add runs of other granularities.',
 }
+_JOINT_REMEDY = dict.fromkeys(
+  ('delta', 'gamma', 'omega', 'zeta'), 'add runs of other numbers of experts.'
+)
+
+
+def _doubts(form, found, runs):
+  """Yields warnings: a loss that rises with size, or runs too short for a law."""
+  if form == 'joint':
+    reduced = [(f' for {run.expansion_rate:g} experts', _at(found, run)) for run in runs]
+  else:
+    reduced = [('', found)]
+  for where, law in dict(reduced).items():
+    for name, grows_with in (('alpha', 'size'), ('beta', 'tokens'), ('gamma', 'granularity')):
+      value = getattr(law, name)
+      if value is not None and value <= 0:
+        yield (
+          f'the loss rises with {grows_with}{where}: an exponent {name} of {-value:.3g} of the '
+          'wrong sign. Do not extrapolate; look for runs of a bad learning rate.'
+        )
+  short = [run for run in runs if run.tokens < _SHORT * run.params]
+  if len(short) > len(runs) / 2:
+    yield (
+      f'{len(short)} of {len(runs)} runs have fewer than {_SHORT} tokens per parameter, where laws '
+      'extrapolate badly (the paper has 7.8 and more): add longer runs.'
+    )
 
 
 class _Problem(NamedTuple):
-  """The runs as arrays of centred logarithms, and how to undo the centring."""
+  """The runs as factors of the coefficients, and how to undo their centring."""
 
   law: Form
   names: tuple[str, ...]  # of the free coefficients
-  params: np.ndarray
-  tokens: np.ndarray
-  granularity: np.ndarray
+  factors: np.ndarray  # [terms, runs, coefficients], of centred logarithms
   loss: np.ndarray
   raw: np.ndarray  # maps centred coefficients to logarithms of scales, and exponents
   c: float  # used if c is fixed
@@ -222,63 +279,65 @@ class _Problem(NamedTuple):
 
 
 def _problem(runs, law, names, c, penalty):
-  def logs(values):
-    log = np.log(np.array(values, np.float64))
-    return log - log.mean(), log.mean()
-
-  params, mean_params = logs([run.params for run in runs])
-  tokens, mean_tokens = logs([run.tokens for run in runs])
-  sparse = 'g' in law.names
-  granularity, mean_granularity = logs([run.granularity if sparse else 1 for run in runs])
-  raw = np.eye(len(names))
-  for scale, exponent, mean in (
-    ('a', 'alpha', mean_params),
-    ('b', 'beta', mean_tokens),
-    ('g', 'alpha', mean_params),
-    ('g', 'gamma', mean_granularity),
-  ):
-    if scale in names:
-      raw[names.index(scale), names.index(exponent)] = mean
-  loss = np.array([run.loss for run in runs], np.float64)
-  return _Problem(
-    law, names, params, tokens, granularity, loss, raw, 0.0 if c is None else c, penalty
+  joint = law.coefficients is laws.Joint
+  sizes = [
+    (
+      run.active_params if joint else run.params,
+      run.tokens,
+      run.granularity if 'g' in law.names else 1,
+      laws.effective_experts(run.expansion_rate),
+    )
+    for run in runs
+  ]
+  logs = np.log(np.array(sizes, np.float64)).T
+  means = logs.mean(axis=1, keepdims=True)
+  # Any sizes tell how coefficients of centred logarithms become those of logarithms.
+  some = np.random.default_rng(0).normal(size=(len(logs), 64))
+  natural, centred = (
+    _factors(law, names, values).reshape(-1, len(names)) for values in (some, some - means)
   )
+  raw = np.linalg.lstsq(natural, centred)[0]
+  loss = np.array([run.loss for run in runs], np.float64)
+  factors = _factors(law, names, logs - means)
+  return _Problem(law, names, factors, loss, raw, 0.0 if c is None else c, penalty)
+
+
+def _factors(law, names, logs):
+  """[terms, runs, coefficients]: the logarithms of the terms are these times the coefficients."""
+  terms = law.terms(*logs)
+  if 'c' in names:
+    terms = ({'c': 1}, *terms)
+  factors = np.zeros((len(terms), logs.shape[1], len(names)))
+  for term, by_name in zip(factors, terms, strict=True):
+    for name, values in by_name.items():
+      term[:, names.index(name)] = values
+  return factors
 
 
 def _residuals(problem, theta):
   """[runs]: predicted minus measured; [runs, coefficients]: its Jacobian."""
-  k = dict(zip(problem.names, theta, strict=True))
-  c = np.full_like(problem.loss, np.exp(k['c']) if 'c' in k else problem.c)
-  size_term = np.exp(k['a'] - k['alpha'] * problem.params)
-  token_term = np.exp(k['b'] - k['beta'] * problem.tokens)
-  expert_term = np.zeros_like(c)
-  if 'g' in k:
-    decay = k['alpha'] * problem.params + k['gamma'] * problem.granularity
-    expert_term = np.exp(k['g'] - decay)
-  columns = {
-    'c': c,
-    'a': size_term,
-    'alpha': -(size_term + expert_term) * problem.params,
-    'b': token_term,
-    'beta': -token_term * problem.tokens,
-    'g': expert_term,
-    'gamma': -expert_term * problem.granularity,
-  }
-  jacobian = np.stack([columns[name] for name in problem.names], axis=1)
-  predicted = c + size_term + token_term + expert_term
+  terms = np.exp(problem.factors @ theta)
+  jacobian = (terms[..., None] * problem.factors).sum(axis=0)
+  predicted = problem.c + terms.sum(axis=0)
   if problem.law.log_loss:
     return np.log(predicted / problem.loss), jacobian / predicted[:, None]
   return predicted - problem.loss, jacobian
 
 
 def _starts(names, number, median_loss, seed):
-  """[starts, coefficients]: exponents in [0.03, 1], scales that split the median loss randomly."""
+  """[starts, coefficients]: scales that split the median loss randomly, exponents in [0.03, 1].
+
+  In the joint law those are negative, and those of the number of experts are 0.
+  """
+  joint = 'delta' in names
   rng = np.random.default_rng(seed)
   columns = {}
   for name, shares in zip(SCALES, rng.dirichlet(np.ones(len(SCALES)), number).T, strict=True):
     columns[name] = np.log(median_loss * shares)
   for name in ('alpha', 'beta', 'gamma'):
-    columns[name] = np.exp(rng.uniform(np.log(0.03), 0.0, number))
+    columns[name] = np.exp(rng.uniform(np.log(0.03), 0.0, number)) * (-1 if joint else 1)
+  if joint:
+    columns |= dict.fromkeys(_JOINT_REMEDY, np.zeros(number))
   return np.stack([columns[name] for name in names], axis=1)
 
 
@@ -315,7 +374,7 @@ def _coefficients(problem, theta):
   values = {}
   for name, value in zip(problem.names, map(float, problem.raw @ theta), strict=True):
     values[name] = value if name not in SCALES else 0.0 if value < _ZERO else math.exp(value)
-  return laws.Coefficients(**({'c': problem.c} | values))
+  return problem.law.coefficients(**({'c': problem.c} | values))
 
 
 def _rms(errors):

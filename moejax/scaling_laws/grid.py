@@ -156,8 +156,14 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
     flops=float(laws.flops_per_token(d_model, blocks, rate, granularity) * tokens),
     config=_config(recipe, shape, rate, granularity),
     fields=_fields(recipe, shape, granularity, steps),
-    predicted_loss=law and float(laws.loss(law, params, tokens, granularity)),
+    predicted_loss=law and _predicted(law, shape, rate, granularity, tokens),
   )
+
+
+def _predicted(law, shape, expansion_rate, granularity, tokens):
+  d_model, blocks, _ = shape
+  params = laws.counted_params(law, d_model, blocks, expansion_rate)
+  return float(laws.loss(law, params, tokens, granularity))
 
 
 def _config(recipe, shape, expansion_rate, granularity):

@@ -24,7 +24,7 @@ class Optimum:
   flops: float  # of training, by laws.flops_per_token
   d_model: float
   granularity: int
-  params: float  # N of the law
+  params: float  # all of them, without embeddings
   active_params: float
   tokens: float
   loss: float
@@ -36,17 +36,23 @@ class Optimum:
 
 def _choice(coefficients, expansion_rate, granularity, flops, d_model):
   blocks = d_model / laws.WIDTH_PER_BLOCK
-  params = laws.total_params(d_model, blocks, expansion_rate)
-  tokens = flops / laws.flops_per_token(d_model, blocks, expansion_rate, granularity)
+  params = laws.counted_params(coefficients, d_model, blocks, expansion_rate)
+  tokens = flops / flops_per_token(coefficients, d_model, blocks, expansion_rate, granularity)
   return Optimum(
     flops=flops,
     d_model=d_model,
     granularity=granularity,
-    params=params,
+    params=laws.total_params(d_model, blocks, expansion_rate),
     active_params=laws.active_params(d_model, blocks),
     tokens=tokens,
     loss=laws.loss(coefficients, params, tokens, granularity),
   )
+
+
+def flops_per_token(coefficients, d_model, blocks, expansion_rate, granularity):
+  """As laws.flops_per_token, with embedding and head if the law counts them."""
+  embeddings = laws.MODEL_FLOPS * laws.embeddings(coefficients, d_model)
+  return laws.flops_per_token(d_model, blocks, expansion_rate, granularity) + embeddings
 
 
 def best_width(coefficients, expansion_rate, granularity, flops):
@@ -62,13 +68,19 @@ def best_width(coefficients, expansion_rate, granularity, flops):
 def best(coefficients, expansion_rate, flops):
   """The `Optimum` over all granularities; for a dense law, the dense one."""
   return min(
-    (best_width(coefficients, expansion_rate, g, flops) for g in _granularities(coefficients)),
+    (
+      best_width(coefficients, expansion_rate, granularity, flops)
+      for granularity in granularities(coefficients, expansion_rate)
+    ),
     key=lambda optimum: optimum.loss,
   )
 
 
-def _granularities(coefficients):
-  return (laws.DENSE,) if coefficients.g is None else GRANULARITIES
+def granularities(coefficients, expansion_rate):
+  """Those that a law compares; one without g is of dense models, or of experts of full width."""
+  if coefficients.g is not None:
+    return GRANULARITIES
+  return (laws.DENSE,) if expansion_rate == 1 else (1,)
 
 
 def solve(coefficients, expansion_rate, **target):
@@ -85,7 +97,7 @@ def solve(coefficients, expansion_rate, **target):
     return best(coefficients, expansion_rate, value)
   reached = [
     found
-    for granularity in _granularities(coefficients)
+    for granularity in granularities(coefficients, expansion_rate)
     if (found := _with_granularity(coefficients, expansion_rate, granularity, quantity, value))
   ]
   if not reached:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from moejax import cli, hardware, variants
-from moejax.scaling_laws import grid, laws, machine, optimal
+from moejax.scaling_laws import grid, laws, machine, optimal, report
 from moejax.text import short
 
 _HEAD_WIDTH = 64
@@ -20,18 +20,20 @@ def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **m
     expansion_rate: of the model to train, a key of `coefficients`; 1: dense.
     target: one quantity of `optimal.solve`, and its value.
     recipe: a `grid.Recipe` to train the model with.
-    fitted: (params, tokens) of the runs that the law was fitted to, to warn of extrapolation.
+    fitted: (N, D, G) of the runs that the law was fitted to, to warn of extrapolation.
     chip: such as 'v5e' or 'H100', to choose a machine and estimate hours, or None.
     **machine_options: `mfu`, to estimate hours from the chip's peak instead, or as `machine.find`.
 
   Raises:
     ValueError: the chip is unknown, or no budget reaches the target.
   """
-  best = optimal.solve(coefficients[expansion_rate], expansion_rate, **target)
+  law = coefficients[expansion_rate]
+  best = optimal.solve(law, expansion_rate, **target)
   cell = _cell(coefficients, best, expansion_rate, recipe)
   rate = peak_lr(recipe, cell)
   if rate < recipe.peak_lr:
     cell = _with_fields(cell, {'optimizer.peak_lr': f'{rate:.2g}'})
+  counted = laws.counted_params(law, cell.d_model, cell.blocks, expansion_rate)
   result = {
     'flops': best.flops,
     'expansion_rate': expansion_rate,
@@ -44,7 +46,7 @@ def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **m
     'tokens_per_active_param': best.tokens / best.active_params,
     'peak_lr': rate,
     'peak_lr_rule': _RULE if rate < recipe.peak_lr else '',
-    'extrapolation': _extrapolation(cell, fitted),
+    'extrapolation': report.beyond(counted, cell.tokens, cell.granularity, fitted),
   }
   if expansion_rate != 1 and 1 in coefficients:
     result['dense'] = _dense(coefficients[1], best)
@@ -58,7 +60,9 @@ def _cell(coefficients, best, expansion_rate, recipe):
   """The nearest model that machines like, trained with the same FLOPs, as a `grid.Cell`."""
   d_model = round_width(best.d_model)
   blocks = max(1, round(best.params / laws.total_params(d_model, 1, expansion_rate)))
-  per_token = laws.flops_per_token(d_model, blocks, expansion_rate, best.granularity)
+  per_token = optimal.flops_per_token(
+    coefficients[expansion_rate], d_model, blocks, expansion_rate, best.granularity
+  )
   steps = max(1, round(best.flops / per_token / recipe.tokens_per_step))
   if recipe is grid.PAPER:
     recipe = dataclasses.replace(recipe, base=_nearest_size(laws.active_params(d_model, blocks)))
@@ -98,18 +102,6 @@ def peak_lr(recipe, cell):
   """
   rule = math.exp(8.39 - 0.81 * math.log(cell.active_params) - 0.25 * math.log(cell.expansion_rate))
   return min(recipe.peak_lr, rule)
-
-
-def _extrapolation(cell, fitted):
-  """How far parameters and tokens are outside of the fitted runs: texts."""
-  texts = []
-  for index, (what, value) in enumerate({'parameters': cell.params, 'tokens': cell.tokens}.items()):
-    known = [run[index] for run in fitted]
-    if known and value > max(known):
-      texts.append(f'{value / max(known):.3g} times the {what} of the largest fitted run')
-    elif known and value < min(known):
-      texts.append(f'{min(known) / value:.3g} times fewer {what} than the smallest fitted run')
-  return texts
 
 
 def _model(cell):

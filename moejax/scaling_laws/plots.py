@@ -205,7 +205,7 @@ def _residuals(sparse, dense, runs):
   for run in sorted(runs, key=lambda run: run.granularity):
     law = dense if run.granularity == laws.DENSE else sparse
     if law:
-      predicted = float(laws.loss(law, run.params, run.tokens, run.granularity))
+      predicted = float(laws.loss_of(law, run))
       rows.append((run.name, run.granularity, predicted, run.loss, run.loss - predicted))
   for granularity in dict.fromkeys(row[1] for row in rows):
     points = [(row[2], row[4]) for row in rows if row[1] == granularity]

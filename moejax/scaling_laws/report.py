@@ -4,14 +4,16 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 
 from moejax import files
 from moejax.scaling_laws import collect, grid, laws
 
 
 def save(fits, path):
-  """Writes a dict of expansion rate to `Fit` as JSON; 1 is the dense law."""
+  """Writes a dict of expansion rate to `Fit` as JSON; 1 is the dense law, 0 the joint law."""
   text = json.dumps({f'{rate:g}': _as_dict(one) for rate, one in fits.items()}, indent=2)
+  text = re.sub(r'\[[^][{}]*\]', lambda match: ' '.join(match[0].split()), text)  # a list on a line
   files.write(path, text + '\n')
 
 
@@ -22,14 +24,22 @@ def _as_dict(one):
 def load(name):
   """Coefficients by expansion rate: published ones by name, or from a file of `save`.
 
+  A joint law has some for every number of experts of its runs, and the powers of two up to it.
+
   Raises:
     ValueError: it is neither.
   """
   if name in laws.PUBLISHED:
     return laws.PUBLISHED[name]
   try:
-    fits = json.loads(pathlib.Path(name).read_text('utf-8'))
-    return {float(rate): _coefficients(one['coefficients']) for rate, one in fits.items()}
+    found = {}
+    for rate, one in json.loads(pathlib.Path(name).read_text('utf-8')).items():
+      coefficients = _coefficients(one['coefficients'])
+      if isinstance(coefficients, laws.Joint):
+        found |= {rate: coefficients.at(rate) for rate in _numbers_of_experts(one)}
+      else:
+        found[float(rate)] = coefficients
+    return found
   except OSError as error:
     raise ValueError(
       f'--coefficients={name}: expected {" or ".join(laws.PUBLISHED)}, or a fit.json.'
@@ -42,17 +52,43 @@ def _coefficients(fields):
   for name, value in fields.items():
     if value is not None and not math.isfinite(value):
       raise ValueError(f'{name} = {value}')
-  return laws.Coefficients(**fields)
+  return (laws.Joint if 'delta' in fields else laws.Coefficients)(**fields)
+
+
+def _numbers_of_experts(one):
+  fitted = one['expansion_rates']
+  return sorted({*fitted, *(2**i for i in range(int(math.log2(max(fitted))) + 1))})
 
 
 def fitted_runs(name, expansion_rate):
-  """(params, tokens) of the runs behind the coefficients of `load(name)`; empty if not known."""
+  """(N, D, G) of the runs behind the coefficients of `load(name)`; empty if not known."""
+  law = load(name)[expansion_rate]
+  if name == 'joint':  # the smallest and the largest of Appendix E
+    return [(79e6, 0.5e9, 1), (2.7e9, 80e9, 1)]
   if name in laws.PUBLISHED:
     runs = grid.make('paper')
   else:
     table = pathlib.Path(name).with_name('runs.csv')
     runs = collect.collect([table], expansion_rate)[0] if table.is_file() else []
-  return [(run.params, run.tokens) for run in runs if run.expansion_rate == expansion_rate]
+  if law.vocabulary is not None:
+    return [(run.active_params, run.tokens, 1) for run in runs]
+  same = [run for run in runs if run.expansion_rate == expansion_rate]
+  return [(run.params, run.tokens, run.granularity) for run in same]
+
+
+def beyond(params, tokens, granularity, fitted):
+  """How far a model is outside of the fitted runs, as texts; `fitted` as from `fitted_runs`."""
+  texts = []
+  sizes = {'parameters': params, 'tokens': tokens, 'granularity': granularity}
+  for index, (what, value) in enumerate(sizes.items()):
+    known = [run[index] for run in fitted if run[index]]
+    if not (known and value):
+      continue
+    if value > max(known):
+      texts.append(f'{value / max(known):.3g} times the {what} of the largest fitted run')
+    elif value < min(known):
+      texts.append(f'{min(known) / value:.3g} times fewer {what} than the smallest fitted run')
+  return texts
 
 
 def choose_rate(coefficients, expansion_rate=None):
@@ -81,7 +117,7 @@ def describe(fits, excluded):
   """
   lines = []
   for rate, one in fits.items():
-    kind = 'dense models' if rate == 1 else f'expansion rate {rate:g}'
+    kind = {0: 'dense models and experts', 1: 'dense models'}.get(rate, f'expansion rate {rate:g}')
     lines.append(f'{one.form} law of {kind}, from {len(one.used)} runs')
     for name, value in one.coefficients._asdict().items():
       if value is not None:

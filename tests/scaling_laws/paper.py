@@ -1,5 +1,6 @@
-"""Numbers of the paper's tables (arXiv:2402.07871) that the workbench must reproduce."""
+"""Numbers of the papers' tables that the workbench must reproduce."""
 
+# arXiv:2402.07871.
 # Table 2, E = 64: active parameters, tokens, granularity, FLOPs, loss.
 COMPUTE_OPTIMAL = (
   (100e6, 4.37e9, 8, 2.95e18, 3.133),
@@ -29,3 +30,37 @@ INTERVALS_16 = (
   (300e9, (1.73e12, 10.69e12), (32, 64)),
   (1e12, (3.60e12, 28.22e12), (32, 128)),
 )
+
+# arXiv:2502.05172.
+# Table 4: for each number of experts, L = m N^mu + n D^nu + c.
+REDUCED = {
+  1: (30.3640, -0.1817, 53.9838, -0.1965),
+  2: (27.7982, -0.1780, 66.8401, -0.2065),
+  4: (24.8462, -0.1731, 87.7022, -0.2192),
+  8: (21.8330, -0.1676, 119.9126, -0.2338),
+  16: (19.0159, -0.1617, 167.5073, -0.2494),
+  32: (16.5424, -0.1557, 234.6726, -0.2652),
+}
+# Table 1: FLOPs, experts, compute-optimal active parameters and tokens.
+JOINT_OPTIMAL = (
+  (1e20, 1, 1.7e9, 9.7e9),
+  (1e20, 2, 1.5e9, 11.4e9),
+  (1e20, 4, 1.2e9, 13.9e9),
+  (1e20, 8, 990e6, 17e9),
+  (1e20, 16, 810e6, 20.7e9),
+  (1e20, 32, 669e6, 24.9e9),
+  (1e21, 1, 5.7e9, 29.3e9),
+  (1e21, 2, 5e9, 33e9),
+  (1e21, 4, 4.4e9, 38e9),
+  (1e21, 8, 3.8e9, 44.3e9),
+  (1e21, 16, 3.3e9, 51.2e9),
+  (1e21, 32, 2.85e9, 58.4e9),
+  (1e22, 1, 18.8e9, 88.6e9),
+  (1e22, 2, 17.4e9, 96e9),
+  (1e22, 4, 15.8e9, 105.4e9),
+  (1e22, 8, 14.4e9, 115.8e9),
+  (1e22, 16, 13.2e9, 126.5e9),
+  (1e22, 32, 12.2e9, 136.9e9),
+)
+# Table 2: FLOPs -> the best number of experts in 24, 80 and 640 GB; 32 is 'at least 32'.
+JOINT_MEMORY = {1e21: (16, 32, 32), 1e22: (4, 16, 32), 1e23: (1, 8, 32), 1e24: (1, 1, 16)}
