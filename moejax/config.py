@@ -1,8 +1,6 @@
 """From a config file's sections to validated dataclasses."""
 
-import ast
 import dataclasses
-import re
 import sys
 from typing import Any
 
@@ -256,26 +254,5 @@ def set_fields(config, texts):
     if name not in known:
       hint = did_you_mean(name, known, cutoff=0.8)
       raise ValueError(f'--config.{name}: the config has no such field{hint}')
-    try:
-      value = _READERS[known[name].type](text)
-    except (KeyError, SyntaxError, ValueError):
-      value = text  # for the error message
-    value = fields.checked(f'--config.{name}', known[name], value)
+    value = fields.read(f'--config.{name}', known[name], text)
     config.update_from_flattened_dict({name: value})
-
-
-def _read_tuple(text):
-  """A tuple as Python writes it, or names separated by commas."""
-  if re.fullmatch(r'([a-z_]\w*(,[a-z_]\w*)*)?', text):
-    return tuple(filter(None, text.split(',')))
-  return ast.literal_eval(text)
-
-
-_BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
-_READERS = {
-  str: str,
-  int: int,
-  float: float,
-  bool: lambda text: _BOOLEANS[text.lower()],
-  tuple: _read_tuple,
-}

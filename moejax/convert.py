@@ -38,12 +38,12 @@ from moejax import (
   files,
   hf,
   model as model_lib,
+  optimizer as optimizer_lib,
   report,
   run_folder,
   step as step_lib,
 )
 from moejax.hf import card, folder as folder_lib
-from moejax.optimizer import make_optimizer
 
 
 def to_safetensors(workdir, output):
@@ -210,7 +210,7 @@ def write_run(config, run_config, params, workdir, tokenizer=None):
     workdir: the folder, which must not exist.
     tokenizer: a Tokenizer to be written to the folder `tokenizer` of the run.
   """
-  optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
+  optimizer = optimizer_lib.of_run(run_config)
   state = step_lib.new_state(jax.tree.map(jnp.asarray, params), optimizer)
   metadata = {
     'config': config.to_dict(),

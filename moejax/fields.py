@@ -9,10 +9,12 @@ The baseline, validation, `--help` and docs/configuration.md are generated from 
 is one line. Constraints between fields go into the method `conflicts`.
 """
 
+import ast
 import dataclasses
 import inspect
 import math
 import operator
+import re
 from typing import Any
 
 import yaml
@@ -218,6 +220,36 @@ def checked(name, f, value: Any):
   if not all(_HOLDS[relation](value, bound) for relation, bound in f.metadata['bounds'].items()):
     raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
   return value
+
+
+def read(name, f, written):
+  """The value that a text stands for, as the command line has it: '4', 'true', "(('mlp',), 2)".
+
+  Raises:
+    ValueError: it is invalid; the error names it `name`.
+  """
+  try:
+    value = _READERS[f.type](written)
+  except (KeyError, SyntaxError, ValueError):
+    value = written  # for the error message
+  return checked(name, f, value)
+
+
+def _read_tuple(text):
+  """A tuple as Python writes it, or names separated by commas."""
+  if re.fullmatch(r'([a-z_]\w*(,[a-z_]\w*)*)?', text):
+    return tuple(filter(None, text.split(',')))
+  return ast.literal_eval(text)
+
+
+_BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
+_READERS = {
+  str: str,
+  int: int,
+  float: float,
+  bool: lambda text: _BOOLEANS[text.lower()],
+  tuple: _read_tuple,
+}
 
 
 def tuples(value) -> Any:

@@ -8,13 +8,14 @@ so compile time does not grow with depth. Around each sublayer is a pre-norm res
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import fields, parameters
+from moejax import fields, parameterization, parameters
 from moejax.fields import Section, default, section
 from moejax.layers import common, experts, loss
 from moejax.layers.attention import AttentionSublayer
@@ -29,10 +30,11 @@ from moejax.layers.sublayer import Sublayer
 from moejax.ops import cross_entropy, routing
 from moejax.sharding import exchange, rules
 from moejax.sharding.mesh import SHARD_AXES
+from moejax.text import did_you_mean, split_values
 
-parameters.declare('embedding', P('tensor', SHARD_AXES))
-parameters.declare('position_embedding', P(None, SHARD_AXES))
-parameters.declare('head', P(SHARD_AXES, 'tensor'))
+parameters.declare('embedding', P('tensor', SHARD_AXES), kind='embedding')
+parameters.declare('position_embedding', P(None, SHARD_AXES), kind='embedding')
+parameters.declare('head', P(SHARD_AXES, 'tensor'), kind='head')
 
 # Name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the module and describes it. The
 # module has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding `init_state(batch_size,
@@ -100,6 +102,16 @@ class ModelConfig(Section):
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
   init: str = default('truncated_normal', 'of the parameters', choices=tuple(common.INITIALIZERS))
   init_scale: float = default(1.0, 'times the initial parameters', minimum=0)
+  parameterization: str = default(
+    'standard',
+    'how initial values, rates and outputs follow size; mup: the best rate fits every width and '
+    'granularity, completep: and every depth',
+    choices=parameterization.NAMES,
+  )
+  base: str = default(
+    '',
+    "sizes at which that is the standard, as in 'd_model=32,d_ff=128'; others are the model's",
+  )
   dtype: str = default(
     'float32',
     'of activations; routing and norms are as wide as their parameters, the loss is float32',
@@ -152,6 +164,16 @@ class ModelConfig(Section):
   mixed_sequences = property(lambda self: math.lcm(*(s.mixed_sequences for s in self.used)))
 
   @property
+  def head_width(self):
+    """Width of a head of attention."""
+    return self.d_model // self.num_heads
+
+  @property
+  def base_model(self):
+    """The model at the sizes of `base`, in the standard parameterization."""
+    return _base_model(self)
+
+  @property
   def group_multiple(self):
     """Number of sequences that must divide a batch."""
     return math.lcm(*self.groups.values())
@@ -188,7 +210,23 @@ class ModelConfig(Section):
     block_problems = list(self._block_problems())
     yield from block_problems
     if not block_problems:
-      yield from (problem for sublayer in self.used for problem in sublayer.problems())
+      problems = [problem for sublayer in self.used for problem in sublayer.problems()]
+      yield from problems or self._base_problems()
+
+  def _base_problems(self):
+    if not self.base:
+      return
+    try:
+      base = self.base_model
+    except ValueError as error:
+      yield from (f'model.base = {self.base!r}: {line}' for line in str(error).splitlines())
+      return
+    here, there = ([tuple(pattern) for pattern, _ in model.blocks] for model in (self, base))
+    if here != there:
+      yield (
+        f'model.base = {self.base!r}: its blocks must be those of the model, repeated more or less '
+        f'often; got {base.blocks}.'
+      )
 
   def _block_problems(self):
     if not self.blocks or not all(map(_is_repeated_pattern, self.blocks)):
@@ -204,6 +242,38 @@ class ModelConfig(Section):
         if kind not in SUBLAYERS:
           known = ', '.join(SUBLAYERS)
           yield f'model.blocks: no sublayer {kind!r}; there are {known}. {fields.OF_OWN}'
+
+
+# What the base shape may have of its own.
+_SIZES = tuple(
+  f'{path}{name}'
+  for path, names in {
+    '': ('blocks', 'd_model', 'num_heads', 'num_kv_heads', 'd_ff'),
+    'mot.': ('num_experts', 'group_size', 'expert_width'),
+    'moe.': ('expansion_rate', 'granularity', 'experts_per_token', 'group_size', 'shared_width'),
+    'mamba.': ('expand', 'state_size', 'conv_width'),
+  }.items()
+  for name in names
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _base_model(config):
+  known, changes = fields.flat(ModelConfig), {}
+  for text in filter(None, split_values(config.base)):
+    name, _, value = text.partition('=')
+    if name not in _SIZES:
+      raise ValueError(f'{name!r} is no size of a model{did_you_mean(name, _SIZES)}')
+    section, _, field = name.rpartition('.')
+    value = fields.read(name, known[f'model.{name}'], value)
+    changes.setdefault(section, {})[field] = value
+  sections = {
+    section: dataclasses.replace(getattr(config, section), **changed)
+    for section, changed in changes.items()
+    if section
+  }
+  own = changes.get('', {})
+  return dataclasses.replace(config, **own, **sections, parameterization='standard', base='')
 
 
 def _union(dicts):
@@ -242,10 +312,7 @@ class LanguageModel(nnx.Module):
     init = common.Initializer(config.init, config.init_scale, dtype)
     V, D = config.vocab_size, config.d_model
     self.config = config
-    # A tied embedding is the output projection, too. At half the standard deviation of a projection
-    # (GPT-2's 0.02 is that of width 625) the first loss is near log V even if the stream is mostly
-    # the token itself. Positions, which are added to it, are initialised alike.
-    fan_in = 4 * D if config.tie_embeddings else 1
+    fan_in = _embedding_fan_in(config)
     self.embedding = init(rngs, V, D, fan_in=fan_in)
     if config.positions == 'learned':
       self.position_embedding = init(rngs, config.max_length, D, fan_in=fan_in)
@@ -391,7 +458,10 @@ class LanguageModel(nnx.Module):
     return x.astype(jnp.promote_types(dtype, 'float32') if self.config.residual_float32 else dtype)
 
   def _normalize(self, x):
-    return (self.final_norm(x) if self.config.final_norm else x).astype(self.config.dtype)
+    """Activations that the output projection reads."""
+    x = (self.final_norm(x) if self.config.final_norm else x).astype(self.config.dtype)
+    scale = parameterization.output_scale(self.config)
+    return x if scale == 1 else x * scale
 
   def _head(self):
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
@@ -417,13 +487,60 @@ def _make_block(pattern, config, init, key):
 
   norm = common.NORMS[config.norm]
   make_norm = functools.partial(norm, config.d_model, init.dtype, config.norm_eps)
-  return Block(pattern, make_layer, make_norm, config.dtype)
+  return Block(pattern, make_layer, make_norm, config.dtype, parameterization.branch_scale(config))
 
 
 def init_params(config, key):
   """Fresh parameters: a pure nested dict of arrays in `param_dtype`."""
+  params = _standard_params(config, key)
+  scales = parameter_scales(config)
+
+  def scaled(path, param):
+    scale = scales.get(parameters.name_of(path), parameterization.Scales()).init
+    return param if scale == 1 else param * scale
+
+  return jax.tree_util.tree_map_with_path(scaled, params)
+
+
+def _standard_params(config, key):
   model = LanguageModel(config, nnx.Rngs(key))
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_scales(config):
+  """The `parameterization.Scales` of parameters by path; {} under the standard parameterization."""
+  if config.parameterization == 'standard':
+    return {}
+  return parameterization.scales(_terms(config), _terms(config.base_model))
+
+
+def _terms(config):
+  """The `parameterization.Terms` of all parameters by path."""
+  params = jax.eval_shape(lambda: _standard_params(config, jax.random.key(0)))
+  special = {'embedding': parameterization.Terms(1, 1, init=_embedding_fan_in(config))}
+  special['position_embedding'] = special['embedding']
+  of_kind = {kind: SUBLAYERS[kind](config).terms() for kind in {*config.kinds}}
+
+  def terms(path, shape):
+    known = special
+    for part in path.split('/'):  # such as stack_0, 1_mamba+moe, layer, 1_moe, experts, w_out
+      known = of_kind.get(re.sub(r'^\d+_', '', part), known)
+    if found := [of for end, of in known.items() if f'/{path}'.endswith(f'/{end}')]:
+      return found[0]
+    about = parameters.of(path)
+    fan_in = 1 if about.kind == 'vector' else math.prod(shape[i] for i in about.inputs)
+    return parameterization.Terms(fan_in, fan_in, fan_in)
+
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {(path := parameters.name_of(keys)): terms(path, leaf.shape) for keys, leaf in leaves}
+
+
+def _embedding_fan_in(config):
+  # A tied embedding is the output projection, too. At half the standard deviation of a projection
+  # (GPT-2's 0.02 is that of width 625) the first loss is near log V even if the stream is mostly
+  # the token itself. Positions, which are added to it, are initialised alike.
+  return 4 * config.d_model if config.tie_embeddings else 1
 
 
 @functools.lru_cache(maxsize=8)

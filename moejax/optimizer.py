@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import parameters
+from moejax import model as model_lib, parameterization, parameters
 from moejax.fields import Section, default
 
 
@@ -64,21 +65,26 @@ def make_schedule(config, steps):
   return schedule
 
 
-def adamw(config, schedule, decays):
-  return optax.adamw(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    mu_dtype=config.moment_dtype or None,
-    weight_decay=config.weight_decay,
-    mask=decays,
+def adamw(config, schedule, decays, rates=None):
+  adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype or None)
+  return optax.chain(
+    adam if rates is None else optax.chain(adam, _scale(rates)),
+    optax.add_decayed_weights(config.weight_decay, decays),
+    optax.scale_by_learning_rate(schedule),
   )
+
+
+def _scale(rates):
+  """Multiplies every update by its factor."""
+  multiply = lambda update, rate: update if rate == 1 else update * rate
+  return optax.stateless(lambda updates, _: jax.tree.map(multiply, updates, rates(updates)))
 
 
 # Name in `optimizer.name` -> function of the config, the learning rate by step, and `decays`: a
 # function of parameters that is True for those with weight decay, or None: all have it. It returns
-# an optax transformation of clipped gradients (docs/adding_an_optimizer.md).
+# an optax transformation of clipped gradients (docs/adding_an_optimizer.md). Under a
+# `model.parameterization` it is given `rates` as well: a function of parameters that returns
+# factors of their learning rates, which weight decay does not have.
 OPTIMIZERS = {'adamw': adamw}
 
 
@@ -110,10 +116,27 @@ def _anneal(config, steps):
 OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
 
 
-def make_optimizer(config, steps):
-  """The optax transformation for a run of `steps` steps."""
+def of_run(run_config):
+  """`make_optimizer` for a RunConfig."""
+  return make_optimizer(run_config.optimizer, run_config.train.steps, run_config.model)
+
+
+def make_optimizer(config, steps, model=None):
+  """The optax transformation for a run of `steps` steps.
+
+  `model`: the ModelConfig, which scales rates and epsilon if it has a `parameterization`.
+  """
   decays = None if config.decay == 'all' else functools.partial(_of_each, fact=lambda p: p.decays)
-  optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays)
+  rates = {}
+  if model and (scales := model_lib.parameter_scales(model)):
+    if 'rates' not in inspect.signature(OPTIMIZERS[config.name]).parameters:
+      raise ValueError(
+        f'optimizer.name = {config.name} takes no argument `rates`, which model.parameterization = '
+        f'{model.parameterization} needs (docs/adding_an_optimizer.md).'
+      )
+    rates['rates'] = functools.partial(_rates, scales)
+    config = dataclasses.replace(config, eps=config.eps * parameterization.gradient_scale(model))
+  optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays, **rates)
   others = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
   clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
   moved_by = functools.partial(_of_each, fact=lambda p: p.moved_by or config.name)
@@ -126,6 +149,13 @@ def gradient_norm(gradients):
   moved_by = jax.tree.leaves(_of_each(gradients, lambda p: p.moved_by))
   leaves = jax.tree.leaves(gradients)
   return optax.tree.norm([wide(g) for g, by in zip(leaves, moved_by, strict=True) if not by])
+
+
+def _rates(scales, params):
+  """The factor of the learning rate of every parameter."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: scales[parameters.name_of(path)].rate, params
+  )
 
 
 def _of_each(params, fact):

@@ -1,4 +1,4 @@
-"""Properties of a parameter by its name: its sharding, whether it decays, what updates it.
+"""Properties of a parameter by its name: its sharding, what updates it and how, how it scales.
 
 Layers declare their parameters where they define them. Sharding and optimizers look them up by the
 end of a path.
@@ -15,24 +15,28 @@ class Parameter(NamedTuple):
   specs: tuple[P, ...] = (P(),)  # of the last dimensions; the first whose mesh axes all divide
   decays: bool = True  # under optimizer.decay = matrices: norms, biases and the like do not
   moved_by: str = ''  # one of optimizer.OTHER_UPDATES; '': the optimizer, by the gradient
+  kind: str = 'matrix'  # of parameterization.KINDS
+  inputs: tuple[int, ...] = (-2,)  # dimensions that a product with it sums over
 
 
 _DECLARED = {}
 
 
-def declare(names, *specs, decays=True, moved_by=''):
+def declare(names, *specs, decays=True, moved_by='', kind='', inputs=(-2,)):
   """Declares properties of parameters.
 
   Args:
     names: separated by spaces; each is the end of a path, joined by /.
     *specs: PartitionSpecs of the last dimensions of the array, without the leading axis of stacked
       blocks. Of several, the first whose mesh axes all divide is used; none: replicated.
-    decays, moved_by: see `Parameter`.
+    decays, moved_by, inputs: see `Parameter`.
+    kind: see `Parameter`; default: a matrix, or a vector if it does not decay.
 
   Raises:
     ValueError: a name has other properties already.
   """
-  new = Parameter(specs or (P(),), decays, moved_by)
+  kind = kind or ('matrix' if decays else 'vector')
+  new = Parameter(specs or (P(),), decays, moved_by, kind, inputs)
   for name in names.split():
     if _DECLARED.setdefault(name, new) != new:
       raise ValueError(

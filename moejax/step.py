@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import model as model_lib, sharding
-from moejax.optimizer import gradient_norm, make_optimizer, make_schedule
+from moejax import model as model_lib, optimizer as optimizer_lib, sharding
+from moejax.optimizer import gradient_norm, make_schedule
 
 _NOISE = 0x6E6F6973  # keeps the noise apart from the keys of parameters, which count up
 
@@ -24,7 +24,7 @@ def init_state(model_config, optimizer, key):
 
 def fresh_state(run_config):
   """A function that makes the state a run begins with."""
-  optimizer = make_optimizer(run_config.optimizer, run_config.train.steps)
+  optimizer = optimizer_lib.of_run(run_config)
   return lambda: init_state(run_config.model, optimizer, jax.random.key(run_config.train.seed))
 
 
@@ -119,7 +119,7 @@ def jit_train_step(run_config, abstract_state, mesh):
       state,
       batch,
       model_config=run_config.model,
-      optimizer=make_optimizer(run_config.optimizer, run_config.train.steps),
+      optimizer=optimizer_lib.of_run(run_config),
       schedule=make_schedule(run_config.optimizer, run_config.train.steps),
       accumulation=run_config.optimizer.accumulation,
       key=noise_key(run_config.train.seed),

@@ -1,6 +1,7 @@
 """Text for humans: short numbers, sizes, durations, and did-you-mean hints."""
 
 import difflib
+import re
 
 
 def did_you_mean(name: str, known, cutoff: float = 0.5) -> str:
@@ -48,3 +49,21 @@ def duration(seconds: float) -> str:
 def short_time(seconds: float) -> str:
   """'12.5 ms' or '3.21 s': for something repeated, such as a step."""
   return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{seconds:.3g} s'
+
+
+def split_values(text: str) -> list[str]:
+  """Splits at commas, but not within brackets or quotes; around a whole value, quotes are dropped.
+
+  "1,2" -> ['1', '2']; "((('mlp',),2),),()" -> ["((('mlp',),2),)", '()']; "'a,b',c" -> ['a,b', 'c']
+  """
+  values, depth, quote = [''], 0, ''
+  for character in text:
+    if quote or character in '\'"':
+      quote = '' if character == quote else quote or character
+    else:
+      depth += (character in '([{') - (character in ')]}')
+    if character == ',' and not depth and not quote:
+      values.append('')
+    else:
+      values[-1] += character
+  return [re.sub(r'^([\'"])((?:(?!\1).)*)\1$', r'\2', value.strip()) for value in values]

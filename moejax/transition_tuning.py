@@ -25,6 +25,7 @@ from moejax import (
   cli,
   config as config_lib,
   metrics,
+  optimizer as optimizer_lib,
   run_folder,
   sharding,
   step as step_lib,
@@ -34,7 +35,6 @@ from moejax.checkpoint import by_name
 from moejax.distributed import is_process_0
 from moejax.evaluate import evaluate
 from moejax.layers import moe
-from moejax.optimizer import make_optimizer
 
 ROUTERS = (*moe.ROUTERS, 'mot')
 # What sparse layers lack, so that only these values of `model.mot` can become sparse: further
@@ -148,7 +148,7 @@ def start(run, abstract_state, *, source, moments):
     del state['optimizer']
 
   def switch(state):
-    optimizer = make_optimizer(new.optimizer, new.train.steps)
+    optimizer = optimizer_lib.of_run(new)
     fresh = step_lib.fresh_state(new)()
     fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
     return convert(state, fresh, old.model.mot.temperature)

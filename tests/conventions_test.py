@@ -29,6 +29,7 @@ RANKS = (
     'files',
     'imports',
     'hardware',
+    'parameterization',
     'parameters',
     'seeds',
     'text',
@@ -148,7 +149,7 @@ def test_nothing_imports_a_program():
 INNER = {
   'ops': {'ops'},
   'sharding': {'sharding', 'fields', 'parameters'},
-  'layers': {'ops', 'sharding', 'layers', 'fields', 'parameters'},
+  'layers': {'ops', 'sharding', 'layers', 'fields', 'parameterization', 'parameters'},
 }
 # What asks where a program runs.
 AMBIENT = {'get_abstract_mesh', 'set_mesh', 'shard_map', 'default_backend', 'devices'}

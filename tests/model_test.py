@@ -68,10 +68,14 @@ def test_permuting_the_examples_of_a_group_permutes_the_outputs():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize('positions, split', [('learned', 5), ('none', 1)])
+@pytest.mark.parametrize(
+  'positions, split, changes',
+  [('learned', 5, {}), ('none', 1, {'parameterization': 'completep', 'base': 'd_model=6'})],
+)
 @MODELS
-def test_decoding_equals_the_forward_pass(model, positions, split):
-  config = tiny.model_config(**tiny.MODELS[model], positions=positions, final_norm=True)
+def test_decoding_equals_the_forward_pass(model, positions, split, changes):
+  changes = tiny.MODELS[model] | changes
+  config = tiny.model_config(**changes, positions=positions, final_norm=True)
   config = config.dropless() or config  # decoding drops nobody
   params = _random_params(config)
   batch = tiny.batch()

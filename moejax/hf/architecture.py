@@ -137,6 +137,11 @@ class Architecture:
       choices = needed if isinstance(needed, tuple) else (needed,)
       if value not in choices:
         yield f'{name} must be {" or ".join(map(str, choices))}, got {value}.'
+    if run_config.model.parameterization != 'standard':
+      yield (
+        f'model.parameterization = {run_config.model.parameterization} scales scores and outputs, '
+        'which transformers does not; only standard can be converted.'
+      )
     yield from self.inexpressible(run_config.model)
 
   def fits(self, model):

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import fields, parameters
+from moejax import fields, parameterization, parameters
 from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.sharding import platform
 from moejax.sharding.mesh import SHARD_AXES
 
-parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None))
-parameters.declare('q', P(SHARD_AXES, 'tensor', None))
-parameters.declare('out', P('tensor', None, SHARD_AXES))
+parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None), inputs=(-4,))
+parameters.declare('q', P(SHARD_AXES, 'tensor', None), inputs=(-3,))
+parameters.declare('out', P('tensor', None, SHARD_AXES), inputs=(-3, -2))
 parameters.declare('qkv_bias q_bias kv_bias out_bias', decays=False)
 
 
@@ -32,6 +32,7 @@ class Attention(nnx.Module):
     biases: whether all four projections have one.
     qk_norm: root-mean-square norms over all queries and over all keys of a token, before positions,
       with `norm_eps`.
+    score_scale: factor of the scores, besides 1/sqrt(P).
     init, rngs: make the parameters.
   """
 
@@ -47,6 +48,7 @@ class Attention(nnx.Module):
     biases=False,
     qk_norm=False,
     norm_eps=1e-5,
+    score_scale=1.0,
     init='truncated_normal',
     rngs,
   ):
@@ -73,6 +75,7 @@ class Attention(nnx.Module):
     self.document_mask = document_mask
     self.biases = biases
     self.qk_norm = qk_norm
+    self.scale = None if score_scale == 1 else score_scale * head_width**-0.5
 
   def _project(self, x_BLD, positions_BL):
     *queries, together = (self._heads(x_BLD, name) for name in self.projections)
@@ -104,7 +107,13 @@ class Attention(nnx.Module):
     if self.document_mask:
       mask = tokens.segments[:, None, :, None] == tokens.segments[:, None, None, :]
     o_BLHP = jax.nn.dot_product_attention(
-      q_BLHP, k_BLJP, v_BLJP, mask=mask, is_causal=True, implementation=_implementation(x_BLD.dtype)
+      q_BLHP,
+      k_BLJP,
+      v_BLJP,
+      mask=mask,
+      scale=self.scale,
+      is_causal=True,
+      implementation=_implementation(x_BLD.dtype),
     )
     return self._join(o_BLHP), {'k': k_BLJP, 'v': v_BLJP}
 
@@ -119,7 +128,9 @@ class Attention(nnx.Module):
     here = jnp.arange(x_BD.shape[0]), tokens.positions
     k_BSJP, v_BSJP = state['k'].at[here].set(k_BLJP[:, 0]), state['v'].at[here].set(v_BLJP[:, 0])
     past_BS = jnp.arange(k_BSJP.shape[1])[None, :] <= tokens.positions[:, None]
-    o_BLHP = jax.nn.dot_product_attention(q_BLHP, k_BSJP, v_BSJP, mask=past_BS[:, None, None, :])
+    o_BLHP = jax.nn.dot_product_attention(
+      q_BLHP, k_BSJP, v_BSJP, mask=past_BS[:, None, None, :], scale=self.scale
+    )
     return self._join(o_BLHP)[:, 0], {'k': k_BSJP, 'v': v_BSJP}
 
 
@@ -143,6 +154,7 @@ class AttentionSublayer(Sublayer):
       biases=c.biases,
       qk_norm=c.qk_norm,
       norm_eps=c.norm_eps,
+      score_scale=parameterization.score_scale(c),
       init=init,
       rngs=rngs,
     )

@@ -7,36 +7,40 @@ from moejax.layers import common
 
 
 class Residual(nnx.Module):
-  """x + sublayer(norm(x)); x keeps its dtype, the sublayer computes in the model's."""
+  """x + scale * sublayer(norm(x)); x keeps its dtype, the sublayer computes in the model's."""
 
-  def __init__(self, layer, norm, dtype):
+  def __init__(self, layer, norm, dtype, scale):
     self.dtype = dtype
+    self.scale = scale
     self.norm = norm
     self.layer = layer
 
   def __call__(self, x_BLD, tokens):
     y_BLD, aux = self.layer(self._normalize(x_BLD), tokens)
-    return x_BLD + y_BLD, aux
+    return self._add(x_BLD, y_BLD), aux
 
   def prefill(self, x_BLD, tokens):
     y_BLD, state = self.layer.prefill(self._normalize(x_BLD), tokens)
-    return x_BLD + y_BLD, state
+    return self._add(x_BLD, y_BLD), state
 
   def step(self, x_BD, state, tokens):
     y_BD, state = self.layer.step(self._normalize(x_BD), state, tokens)
-    return x_BD + y_BD, state
+    return self._add(x_BD, y_BD), state
 
   def _normalize(self, x):
     return self.norm(x).astype(self.dtype)
+
+  def _add(self, x, y):
+    return x + (y if self.scale == 1 else self.scale * y)
 
 
 class Block(nnx.Module):
   """One repeat of a pattern of sublayers; `make_layer(name)` and `make_norm()` make its parts."""
 
-  def __init__(self, pattern, make_layer, make_norm, dtype):
+  def __init__(self, pattern, make_layer, make_norm, dtype, scale=1.0):
     self.names = tuple(f'{i}_{sublayer}' for i, sublayer in enumerate(pattern))
     for name, sublayer in zip(self.names, pattern, strict=True):
-      setattr(self, name, Residual(make_layer(sublayer), make_norm(), dtype))
+      setattr(self, name, Residual(make_layer(sublayer), make_norm(), dtype, scale))
 
   def __call__(self, x_BLD, tokens):
     auxes = []

@@ -20,8 +20,10 @@ from moejax.fields import Section, default
 from moejax.layers import common, experts, mlp
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import dispatch, expert_loop, routing
+from moejax.parameterization import Terms
 from moejax.sharding import exchange, groups, mesh
 
+parameters.declare('router', kind='readout')
 parameters.declare('balance_bias', decays=False, moved_by='balance')
 
 
@@ -421,6 +423,12 @@ class MoESublayer(Sublayer):
     c = self.config
     sizes = dict(d_model=d_in or c.d_model, d_ff=c.d_ff, activation=c.activation)
     return MixtureOfExperts(c.moe, **sizes, d_out=d_out, init=init, rngs=rngs)
+
+  def terms(self):
+    # A token adds up the outputs of top_k experts, each of weight about 1 / top_k.
+    moe, d_ff = self.moe, self.config.d_ff
+    width = moe.expert_width(d_ff)
+    return {'experts/w_out': Terms(width, width / moe.top_k, init=moe.fan_in_out(d_ff))}
 
   def problems(self):
     moe = self.moe

@@ -17,6 +17,9 @@ class MoEInMambaSublayer(Sublayer):
     c = self.config
     return Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs, experts=experts)
 
+  def terms(self):
+    return MoESublayer(self.config).terms()
+
   def problems(self):
     c, projections = self.config, self.config.mamba.projections(self.config.d_model)
     sparse = c.mamba.sparse_projections

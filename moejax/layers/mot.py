@@ -14,10 +14,12 @@ from moejax.layers import common, experts
 from moejax.layers.mlp import hidden_width, num_weights
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import mixing, routing
+from moejax.parameterization import Terms
 from moejax.sharding import groups
 
 _COLDEST = 1e-6  # temperature at which the softmax is a one-hot arg-max, and still finite
 
+parameters.declare('controller emit_controller', kind='readout')
 parameters.declare('temperature emit_temperature', decays=False)
 parameters.declare('anneal', moved_by='anneal')
 
@@ -241,6 +243,18 @@ class MoTSublayer(Sublayer):
     c = self.config
     sizes = dict(d_model=c.d_model, d_ff=c.d_ff, activation=c.activation)
     return MixtureOfTokens(c.mot, **sizes, init=init, rngs=rngs)
+
+  def terms(self):
+    # A mixture averages M tokens, so that it shrinks with M; then a token adds up the outputs of so
+    # many experts, with a weight each.
+    mot, D, width = self.mot, self.config.d_model, self.mot.width(self.config.d_ff)
+    E, M = mot.num_experts, mot.group_size
+    mixed = 1 if mot.expert_norm else M
+    into = Terms(D * mixed**-0.5, D / mixed, init=D)
+    summed = {'raw': (E, 1), 'top_1': (E / M, 1), 'softmax_over_experts': (E, 1 / E)}
+    number, weight = summed.get(mot.emit, (E, 1 / M))
+    out = Terms(width * number * weight, width * number * weight**2, init=width)
+    return {'experts/w_in': into, 'experts/w_gate': into, 'experts/w_out': out}
 
   def problems(self):
     return self.mot.problems(self.config.d_ff)

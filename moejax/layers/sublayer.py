@@ -50,6 +50,10 @@ class Sublayer:
     """Its cost in sequences of `length` positions."""
     raise NotImplementedError
 
+  def terms(self):
+    """`parameterization.Terms` by the end of a path, of parameters that are no plain matrices."""
+    return {}
+
   def problems(self):
     """Yields one sentence per invalid combination of values."""
     return ()

@@ -7,7 +7,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from moejax import cli, config as config_lib, flops, runner
-from moejax.text import did_you_mean
+from moejax.text import did_you_mean, split_values
 
 
 class Axis(NamedTuple):
@@ -28,7 +28,7 @@ def parse(grid: list[str], zipped: list[str]) -> list[Axis]:
   """The axes of the flags --grid, one each, and --zip, one together.
 
   Args:
-    grid, zipped: texts 'FIELD=VALUE,VALUE,...', whose values are as `split` takes them.
+    grid, zipped: texts 'FIELD=VALUE,VALUE,...', whose values are as `text.split_values` takes them.
 
   Raises:
     ValueError: a field is unknown or given twice, it has no values, or lengths differ.
@@ -45,7 +45,7 @@ def parse(grid: list[str], zipped: list[str]) -> list[Axis]:
         raise ValueError(f'--{flag} {field}: it is an axis already; give all its values at once.')
       known.add(field)
       fields.append(field)
-      columns.append(split(values))
+      columns.append(split_values(values))
     if flag == 'grid':
       axes += [Axis((field,), tuple(zip(c))) for field, c in zip(fields, columns, strict=True)]
     elif fields:
@@ -67,24 +67,6 @@ def _check_field(flag, field):
   same = [name for name in known if name.endswith(f'.{field}')]
   hint = f'; did you mean {" or ".join(map(repr, same))}?' if same else did_you_mean(field, known)
   raise ValueError(f'--{flag} {field}: the config has no such field{hint}')
-
-
-def split(text: str) -> list[str]:
-  """Splits at commas, but not within brackets or quotes; around a whole value, quotes are dropped.
-
-  "1,2" -> ['1', '2']; "((('mlp',),2),),()" -> ["((('mlp',),2),)", '()']; "'a,b',c" -> ['a,b', 'c']
-  """
-  values, depth, quote = [''], 0, ''
-  for character in text:
-    if quote or character in '\'"':
-      quote = '' if character == quote else quote or character
-    else:
-      depth += (character in '([{') - (character in ')]}')
-    if character == ',' and not depth and not quote:
-      values.append('')
-    else:
-      values[-1] += character
-  return [re.sub(r'^([\'"])((?:(?!\1).)*)\1$', r'\2', value.strip()) for value in values]
 
 
 def make_cells(config: str, overrides: dict[str, str], axes: list[Axis]) -> list[Cell]:

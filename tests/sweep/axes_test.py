@@ -6,6 +6,7 @@ import pytest
 
 from moejax import cli, runner
 from moejax.sweep import axes
+from moejax.text import split_values
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections calls it
 DEBUG = 'configs/dense.py:debug'
@@ -28,7 +29,7 @@ def _cells(grid, zipped=(), overrides=None, config=DEBUG):
   ],
 )  # fmt: skip
 def test_values_are_split_outside_of_brackets_and_quotes(text, values):
-  assert axes.split(text) == values
+  assert split_values(text) == values
 
 
 def test_every_combination_of_the_grid_and_of_the_zipped_fields_together():

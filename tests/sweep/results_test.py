@@ -12,6 +12,7 @@ import pytest
 
 from moejax import cli, run_folder
 from moejax.sweep import axes as axes_lib, results
+from moejax.text import split_values
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections calls it
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -98,7 +99,7 @@ def test_zipped_fields_continue_together():
   'grid', [(RATES, SEEDS, 'model.d_ff=32,64'), ('model.activation=gelu,relu',), (SEEDS,)]
 )
 def test_plots(tmp_path, grid):
-  cells = np.prod([len(axes_lib.split(text)) for text in grid])
+  cells = np.prod([len(split_values(text)) for text in grid])
   results.plot(*_sweep(list(1 + np.arange(cells) / 10), *grid), tmp_path / 'sweep.png')
   assert (tmp_path / 'sweep.png').read_bytes().startswith(b'\x89PNG')
 
