@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,24 @@ def make_schedule(config, steps):
   return schedule
 
 
+class Schedules(NamedTuple):
+  """What changes from step to step: functions of the number of steps done."""
+
+  learning_rate: Callable
+  anneal: Callable  # the scale of annealed temperatures after the step
+
+
+def make_schedules(config, steps):
+  """The Schedules of a run of `steps` steps."""
+  return Schedules(make_schedule(config, steps), _make_annealing(config, steps))
+
+
+def _make_annealing(config, steps):
+  """1 until step `anneal_from`, then linearly to 0 at `steps`."""
+  start = config.anneal_from
+  return lambda step: 1 - jnp.clip((step + 1 - start) / max(steps - start, 1), 0, 1)
+
+
 def adamw(config, schedule, decays, rates=None):
   adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype or None)
   return optax.chain(
@@ -88,26 +108,25 @@ def _scale(rates):
 OPTIMIZERS = {'adamw': adamw}
 
 
-def _balance(config, steps):
+def _balance(config, schedules):
   """Against the sign of the load, by a fixed rate (arXiv:2408.15664, algorithm 1).
 
   The gradient of biases that balance routers is the load of an expert above the mean.
   """
-  del steps
+  del schedules
   return optax.sign_sgd(config.balance_bias_rate)
 
 
-def _anneal(config, steps):
+def _anneal(config, schedules):
   """Scales of annealed temperatures follow a schedule, whatever their gradient.
 
   As parameters they are saved, and a model is evaluated at the temperature it was trained to.
   """
-  start = config.anneal_from
+  del config
 
-  def update(updates, state, params=None):
-    step = state + 1
-    scale = 1 - jnp.clip((step - start) / max(steps - start, 1), 0, 1)
-    return jax.tree.map(lambda _, p: scale.astype(p.dtype) - p, updates, params), step
+  def update(updates, step, params=None):
+    scale = schedules.anneal(step)
+    return jax.tree.map(lambda _, p: scale.astype(p.dtype) - p, updates, params), step + 1
 
   return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
@@ -116,16 +135,18 @@ def _anneal(config, steps):
 OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
 
 
-def of_run(run_config):
+def of_run(run_config, schedules=None):
   """`make_optimizer` for a RunConfig."""
-  return make_optimizer(run_config.optimizer, run_config.train.steps, run_config.model)
+  return make_optimizer(run_config.optimizer, run_config.train.steps, run_config.model, schedules)
 
 
-def make_optimizer(config, steps, model=None):
+def make_optimizer(config, steps, model=None, schedules=None):
   """The optax transformation for a run of `steps` steps.
 
   `model`: the ModelConfig, which scales rates and epsilon if it has a `parameterization`.
+  `schedules`: instead of those of `make_schedules`.
   """
+  schedules = schedules or make_schedules(config, steps)
   decays = None if config.decay == 'all' else functools.partial(_of_each, fact=lambda p: p.decays)
   rates = {}
   if model and (scales := model_lib.parameter_scales(model)):
@@ -136,8 +157,8 @@ def make_optimizer(config, steps, model=None):
       )
     rates['rates'] = functools.partial(_rates, scales)
     config = dataclasses.replace(config, eps=config.eps * parameterization.gradient_scale(model))
-  optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps), decays, **rates)
-  others = {name: make(config, steps) for name, make in OTHER_UPDATES.items()}
+  optimizer = OPTIMIZERS[config.name](config, schedules.learning_rate, decays, **rates)
+  others = {name: make(config, schedules) for name, make in OTHER_UPDATES.items()}
   clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
   moved_by = functools.partial(_of_each, fact=lambda p: p.moved_by or config.name)
   return optax.partition({config.name: clipped, **others}, moved_by)

@@ -5,14 +5,15 @@ Both are pure functions of arrays and a config.
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moejax import model as model_lib, optimizer as optimizer_lib, sharding
-from moejax.optimizer import gradient_norm, make_schedule
+from moejax.optimizer import Schedules, gradient_norm, make_schedules
 
 _NOISE = 0x6E6F6973  # keeps the noise apart from the keys of parameters, which count up
 
@@ -23,9 +24,10 @@ def init_state(model_config, optimizer, key):
 
 
 def fresh_state(run_config):
-  """A function that makes the state a run begins with."""
+  """A function that makes the state a run begins with; a pytree, whose leaf is the seed."""
   optimizer = optimizer_lib.of_run(run_config)
-  return lambda: init_state(run_config.model, optimizer, jax.random.key(run_config.train.seed))
+  init = lambda seed: init_state(run_config.model, optimizer, jax.random.key(seed))
+  return jax.tree_util.Partial(init, np.uint32(run_config.train.seed))
 
 
 def new_state(params, optimizer):
@@ -39,16 +41,17 @@ def noise_key(seed):
 
 
 def make_state(init, abstract_state):
-  """Calls `init` (see `fresh_state`) into the shardings of `abstract_state`.
+  """Calls `init`, of `fresh_state`, into the shardings of `abstract_state`.
 
-  As it runs once, CPUs compile it at a lower optimization level, unless XLA_FLAGS sets one: the
-  same bits, in a third of the time.
+  The program is the same for every seed. As it runs once, CPUs compile it at a lower optimization
+  level, unless XLA_FLAGS sets one: the same bits, in a third of the time.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   level = 'xla_backend_optimization_level'
   less = jax.default_backend() == 'cpu' and level not in os.environ.get('XLA_FLAGS', '')
   options = {level: 1} if less else None
-  return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+  jitted = jax.jit(lambda init: init(), out_shardings=shardings, compiler_options=options)
+  return jitted(init)
 
 
 def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
@@ -108,21 +111,44 @@ def _wide(array):
   return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def jit_train_step(run_config, abstract_state, mesh):
-  """`train_step` of a run, jitted: `step(state, batch)`, which donates the state.
+class Now(NamedTuple):
+  """What a step is given beside the state and the batch, all scalars.
 
-  `abstract_state` is from `sharding.abstract`, on the same mesh.
+  They are no constants of the compiled program, which therefore serves every learning rate,
+  schedule, duration and seed.
   """
 
-  def step(state, batch):
+  learning_rate: Any
+  anneal: Any  # of `optimizer.Schedules`
+  seed: Any  # of the run, uint32
+
+
+def make_clock(run_config):
+  """The function from the number of steps that a run has done to the `Now` of its next one."""
+  schedules = make_schedules(run_config.optimizer, run_config.train.steps)
+  of_all = jax.jit(lambda steps: [jax.vmap(schedule)(steps) for schedule in schedules])
+  values = of_all(np.arange(run_config.train.steps, dtype=np.int32))
+  rates, scales = (np.asarray(of_steps, jnp.result_type(float)) for of_steps in values)
+  seed = np.uint32(run_config.train.seed)
+  return lambda step: Now(rates[step], scales[step], seed)
+
+
+def jit_train_step(run_config, abstract_state, mesh):
+  """`train_step` of a run, jitted: `step(state, batch, now)`, which donates the state.
+
+  `abstract_state` is from `sharding.abstract`, on the same mesh; `now` is a `Now`.
+  """
+
+  def step(state, batch, now):
+    schedules = Schedules(lambda _: now.learning_rate, lambda _: now.anneal)
     return train_step(
       state,
       batch,
       model_config=run_config.model,
-      optimizer=optimizer_lib.of_run(run_config),
-      schedule=make_schedule(run_config.optimizer, run_config.train.steps),
+      optimizer=optimizer_lib.of_run(run_config, schedules),
+      schedule=schedules.learning_rate,
       accumulation=run_config.optimizer.accumulation,
-      key=noise_key(run_config.train.seed),
+      key=noise_key(now.seed),
     )
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -136,7 +162,9 @@ def lower_train_step(run_config, abstract_state, mesh, platforms=None):
   `platforms`, as JAX names them, is for a mesh of devices that this machine does not have.
   """
   jitted = jit_train_step(run_config, abstract_state, mesh)
-  traced = jitted.trace(abstract_state, sharding.abstract_batch(run_config.data, mesh))
+  number = jax.ShapeDtypeStruct((), jnp.result_type(float))
+  now = Now(number, number, jax.ShapeDtypeStruct((), np.uint32))
+  traced = jitted.trace(abstract_state, sharding.abstract_batch(run_config.data, mesh), now)
   return traced.lower(lowering_platforms=platforms)
 
 

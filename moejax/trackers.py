@@ -12,15 +12,32 @@ import math
 import os
 import pathlib
 import secrets
+import sys
+from typing import Any
 
 from moejax import files
+
+
+@contextlib.contextmanager
+def _hidden(package):
+  """A context in which a package that is not imported yet seems not to be installed."""
+  hides = package not in sys.modules
+  modules: dict[str, Any] = sys.modules
+  if hides:
+    modules[package] = None
+  try:
+    yield
+  finally:
+    if hides:
+      del modules[package]
 
 
 class TensorBoard:
   """Events in the run's folder; `tensorboard --logdir FOLDER` shows them."""
 
   def __init__(self, workdir, config, start_step):
-    import tensorboardX  # it imports PyTorch, if that is installed
+    with _hidden('torch'):  # it would import PyTorch, which takes a second, for tensors
+      import tensorboardX
 
     del config
     first = start_step + 1 if start_step else 0

@@ -44,6 +44,7 @@ from moejax.step import (
   jit_train_step,
   lower_eval_step,
   lower_train_step,
+  make_clock,
   make_state,
 )
 
@@ -67,6 +68,7 @@ class Run:
   first_step: int = 0  # where this process began
   ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)
   train_step: Any = None
+  now: Any = None  # of `step.make_clock`
   state: Any = None
   batch: Any = None  # of the last step
   averager: Any = dataclasses.field(default_factory=metrics_lib.MetricAverager)
@@ -241,7 +243,7 @@ def set_up(run, step, start=None):
   run.ledger.lap('start_up')
   page = start_page.page(run.run_config, run.mesh, abstract, run.loader, run.workdir)
   print(page, flush=True)
-  run.train_step = _compile(run, abstract)
+  run.train_step, run.now = _compile(run, abstract), make_clock(run.run_config)
   run.ledger.lap('compile')
   if step is not None:
     print(f'resuming from step {step}')
@@ -309,7 +311,7 @@ def loop(run, interrupt):
       with profiler.step(run.step + 1):
         run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
         run.ledger.lap('step' if run.averager.is_computing() else 'input')
-        run.state, measured = run.train_step(run.state, run.batch)
+        run.state, measured = run.train_step(run.state, run.batch, run.now(run.step))
         run.step += 1
         run.averager.add(run.step, measured)
       if run.step == run.first_step + 1:

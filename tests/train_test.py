@@ -299,8 +299,8 @@ def _spoil(run, at, measured=None, state=None):
   """Has a step measure something else, or lead to another state."""
   train_step = run.train_step
 
-  def spoilt(state_before, batch):
-    good, numbers = train_step(state_before, batch)
+  def spoilt(state_before, *inputs):
+    good, numbers = train_step(state_before, *inputs)
     if run.step + 1 != at:
       return good, numbers
     return good | (state(good) if state else {}), numbers | (measured or {})
@@ -347,10 +347,10 @@ def _slow_first_step(run):
   """Has the first step of a process take ten seconds, by its clock."""
   train_step, first = run.train_step, run.step + 1
 
-  def slow(state, batch):
+  def slow(*inputs):
     if run.step + 1 == first:
       run.averager.skip(-10)
-    return train_step(state, batch)
+    return train_step(*inputs)
 
   run.train_step = slow
 
@@ -576,6 +576,48 @@ def test_evaluation_takes_no_more_memory_than_training(texts):
     evaluation = step_lib.lower_eval_step(run_config, state['params'], mesh).compile()
   used = [program.memory_analysis().temp_size_in_bytes for program in (evaluation, training)]
   assert used[0] <= used[1]
+
+
+def _programs(config):
+  """What a run compiles before its first step, as text: the state, a training step, evaluation."""
+  run_config = config_lib.resolve(config)
+  mesh = sharding.make_mesh(run_config.mesh)
+  init = step_lib.fresh_state(run_config)
+  with jax.set_mesh(mesh):
+    state = sharding.abstract(init, mesh)
+    training = step_lib.lower_train_step(run_config, state, mesh)
+    evaluation = step_lib.lower_eval_step(run_config, state['params'], mesh)
+  programs = (jax.jit(lambda init: init()).lower(init), training, evaluation)
+  return [program.as_text() for program in programs]
+
+
+def test_runs_that_differ_in_rate_duration_and_seed_share_their_compiled_programs(texts):
+  changes = {'optimizer.peak_lr': 0.02, 'optimizer.warmup_steps': 3, 'train.steps': 77}
+  changes |= {'optimizer.final_lr_fraction': 0.0, 'optimizer.schedule_start': 1, 'train.seed': 5}
+  changes |= {'optimizer.anneal_from': 4, 'data.seed': 6}
+  noisy = {'model.blocks': ((('attention', 'mot'), 1), (('attention', 'moe'), 1))}
+  noisy |= {'model.mot.temperature_mode': 'annealed', 'model.moe.jitter': 0.1}
+  one, other = (_programs(_small_config(texts, **noisy | c)) for c in ({}, changes))
+  assert one == other
+  assert _programs(_small_config(texts, **noisy, **{'optimizer.b1': 0.8}))[1] != one[1]
+
+
+@pytest.mark.parametrize('seed', [0, 5, 2**31, 2**32 - 1])
+def test_a_seed_that_is_an_input_gives_the_same_keys(seed):
+  data = lambda seed: jax.random.key_data(step_lib.noise_key(seed))
+  np.testing.assert_array_equal(jax.jit(data)(np.uint32(seed)), data(seed))
+
+
+def test_a_clock_shows_the_schedules_of_every_step(texts):
+  from moejax.optimizer import make_schedules
+
+  fields = {'train.steps': 7, 'train.seed': 3, 'optimizer.warmup_steps': 2}
+  run_config = config_lib.resolve(_small_config(texts, **fields, **{'optimizer.anneal_from': 3}))
+  clock, schedules = step_lib.make_clock(run_config), make_schedules(run_config.optimizer, 7)
+  for step in range(7):
+    now = clock(step)
+    np.testing.assert_allclose(now[:2], [schedule(step) for schedule in schedules], rtol=1e-6)
+    assert now.seed == 3 and {value.dtype for value in now[:2]} == {np.dtype('float32')}
 
 
 def test_microbatches_of_an_evaluation_hold_whole_groups():
