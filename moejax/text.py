@@ -28,6 +28,18 @@ def size(num_bytes: float) -> str:
   return f'{num_bytes:.3g} GiB' if num_bytes < 999.5 else f'{num_bytes:.0f} GiB'
 
 
+def num_bytes(written: str) -> int:
+  """'16GiB' or '24 GB' as a number of bytes.
+
+  Raises:
+    ValueError: it is not a size.
+  """
+  match = re.fullmatch(r'(\d+\.?\d*) *([KMGT]?)(i?)B', written.strip(), re.IGNORECASE)
+  if not match or not (number := float(match[1])) > 0:
+    raise ValueError('expected a size, such as 16GiB or 24GB')
+  return round(number * (1024 if match[3] else 1000) ** ' KMGT'.index(match[2].upper() or ' '))
+
+
 def table(rows) -> str:
   """Rows of texts, in columns that are aligned on the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -29,3 +29,17 @@ from moejax import text
 )
 def test_text(made, expected):
   assert made == expected
+
+
+@pytest.mark.parametrize(
+  ('written', 'expected'),
+  [('16GiB', 2**34), ('24 GB', 24e9), ('1.5kb', 1500), ('1TiB', 2**40), ('7B', 7)],
+)
+def test_sizes_are_read(written, expected):
+  assert text.num_bytes(written) == expected
+
+
+@pytest.mark.parametrize('written', ['16', 'GiB', '0GiB', '-1GB', '1e9B', '1.2.3GB', '5PB'])
+def test_no_size(written):
+  with pytest.raises(ValueError, match='expected a size, such as 16GiB'):
+    text.num_bytes(written)

@@ -23,7 +23,8 @@ def _define_coefficients(default: str | None = 'printed'):
   cli.define_path(
     'coefficients',
     default,
-    'printed, four_digits or joint (published laws), or a fit.json.',
+    'printed, four_digits or joint (published laws), or a fit.json; default of plan: printed, and '
+    'joint with --memory.',
   )
 
 
@@ -32,6 +33,13 @@ class _FiniteParser(flags.FloatParser):
     if not math.isfinite(value := super().convert(argument)):
       raise ValueError('expected a finite number')
     return value
+
+
+class _SizeParser(flags.ArgumentParser):
+  syntactic_help = 'a size'
+
+  def parse(self, argument):
+    return text.num_bytes(argument)
 
 
 def _define_number(name, default, meaning, lower_bound=None, upper_bound=None):
@@ -44,12 +52,14 @@ def _define_expansion_rate(what):
 
 
 def _define_plan():
-  _define_coefficients()
+  _define_coefficients(default=None)
   _define_expansion_rate('of the model to train; default: the largest with coefficients')
   _define_number('flops', None, 'Training FLOPs.')
   _define_number('target_loss', None, 'Target loss in nats per token.')
   _define_number('params', None, 'Active parameters: 7e9 is the "64x7B" of the paper.')
   _define_number('tokens', None, 'Training tokens.')
+  meaning = 'Of serving the model, such as 16GiB: also finds the best expansion rate.'
+  flags.DEFINE(_SizeParser(), 'memory', None, meaning, serializer=flags.ArgumentSerializer())
   flags.DEFINE_string('chip', None, 'Choose a machine with this chip: v5e, v5p, A100, H100, ...')
   _define_number('days', None, 'The machine must end in so many days, not only be large enough.', 0)
   flags.DEFINE_bool('estimate', False, 'Do not compile for it, even if libtpu is installed.')
@@ -74,15 +84,28 @@ def plan():
   of_chip = {'--mfu': _FLAGS.mfu, '--days': _FLAGS.days}
   if given := [name for name, value in of_chip.items() if value is not None and not _FLAGS.chip]:
     raise ValueError(f'{given[0]} is of a chip: give --chip too, such as --chip=v5e.')
-  coefficients = report.load(_FLAGS.coefficients)
-  rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
+  name = _FLAGS.coefficients or ('joint' if _FLAGS.memory else 'printed')
+  coefficients = report.load(name)
+  recipe = {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe]
+  memory = _FLAGS.memory
+  if memory and _FLAGS.expansion_rate is None:
+    if len(coefficients) == 1:
+      raise ValueError(
+        f'--memory compares numbers of experts, and --coefficients={name} has one only: give '
+        '--expansion_rate, or the joint law (--coefficients=joint; from runs: fit --law=joint).'
+      )
+    choices = plan_lib.in_memory(coefficients, target, memory, recipe)
+    rate = min(choices, key=lambda rate: choices[rate].loss)
+  else:
+    rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
   result = plan_lib.make(
     coefficients,
     rate,
     target,
-    {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe],
-    report.fitted_runs(_FLAGS.coefficients, rate),
+    recipe,
+    report.fitted_runs(name, rate),
     _FLAGS.chip,
+    memory,
     mfu=_FLAGS.mfu,
     days=_FLAGS.days,
     compiles=not _FLAGS.estimate,

@@ -20,6 +20,9 @@ from typing import NamedTuple
 DENSE = 0  # the granularity of a dense model
 WIDTH_PER_BLOCK = 64  # compute-optimal shapes have d_model = 64 * blocks
 
+CACHE_TOKENS = 16_384  # of serving_bytes
+_BFLOAT16 = 2  # bytes
+
 # Training FLOPs per token: 2 per multiply-add, in the forward pass and for both gradients.
 MODEL_FLOPS = 6  # per active parameter
 ROUTER_FLOPS = 14  # per d_model * E * G: scores 6, dispatch and combine 8 (Appendix E)
@@ -164,3 +167,9 @@ def flops_per_token(d_model, blocks, expansion_rate, granularity):
   """Training FLOPs per token, router included; attention scores and embeddings excluded."""
   router = d_model * expansion_rate * granularity * blocks
   return MODEL_FLOPS * active_params(d_model, blocks) + ROUTER_FLOPS * router
+
+
+def serving_bytes(d_model, blocks, expansion_rate, vocabulary):
+  """Memory of a model that generates: weights and a cache of CACHE_TOKENS tokens, in bfloat16."""
+  weights = total_params(d_model, blocks, expansion_rate) + 2 * vocabulary * d_model
+  return _BFLOAT16 * (weights + 2 * CACHE_TOKENS * blocks * d_model)

@@ -6,6 +6,7 @@ powers of two, as in the paper (arXiv:2402.07871, Section 6).
 
 import dataclasses
 import math
+from typing import Any
 
 from scipy import optimize
 
@@ -14,6 +15,7 @@ from moejax.scaling_laws import laws
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Search ranges, far beyond what is trained in practice.
 _LOG_WIDTH = (math.log(2**2), math.log(2**24))
+_NARROWEST = 32  # of a model that must fit into memory
 _LOG_FLOPS = (math.log(1e6), math.log(1e36))
 
 
@@ -55,25 +57,51 @@ def flops_per_token(coefficients, d_model, blocks, expansion_rate, granularity):
   return laws.flops_per_token(d_model, blocks, expansion_rate, granularity) + embeddings
 
 
-def best_width(coefficients, expansion_rate, granularity, flops):
-  """The `Optimum` for one granularity."""
+def best_width(coefficients, expansion_rate, granularity, flops, widest=math.inf):
+  """The `Optimum` for one granularity, of at most a width."""
 
   def choice(log_width):
     return _choice(coefficients, expansion_rate, granularity, flops, math.exp(log_width))
 
-  log_width = optimize.fminbound(lambda x: choice(x).loss, *_LOG_WIDTH, xtol=1e-8)
+  low, high = _LOG_WIDTH
+  high = min(high, math.log(widest))
+  log_width = optimize.fminbound(lambda x: choice(x).loss, low, high, xtol=1e-8)
   return choice(log_width)
 
 
-def best(coefficients, expansion_rate, flops):
+def best(coefficients, expansion_rate, flops, widest=math.inf):
   """The `Optimum` over all granularities; for a dense law, the dense one."""
   return min(
     (
-      best_width(coefficients, expansion_rate, granularity, flops)
+      best_width(coefficients, expansion_rate, granularity, flops, widest)
       for granularity in granularities(coefficients, expansion_rate)
     ),
     key=lambda optimum: optimum.loss,
   )
+
+
+def in_memory(coefficients, flops, memory, vocabulary):
+  """The `Optimum` that fits into memory, for every expansion rate of which a model does.
+
+  Args:
+    coefficients: by expansion rate.
+    flops: of training.
+    memory: bytes, as laws.serving_bytes counts.
+    vocabulary: of embedding and head.
+  """
+  found = {}
+  for rate, law in coefficients.items():
+
+    def excess(log_width, rate=rate):
+      width = math.exp(log_width)
+      blocks = width / laws.WIDTH_PER_BLOCK
+      return laws.serving_bytes(width, blocks, rate, vocabulary) - memory
+
+    narrow, wide = math.log(_NARROWEST), _LOG_WIDTH[1]
+    if excess(narrow) < 0:
+      widest: Any = optimize.brentq(excess, narrow, wide) if excess(wide) > 0 else wide
+      found[rate] = best(law, rate, flops, math.exp(widest))
+  return found
 
 
 def granularities(coefficients, expansion_rate):

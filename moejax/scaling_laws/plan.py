@@ -4,15 +4,25 @@ import dataclasses
 import math
 
 from moejax import cli, hardware, variants
-from moejax.scaling_laws import grid, laws, machine, optimal, report
-from moejax.text import short
+from moejax.scaling_laws import grid, laws, leverage, machine, optimal, report
+from moejax.text import short, size
 
 _HEAD_WIDTH = 64
 _RULE = 'arXiv:2502.05172'
 _COLUMNS = 100
+_BYTES = 256  # the vocabulary of the laptop's recipe
 
 
-def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **machine_options):
+def make(
+  coefficients,
+  expansion_rate,
+  target,
+  recipe,
+  fitted=(),
+  chip=None,
+  memory=None,
+  **machine_options,
+):
   """The plan as a dict of plain values, in the units of laws.py.
 
   Args:
@@ -22,14 +32,17 @@ def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **m
     recipe: a `grid.Recipe` to train the model with.
     fitted: (N, D, G) of the runs that the law was fitted to, to warn of extrapolation.
     chip: such as 'v5e' or 'H100', to choose a machine and estimate hours, or None.
+    memory: the bytes that serving the model may take, as laws.serving_bytes counts, or None. Its
+      target is FLOPs.
     **machine_options: `mfu`, to estimate hours from the chip's peak instead, or as `machine.find`.
 
   Raises:
     ValueError: the chip is unknown, or no budget reaches the target.
   """
   law = coefficients[expansion_rate]
-  best = optimal.solve(law, expansion_rate, **target)
-  cell = _cell(coefficients, best, expansion_rate, recipe)
+  choices = in_memory(coefficients, target, memory, recipe) if memory else {}
+  best = choices[expansion_rate] if memory else optimal.solve(law, expansion_rate, **target)
+  cell = _cell(coefficients, best, expansion_rate, recipe, memory or math.inf)
   rate = peak_lr(recipe, cell)
   if rate < recipe.peak_lr:
     cell = _with_fields(cell, {'optimizer.peak_lr': f'{rate:.2g}'})
@@ -50,16 +63,49 @@ def make(coefficients, expansion_rate, target, recipe, fitted=(), chip=None, **m
   }
   if expansion_rate != 1 and 1 in coefficients:
     result['dense'] = _dense(coefficients[1], best)
+  if memory:
+    bytes_ = laws.serving_bytes(cell.d_model, cell.blocks, expansion_rate, _vocabulary(recipe))
+    result['memory'] = {'limit': memory, 'bytes': bytes_, 'experts': _compared(choices)}
   if chip:
     result['chip'], mesh = _chip(chip, cell, best.flops, **machine_options)
     cell = _with_fields(cell, mesh)
   return result | {'model': _model(cell)}
 
 
-def _cell(coefficients, best, expansion_rate, recipe):
+def in_memory(coefficients, target, memory, recipe):
+  """The optima that fit into memory, by expansion rate.
+
+  Raises:
+    ValueError: the target is not FLOPs, or none fits.
+  """
+  if set(target) != {'flops'}:
+    raise ValueError('--memory finds the best model of a budget: give it as --flops.')
+  found = optimal.in_memory(coefficients, target['flops'], memory, _vocabulary(recipe))
+  if not found:
+    raise ValueError(
+      f'--memory: no model fits into {size(memory)} with a cache of {laws.CACHE_TOKENS} tokens.'
+    )
+  return found
+
+
+def _compared(choices):
+  """What the optima of different expansion rates are, as plain values."""
+  names = ('granularity', 'loss', 'active_params', 'params', 'tokens')
+  return {rate: {name: getattr(best, name) for name in names} for rate, best in choices.items()}
+
+
+def _vocabulary(recipe):
+  return laws.OfActiveAndEmbeddings.vocabulary if recipe is grid.PAPER else _BYTES
+
+
+def _cell(coefficients, best, expansion_rate, recipe, memory):
   """The nearest model that machines like, trained with the same FLOPs, as a `grid.Cell`."""
   d_model = round_width(best.d_model)
   blocks = max(1, round(best.params / laws.total_params(d_model, 1, expansion_rate)))
+  while blocks > 1 and (
+    laws.serving_bytes(d_model, blocks, expansion_rate, _vocabulary(recipe)) > memory
+  ):
+    blocks -= 1
   per_token = optimal.flops_per_token(
     coefficients[expansion_rate], d_model, blocks, expansion_rate, best.granularity
   )
@@ -125,15 +171,15 @@ def _model(cell):
 
 def _dense(law, best):
   """The dense model with the same loss."""
-  try:
-    same = optimal.solve(law, 1, loss=best.loss)
-  except ValueError:  # below the least loss of the dense law
+  found = leverage.by_law(law, best.loss, best.flops)
+  if not found:
     return None
+  ratio, same = found
   return {
     'flops': same.flops,
     'params': same.params,
     'tokens': same.tokens,
-    'flops_ratio': same.flops / best.flops,
+    'flops_ratio': ratio,
   }
 
 
@@ -175,11 +221,12 @@ def describe(plan):
     ('loss', f'{plan["loss"]:.4f} nats per token'),
     (
       'dense, same loss',
-      f'{dense["flops"]:.3g} FLOPs ({dense["flops_ratio"]:.1f}x), {short(dense["params"])} '
-      f'parameters, {short(dense["tokens"])} tokens',
+      f'{dense["flops"]:.3g} FLOPs, {short(dense["params"])} parameters, '
+      f'{short(dense["tokens"])} tokens: efficiency leverage {dense["flops_ratio"]:.1f}',
     )
     if dense
     else None,
+    *_memory_rows(plan),
     (
       'nearest shape',
       f'd_model {model["d_model"]}, {model["blocks"]} blocks'
@@ -198,6 +245,25 @@ def describe(plan):
   ]
   lines = [f'{name:17} {text}' for name, text in filter(None, rows)]
   return '\n'.join([*lines, '', _wrapped(model['command']), *_launch(model, chip)])
+
+
+def _memory_rows(plan):
+  memory = plan.get('memory')
+  if not memory:
+    return
+  yield (
+    'memory',
+    f'{size(memory["bytes"])} of {size(memory["limit"])}: weights with embeddings, and a cache of '
+    f'{laws.CACHE_TOKENS} tokens, in bfloat16',
+  )
+  for rate, one in sorted(memory['experts'].items()):
+    granularity = f' G {one["granularity"]},' if one['granularity'] > 1 else ''
+    yield (
+      f'  rate {rate:g}',
+      f'loss {one["loss"]:.4f},{granularity} {short(one["params"])} parameters, '
+      f'{short(one["active_params"])} active, {short(one["tokens"])} tokens'
+      + (' <- best' if rate == plan['expansion_rate'] else ''),
+    )
 
 
 def _rate_row(plan):

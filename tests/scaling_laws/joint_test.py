@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from moejax.scaling_laws import collect, fit, laws, report
+from moejax.scaling_laws import collect, fit, laws, optimal, report
 from tests.scaling_laws import paper
 
 EXPERTS = (1, 2, 4, 8, 16, 32)
@@ -32,6 +32,32 @@ def test_its_optima(row):
   best = product * (flops / 6) ** (beta / (alpha + beta))
   assert best == pytest.approx(params, rel=0.022)  # printed with two digits
   assert flops / 6 / best == pytest.approx(tokens, rel=0.012)
+
+
+def test_the_best_number_of_experts_in_memory():
+  """Nine of the twelve of Table 2; the others are within a factor of two."""
+  differ = 0
+  for flops, printed in paper.JOINT_MEMORY.items():
+    for gigabytes, expected in zip((24, 80, 640), printed, strict=True):
+      found = optimal.in_memory(laws.PUBLISHED['joint'], flops, gigabytes * 1e9, 50_257)
+      experts = min(found, key=lambda rate: found[rate].loss)
+      assert expected / 2 <= experts <= 2 * expected
+      differ += experts != expected
+  assert differ == 3
+
+
+def test_what_does_not_fit_is_no_choice():
+  coefficients = laws.PUBLISHED['joint']
+  everything = optimal.in_memory(coefficients, 1e18, 1e15, 50_257)
+  for rate, best in everything.items():
+    alone = optimal.best(coefficients[rate], rate, 1e18)
+    assert best.d_model == pytest.approx(alone.d_model, rel=1e-5)
+  some = optimal.in_memory(coefficients, 1e20, 7.6e6, 50_257)  # 32 wide, of few experts
+  assert 0 < len(some) < 6 and 1 in some
+  for rate, best in some.items():
+    used = laws.serving_bytes(best.d_model, best.blocks, rate, 50_257)
+    assert used == pytest.approx(7.6e6, rel=1e-3)  # larger would be better
+  assert not optimal.in_memory(coefficients, 1e20, 1e6, 50_257)
 
 
 def _runs(noise=0.0, seed=0):

@@ -57,6 +57,7 @@ def test_a_plan_as_json():
     (('plan', '--flops=1e21', '--params=1e9'), 'give one of --flops'),
     (('plan', '--flops=1e21', '--mfu=0.4'), '--mfu is of a chip: give --chip too'),
     (('plan', '--flops=nan'), 'expected a finite number'),
+    (('plan', '--flops=1e21', '--memory=16'), 'expected a size, such as 16GiB'),
     (('plot', '--expansion_rate=32'), '--expansion_rate=32: these coefficients are for 1, 16, 64'),
     (('fit',), 'fit needs folders of runs'),
     (('run', '--workdir=x', '--grid=nowhere.json'), 'file not found'),
@@ -67,6 +68,7 @@ def test_a_plan_as_json():
     'two_targets',
     'no_chip',
     'no_number',
+    'no_size',
     'no_law',
     'no_runs',
     'no_grid',
@@ -277,6 +279,19 @@ def test_a_machine_that_ends_in_time_and_fits_by_compiling(monkeypatch):
   assert soon['chips'] == 8 and soon['hours'] < 0.03 * 24
   assert machine.find(config, 'v5e', days=1e-6, compiles=False) is None
   assert 'no v5e of any size' in machine.describe(None, 'v5e')[0][1]
+
+
+def test_the_best_number_of_experts_in_memory():
+  coefficients = laws.PUBLISHED['joint']
+  result = plan.make(coefficients, 16, {'flops': 1e22}, grid.PAPER, memory=80e9)
+  model, memory = result['model'], result['memory']
+  assert memory['experts'][16]['loss'] == min(one['loss'] for one in memory['experts'].values())
+  assert 0.9 < memory['bytes'] / 80e9 <= 1 and model['experts'] == 16
+  assert 'loss 2.1124, 36.3B parameters, 3.3B active' in plan.describe(result)
+  with pytest.raises(ValueError, match='give it as --flops'):
+    plan.in_memory(coefficients, {'loss': 2.5}, 80e9, grid.PAPER)
+  with pytest.raises(ValueError, match='no model fits into 977 KiB'):
+    plan.in_memory(coefficients, {'flops': 1e22}, 1e6, grid.PAPER)
 
 
 def test_rates_and_extrapolation():
