@@ -90,7 +90,7 @@ def run(cells, workdir):
       config, or two cells have the same name or config.
   """
   workdir = pathlib.Path(workdir)
-  settings = {cell.name: _settings(cell) for cell in cells}
+  settings = {cell.name: settings_of(cell) for cell in cells}
   _check_distinct(cells, settings)
   _check_same_runs(settings, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -108,15 +108,16 @@ def run(cells, workdir):
   return cli.FAILED if failed else cli.OK
 
 
-def _settings(cell):
+def settings_of(cell):
   """The config of a cell as a flat dict."""
   try:
-    return _flat(cli.config_of(cell.arguments[2:]))
+    return flat(cli.config_of(cell.arguments[2:]))
   except ValueError as error:
     raise ValueError(f'{cell.name}: {error}') from error
 
 
-def _flat(config):
+def flat(config):
+  """A ConfigDict as a flat dict of plain values: 'section.field' -> value."""
   return flatten_dict(json.loads(config.to_json()), sep='.')
 
 
@@ -136,17 +137,25 @@ def _check_same_runs(settings, workdir):
     if (workdir / name / 'summary.json').exists() and not (workdir / name / 'config.json').exists():
       problems.append(f'{name}: it has a summary.json but no config.json')
     elif (workdir / name / 'config.json').exists():
-      found = _flat(run_folder.read(workdir / name))
+      found = flat(run_folder.read(workdir / name))
       problems += [
         f'{name}: {field} = {found.get(field)!r} in the folder, {wanted.get(field)!r} in the grid'
-        for field in sorted(found.keys() | wanted.keys())
-        if found.get(field) != wanted.get(field) and not _is_free(field)
+        for field in differences(found, wanted)
       ]
   if problems:
     raise ValueError(
       f'--workdir={workdir} holds runs of another grid; choose another folder or delete them.\n'
       + '\n'.join(problems)
     )
+
+
+def differences(found, wanted):
+  """The fields that make one flat config another run than the other, in order."""
+  return [
+    field
+    for field in sorted(found.keys() | wanted.keys())
+    if found.get(field) != wanted.get(field) and not _is_free(field)
+  ]
 
 
 def _is_free(field):

@@ -188,6 +188,7 @@ PATHS = {
   'scaling_laws grid': ['coefficients', 'output'],
   'scaling_laws run': ['grid'],  # its workdir may be another machine's
   'scaling_laws fit': ['output'],
+  'scaling_laws judge': ['predictions', 'page'],
   'sweep': [],  # its workdir may be another machine's
   'scaling_laws plot': ['coefficients', 'runs', 'output'],
 }

@@ -4,12 +4,15 @@ python -m moejax.scaling_laws plan --flops=1e21
 python -m moejax.scaling_laws grid --preset=laptop --output=grid.json
 python -m moejax.scaling_laws run --grid=grid.json --workdir=runs/grid
 python -m moejax.scaling_laws fit runs/grid --output=law
+python -m moejax.scaling_laws judge runs/larger --predictions=larger.predictions.json
 python -m moejax.scaling_laws plot --coefficients=law/fit.json --runs=law/runs.csv --output=law
 """
 
 import json
 import math
 import pathlib
+import shlex
+import sys
 from typing import Any
 
 from absl import flags
@@ -121,18 +124,46 @@ def _define_grid():
 
 
 def grid():
-  """Writes a grid of runs; with --coefficients, also their predicted losses."""
-  from moejax.scaling_laws import grid as grid_lib, report
+  """Writes a grid of runs; with --coefficients=fit.json, also a file of predictions."""
+  from moejax.scaling_laws import grid as grid_lib, laws, predictions, report
 
   coefficients = report.load(_FLAGS.coefficients) if _FLAGS.coefficients else None
   cells = grid_lib.make(_FLAGS.preset, coefficients)
-  grid_lib.write(cells, _FLAGS.output)
+  output = pathlib.Path(_FLAGS.output)
+  predicted = []
+  if coefficients and _FLAGS.coefficients not in laws.PUBLISHED:
+    command = shlex.join(['python', *sys.orig_argv[1:]])
+    path = output.with_suffix('.predictions.json')
+    predicted = predictions.write(cells, _FLAGS.coefficients, path, command)
+  grid_lib.write(cells, output)
   total = sum(cell.flops for cell in cells)
   tokens = sum(cell.tokens for cell in cells)
   print(f'{len(cells)} cells, {total:.3g} FLOPs, {text.short(tokens)} tokens, in {_FLAGS.output}')
-  for cell in cells:
-    if cell.predicted_loss:
-      print(f'{cell.name:24} predicted loss {cell.predicted_loss:.4f}')
+  if predicted:
+    print('\n'.join(predictions.describe(predicted)))
+  else:
+    for cell in cells:
+      if cell.predicted_loss:
+        print(f'{cell.name:24} predicted loss {cell.predicted_loss:.4f}')
+  return cli.OK
+
+
+def _define_judge():
+  cli.define_path('predictions', 'grid.predictions.json', 'File of predictions, from `grid`.')
+  cli.define_path('page', 'predictions.md', 'Page of hits and misses to append to.')
+
+
+def judge(paths):
+  """Compares predictions with the runs that have arrived, and appends to a page."""
+  from moejax.scaling_laws import predictions
+
+  if not paths:
+    raise ValueError('judge needs folders of runs: judge runs/larger --predictions=FILE.')
+  rows, new, missing = predictions.judge(_FLAGS.predictions, map(cli.path, paths), _FLAGS.page)
+  print('\n'.join(rows))
+  for name in missing:
+    print(f'{name}: no finished run yet')
+  print(f'{len(new)} new rows in {_FLAGS.page}')
   return cli.OK
 
 
@@ -227,6 +258,7 @@ COMMANDS = {
   'plan': cli.Command(_define_plan, plan),
   'grid': cli.Command(_define_grid, grid),
   'run': cli.Command(_define_run, run),
+  'judge': cli.Command(_define_judge, judge, takes_arguments=True),
   'fit': cli.Command(_define_fit, fit, takes_arguments=True),
   'plot': cli.Command(_define_plot, plot),
 }

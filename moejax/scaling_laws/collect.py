@@ -304,11 +304,8 @@ def unsplit(runs):
 
   They are what the joint law is of.
   """
-  others = {
-    run.name: f'granularity {run.granularity}: the joint law is of experts of full width'
-    for run in runs
-    if run.granularity > 1
-  }
+  reason = 'granularity above 1: the joint law is of experts of full width'
+  others = {run.name: reason for run in runs if run.granularity > 1}
   return [run for run in runs if run.name not in others], others
 
 

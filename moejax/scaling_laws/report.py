@@ -13,8 +13,13 @@ from moejax.scaling_laws import collect, grid, laws
 def save(fits, path):
   """Writes a dict of expansion rate to `Fit` as JSON; 1 is the dense law, 0 the joint law."""
   text = json.dumps({f'{rate:g}': _as_dict(one) for rate, one in fits.items()}, indent=2)
-  text = re.sub(r'\[[^][{}]*\]', lambda match: ' '.join(match[0].split()), text)  # a list on a line
+  text = re.sub(r'\[[^][{}]*\]', _on_a_line, text)
   files.write(path, text + '\n')
+
+
+def _on_a_line(match):
+  """A list of plain values."""
+  return '[' + ' '.join(match[0].strip('[]').split()) + ']'
 
 
 def _as_dict(one):
@@ -126,7 +131,12 @@ def describe(fits, excluded):
     lines.append(f'  RMSE {one.rmse:.5f} nats' + _held_out(one))
     lines += [f'  warning: {warning}' for warning in one.warnings]
     lines += [f'  not used: {name}: {reason}' for name, reason in one.excluded.items()]
-  lines += [f'not used: {name}: {reason}' for name, reason in excluded.items()]
+  by_reason = {}
+  for name, reason in excluded.items():
+    by_reason.setdefault(reason, []).append(name)
+  for reason, names in by_reason.items():
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    lines.append(f'not used: {", ".join(names[:3])}{more}: {reason}')
   return '\n'.join(lines)
 
 

@@ -52,7 +52,7 @@ def test_a_plan_as_json():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ((), 'expected one of plan, grid, run, fit, plot'),
+    ((), 'expected one of plan, grid, run, judge, fit, plot'),
     (('plan',), 'give one of --flops'),
     (('plan', '--flops=1e21', '--params=1e9'), 'give one of --flops'),
     (('plan', '--flops=1e21', '--mfu=0.4'), '--mfu is of a chip: give --chip too'),
@@ -82,7 +82,7 @@ def test_bad_command_lines(arguments, message):
 
 def test_every_command_has_help():
   assert '--runs: Runs to plot too' in _call('plot', '--help').stdout
-  assert set(program.COMMANDS) == {'plan', 'grid', 'run', 'fit', 'plot'}
+  assert set(program.COMMANDS) == {'plan', 'grid', 'run', 'judge', 'fit', 'plot'}
 
 
 @pytest.mark.slow

@@ -1,0 +1,228 @@
+"""Predictions as files: the losses that a fit predicts for a grid, and a page of hits and misses.
+
+`write` records predictions before the runs are trained, with what it takes to make them again;
+`judge` compares them with the runs as they arrive. The page is only ever appended to.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from moejax import files, report as run_report, run_folder, runner, seeds
+from moejax.scaling_laws import fit as fit_lib, grid, laws, report
+
+_COVERED = (fit_lib.INTERVAL[1] - fit_lib.INTERVAL[0]) / 100
+_COLUMNS = (
+  'predicted on', 'commit', 'fit', 'cell', 'N', 'D', 'G', 'E',
+  f'predicted ({100 * _COVERED:.0f} %)', 'measured', 'seeds', 'measured - predicted', 'verdict',
+)  # fmt: skip
+_PAGE = f"""# Predictions, hits and misses
+
+What `python -m moejax.scaling_laws judge` found when runs arrived whose losses a fit had predicted
+before they were trained. Losses are of validation, in nats per token, means over seeds; a hit is a
+mean inside of the predicted interval. The program appends rows and never changes them; commit and
+fit (the start of its SHA-256) say how to make a prediction again.
+
+| {' | '.join(_COLUMNS)} |
+| {' | '.join(['---'] * len(_COLUMNS))} |
+"""
+
+
+def write(cells, coefficients, path, command):
+  """Writes the predicted losses of cells, and returns the entries of the file.
+
+  Args:
+    cells: `grid.Cell`s with predicted losses.
+    coefficients: the path of the fit.json that they are from.
+    path: of the file, next to that of the grid.
+    command: that makes the file.
+
+  Raises:
+    ValueError: the file exists. A prediction is made once.
+  """
+  path, content = pathlib.Path(path), pathlib.Path(coefficients).read_bytes()
+  if path.exists():
+    raise ValueError(
+      f'{path} exists, and predictions are written once: choose another --output for new ones.'
+    )
+  fits = json.loads(content)
+  entries = [_predict(cell, fits, coefficients) for cell in cells if cell.predicted_loss]
+  record = {
+    'fit': str(coefficients),
+    'fit_sha256': hashlib.sha256(content).hexdigest(),
+    'command': command,
+    'commit': run_report.git_commit(),
+    'date': _utc(datetime.datetime.now().timestamp()),
+    'predictions': entries,
+  }
+  files.write(path, json.dumps(record, indent=1) + '\n')
+  return entries
+
+
+def _utc(seconds):
+  """ISO 8601, whose order is that of time."""
+  return f'{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}'
+
+
+def _predict(cell, fits, coefficients):
+  rate = cell.expansion_rate
+  one = fits.get(f'{rate:g}') or fits['0']
+  low, high = _interval(cell, one)
+  law = report.load(coefficients)[rate]
+  params = laws.counted_params(law, cell.d_model, cell.blocks, rate)
+  fitted = report.fitted_runs(coefficients, rate)
+  return {
+    'cell': dataclasses.asdict(cell),
+    'loss': cell.predicted_loss,
+    'low': low,
+    'high': high,
+    'beyond': report.beyond(params, cell.tokens, cell.granularity, fitted),
+    'fitted': cell.name in one['used'],
+  }
+
+
+def _interval(cell, one):
+  """The ends of the interval of the loss of a run.
+
+  It covers the spread of the bootstrap samples and, in quadrature, the error of the fit.
+  """
+  kind = laws.Joint if 'delta' in one['coefficients'] else laws.Coefficients
+  losses = []
+  for sample in one.get('samples', ()):
+    law = kind(*sample)
+    law = law.at(cell.expansion_rate) if isinstance(law, laws.Joint) else law
+    losses.append(laws.loss_of(law, cell))
+  below, above = np.percentile(losses, fit_lib.INTERVAL) if losses else [cell.predicted_loss] * 2
+  error = max(one['rmse'], one['held_out_rmse'] or 0) * stats.norm.ppf((1 + _COVERED) / 2)
+  return (
+    cell.predicted_loss - math.hypot(max(0, cell.predicted_loss - below), error),
+    cell.predicted_loss + math.hypot(max(0, above - cell.predicted_loss), error),
+  )
+
+
+def describe(entries):
+  """The predictions as text."""
+  for one in entries:
+    warning = '; extrapolates: ' + ', '.join(one['beyond']) if one['beyond'] else ''
+    known = '; the fit was made with this run' if one['fitted'] else ''
+    interval = f'{one["low"]:.4f} to {one["high"]:.4f}'
+    yield f'{one["cell"]["name"]:24} predicted loss {one["loss"]:.4f}, {interval}{known}{warning}'
+
+
+def judge(path, paths, page):
+  """Compares predictions with the runs that have arrived, and appends to the page.
+
+  Args:
+    path: a file of `write`.
+    paths: folders of runs, or of such folders.
+    page: a Markdown file, made if missing.
+
+  Returns:
+    The rows of all cells with runs, of them those that are new on the page, and the names of the
+    cells without a finished run.
+
+  Raises:
+    ValueError: a path is missing, or not what it should be.
+  """
+  record, page = _read(path), pathlib.Path(page)
+  runs = _runs(paths)
+  rows, missing = [], []
+  for entry in record['predictions']:
+    cell = grid.Cell(**entry['cell'])
+    wanted = runner.settings_of(cell)
+    same = [run for run in runs if set(runner.differences(run.config, wanted)) <= {'train.seed'}]
+    if same:
+      rows.append(_row(record, entry, cell, same))
+    else:
+      missing.append(cell.name)
+  text = page.read_text('utf-8') if page.exists() else _PAGE
+  known = set(text.splitlines())
+  new = [row for row in rows if row not in known]
+  if new:
+    files.write(page, text.rstrip('\n') + ''.join(f'\n{row}' for row in new) + '\n')
+  return rows, new, missing
+
+
+def _read(path):
+  try:
+    record = json.loads(pathlib.Path(path).read_text('utf-8'))
+    for name in ('fit_sha256', 'commit', 'date'):
+      record[name]
+    for entry in record['predictions']:
+      grid.Cell(**entry['cell'])
+      if not entry['low'] <= entry['loss'] <= entry['high']:
+        raise ValueError(f'{entry["low"]} to {entry["high"]} does not cover {entry["loss"]}')
+  except FileNotFoundError as error:
+    raise ValueError(
+      f'--predictions={path}: file not found; `grid --coefficients=FIT.json` writes it.'
+    ) from error
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'--predictions={path} is not a file of predictions: {error!r}.') from error
+  return record
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+  config: dict[str, Any]  # flat
+  loss: float  # NaN if it diverged
+  date: str
+
+  @property
+  def seed(self):
+    return self.config['train.seed']
+
+
+def _runs(paths):
+  found = []
+  for path in map(pathlib.Path, paths):
+    if not path.is_dir():
+      raise ValueError(f'{path} is not a folder of runs.')
+    folders = [path] if (path / 'config.json').exists() else sorted(path.glob('*'))
+    for folder in folders:
+      summary = folder / 'summary.json'
+      if not (summary.exists() and (folder / 'config.json').exists()):
+        continue
+      fields = run_folder.read_json(summary)
+      if run_report.is_finished(fields):
+        loss = (fields.get('validation') or {}).get('loss')
+        config = runner.flat(run_folder.read(folder))
+        found.append(_Finished(config, _loss(loss), _utc(summary.stat().st_mtime)))
+  return found
+
+
+def _loss(value):
+  return value if isinstance(value, float) else math.nan
+
+
+def _row(record, entry, cell, runs):
+  runs = [run for _, run in sorted({run.seed: run for run in runs}.items())]
+  measured = seeds.mean([run.loss for run in runs])
+  miss = seeds.Estimate(*(value - entry['loss'] for value in measured))
+  if entry['fitted']:
+    verdict = 'none: the fit was made with this run'
+  elif min(run.date for run in runs) <= record['date']:
+    verdict = 'none: predicted after a run had ended'
+  else:
+    verdict = 'hit' if entry['low'] <= measured.value <= entry['high'] else '**miss**'
+  values = (
+    record['date'][:10],
+    (record['commit'] or 'unknown')[:10],
+    record['fit_sha256'][:10],
+    cell.name,
+    *(f'{value:.4g}' for value in (cell.params, cell.tokens)),
+    str(cell.granularity) if cell.granularity else 'dense',
+    f'{cell.expansion_rate:g}',
+    f'{entry["loss"]:.3f} ({entry["low"]:.3f} to {entry["high"]:.3f})',
+    f'{measured:.3f}',
+    ', '.join(str(run.seed) for run in runs),
+    f'{miss:+.3f}',
+    verdict,
+  )
+  return f'| {" | ".join(values)} |'
