@@ -63,11 +63,20 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
 
 def new_figure(**properties) -> tuple[Figure, Any]:
   """A figure in the style of all plots of runs, and its axes with these properties."""
-  figure = Figure(figsize=(8, 5), dpi=120, layout='constrained')
-  axes = figure.add_subplot(axisbelow=True, **properties)
-  axes.grid(color='0.9')
-  axes.spines[['top', 'right']].set_visible(False)
+  figure, (axes,) = new_figures(1, (8, 5))
+  axes.set(**properties)
   return figure, axes
+
+
+def new_figures(columns: int, size: tuple[float, float]) -> tuple[Figure, list]:
+  """Figures beside each other that share their y-axis, and their axes; `size` is in inches."""
+  figure = Figure(figsize=size, dpi=120, layout='constrained')
+  (row,) = figure.subplots(1, columns, sharey=True, squeeze=False)
+  for axes in row:
+    axes.set_axisbelow(True)
+    axes.grid(color='0.9')
+    axes.spines[['top', 'right']].set_visible(False)
+  return figure, list(row)
 
 
 def save_figure(figure: Figure, path) -> None:
@@ -90,7 +99,7 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
   for label, points in arrays.items():
     run = re.sub(r'\s*(train|validation)$', '', label)
     colour = colours.setdefault(run, f'C{len(colours)}')
-    shown = re.sub('^_', ' _', label).replace('$', r'\$')  # matplotlib hides _x and sets $x$
+    shown = plain_label(label)
     if label.endswith('validation'):
       style = {'marker': 'o', 'markersize': 6, 'markeredgecolor': 'white', 'linestyle': '--'}
       axes.plot(*points.T, color=colour, linewidth=1, zorder=3, label=shown, **style)
@@ -99,10 +108,15 @@ def loss_figure(curves: dict[str, list[tuple[int, float]]]) -> Figure:
       axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
       axes.plot(steps, running_mean(losses), color=colour, linewidth=2, label=shown)
   if arrays:
-    axes.set_ylim(*_limits(arrays.values()))
+    axes.set_ylim(*loss_limits(arrays.values()))
     axes.legend(frameon=False)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return figure
+
+
+def plain_label(name: str) -> str:
+  """A name as matplotlib shows it: it hides _x and sets $x$ as mathematics."""
+  return re.sub('^_', ' _', name).replace('$', r'\$')
 
 
 def plot_router(load, path) -> None:
@@ -133,7 +147,7 @@ def running_mean(values) -> np.ndarray:
   return (sums[end] - sums[first]) / (end - first)
 
 
-def _limits(curves):
+def loss_limits(curves):
   """Lowest and highest loss to show; the first twentieth of the steps may exceed them."""
   last = max(points[-1, 0] for points in curves)
   settled = [points[points[:, 0] >= 0.05 * last, 1] for points in curves]

@@ -114,6 +114,7 @@ UNAFFORDABLE = {
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
+  r'compare --runs=runs/dense_seeds': 'compares what a sweep trained: tests/compare',
 }
 # What a command is given here, so that it takes a second: the small models of `debug`, little text,
 # and in place of runs that are not trained here their results.
