@@ -104,6 +104,7 @@ class Command(NamedTuple):
   main: Callable  # as `run` takes it
   needs_config: bool = False
   takes_arguments: bool = False
+  takes_overrides: bool = False
 
 
 def run_command(commands):
@@ -120,11 +121,11 @@ def run_command(commands):
     sys.exit(
       fail(f'expected one of {", ".join(commands)}, got {name!r}{did_you_mean(name, commands)}')
     )
-  define, main, needs_config, takes_arguments = commands[name]
+  define, main, *options = commands[name]
   define()
   del sys.argv[1]
   flags.FLAGS.set_gnu_getopt()  # allows flags before, between and after arguments
-  run(main, needs_config, takes_arguments)
+  run(main, *options)
 
 
 def command(*more):

@@ -47,7 +47,7 @@ RANKS = (
   ('evaluate', 'decode', 'terminal'),
   ('generate',),
   ('train',),
-  ('aot', 'compare', 'runner', 'scaling_laws', 'sweep'),
+  ('aot', 'compare', 'runner', 'scaling_laws', 'sweep', 'transfer'),
   ('library',),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}

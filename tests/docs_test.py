@@ -191,6 +191,7 @@ PATHS = {
   'scaling_laws fit': ['output'],
   'scaling_laws judge': ['predictions', 'page'],
   'sweep': [],  # its workdir may be another machine's
+  'transfer check': ['output'],
   'scaling_laws plot': ['coefficients', 'runs', 'output'],
 }
 

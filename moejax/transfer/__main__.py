@@ -1,0 +1,64 @@
+r"""Does a learning rate transfer between sizes of a model?
+
+python -m moejax.transfer check --config=configs/mot.py --widths=32,64,128 --output=check
+"""
+
+import pathlib
+
+from absl import flags
+
+from moejax import cli
+
+_FLAGS = flags.FLAGS
+_AXIS = 'FIELD=VALUE,VALUE,...'
+
+
+def _define_sizes():
+  flags.DEFINE_string('config', 'configs/mot.py', 'FILE or FILE:VARIANTS, a file of configs/.')
+  flags.DEFINE_list('widths', [], 'Values of model.d_model; hidden widths stay in proportion.')
+  flags.DEFINE_list('depths', [], 'Or numbers of blocks.')
+  flags.DEFINE_multi_string('zip', [], f'{_AXIS}: or any field; all --zip change together.')
+  flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of initialisation.')
+
+
+def _sizes(overrides):
+  """The axis of sizes, and overrides whose base shape is the first of them unless one is given."""
+  from moejax.transfer import sizes
+
+  axis = sizes.make_axis(_FLAGS.config, overrides, _FLAGS.widths, _FLAGS.depths, _FLAGS.zip)
+  return axis, {'model.base': sizes.base_of(axis)} | overrides
+
+
+def _define_check():
+  _define_sizes()
+  flags.DEFINE_integer('steps', 10, 'Training steps, all on one small batch.', lower_bound=1)
+  cli.define_path('output', 'transfer_check', 'Folder for check.csv and check.png.')
+
+
+def check(overrides):
+  """Checks that activations, and what training changes in them, do not depend on a model's size.
+
+  It exits with 0 if so, and with 1 if not.
+  """
+  from moejax.transfer import coordinates, sizes  # importing JAX takes seconds
+
+  axis, overrides = _sizes(overrides)
+  overrides = coordinates.small_steps(_FLAGS.config, overrides, _FLAGS.steps)
+  seeds = sizes.integers('seeds', _FLAGS.seeds)
+  measured = coordinates.measure(_FLAGS.config, overrides, axis, seeds)
+  slopes = coordinates.slopes(measured)
+  folder = pathlib.Path(_FLAGS.output)
+  coordinates.write_csv(measured, folder / 'check.csv')
+  coordinates.plot(measured, slopes, folder / 'check.png')
+  print(coordinates.describe(measured, slopes))
+  print(f'written to {folder}: check.csv, check.png')
+  return cli.OK if all(slope.is_good for slope in slopes) else cli.FAILED
+
+
+COMMANDS = {
+  'check': cli.Command(_define_check, check, takes_overrides=True),
+}
+
+
+if __name__ == '__main__':
+  cli.run_command(COMMANDS)
