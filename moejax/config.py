@@ -29,7 +29,10 @@ class TrainConfig(fields.Section):
   seed: int = default(0, 'of initialisation and noise', minimum=0, maximum=fields.MAX_SEED)
   log_interval: int = default(10, 'steps between log lines', minimum=1)
   eval_interval: int = default(250, 'steps between evaluations', minimum=1)
-  eval_batches: int = default(32, 'batches per evaluation', minimum=1)
+  eval_batches: int = default(32, 'batches per evaluation during training', minimum=1)
+  final_eval_batches: int = default(
+    0, 'batches of the evaluation at the end; 0: the whole validation split', minimum=0
+  )
   checkpoint_interval: int = default(250, 'steps between checkpoints', minimum=1)
   keep_checkpoints: int = default(3, 'number of latest checkpoints to keep', minimum=1)
   trackers: tuple = default(

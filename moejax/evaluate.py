@@ -5,7 +5,8 @@
   python -m moejax.evaluate --workdir=DIR --modes=mixed,unmixed,discrete,mixed_with_corpus
 
 A terminal gets a table, a file or a pipe one JSON object per mode and group size. The loss is the
-mean over tokens, +- its standard error over sequences, as if these were independent.
+mean over tokens, +- its standard error over sequences, as if these were independent. Validation
+visits its split in a fixed pseudo-random order, so that sequences are grouped as in training.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from moejax import (
   eval_report,
   metrics,
   model as model_lib,
+  report,
   sharding,
   step as step_lib,
 )
@@ -77,9 +79,9 @@ def decoding(model_config, mode, group_size=0):
 
 
 @jax.jit
-def _num_bytes(batch):
-  """The bytes of text of the targets of a batch that count."""
-  return jnp.sum(batch['bytes'] * model_lib.counted(batch))
+def _counted_sums(counted, *arrays):
+  """Sums over the targets of a batch that count."""
+  return [jnp.sum(array * counted) for array in arrays]
 
 
 class Evaluation:
@@ -87,22 +89,26 @@ class Evaluation:
 
   Attributes:
     batches, tokens, bytes: how much was evaluated.
+    documents: whose end was evaluated.
+    is_whole: whether that was all of the split.
     nats_L, tokens_L: sums at every position of a sequence, float64.
   """
 
   def __init__(self):
-    self.batches = self.tokens = self.bytes = 0
+    self.batches = self.tokens = self.bytes = self.documents = 0
+    self.is_whole = False
     self.nats_L = self.tokens_L = np.zeros(0)
     self._nats, self._nats_dropless = 0.0, None
     self._nats_B, self._tokens_B = [], []
     self._auxes = []
 
-  def add(self, nats, tokens, num_bytes, sums, aux):
-    """Adds what `step.eval_step` returns for a batch, and the bytes of its targets."""
+  def add(self, nats, tokens, num_bytes, sums, aux, documents=0):
+    """Adds what `step.eval_step` returns for a batch, and the bytes and ends of its targets."""
     self.batches += 1
     self._nats += float(nats)
     self.tokens += int(tokens)
     self.bytes += int(num_bytes)
+    self.documents += int(documents)
     nats_B, tokens_B, nats_L, tokens_L = (np.asarray(a, np.float64) for a in sharding.fetch(sums))
     self._nats_B.append(nats_B)
     self._tokens_B.append(tokens_B)
@@ -130,6 +136,13 @@ class Evaluation:
     return result
 
   @property
+  def extent(self):
+    """What was averaged: a dict of numbers, and whether that is the whole split."""
+    extent = {'whole_split': self.is_whole, 'batches': self.batches, 'bytes': self.bytes}
+    extent['sequences'] = int(np.sum(np.concatenate(self._tokens_B) > 0))
+    return extent | ({'documents': self.documents} if self.is_whole else {})
+
+  @property
   def perplexity(self):
     return float(np.exp(self._nats / self.tokens))
 
@@ -140,7 +153,7 @@ class Evaluation:
 
 
 def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None):
-  """Mean loss over the first `num_batches` batches of a loader; arguments as of `evaluation`.
+  """Mean loss over the first `num_batches` batches of a loader, None: all; see `evaluation`.
 
   Returns:
     A dict of numbers: 'loss' in nats per token, its 'standard_error' over sequences (if there are
@@ -160,7 +173,7 @@ def evaluation(
   Args:
     model_config, params: the model.
     loader: of the validation split.
-    num_batches: the most batches; None: all.
+    num_batches: the most batches; None: all of the split.
     mesh: of the parameters.
     accumulation: microbatches that a batch is split into, as in training.
     corpus: another loader; every sequence is mixed only with sequences of this one.
@@ -172,19 +185,24 @@ def evaluation(
   hidden = None if progress else True  # None: unless it is a terminal
   dropless = model_config.dropless()
   total = Evaluation()
+  of_split = getattr(loader, 'num_batches', None)  # a stream does not know
+  if of_split is not None and (num_batches is None or num_batches >= of_split):
+    num_batches, total.is_whole = of_split, True
   batches = itertools.islice(map(loader.batch, itertools.count()), num_batches)
   if corpus:
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
   for batch in tqdm.tqdm(batches, unit=' batches', delay=5, leave=False, disable=hidden):
     sizes = loader.tokenizer.num_bytes(batch['inputs'], batch['targets'])
-    batch = sharding.place_batch(batch | {'bytes': sizes}, mesh)
-    num_bytes = _num_bytes(batch)
-    del batch['bytes']
+    ends = batch['targets'] == loader.tokenizer.eos_id
+    batch = batch | {'counted': model_lib.counted(batch)}
+    *of_targets, batch = sharding.place_batch([sizes, ends, batch], mesh)
+    num_bytes, documents = _counted_sums(batch['counted'], *of_targets)
     number = step_lib.microbatches(model_config, len(batch['inputs']), accumulation)
     nats, tokens, aux, sums = step_lib.eval_step(model_config, number, params, batch)
     if not tokens:  # of any process: the split is exhausted
+      total.is_whole = True
       break
-    total.add(nats, tokens, num_bytes, sums, aux)
+    total.add(nats, tokens, num_bytes, sums, aux, documents)
     if dropless:
       total.add_dropless(step_lib.eval_step(dropless, number, params, batch)[0])
   if not total.batches:
@@ -203,10 +221,10 @@ def _among_others(batches, corpus, group_size):
       places = np.arange(0, batch_size, group_size)
       places += rng.integers(group_size, size=groups)
       mixed = {name: values.copy() for name, values in next(others).items()}
-      for name, values in batch.items():
-        mixed[name][places] = values[first : first + groups]
+      for name, values in mixed.items():
+        values[places] = batch[name][first : first + groups]
       counted = np.zeros(mixed['segments'].shape, bool)
-      counted[places] = True
+      counted[places] = model_lib.counted(batch)[first : first + groups]
       yield mixed | {'counted': counted}
 
 
@@ -290,14 +308,13 @@ def main(overrides):
   run_config, step, params, mesh = load_run(args.workdir, overrides)
   config_lib.check_batch(run_config, mesh)
   text = _text_of(run_config.data, args.files) if args.files else None
-  num_batches = args.batches or (None if args.files else run_config.train.eval_batches)
-  num_batches = None if args.batches < 0 else num_batches
+  num_batches = args.batches or (0 if args.files else run_config.train.final_eval_batches)
+  num_batches = num_batches if num_batches > 0 else None
   is_json, curves, rows = args.json or not sys.stdout.isatty(), {}, []
   how = run_config, params, mesh, args.modes, args.group_size, num_batches
   with jax.set_mesh(mesh):
     for what, done in evaluations(*how, text, progress=is_process_0()):
-      extent = {'perplexity': done.perplexity, 'batches': done.batches, 'bytes': done.bytes}
-      rows.append(what | done.result | extent)
+      rows.append(what | done.result | done.extent | {'perplexity': done.perplexity})
       curve = done.nats_L, done.tokens_L
       curves[f'{what["mode"]}, group {what["group_size"]}'] = curve
       if is_json and is_process_0():
@@ -307,7 +324,8 @@ def main(overrides):
   if not is_process_0():
     return cli.OK
   if not is_json:
-    print(f'{args.workdir}, step {step}\n{eval_report.table(rows)}')
+    of = f'text of {args.files}' if args.files else 'validation split'
+    print(f'{args.workdir}, step {step}, {report.extent(rows[0], of)}\n{eval_report.table(rows)}')
   if args.by_position:
     eval_report.write_positions(curves, pathlib.Path(args.by_position))
     if not is_json:
@@ -327,7 +345,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'batches',
     0,
-    'Validation batches; -1: all; 0: train.eval_batches, or all of --files.',
+    'Batches to evaluate; -1: all; 0: train.final_eval_batches, by default all.',
     lower_bound=-1,
   )
   flags.DEFINE_list('modes', ['mixed'], f'How sequences are mixed. {describe_modes()}')

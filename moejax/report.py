@@ -56,6 +56,19 @@ def describe(result: dict) -> str:
   return ', '.join(parts)
 
 
+def part(result: dict) -> str:
+  """How much of its split an evaluation covers, as text."""
+  return 'whole split' if result['whole_split'] else f'first {result["batches"]} batches'
+
+
+def extent(result: dict, of: str = 'validation split') -> str:
+  """What an evaluation averaged over, as text."""
+  names = ('documents', 'sequences', 'tokens', 'bytes')
+  numbers = [f'{text.short(result[name])} {name}' for name in names if result.get(name)]
+  part = 'the whole' if result['whole_split'] else f'the first {result["batches"]} batches of the'
+  return f'{part} {of}: {", ".join(numbers)}'
+
+
 def plot_losses(curves: dict[str, list[tuple[int, float]]], path) -> None:
   """Writes `loss_figure` to a file; its suffix says in which format."""
   save_figure(loss_figure(curves), path)

@@ -217,6 +217,7 @@ def microbatches(model_config, batch_size, accumulation):
 def lower_eval_step(run_config, abstract_params, mesh, platforms=None):
   """`eval_step` of a run, lowered; arguments as of `lower_train_step`."""
   batch = sharding.abstract_batch(run_config.data, mesh)
+  batch |= {'counted': batch['segments'].update(dtype=jnp.bool_)}
   traced = eval_step.trace(
     run_config.model, run_config.optimizer.accumulation, abstract_params, batch
   )

@@ -34,7 +34,7 @@ from moejax import (
 )
 from moejax.checkpoint import changed_fields, one_line_errors
 from moejax.distributed import Interrupt, is_process_0
-from moejax.evaluate import evaluate
+from moejax.evaluate import evaluation
 from moejax.generate import continuations
 from moejax.metrics import Diverged
 from moejax.step import (
@@ -343,7 +343,8 @@ def check_health(run):
   good = bool(is_finite(run.state))
   if good and run.batch is not None:
     accumulation = run.run_config.optimizer.accumulation
-    nats, *_ = eval_step(run.run_config.model, accumulation, run.state['params'], run.batch)
+    batch = run.batch | {'counted': run.batch['segments'] > 0}  # as evaluations have it
+    nats, *_ = eval_step(run.run_config.model, accumulation, run.state['params'], batch)
     good = math.isfinite(nats)
   if not good:
     raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')
@@ -371,7 +372,9 @@ def _estimate(run):
   """Prints how long the rest of the run will take, if that is worth knowing."""
   train, seconds = run.run_config.train, run.averager.means().get('seconds_per_step', 0)
   evaluations = math.ceil(train.steps / train.eval_interval) - run.step // train.eval_interval
-  forward = evaluations * train.eval_batches / 3  # a third of a step each
+  batches = evaluations * train.eval_batches
+  batches += train.final_eval_batches or getattr(run.eval_loader, 'num_batches', 0)
+  forward = batches / 3  # of a step each
   if (left := seconds * (train.steps - run.step + forward)) > 10:
     print(start_page.time_left(left), flush=True)
 
@@ -402,22 +405,29 @@ def _log(run, means):
 
 
 def _evaluate(run):
+  """A point of the validation curve."""
+  _evaluate_batches(run, run.run_config.train.eval_batches, 'validation')
+  result, part = report.describe(run.eval_result), report.part(run.eval_result)
+  print(f'step {run.step}: validation {result}, {part}', flush=True)
+
+
+def _evaluate_batches(run, num_batches, prefix):
+  """Evaluates the first batches of validation, None: all, and logs the results."""
   with cli.waiting_for('evaluating'):
-    run.eval_result, aux = evaluate(
+    done = evaluation(
       run.run_config.model,
       run.state['params'],
       run.eval_loader,
-      run.run_config.train.eval_batches,
+      num_batches,
       run.mesh,
       run.run_config.optimizer.accumulation,
     )
-  name = 'validation/loss'  # the previous process may have written it at the step it stopped at
-  if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, name)):
-    measured = run.eval_result | metrics_lib.flatten_aux(aux)
-    run.writer.write(run.step, measured, prefix='validation')
-  if is_process_0() and 'moe/load' in aux:
-    report.plot_router(aux['moe/load'], run.workdir / 'router.png')
-  print(f'step {run.step}: validation {report.describe(run.eval_result)}', flush=True)
+  # The previous process may have written it at the step it stopped at.
+  if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, f'{prefix}/loss')):
+    run.writer.write(run.step, done.result | metrics_lib.flatten_aux(done.aux), prefix=prefix)
+  run.eval_result = done.result | done.extent
+  if is_process_0() and 'moe/load' in done.aux:
+    report.plot_router(done.aux['moe/load'], run.workdir / 'router.png')
   run.ledger.lap('evaluation')
   if not math.isfinite(run.eval_result['loss']):
     raise Diverged(f'training diverged: after step {run.step} the validation loss is not finite')
@@ -425,10 +435,9 @@ def _evaluate(run):
 
 def finish(run, summarize: Callable[[], dict] = dict):
   """Writes the summary and the plot, and prints a sample and where the results are."""
-  if not run.eval_result:  # the previous process ended after its last checkpoint
-    _evaluate(run)
   run.checkpoints.wait()
   _record(run, 'checkpoint')
+  _evaluate_batches(run, run.run_config.train.final_eval_batches or None, 'final')
   summary = _summary(run) | summarize()
   if is_process_0():  # before anything else can fail
     report.write_summary(run.workdir, summary)
@@ -442,6 +451,7 @@ def finish(run, summarize: Callable[[], dict] = dict):
   _record(run, 'other')
   report.write_summary(run.workdir, summary | run.describe() | {'sample': sample})
   print(f'final validation {report.describe(run.eval_result)}')
+  print(f'averaged over {report.extent(run.eval_result)}')
   print(run.ledger.describe())
   print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
 

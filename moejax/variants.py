@@ -172,6 +172,6 @@ def shrink(c):
   c.train.steps = 6
   c.train.log_interval = 1
   c.train.eval_interval = c.train.checkpoint_interval = 3
-  c.train.eval_batches = 2
+  c.train.eval_batches = c.train.final_eval_batches = 2
   c.train.sample_length = 8
   return c

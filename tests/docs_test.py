@@ -120,7 +120,7 @@ UNAFFORDABLE = {
 # and in place of runs that are not trained here their results.
 TEXT = ['--config.data.source=text', '--config.data.files=text/*.txt']
 SMALLER = {
-  'moejax.main': ['--config.train.eval_batches=1'],
+  'moejax.main': ['--config.train.eval_batches=1', '--config.train.final_eval_batches=1'],
   'moejax.tokenizer': ['--vocab_size=300', *TEXT],
   'moejax.tokenize': TEXT,
   'fit': ['--starts=2', '--repeats=2'],
@@ -263,7 +263,7 @@ def test_the_first_commands_of_the_readme(tmp_path):
   """At their own sizes, by programs of their own; only training is cut short."""
   words = [words for words in commands.of(README) if words[0] == 'python'][:3]
   assert [w[2] for w in words] == ['moejax.main', 'moejax.evaluate', 'moejax.generate']
-  words[0] += ['--config.train.steps=1', '--config.train.eval_batches=1']
+  words[0] += ['--config.train.steps=1', *SMALLER['moejax.main']]
   for _, *arguments in words:
     arguments = [a.replace('=runs/', f'={tmp_path}/') for a in arguments]
     code, output = _finished([sys.executable, *arguments])

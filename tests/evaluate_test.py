@@ -154,34 +154,42 @@ def test_bits_per_byte_are_of_the_text_that_was_evaluated(tmp_path, source):
     tokenize.write(data.DataConfig(**config), tmp_path / 'tokens')
     changes = text | {'source': 'tokens', 'files': str(tmp_path / 'tokens')}
   result, loader = _evaluate_text(2, **changes)
-  ids = np.concatenate([loader.batch(step)['targets'].reshape(-1) for step in range(2)])
+  batches = [loader.batch(step) for step in range(2)]
+  ids = np.concatenate([batch['targets'][batch['segments'] > 0] for batch in batches])
   pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-  text = pieces.decode(ids.tolist())
-  assert (ids == 1).any() and result['tokens'] == 64 and len(text.encode()) > len(text) > 64
-  bits = result['loss'] * 64 / np.log(2)
-  np.testing.assert_allclose(result['bits_per_byte'], bits / len(text.encode()), rtol=1e-6)
+  num_bytes = sum(  # sequences begin anywhere, so that a character may be cut
+    1 if pieces.is_byte(i) else len(pieces.id_to_piece(i).replace('\u2581', ' ').encode())
+    for i in ids.tolist()
+    if not pieces.is_control(i)
+  )
+  assert (ids == 1).any() and 56 < result['tokens'] == len(ids) < num_bytes
+  bits = result['loss'] * len(ids) / np.log(2)
+  np.testing.assert_allclose(result['bits_per_byte'], bits / num_bytes, rtol=1e-6)
 
 
 def test_no_row_is_evaluated_twice(tmp_path):
   for i in range(60):
     (tmp_path / f'{i}.txt').write_text(''.join(chr(97 + (i * 7 + j) % 26) for j in range(11)))
   text = {'source': 'text', 'files': f'{tmp_path}/*.txt', 'batch_size': 2}
-  one, loader = _evaluate_text(1, **text)
+  one, loader = _evaluate_text(2, **text)
   whole, more, everything = (
     _evaluate_text(n, **text)[0] for n in (loader.num_batches, loader.num_batches + 3, None)
   )
-  assert loader.num_batches > 1 and one['tokens'] == 16
-  padded = (loader.batch(loader.num_batches - 1)['segments'] == 0).sum()
+  assert loader.num_batches > 2 and 24 < one['tokens'] <= 32
+  batches = map(loader.batch, range(loader.num_batches))
+  padded = sum((~batch['counted'] | (batch['segments'] == 0)).sum() for batch in batches)
   assert padded and whole['tokens'] == loader.num_batches * 16 - padded
   assert whole == more == everything
 
 
-def _main(monkeypatch, results=(), **args):
+def _main(monkeypatch, results=(), final=0, **args):
   """What the program asks of `evaluations`, after it has printed these results."""
   args = {'workdir': 'run', 'batches': 0, 'modes': ['mixed'], 'group_size': [0]} | args
   args = {'files': None, 'by_position': None, 'json': False} | args
   data_config = data.DataConfig(**mot_config.get_config('debug').data.to_dict())
-  run_config = types.SimpleNamespace(train=types.SimpleNamespace(eval_batches=7), data=data_config)
+  run_config = types.SimpleNamespace(
+    train=types.SimpleNamespace(final_eval_batches=final), data=data_config
+  )
   mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
   asked = []
   monkeypatch.setattr(evaluate.flags, 'FLAGS', types.SimpleNamespace(**args))
@@ -195,11 +203,19 @@ def _main(monkeypatch, results=(), **args):
 
 
 @pytest.mark.parametrize(
-  'batches, files, expected',
-  [(-1, None, None), (0, None, 7), (3, None, 3), (0, '*.txt', None), (3, '*.txt', 3)],
+  'batches, final, files, expected',
+  [
+    (0, 0, None, None),
+    (-1, 7, None, None),
+    (0, 7, None, 7),
+    (3, 7, None, 3),
+    (0, 7, '*.txt', None),
+    (3, 7, '*.txt', 3),
+  ],
 )
-def test_how_many_batches(monkeypatch, batches, files, expected):
-  assert _main(monkeypatch, batches=batches, files=files)['num_batches'] == expected
+def test_how_many_batches(monkeypatch, batches, final, files, expected):
+  asked = _main(monkeypatch, batches=batches, files=files, final=final)
+  assert asked['num_batches'] == expected
 
 
 @pytest.mark.parametrize(

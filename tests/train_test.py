@@ -337,7 +337,8 @@ def test_a_state_that_cannot_go_on_is_not_saved(run, state, at):
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
-  monkeypatch.setattr(train, 'evaluate', lambda *args: ({'loss': math.nan, 'tokens': 1}, {}))
+  lost = types.SimpleNamespace(result={'loss': math.nan, 'tokens': 1}, extent={}, aux={})
+  monkeypatch.setattr(train, 'evaluation', lambda *args: lost)
   with pytest.raises(metrics.Diverged, match='after step 3 the validation loss is not finite'):
     train.loop(run, _StopAfter(3))
   assert run.checkpoints.latest_step() is None
@@ -385,10 +386,12 @@ def test_the_first_step_alone_has_no_speed(run, capsys):
 def test_the_time_of_a_run_includes_its_evaluations(run, monkeypatch, capsys):
   monkeypatch.setattr(train.start_page, 'time_left', 'about {:.0f} s'.format)
   longer = dataclasses.replace(run.run_config.train, steps=103, eval_interval=50, eval_batches=30)
+  longer = dataclasses.replace(longer, final_eval_batches=9)
   run.run_config, run.step = dataclasses.replace(run.run_config, train=longer), 3
   run.averager = types.SimpleNamespace(means=lambda: {'seconds_per_step': 2.0})
   train._estimate(run)
-  assert capsys.readouterr().out == 'about 260 s\n'  # 100 steps, at 50, 100 and 103 as many as 30
+  # 100 steps; at 50, 100 and 103 evaluations that take as long as 10, and at the end one of 3.
+  assert capsys.readouterr().out == 'about 266 s\n'
   run.averager = types.SimpleNamespace(means=dict)
   train._estimate(run)
   assert not capsys.readouterr().out
@@ -407,6 +410,34 @@ def test_a_summary_of_the_last_checkpoint_is_not_that_of_the_run(run):
   assert report.read_summary(run.workdir)['steps'] == 3 and not train.is_finished(run)
   train.finish(run)
   assert train.is_finished(run)
+
+
+def test_the_curve_is_of_the_first_batches_and_the_summary_of_the_whole_split(run, capsys):
+  few = dataclasses.replace(run.run_config.train, eval_batches=2, final_eval_batches=0)
+  run.run_config = dataclasses.replace(run.run_config, train=few)
+  assert train.loop(run, _StopAfter(3))
+  train.finish(run)
+  said, loader = capsys.readouterr().out, run.eval_loader
+  counted = [batch['counted'] & (batch['segments'] > 0) for batch in _batches_of(loader)]
+  tokens, sequences = int(np.sum(counted)), sum(int(rows.any(1).sum()) for rows in counted)
+  result = report.read_summary(run.workdir)['validation']
+  assert result['whole_split'] and result['batches'] == loader.num_batches > 2
+  assert (result['tokens'], result['sequences']) == (tokens, sequences)
+  assert sequences == loader.num_sequences
+  documents = sum(
+    sum((batch['targets'] == 1)[counted[i]]) for i, batch in enumerate(_batches_of(loader))
+  )
+  assert result['documents'] == documents > 1
+  at_the_end = {entry['step']: entry for entry in metrics.read_metrics(run.workdir)}
+  of_curve = [e for e in metrics.read_metrics(run.workdir) if 'validation/loss' in e]
+  assert of_curve[-1]['validation/tokens'] == 2 * 16 * 32 and of_curve[-1]['step'] == 3
+  assert at_the_end[3]['final/loss'] == result['loss'] != of_curve[-1]['validation/loss']
+  assert 'nats per token' in said and 'first 2 batches\n' in said
+  assert f'averaged over the whole validation split: {documents} documents, ' in said
+
+
+def _batches_of(loader):
+  return [loader.batch(step) for step in range(loader.num_batches)]
 
 
 def test_a_failing_plot_leaves_the_run_saved(run, monkeypatch, capsys):

@@ -5,7 +5,9 @@ documents of a sequence, 0 for padding) and `positions` (within the segment). Se
 the targets: where `positions` is 0, the input is the token before the document (the end-of-document
 id of the previous one, or 0), or the sequence starts inside a document. The loss covers
 `segments > 0`; `model.document_mask` decides whether tokens see other documents of their sequence.
-With several processes, each loads its part of the sequences of the global batch.
+Batches of validation also have `counted`, bool [B, L]: where it is False, a sequence only fills up
+the last batch, so that it is grouped as in training, and the loss does not cover it. With several
+processes, each loads its part of the sequences of the global batch.
 """
 
 import hashlib
@@ -15,8 +17,11 @@ from typing import Protocol
 import numpy as np
 
 from moejax.data import tokenizer as tokenizer_lib
+from moejax.data.order import permute
 
 Batch = dict[str, np.ndarray]
+
+_VALIDATION_ORDER = (0,)  # key of its permutation
 
 
 class Loader(Protocol):
@@ -28,7 +33,8 @@ class Loader(Protocol):
   def batch(self, step: int) -> Batch:
     """Returns this process's sequences of the global batch of a step.
 
-    Training repeats the data forever. Validation has one epoch; later batches are padding.
+    Training repeats the data forever. Validation has every token of its split once, in a fixed
+    pseudo-random order of sequences that does not depend on `data.seed`; later batches are padding.
     """
     ...
 
@@ -58,10 +64,47 @@ def from_tokens(tokens: np.ndarray, eos_id: int) -> Batch:
   }
 
 
+def cut(tokens: np.ndarray, places: np.ndarray, length: int, eos_id: int) -> Batch:
+  """Returns sequences of one array of tokens, such as number 2 from token 2 * L on.
+
+  The last sequence may be shorter than L tokens; it ends in padding.
+  """
+  starts = places * length
+  rows = np.zeros((len(starts), length + 1), np.int32)
+  for row, start in zip(rows, starts, strict=True):
+    text = tokens[start : start + length + 1]
+    row[: len(text)] = text
+  batch = from_tokens(rows, eos_id)
+  batch['segments'] *= starts[:, None] + np.arange(length) < len(tokens) - 1
+  return batch
+
+
+def validation(
+  tokens: np.ndarray, places: np.ndarray, size: int, length: int, eos_id: int
+) -> Batch:
+  """Returns the sequences at these places of the order in which validation visits an array.
+
+  Places beyond the last sequence are filled from the beginning of the order. If there is no full
+  batch of `size`, a sequence would meet copies of itself; they are padding then.
+  """
+  number = num_sequences(tokens, length)
+  counted = places < number
+  batch = cut(tokens, permute(places % number, number, _VALIDATION_ORDER), length, eos_id)
+  if number < size:
+    batch['segments'] *= counted[:, None]
+  return batch | {'counted': np.repeat(counted[:, None], length, axis=1)}
+
+
+def num_sequences(tokens: np.ndarray, length: int) -> int:
+  """Of an array in which every token but the first is a target; the last may be shorter."""
+  return -(-(len(tokens) - 1) // length)
+
+
 def padding(num_sequences: int, length: int) -> Batch:
-  """Returns a batch that is all padding."""
+  """Returns a batch of validation that is all padding."""
   names = ('inputs', 'targets', 'segments', 'positions')
-  return {name: np.zeros((num_sequences, length), np.int32) for name in names}
+  batch = {name: np.zeros((num_sequences, length), np.int32) for name in names}
+  return batch | {'counted': np.zeros((num_sequences, length), bool)}
 
 
 def fingerprint(*parts: str) -> str:

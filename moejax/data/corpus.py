@@ -27,7 +27,7 @@ from absl import logging
 from moejax.data import config as config_lib, text_files, tokenizer as tokenizer_lib
 
 SPLITS = ('train', 'validation')
-_VALIDATION_ONE_IN = 20
+VALIDATION_ONE_IN = 20
 _GROUP_BYTES = 2**22
 
 # Tests and bundled programs, which not every distribution includes, and installed packages.
@@ -197,12 +197,12 @@ def _split_each(documents: Iterable[Document]) -> Iterator[Document]:
 
 def split_of(key: bytes) -> str:
   hashed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'big')
-  return 'validation' if hashed % _VALIDATION_ONE_IN == 0 else 'train'
+  return 'validation' if hashed % VALIDATION_ONE_IN == 0 else 'train'
 
 
 def _cut(data: bytes) -> int:
   """Where the last twentieth begins: after a nearby newline, or else between characters."""
-  size = len(data) // _VALIDATION_ONE_IN
+  size = len(data) // VALIDATION_ONE_IN
   cut = len(data) - size
   if newline := data.rfind(b'\n', cut - size, cut) + 1:
     return newline

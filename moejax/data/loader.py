@@ -68,10 +68,10 @@ class TokenLoader:
   it inside its documents splits them.
 
   Training visits the sequences of every epoch in a pseudo-random order, a function of seed and
-  epoch; validation reads them in order, once, and its last batch is padded. The first token of
-  `data.validation_files` is a target too: it follows an end of document. Hence `batch(step)`
-  depends only on corpus, seed and step: steps are random access, and the same for any number of
-  processes.
+  epoch; validation visits all of them once, in a fixed one, and fills up its last batch with others
+  that are not counted. The first token of `data.validation_files` is a target too: it follows an
+  end of document. Hence `batch(step)` depends only on corpus, seed and step: steps are random
+  access, and the same for any number of processes.
   """
 
   def __init__(self, config, split, sequences):
@@ -92,25 +92,22 @@ class TokenLoader:
       )
     self.fingerprint = batch_lib.fingerprint(corpus_fingerprint, self.tokenizer.fingerprint)
     self._length, self._size, self._seed = length, size, config.seed
-    self._num_targets = len(self._tokens) - 1
-    count = lambda number, of: number // of if self._is_train else -(-number // of)
-    self.num_sequences = count(self._num_targets, length)
-    self.num_batches = count(self.num_sequences, size)
+    if self._is_train:
+      self.num_sequences = (len(self._tokens) - 1) // length
+      self.num_batches = self.num_sequences // size
+    else:
+      self.num_sequences = batch_lib.num_sequences(self._tokens, length)
+      self.num_batches = -(-self.num_sequences // size)
     self._in_batch = np.array(sequences)
 
   def batch(self, step: int) -> batch_lib.Batch:
     """Returns this process's sequences of the global batch of any step."""
-    length = self._length
-    if not self._is_train and step >= self.num_batches:
-      return batch_lib.padding(len(self._in_batch), length)
-    starts = self._indices(step) * length
-    tokens = np.zeros((len(starts), length + 1), np.int32)
-    for row, start in zip(tokens, starts, strict=True):
-      text = self._tokens[start : start + length + 1]
-      row[: len(text)] = text
-    batch = batch_lib.from_tokens(tokens, self.tokenizer.eos_id)
-    batch['segments'] *= starts[:, None] + np.arange(length) < self._num_targets
-    return batch
+    places, length, eos_id = step * self._size + self._in_batch, self._length, self.tokenizer.eos_id
+    if self._is_train:
+      return batch_lib.cut(self._tokens, self._shuffled(places), length, eos_id)
+    if step >= self.num_batches:
+      return batch_lib.padding(len(places), length)
+    return batch_lib.validation(self._tokens, places, self._size, length, eos_id)
 
   def save(self, directory: pathlib.Path) -> None:
     """Nothing to write: the step is the position."""
@@ -118,12 +115,9 @@ class TokenLoader:
   def load(self, directory: pathlib.Path) -> None:
     """Nothing to read."""
 
-  def _indices(self, step: int) -> np.ndarray:
-    """Returns which sequences of the corpus this process reads at a step."""
-    place = step * self._size + self._in_batch
-    if not self._is_train:
-      return place
-    epochs, place = np.divmod(place, self.num_sequences)
+  def _shuffled(self, places: np.ndarray) -> np.ndarray:
+    """Returns which sequences of the corpus stand at these places of training."""
+    epochs, place = np.divmod(places, self.num_sequences)
     indices = np.empty_like(place)
     for epoch in np.unique(epochs):  # a batch may end one epoch and begin the next
       here = epochs == epoch

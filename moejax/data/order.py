@@ -1,4 +1,4 @@
-"""The order of training data: a permutation without a table."""
+"""The order of sequences: a permutation without a table."""
 
 import numpy as np
 

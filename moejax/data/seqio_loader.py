@@ -40,8 +40,9 @@ class SeqioLoader:
   positions.
 
   A task can only be read in order, so steps must be consecutive, from 0 or from the step after the
-  saved one; step 0 always restarts from the beginning. Training repeats the data forever;
-  validation reads the full batches of its split in order, once.
+  saved one; step 0 always restarts from the beginning. Both splits are shuffled within 4096 pieces.
+  Training repeats the data forever; validation reads its split once, and fills up its last batch
+  with sequences of the first that are not counted.
   """
 
   def __init__(self, config, split, part, num_parts):
@@ -49,7 +50,7 @@ class SeqioLoader:
     self._sequence_length = config.sequence_length
     self._num_sequences = config.batch_size // num_parts
     self._file = f'seqio-{part:05d}-of-{num_parts:05d}'
-    self._task = config.task
+    self._task, self._is_train, self._first = config.task, split == 'train', {}
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
     task, name = _find_task(config, self.tokenizer)
     # seqio takes id 0 for padding; where it is a token, all ids are one larger inside of it.
@@ -74,6 +75,14 @@ class SeqioLoader:
     features = next(self._iterator, None)
     if features is None:
       return batch_lib.padding(self._num_sequences, self._sequence_length)
+    batch = self._unpacked(features)
+    if self._is_train:
+      return batch
+    self._first = batch if step == 0 else self._first
+    return self._filled(batch)
+
+  def _unpacked(self, features) -> batch_lib.Batch:
+    """Returns a batch of seqio as one of ours."""
     inputs = features['decoder_input_tokens'].numpy()
     targets = features['decoder_target_tokens'].numpy()
     if self._offset:  # 0 begins a segment and fills up a sequence
@@ -85,6 +94,16 @@ class SeqioLoader:
       'segments': features['decoder_segment_ids'].numpy(),
       'positions': features['decoder_positions'].numpy(),
     }
+
+  def _filled(self, batch: batch_lib.Batch) -> batch_lib.Batch:
+    """Returns a batch of validation with all its sequences, and which are counted."""
+    missing = self._num_sequences - len(batch['inputs'])
+    fillers = {name: values[:missing] for name, values in self._first.items()}
+    if len(self._first['inputs']) < self._num_sequences:  # there is no full batch
+      fillers = batch_lib.padding(missing, self._sequence_length)
+    counted = np.arange(self._num_sequences) < len(batch['inputs'])
+    filled = {name: np.concatenate([batch[name], fillers[name]]) for name in batch}
+    return filled | {'counted': np.repeat(counted[:, None], self._sequence_length, axis=1)}
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes this process's iterator, including its buffers, and the next step.
@@ -273,9 +292,10 @@ def _packed(config, task, split, part, num_parts, offset=0):
   All ids are larger by `offset`.
   """
   seqio, tf = _modules().seqio, _modules().tf
-  length, shuffle = config.sequence_length, split == 'train'
-  shard, epochs = seqio.ShardInfo(part, num_parts), None if shuffle else 1
-  options = {'shuffle': shuffle, 'seed': config.seed, 'shard_info': shard, 'num_epochs': epochs}
+  length, is_train = config.sequence_length, split == 'train'
+  seed = config.seed if is_train else 0
+  shard, epochs = seqio.ShardInfo(part, num_parts), None if is_train else 1
+  options = {'shuffle': is_train, 'seed': seed, 'shard_info': shard, 'num_epochs': epochs}
   dataset = _dataset(config, task, split, **options)
 
   def pieces(example):
@@ -283,12 +303,10 @@ def _packed(config, task, split, part, num_parts, offset=0):
     starts = tf.range(0, tf.size(example['targets']), length)
     return tf.RaggedTensor.from_row_starts(example['targets'], starts)
 
-  dataset = dataset.map(pieces).unbatch()
-  if shuffle:
-    dataset = dataset.shuffle(_PIECES_TO_SHUFFLE, seed=config.seed)
+  dataset = dataset.map(pieces).unbatch().shuffle(_PIECES_TO_SHUFFLE, seed=seed)
   dataset = dataset.map(lambda ids: {'targets': ids + offset if offset else ids})
   dataset = seqio.LMFeatureConverter(pack=True)(dataset, {'targets': length})
-  dataset = dataset.batch(config.batch_size // num_parts, drop_remainder=True).prefetch(2)
+  dataset = dataset.batch(config.batch_size // num_parts, drop_remainder=is_train).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True
   return dataset.with_options(options)

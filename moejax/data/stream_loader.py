@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,9 @@ class StreamLoader:
   number of processes, and a run may resume with another one.
 
   Steps must be consecutive, from 0 or from the step after the saved one; step 0 always restarts.
-  Validation reads the full batches of its split in order, once.
+  Validation reads its split once, shuffled likewise, and fills up its last batch as TokenLoader
+  does. Where it is a twentieth of the training documents, which may never end, it ends after about
+  4096 sequences, and its blocks are as much smaller, so that they do not take longer to find.
   """
 
   def __init__(self, config, split: str, sequences: Sequence[int], is_first: bool):
@@ -46,7 +49,9 @@ class StreamLoader:
     self._hashed = 'validation' not in splits  # then a twentieth of train is validation
     self._name, self._is_train, self._is_first = split, split == 'train', is_first
     self._seed, self._length, self._size = config.seed, config.sequence_length, config.batch_size
-    self._batches = -(-_BLOCK // self._size) if self._is_train else 1  # of a block
+    share = corpus.VALIDATION_ONE_IN if self._hashed and not self._is_train else 1
+    self._batches = -(-_BLOCK // share // self._size)  # of a block
+    self._max_blocks = share if share > 1 else None
     self._in_batch = np.array(sequences)
     name = hf_datasets.fingerprint(config)
     self.fingerprint = batch_lib.fingerprint(
@@ -55,7 +60,7 @@ class StreamLoader:
     self._identity = {'fingerprint': self.fingerprint, 'num_shards': self._split.num_shards}
     self._pool = concurrent.futures.ThreadPoolExecutor(1)
     self._start(0, Position())
-    if not self._is_train and self._next.result() is None:
+    if not self._is_train and not self._has_a_batch():
       raise ValueError(
         f'data.batch_size: the validation split of {config.task!r} has fewer tokens than one batch '
         f'of {self._size} sequences of {self._length}; lower it or data.sequence_length.'
@@ -72,13 +77,14 @@ class StreamLoader:
       )
     while self._tokens is None or self._number < number:
       self._advance()
-    place = step_in_block * self._size + self._in_batch
+    first, length, eos_id = step_in_block * self._size, self._length, self.tokenizer.eos_id
+    places = first + self._in_batch
     if self._is_train:
-      place = permute(place, self._batches * self._size, (self._seed, number))
-    if not len(self._tokens):
-      return batch_lib.padding(len(place), self._length)
-    tokens = [self._tokens[i : i + self._length + 1] for i in place * self._length]
-    return batch_lib.from_tokens(np.stack(tokens), self.tokenizer.eos_id)
+      places = permute(places, self._batches * self._size, (self._seed, number))
+      return batch_lib.cut(self._tokens, places, length, eos_id)
+    if first >= batch_lib.num_sequences(self._tokens, length):
+      return batch_lib.padding(len(places), length)
+    return batch_lib.validation(self._tokens, places, self._size, length, eos_id)
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes where the block of the last batch begins; it is the same for all processes."""
@@ -104,17 +110,25 @@ class StreamLoader:
   def _start(self, number: int, position: Position) -> None:
     """Goes to a block, which begins at a position."""
     self._number, self._position, self._tokens = number, position, None
-    self._blocks = self._read_blocks(position)
+    self._blocks = itertools.islice(self._read_blocks(position), self._max_blocks)
     self._next = self._pool.submit(next, self._blocks, None)
+
+  def _has_a_batch(self) -> bool:
+    """Whether the first block has the tokens of a full batch."""
+    position_and_tokens = self._next.result()
+    return bool(position_and_tokens) and (len(position_and_tokens[1]) > self._size * self._length)
 
   def _advance(self) -> None:
     """Takes the next block, and lets the one after it be read meanwhile."""
     self._number += self._tokens is not None
-    self._position, self._tokens = self._next.result() or (self._position, np.zeros(0, np.int32))
+    self._position, self._tokens = self._next.result() or (self._position, np.zeros(1, np.int32))
     self._next = self._pool.submit(next, self._blocks, None)
 
   def _read_blocks(self, position: Position) -> Iterator[tuple[Position, np.ndarray]]:
-    """Yields where blocks begin, and their tokens [sequences * L + 1]; the last is the next's."""
+    """Yields where blocks begin, and their tokens [sequences * L + 1]; the last is the next's.
+
+    The last block of validation is shorter.
+    """
     size = self._batches * self._size * self._length
     pending, total, used = collections.deque(), 0, position.token
     for document in self._documents(position):
@@ -127,6 +141,8 @@ class StreamLoader:
         while used >= len(pending[0][1]):
           num_tokens = len(pending.popleft()[1])
           used, total = used - num_tokens, total - num_tokens
+    if total - used > 1:
+      yield pending[0][0]._replace(token=used), np.concatenate([ids for _, ids in pending])[used:]
 
   def _documents(self, position: Position) -> Iterator[tuple[Position, np.ndarray]]:
     """Yields documents from that of a position on, as where they begin and their ids."""

@@ -38,7 +38,7 @@ def abstract(make, mesh):
 
 
 def abstract_batch(data_config, mesh):
-  """Shapes, dtypes and shardings of a global batch."""
+  """Shapes, dtypes and shardings of a global batch of training."""
   shape = (data_config.batch_size, data_config.sequence_length)
   leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
   return dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), leaf)

@@ -98,7 +98,7 @@ def test_random_access_equals_iterating(config):
 def test_processes_share_one_global_batch(config, split, count):
   whole = data.make_loader(config, split)
   parts = [data.make_loader(config, split, part=i, num_parts=count) for i in range(count)]
-  for step in (0, 5, 1000):
+  for step in (0, 5, whole.num_batches - 1, 1000):
     joined = [part.batch(step) for part in parts]
     _equal({k: np.concatenate([b[k] for b in joined]) for k in joined[0]}, whole.batch(step))
 
@@ -127,14 +127,47 @@ def test_an_epoch_visits_every_sequence_once(config):
   assert (first != second).any()
 
 
-def test_validation_is_in_order_and_ends(config):
+def _tokens_of(config, split):
+  """The concatenated documents of a split."""
+  encode = tokenizer_lib.BytesTokenizer().encode_bytes
+  documents = [d.data for d in corpus.documents(config) if d.split == split]
+  return np.concatenate([np.append(encode(text), 1) for text in documents])
+
+
+@pytest.mark.parametrize('source', ['text', 'tokens'])
+def test_validation_counts_every_token_once_in_a_fixed_random_order(
+  config, make_config, tmp_path, source
+):
+  tokens = _tokens_of(config, 'validation')
+  if source == 'tokens':
+    tokenize.write(config, tmp_path / 'tokens')
+    config = make_config(source='tokens', files=str(tmp_path / 'tokens'))
   validation = data.make_loader(config, 'validation')
-  n = validation.num_batches
-  assert not any(array.any() for array in validation.batch(n).values())
-  assert validation.batch(n)['inputs'].shape == (4, 7)
-  tokens = np.concatenate([validation.batch(step)['targets'].reshape(-1) for step in range(n)])
-  text = [d.data for d in corpus.documents(config) if d.split == 'validation'][0]
-  assert tokenizer_lib.BytesTokenizer().decode(tokens).encode().startswith(text[1:])
+  n, number = validation.num_batches, -(-(len(tokens) - 1) // 7)
+  assert (number, n) == (validation.num_sequences, -(-number // 4)) and number % 4
+  batches = [validation.batch(step) for step in range(n)]
+  rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+  is_counted = np.arange(4 * n) < number  # the last batch is filled up with the first sequences
+  np.testing.assert_array_equal(rows['counted'], np.repeat(is_counted[:, None], 7, axis=1))
+  np.testing.assert_array_equal(rows['targets'][number:], rows['targets'][: 4 * n - number])
+  assert (rows['segments'][number:] > 0).all()
+  order = loader.permute(np.arange(number), number, (0,))
+  assert np.abs(np.diff(order)).mean() > number / 5
+  for place, first in enumerate(7 * order):
+    targets = rows['targets'][place][rows['segments'][place] > 0]
+    np.testing.assert_array_equal(targets, tokens[first + 1 : first + 8])
+  after = validation.batch(n)
+  assert after.keys() == batches[0].keys() and after['inputs'].shape == (4, 7)
+  assert not any(array.any() for array in after.values())
+
+
+def test_a_split_smaller_than_a_batch_is_filled_up_with_padding(make_config, tmp_path):
+  (tmp_path / 'a.txt').write_text('0123456789' * 10)
+  (tmp_path / 'b.txt').write_text('some words')
+  files = {'files': f'{tmp_path}/a.txt', 'validation_files': f'{tmp_path}/b.txt'}
+  batch = data.make_loader(make_config(source='text', **files), 'validation').batch(0)
+  assert batch['segments'].astype(bool).sum(1).tolist() in ([7, 4, 0, 0], [4, 7, 0, 0])
+  assert batch['counted'].all(1).tolist() == [True, True, False, False]
 
 
 def test_seed_changes_training_only(config, make_config):
@@ -192,22 +225,24 @@ def test_all_of_validation_files_is_evaluated(config, make_config, tmp_path, kin
     fields |= {'validation_files': f'{tmp_path}/tokens'}
   validation = data.make_loader(make_config(**fields, tokenizer=name), 'validation')
   batches = [validation.batch(step) for step in range(validation.num_batches)]
-  tokens, inputs, segments = (
-    np.concatenate([batch[key].reshape(-1) for batch in batches])
-    for key in ('targets', 'inputs', 'segments')
+  tokens, inputs, segments, counted = (
+    np.concatenate([batch[key] for batch in batches])
+    for key in ('targets', 'inputs', 'segments', 'counted')
   )
-  counted = segments > 0
+  counted = counted & (segments > 0)
   expected = [validation.tokenizer.encode(t) for t in ('some text, ' * 5, 'in two documents')]
   ends = [validation.tokenizer.eos_id]
   if kind != 'tokens':  # there, a part of each document was the validation split
-    np.testing.assert_array_equal(
-      tokens[counted], np.concatenate([expected[0], ends, expected[1], ends])
-    )
-  assert inputs[0] == ends[0]
+    in_order = np.concatenate([ends, expected[0], ends, expected[1], ends])
+    rows = [in_order[i + 1 : i + 8].tolist() for i in range(0, len(in_order) - 1, 7)]
+    found = [row[mask].tolist() for row, mask in zip(tokens, counted, strict=True) if mask.any()]
+    assert sorted(found) == sorted(rows)
+  assert (inputs[:, 0] == ends[0]).any()
   assert validation.tokenizer.num_bytes(inputs, tokens)[counted].sum() == 55 + 16
   assert not validation.batch(len(batches))['segments'].any()
-  for batch in batches[:-1]:
-    _check_documents(batch, ends[0])
+  for batch in batches:
+    is_full = (batch['segments'] > 0).all(1)  # all but the shorter one at the end of the text
+    _check_documents({name: values[is_full] for name, values in batch.items()}, ends[0])
 
 
 def test_no_text(make_config, tmp_path):

@@ -88,11 +88,24 @@ def test_packing_loses_no_token_and_repeats_none(make_config, config):
   _equal(validation.batch(0), batches[0])
 
 
-def test_validation_has_full_batches_only(config):
-  validation = data.make_loader(config, 'validation')
-  full = [(validation.batch(step)['segments'] > 0).any(axis=1) for step in range(20)]
-  assert all(filled.all() or not filled.any() for filled in full)
-  assert full[1].all() and not full[-1].any()
+@pytest.mark.parametrize('size', [3, 4, 5, 100])
+def test_validation_fills_up_its_last_batch(config, make_config, size):
+  """Every sequence counts once, in one order at any batch size; the seed changes nothing."""
+  config = vars(config) | {'batch_size': size}
+  rows = lambda batch, mask: [tuple(row) for row in batch['targets'][mask]]
+  one = data.make_loader(make_config(**config | {'batch_size': 1}), 'validation')
+  singles = [one.batch(step) for step in range(100)]
+  expected = [row for batch in singles for row in rows(batch, batch['counted'][:, 0])]
+  validation = data.make_loader(make_config(**config), 'validation')
+  batches = [validation.batch(step) for step in range(-(-len(expected) // size) + 1)]
+  found = [row for batch in batches for row in rows(batch, batch['counted'][:, 0])]
+  assert found == expected and found != sorted(found)
+  *_, last, after = batches
+  fillers = last['segments'][~last['counted'][:, 0]]
+  assert (fillers > 0).any(1).all() if size < 100 else not fillers.any()
+  assert not any(array.any() for array in after.values())
+  other = data.make_loader(make_config(**config | {'seed': 3}), 'validation')
+  _equal(other.batch(0), batches[0])
 
 
 def test_training_sees_every_document(config):

@@ -55,14 +55,47 @@ def _documents(batches, eos_id=1):
   return [tokenizer.decode(part) for part in parts]
 
 
-def test_validation_is_the_datasets_own_in_order(config):
+def _counted(batches):
+  """The counted targets of every sequence, as lists."""
+  rows = [row for batch in batches for row in zip(*map(batch.get, _NAMES), strict=True)]
+  rows = [targets[counted & (segments > 0)].tolist() for targets, segments, counted in rows]
+  return [row for row in rows if row]
+
+
+_NAMES = ('targets', 'segments', 'counted')
+
+
+def test_validation_is_all_of_the_datasets_own_shuffled_within_blocks(config):
   loader = data.make_loader(config, 'validation')
-  batches = _batches(loader, range(20))
-  full = [batch for batch in batches if batch['segments'].any()]
-  assert 5 < len(full) < 20 and all(batch['segments'].all() for batch in full)
-  found = _documents(full)[:-1]
-  assert found == [TEXTS[80][1:], *TEXTS[81 : 80 + len(found)]]
+  batches = _batches(loader, range(40))
+  tokens = np.concatenate([np.append(loader.tokenizer.encode(text), 1) for text in TEXTS[80:]])
+  expected = [tokens[i + 1 : i + 8].tolist() for i in range(0, len(tokens) - 1, 7)]
+  found = _counted(batches)
+  assert sorted(found) == sorted(expected)
+  for first in range(0, len(found), 12):
+    block = found[first : first + 12], expected[first : first + 12]
+    assert sorted(block[0]) == sorted(block[1]) and block[0] != block[1]
+  assert not any(array.any() for array in batches[-1].values())
   _equal(loader.batch(0), batches[0])  # again, from the beginning
+
+
+def test_processes_share_one_global_batch_of_validation(config):
+  whole = data.make_loader(config, 'validation')
+  parts = [data.make_loader(config, 'validation', part=i, num_parts=2) for i in range(2)]
+  for step in range(40):
+    joined = [part.batch(step) for part in parts]
+    batch = whole.batch(step)
+    _equal({k: np.concatenate([b[k] for b in joined]) for k in batch}, batch)
+
+
+def test_validation_by_a_hash_ends_although_the_stream_goes_on(make_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(stream_loader, '_BLOCK', 40)  # 20 blocks of one batch
+  _write(tmp_path / 'one' / 'all.jsonl', [f'{i} ' + 'word ' * 9 for i in range(900)])
+  config = make_config(source='datasets', task=str(tmp_path / 'one'), batch_size=2)
+  loader = data.make_loader(config, 'validation')
+  batches = _batches(loader, range(41))
+  assert all(batch['counted'].all() for batch in batches[:20])
+  assert not any(batch['segments'].any() for batch in batches[20:])
 
 
 def test_an_epoch_has_every_document_once(config):
@@ -150,8 +183,9 @@ def test_one_file_without_a_validation_split(make_config, tmp_path):
   assert len(texts['validation']) in range(1, 15)
   assert not texts['train'] & texts['validation']
   validation = data.make_loader(make_config(**vars(config) | {'batch_size': 1}), 'validation')
-  found = _documents([validation.batch(0), validation.batch(1)])
-  assert any(text.decode()[1:].startswith(found[0]) for text in texts['validation'])
+  (found, *_) = _counted([validation.batch(0)])
+  held_out = b'\n'.join(texts['validation'])
+  assert bytes(i - 3 if i > 1 else ord('\n') for i in found) in held_out
 
 
 def test_a_folder_of_save_to_disk_and_parquet(make_config, tmp_path):
@@ -168,12 +202,13 @@ def test_a_folder_of_save_to_disk_and_parquet(make_config, tmp_path):
   assert sum(d.split == 'validation' for d in corpus.documents(config)) == 90
 
 
-def test_token_files_hold_the_same_documents(config, make_config, tmp_path):
+def test_token_files_hold_the_same_documents(config, make_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(stream_loader, '_BLOCK', 4096)  # the whole split
   tokenize.write(config, tmp_path / 'tokens')
   tokens = make_config(source='tokens', files=str(tmp_path / 'tokens'))
   validation = data.make_loader(tokens, 'validation')
   streamed = data.make_loader(config, 'validation')
-  for step in range(3):
+  for step in range(validation.num_batches + 1):
     _equal(validation.batch(step), streamed.batch(step))
 
 
