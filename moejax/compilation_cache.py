@@ -15,6 +15,8 @@ import sys
 import warnings
 from typing import Any
 
+from moejax import files
+
 _MAX_BYTES = 2 * 2**30  # above this, the oldest programs are deleted until half is left
 _SETTINGS = {'jax_persistent_cache_min_compile_time_secs': 0.1}  # JAX's default is a second
 
@@ -25,8 +27,8 @@ def enable() -> None:
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
   if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
-  folder = _folder()
-  if not _is_writable(folder):
+  folder = files.cache_folder(f'xla/{_kind_of_cpu()}')
+  if not folder:
     return
   _prune(folder)
   jax: Any = sys.modules.get('jax')  # importing it takes a second; not every program needs it
@@ -37,22 +39,13 @@ def enable() -> None:
       jax.config.update(name, value)
 
 
-def _folder():
-  """A folder per kind of CPU: programs for one may not run on another that has the same home."""
-  parent = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+def _kind_of_cpu():
+  """8 digits: programs for one kind may not run on another machine that has the same home."""
   kind = platform.machine() + platform.processor()
   with contextlib.suppress(OSError):
     features = re.search('^(flags|Features).*', pathlib.Path('/proc/cpuinfo').read_text(), re.M)
     kind += features[0] if features else ''
-  return pathlib.Path(parent, 'moejax', 'xla', hashlib.sha256(kind.encode()).hexdigest()[:8])
-
-
-def _is_writable(folder):
-  if not folder.is_absolute():  # there is no home
-    return False
-  with contextlib.suppress(OSError):
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  return os.access(folder, os.W_OK | os.X_OK)
+  return hashlib.sha256(kind.encode()).hexdigest()[:8]
 
 
 def _prune(folder):

@@ -15,7 +15,7 @@ def table(rows: list[dict]) -> str:
     'mode': lambda row: row['mode'],
     'group': lambda row: str(row['group_size']),
     'leaks': lambda row: 'yes' if row['leaks'] else 'no',
-    'nats/token': _loss,
+    'nats/token': report.loss_of,
     'perplexity': lambda row: f'{row["perplexity"]:.4g}',
   }
   if any('bits_per_byte' in row for row in rows):
@@ -25,11 +25,6 @@ def table(rows: list[dict]) -> str:
   columns['tokens'] = lambda row: text.short(row['tokens'])
   columns['batches'] = lambda row: str(row['batches'])
   return text.table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
-
-
-def _loss(row):
-  error = row.get('standard_error')
-  return f'{row["loss"]:.4f}' + ('' if error is None else f' ± {error:.4f}')
 
 
 def buckets(nats_L, tokens_L) -> list[dict]:

@@ -1,10 +1,25 @@
-"""Atomic writing of files and folders."""
+"""Atomic writing of files and folders; the cache folder."""
 
 import contextlib
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+
+
+def cache_folder(name: str) -> pathlib.Path | None:
+  """Returns a private folder for what can be made again; None if there is none to write to.
+
+  It is `moejax/NAME` of the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`), created if it
+  does not exist.
+  """
+  parent = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = pathlib.Path(parent, 'moejax', name)
+  if not folder.is_absolute():  # there is no home
+    return None
+  with contextlib.suppress(OSError):
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 @contextlib.contextmanager

@@ -94,6 +94,54 @@ def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
   return [(entry['step'], entry[name]) for entry in entries if entry.get(name) is not None]
 
 
+def over_steps(curve) -> list[tuple[int, int, float]]:
+  """(first step, number of steps, mean) of every log line of a curve of means."""
+  starts = [0, *(step for step, _ in curve)]
+  return [
+    (start + 1, step - start, mean) for start, (step, mean) in zip(starts, curve, strict=False)
+  ]
+
+
+def mean_over_steps(curve) -> float | None:
+  """The mean over all steps of a curve of means; None if it is empty."""
+  lines = over_steps(curve)
+  steps = sum(number for _, number, _ in lines)
+  return sum(number * mean for _, number, mean in lines) / steps if steps else None
+
+
+def smoothed_loss(curve, steps: int) -> dict:
+  """The mean training loss of the last quarter of `steps` steps.
+
+  Every batch is new text as long as no epoch is over, and then this is a fair estimate of the loss
+  on unseen text, at the mean of the last quarter's states.
+
+  Args:
+    curve: (step, mean loss since the point before), as `loss_curve` returns it.
+    steps: done so far.
+
+  Returns:
+    'loss', its 'standard_error' by the noise of batches (None of fewer than three log lines), and
+    'first_step' and 'last_step', which it covers: those of all log lines that begin in the last
+    quarter, or the last one; {} if there is none. The error is estimated from the differences of
+    successive lines, so that the fall of the loss does not count.
+  """
+  lines = over_steps(curve)
+  if not lines:
+    return {}
+  lines = [line for line in lines if line[0] > 0.75 * steps] or lines[-1:]
+  firsts, numbers, means = map(np.array, zip(*lines, strict=True))
+  total, error = numbers.sum(), None
+  if len(lines) > 2:
+    variances = 1 / numbers[1:] + 1 / numbers[:-1]  # of differences, in those of a step
+    error = float(np.sqrt(np.mean(np.diff(means) ** 2 / variances) / total))
+  return {
+    'loss': float(np.sum(means * numbers) / total),
+    'standard_error': error,
+    'first_step': int(firsts[0]),
+    'last_step': int(firsts[-1] + numbers[-1] - 1),
+  }
+
+
 def flatten_aux(aux: dict) -> dict[str, float]:
   """Metrics of sublayers by name: 'name/00', 'name/01', ... in their order.
 

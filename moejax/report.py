@@ -48,12 +48,31 @@ def progress_line(
 
 def describe(result: dict) -> str:
   """The results of an evaluation as text."""
-  parts = [f'loss {result["loss"]:.4f} nats per token']
+  parts = [f'loss {loss_of(result)} nats per token']
   if 'bits_per_byte' in result:
     parts.append(f'{result["bits_per_byte"]:.4f} bits per byte')
   if 'loss_dropless' in result:
     parts.append(f'{result["loss_dropless"]:.4f} nats without drops')
   return ', '.join(parts)
+
+
+def describe_training(training: dict) -> str:
+  """The smoothed training loss of a run and what else its summary says of training, as text."""
+  parts = []
+  if 'loss' in training:
+    steps = f'steps {training["first_step"]:,} to {training["last_step"]:,}'
+    parts.append(f'training loss {loss_of(training)}, mean of {steps}')
+  if (epochs := training['epochs']) is not None:
+    parts.append(f'{epochs:.2g} epochs' + (' (no text seen twice)' if epochs <= 1 else ''))
+  if training['clipped'] is not None:
+    parts.append(f'gradient clipped in {training["clipped"]:.0%} of the steps')
+  return ', '.join(parts)
+
+
+def loss_of(result: dict) -> str:
+  """The loss of a result, and its standard error if there is one."""
+  error = result.get('standard_error')
+  return f'{result["loss"]:.4f}' + (f' ± {error:.4f}' if error is not None else '')
 
 
 def part(result: dict) -> str:

@@ -107,7 +107,11 @@ def _steps(run_config, loader):
 
 def _corpus(data, loader):
   """Two lines: where it is, and what it is."""
-  names = {'seqio': data.task, 'stdlib': "source code of Python's standard library"}
+  names = {
+    'seqio': data.task,
+    'stdlib': "source code of Python's standard library",
+    'environment': "source code of Python's standard library and installed packages",
+  }
   yield names.get(data.source) or f'{data.source} {data.files or data.task}'
   sequences = getattr(loader, 'num_sequences', None)
   size = f'{text.short(sequences * data.sequence_length)} tokens, ' if sequences else ''

@@ -136,12 +136,13 @@ def make_clock(run_config):
 def jit_train_step(run_config, abstract_state, mesh):
   """`train_step` of a run, jitted: `step(state, batch, now)`, which donates the state.
 
+  Its metrics also have 'clipped', 1 if the norm of the gradient reached `optimizer.clip_norm`.
   `abstract_state` is from `sharding.abstract`, on the same mesh; `now` is a `Now`.
   """
 
   def step(state, batch, now):
     schedules = Schedules(lambda _: now.learning_rate, lambda _: now.anneal)
-    return train_step(
+    new_state, measured = train_step(
       state,
       batch,
       model_config=run_config.model,
@@ -150,6 +151,8 @@ def jit_train_step(run_config, abstract_state, mesh):
       accumulation=run_config.optimizer.accumulation,
       key=noise_key(now.seed),
     )
+    clipped = measured['grad_norm'] >= run_config.optimizer.clip_norm
+    return new_state, measured | {'clipped': clipped.astype(jnp.float32)}
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   replicated = sharding.replicated(mesh)  # every process reads the metrics

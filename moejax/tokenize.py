@@ -5,7 +5,6 @@ r"""Writes a corpus to token files: for text of any size, read without TensorFlo
     --config.data.files=/data/c4_tokens
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -70,17 +69,7 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
   encode = _encode_task if config.source == 'seqio' else corpus.encode
   documents = encode(config, tokenizer, digest)
   dtype = token_files.dtype_for(tokenizer.vocab_size)
-  zeros = {'documents': 0, 'tokens': 0, 'bytes': 0, 'max_id': 0}
-  splits = {split: dict(zeros) for split in corpus.SPLITS}
-  with contextlib.ExitStack() as stack:
-    outputs = {s: stack.enter_context(open(directory / f'{s}.bin', 'wb')) for s in splits}
-    for split, ids, num_bytes in documents:
-      outputs[split].write(ids.astype(dtype).tobytes())
-      counts = splits[split]
-      counts['documents'] += 1
-      counts['tokens'] += len(ids)
-      counts['bytes'] += num_bytes
-      counts['max_id'] = max(counts['max_id'], int(ids.max()))
+  splits = token_files.write_splits(directory, documents, dtype)
   index = {
     'format': token_files.FORMAT,
     'tokenizer': _copy_tokenizer(config.tokenizer, tokenizer, directory),

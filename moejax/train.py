@@ -450,6 +450,7 @@ def finish(run, summarize: Callable[[], dict] = dict):
   run.writer.close()
   _record(run, 'other')
   report.write_summary(run.workdir, summary | run.describe() | {'sample': sample})
+  print(report.describe_training(summary['training']))
   print(f'final validation {report.describe(run.eval_result)}')
   print(f'averaged over {report.extent(run.eval_result)}')
   print(run.ledger.describe())
@@ -483,6 +484,16 @@ def _sample(run):
     return ''
 
 
+def _training(run, losses):
+  """What the log lines say about the training of a run, see `metrics.smoothed_loss`."""
+  sequences = getattr(run.loader, 'num_sequences', None)  # unknown of a stream
+  seen = run.step * run.run_config.data.batch_size
+  return metrics_lib.smoothed_loss(losses, run.step) | {
+    'epochs': seen / sequences if sequences else None,
+    'clipped': metrics_lib.mean_over_steps(metrics_lib.loss_curve(run.workdir, 'clipped')),
+  }
+
+
 def _summary(run):
   losses = metrics_lib.loss_curve(run.workdir)
   return run.describe() | {
@@ -494,6 +505,7 @@ def _summary(run):
     'tokens_seen': run.step * run.run_config.data.tokens_per_step,
     'resumed_from': run.first_step,
     'train_loss': losses[-1][1] if losses else math.nan,
+    'training': _training(run, losses),
     'validation': run.eval_result,
     'sample': '',
     'commit': report.git_commit(),

@@ -175,6 +175,49 @@ def test_no_metrics_yet(tmp_path):
   assert metrics.loss_curve(tmp_path, 'eval/loss') == []
 
 
+def test_the_smoothed_loss_is_the_mean_over_the_steps_of_the_last_quarter():
+  curve = [(100, 5.0), (200, 4.0), (300, 3.0), (320, 2.0), (400, 1.0)]
+  smoothed = metrics.smoothed_loss(curve, 400)
+  assert smoothed['loss'] == pytest.approx((20 * 2.0 + 80 * 1.0) / 100)
+  assert (smoothed['first_step'], smoothed['last_step']) == (301, 400)
+  assert smoothed['standard_error'] is None  # of two lines
+  late = metrics.smoothed_loss([(50, 3.0), (80, 2.0)], 80)  # no line begins in the last quarter
+  assert (late['loss'], late['first_step'], late['last_step']) == (2.0, 51, 80)
+  assert metrics.smoothed_loss([], 10) == {}
+
+
+def test_its_standard_error_is_that_of_the_noise_of_batches_and_not_of_the_fall():
+  rng, errors, means = np.random.default_rng(0), [], []
+  ends = np.cumsum([10] * 30 + [3] * 10)
+  for _ in range(300):
+    losses = np.linspace(3, 2, 330) + rng.normal(0, 0.5, 330)  # of every step
+    curve = [
+      (int(end), part.mean()) for end, part in zip(ends, np.split(losses, ends), strict=False)
+    ]
+    smoothed = metrics.smoothed_loss(curve, 330)
+    assert smoothed['first_step'] == 251
+    errors.append(smoothed['standard_error'])
+    means.append(smoothed['loss'])
+  assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+  assert np.mean(means) == pytest.approx(np.linspace(3, 2, 330)[250:].mean(), abs=0.01)
+
+
+def test_means_over_steps_weigh_lines_by_their_steps():
+  assert metrics.mean_over_steps([(30, 1.0), (40, 0.0)]) == 0.75
+  assert metrics.mean_over_steps([]) is None
+
+
+def test_what_a_run_says_of_its_training():
+  training = {'loss': 1.23456, 'standard_error': 0.0021, 'first_step': 2251, 'last_step': 3000}
+  assert report.describe_training(training | {'epochs': 0.576, 'clipped': 0.464}) == (
+    'training loss 1.2346 ± 0.0021, mean of steps 2,251 to 3,000, 0.58 epochs (no text seen '
+    'twice), gradient clipped in 46% of the steps'
+  )
+  training = training | {'standard_error': None, 'epochs': None, 'clipped': None}
+  assert report.describe_training(training).endswith('loss 1.2346, mean of steps 2,251 to 3,000')
+  assert 'twice' not in report.describe_training(training | {'epochs': 1.2})
+
+
 def test_progress_line():
   line = report.progress_line(
     step=1200,

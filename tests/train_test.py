@@ -89,6 +89,8 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(
   assert step == other_step == 6
   jax.tree.map(np.testing.assert_array_equal, params, other_params)
   assert metrics.loss_curve(finished) == metrics.loss_curve(tmp_path)
+  (before, after) = (report.read_summary(folder)['training'] for folder in (finished, tmp_path))
+  assert before == after and before['last_step'] == 6 and before['loss'] > 0
   assert report.is_finished(report.read_summary(tmp_path))
 
 
@@ -410,6 +412,51 @@ def test_a_summary_of_the_last_checkpoint_is_not_that_of_the_run(run):
   assert report.read_summary(run.workdir)['steps'] == 3 and not train.is_finished(run)
   train.finish(run)
   assert train.is_finished(run)
+
+
+def test_steps_in_which_clipping_bound_are_counted(run):
+  """Of a run whose threshold lies between its gradient norms."""
+  train_config = dataclasses.replace(run.run_config.train, log_interval=1)
+  run.run_config = dataclasses.replace(run.run_config, train=train_config)
+  norms = []
+  train_step = run.train_step
+
+  def step(*args):
+    state, measured = train_step(*args)
+    norms.append(float(measured['grad_norm']))
+    return state, measured
+
+  run.train_step = step
+  assert train.loop(run, _StopAfter(3))
+  train.finish(run)
+  clipped = dict(metrics.loss_curve(run.workdir, 'clipped'))
+  clip_norm = run.run_config.optimizer.clip_norm
+  assert clipped == {i: float(norm >= clip_norm) for i, norm in enumerate(norms, 1)}
+  training = report.read_summary(run.workdir)['training']
+  assert training['clipped'] == np.mean([*clipped.values()])
+  assert training['epochs'] == 3 * 16 / run.loader.num_sequences < 1
+
+
+@pytest.mark.parametrize('factor', [0.999, 1.001])
+def test_a_step_is_clipped_if_its_update_is_that_of_a_smaller_gradient(factor):
+  config = _debug_config(dense)
+  config.optimizer.update({'b1': 0.0, 'b2': 0.0, 'eps': 1.0})
+
+  def step(clip_norm):
+    config.optimizer.clip_norm = clip_norm
+    run_config = config_lib.resolve(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
+    with jax.set_mesh(mesh):
+      abstract = sharding.abstract(step_lib.fresh_state(run_config), mesh)
+      state = step_lib.make_state(step_lib.fresh_state(run_config), abstract)
+      batch = sharding.place_batch(tiny.batch(rows=16, length=32), mesh)
+      train_step = step_lib.jit_train_step(run_config, abstract, mesh)
+      return train_step(state, batch, step_lib.make_clock(run_config)(0))[1]
+
+  free = step(1e9)
+  measured = step(factor * float(free['grad_norm']))
+  is_changed = float(measured['update_norm']) != float(free['update_norm'])
+  assert measured['clipped'] == (factor < 1) == is_changed and not free['clipped']
 
 
 def test_the_curve_is_of_the_first_batches_and_the_summary_of_the_whole_split(run, capsys):

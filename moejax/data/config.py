@@ -4,7 +4,7 @@ import dataclasses
 
 from moejax.fields import MAX_SEED, Section, default
 
-SOURCES = ('stdlib', 'text', 'jsonl', 'parquet', 'datasets', 'tokens', 'seqio')
+SOURCES = ('stdlib', 'environment', 'text', 'jsonl', 'parquet', 'datasets', 'tokens', 'seqio')
 _READS_FILES = ('text', 'jsonl', 'parquet', 'tokens')
 
 

@@ -4,8 +4,8 @@ With `data.validation_files`, they are validation and everything else is trainin
 one document in twenty is validation, chosen by a hash:
   stdlib, text: of the file's path relative to the root of the corpus, so that moving the corpus or
     changing another file changes nothing.
-  jsonl, parquet, datasets without a validation split: of the document's text, so that its
-    duplicates are in the same split.
+  jsonl, parquet, datasets without a validation split, environment: of the document's text, so that
+    its duplicates are in the same split.
 If that leaves a split empty (a single file, for example), the end of every document is validation
 instead.
 """
@@ -13,10 +13,8 @@ instead.
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,15 +22,16 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from moejax.data import config as config_lib, text_files, tokenizer as tokenizer_lib
+from moejax.data import (
+  config as config_lib,
+  python_files,
+  text_files,
+  tokenizer as tokenizer_lib,
+)
 
 SPLITS = ('train', 'validation')
 VALIDATION_ONE_IN = 20
 _GROUP_BYTES = 2**22
-
-# Tests and bundled programs, which not every distribution includes, and installed packages.
-_NOT_LIBRARY = {'test', 'tests', 'idle_test', 'idlelib', 'lib2to3'}
-_NOT_LIBRARY |= {'site-packages', 'dist-packages', '__pycache__'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,8 @@ def documents(config: config_lib.DataConfig) -> Iterator[Document]:
   """
   if config.source == 'datasets':
     return _dataset_documents(config)
+  if config.source == 'environment':
+    return _with_both_splits(functools.partial(_unique_documents, python_files.environment()))
   read = functools.partial(_documents, config, *_files(config, 'files'))
   if not config.validation_files:
     return _with_both_splits(read)
@@ -62,7 +63,7 @@ def documents(config: config_lib.DataConfig) -> Iterator[Document]:
 def _files(config: config_lib.DataConfig, option: str) -> tuple[pathlib.Path, list[str]]:
   """Returns the folder and names of the files that an option of the config names."""
   if config.source == 'stdlib':
-    return _stdlib_files()
+    return python_files.standard_library()
   return text_files.matching(getattr(config, option), f'data.{option}')
 
 
@@ -75,6 +76,23 @@ def _documents(
     for number, data in text_files.texts(source, root / name, config.field):
       key = name.encode('utf-8', 'surrogateescape') if source == 'text' else data
       yield Document(name + number, split_of(key), data)
+
+
+def _unique_documents(named: list[tuple[str, pathlib.Path]]) -> Iterator[Document]:
+  """Yields the documents of files, with splits by hashes of their text; equal texts only once.
+
+  Files that this user may not read are left out, as are broken links.
+  """
+  seen = set()
+  for name, path in named:
+    try:
+      data = path.read_bytes()
+    except OSError:
+      continue
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    if digest not in seen:
+      seen.add(digest)
+      yield Document(name, split_of(digest), data)
 
 
 def _dataset_documents(config: config_lib.DataConfig) -> Iterator[Document]:
@@ -167,24 +185,6 @@ def num_invalid(data: bytes) -> int:
   except UnicodeDecodeError:
     return data.decode('utf-8', 'replace').count('\ufffd') - data.count('\ufffd'.encode())
   return 0
-
-
-def _stdlib_files() -> tuple[pathlib.Path, list[str]]:
-  """Returns the folder of Python's standard library and the sorted paths of its .py files."""
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-  names = []
-  for folder, subfolders, files in os.walk(root):
-    subfolders[:] = [
-      name for name in subfolders if name not in _NOT_LIBRARY and not name.startswith('config-')
-    ]
-    below = pathlib.Path(folder).relative_to(root)
-    names += [(below / name).as_posix() for name in files if name.endswith('.py')]
-  if not names:
-    raise ValueError(
-      f"data.source: 'stdlib' reads the source files of Python's standard library, but {root} "
-      "has none (a frozen or stripped Python); use data.source='text' with your own files."
-    )
-  return root, sorted(names)
 
 
 def _split_each(documents: Iterable[Document]) -> Iterator[Document]:

@@ -1,5 +1,6 @@
 """Batches from the tokens of a corpus; `make_loader` for every source."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from moejax.data import (
   batch as batch_lib,
   config as config_lib,
   corpus,
+  python_files,
   token_files,
   tokenizer as tokenizer_lib,
 )
@@ -76,7 +78,7 @@ class TokenLoader:
 
   def __init__(self, config, split, sequences):
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
-    read = _map_tokens if config.source == 'tokens' else _read_tokens
+    read = _READERS.get(config.source, _read_tokens)
     self._tokens, corpus_fingerprint = read(config, self.tokenizer, split)
     size, length = config.batch_size, config.sequence_length
     if len(self._tokens) < 2:
@@ -138,10 +140,23 @@ def _map_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
   return np.concatenate(parts), fingerprint
 
 
+def _map_environment(config, tokenizer, split) -> tuple[np.ndarray, str]:
+  """`_read_tokens` of Python files, which are many and change rarely: their tokens are kept."""
+  paths = (path for _, path in python_files.environment())
+  if folder := token_files.kept(config, tokenizer, paths):
+    config = dataclasses.replace(config, source='tokens', files=folder)
+    return _map_tokens(config, tokenizer, split)
+  return _read_tokens(config, tokenizer, split)
+
+
 def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
   """Returns the tokens of a split, and the fingerprint of the whole corpus."""
-  digest = hashlib.sha256()
+  digest, tokens = hashlib.sha256(), bytearray()  # which grows in place
   dtype = token_files.dtype_for(tokenizer.vocab_size)
-  documents = corpus.encode(config, tokenizer, digest, splits=(split,))
-  pieces = [np.zeros(0, dtype), *(ids.astype(dtype) for _, ids, _ in documents)]
-  return np.concatenate(pieces), digest.hexdigest()[:16]
+  for _, ids, _ in corpus.encode(config, tokenizer, digest, splits=(split,)):
+    tokens += ids.astype(dtype).tobytes()
+  return np.frombuffer(tokens, dtype), digest.hexdigest()[:16]
+
+
+# Where a split's tokens come from, of sources that are not read as text every time.
+_READERS = {'tokens': _map_tokens, 'environment': _map_environment}

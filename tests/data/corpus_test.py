@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from moejax.data import corpus, tokenizer as tokenizer_lib
+from moejax import data
+from moejax.data import corpus, python_files, token_files, tokenizer as tokenizer_lib
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('pyarrow.parquet')
@@ -371,3 +372,88 @@ def test_reading_shows_progress_after_five_seconds(make_config, monkeypatch, cap
     monkeypatch.setattr('tqdm.std.time', lambda seconds=seconds: next(clock) * seconds)
     assert len(list(corpus.progress(documents))) == 20
     assert ('Tokenizing: 20.0kB' in capsys.readouterr().err) == shown
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+  """A Python with three packages in two folders, and a cache folder."""
+  packages = tmp_path / 'packages'
+  for i in range(60):
+    path = packages / f'a/b{i}.py'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'x = {i}\n' * 20)
+  (packages / 'a' / 'copy_of_b7.py').write_text('x = 7\n' * 20)
+  (packages / 'a' / 'data.txt').write_text('no code')
+  (packages / 'a' / 'broken.py').symlink_to('nowhere')
+  (packages / 'a' / '__pycache__').mkdir()
+  (packages / 'a' / '__pycache__' / 'c.py').write_text('cached')
+  (tmp_path / 'user').mkdir()
+  (tmp_path / 'user' / 'own.py').write_text('own = 1\n')
+  library = tmp_path / 'lib'
+  (library / 'site-packages').mkdir(parents=True)
+  (library / 'site-packages' / 'not_here.py').write_text('not twice')
+  (library / 'os.py').write_text('"""OS routines."""\n')
+  paths = {'stdlib': library, 'purelib': packages, 'platlib': packages}
+  monkeypatch.setattr(sysconfig, 'get_paths', lambda: {k: str(v) for k, v in paths.items()})
+  monkeypatch.setattr(python_files.site, 'getsitepackages', lambda: [str(packages)])
+  monkeypatch.setattr(python_files.site, 'ENABLE_USER_SITE', True)
+  monkeypatch.setattr(python_files.site, 'getusersitepackages', lambda: str(tmp_path / 'user'))
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  return packages
+
+
+def test_the_environment_is_the_library_and_all_packages_without_copies(environment, make_config):
+  config = make_config(source='environment')
+  documents = list(corpus.documents(config))
+  names = [d.name for d in documents]
+  assert names[0] == 'stdlib/os.py' and names[-1] == 'packages/own.py' and len(names) == 62
+  assert names[1:-1] == sorted(f'packages/a/b{i}.py' for i in range(60))
+  assert 0 < sum(d.split == 'validation' for d in documents) < 15
+  assert _fingerprint(config) == _fingerprint(config)
+
+
+def test_the_split_of_a_file_of_the_environment_is_by_its_text(environment, make_config):
+  splits = lambda: {d.data: d.split for d in corpus.documents(make_config(source='environment'))}
+  before = splits()
+  environment.joinpath('a').rename(environment / 'moved')
+  assert splits() == before
+
+
+def test_the_tokens_of_the_environment_are_kept_until_a_file_changes(
+  environment, make_config, tmp_path, monkeypatch
+):
+  config = make_config(source='environment')
+  kept = tmp_path / 'cache' / 'moejax' / 'corpora'
+  monkeypatch.setenv('XDG_CACHE_HOME', 'relative')  # no place to keep them
+  in_memory = {split: data.make_loader(config, split) for split in corpus.SPLITS}
+  assert not kept.exists()
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  first, again = ({s: data.make_loader(config, s) for s in corpus.SPLITS} for _ in range(2))
+  (folder,) = kept.iterdir()
+  for split in corpus.SPLITS:
+    loaders = in_memory[split], first[split], again[split]
+    assert len({loader.fingerprint for loader in loaders}) == 1
+    for step in range(3):
+      batches = [loader.batch(step)['targets'].tolist() for loader in loaders]
+      assert batches[0] == batches[1] == batches[2]
+  assert isinstance(again['train']._tokens, np.memmap)
+  for i in range(5):
+    (environment / 'a' / 'b0.py').write_text(f'changed = {i}\n' * (i + 1))
+    changed = data.make_loader(config, 'train')
+    assert changed.fingerprint != first['train'].fingerprint
+  assert len(list(kept.iterdir())) == 3 and folder not in kept.iterdir()
+
+
+def test_one_process_may_keep_the_tokens_before_another(environment, make_config, monkeypatch):
+  """Both have found nothing; the slower one uses what the faster one wrote."""
+  config = make_config(source='environment')
+  write = token_files._write_kept
+
+  def slower(directory, *args):
+    write(directory, *args)
+    shutil.copytree(directory, directory.parent / directory.name.split('-', 1)[1])
+
+  monkeypatch.setattr(token_files, '_write_kept', slower)
+  loader = data.make_loader(config, 'train')
+  monkeypatch.setattr(token_files, '_write_kept', None)
+  assert data.make_loader(config, 'train').fingerprint == loader.fingerprint
