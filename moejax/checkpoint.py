@@ -44,14 +44,14 @@ class Checkpoints:
   At most one save is in progress: the next call waits for it, and raises RuntimeError if it failed.
   """
 
-  def __init__(self, directory, keep: int = 3):
+  def __init__(self, directory, keep: int = 3, always: int = 0):
     """Opens a folder, which need not exist yet, on a disk that all processes share.
 
-    `keep`: how many of the newest steps to keep.
+    `keep`: how many of the newest steps to keep. `always`: a step to keep beside them.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._link = _link(self._directory)
-    self._keep = keep
+    self._keep, self._always = keep, always
     logging.get_absl_logger().addFilter(_is_worth_showing)
     self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1)
@@ -92,7 +92,8 @@ class Checkpoints:
     """Starts to save a step; `state` may be donated as soon as this returns.
 
     A step that exists and is intact is left as it is. Once the save is complete, all but the newest
-    `keep` steps are deleted, and so are later ones: damaged steps that the run resumed before.
+    `keep` steps, and the one to keep always, are deleted, and so are later ones: damaged steps that
+    the run resumed before.
 
     Args:
       step: number of optimizer steps done.
@@ -251,7 +252,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       folder = self._folder(step)
       files.write(folder / 'manifest.json', json.dumps(_manifest(folder)))
-      kept = [s for s in self._steps() if s <= step][-self._keep :]
+      kept = [s for s in self._steps() if s <= step][-self._keep :] + [self._always]
       for other in self._directory.iterdir():
         if other.name.isdecimal() and int(other.name) not in kept:
           _delete(other)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from moejax import fields, model as model_lib, optimizer, profiling
+from moejax import fields, model as model_lib, optimizer, profiling, schedule
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
 from moejax.layers import common, moe
@@ -81,7 +81,7 @@ def flat_fields():
 def registered():
   """What the user's own code may add to or replace: the choices that exist, by name."""
   tables = (model_lib.SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
-  tables += (common.NORMS, common.INITIALIZERS, TRACKERS)
+  tables += (common.NORMS, common.INITIALIZERS, TRACKERS, schedule.SCHEDULES, schedule.DECAYS)
   seqio: Any = sys.modules.get('seqio')  # imported by few programs
   tasks = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} if seqio else set()
   return [dict(table) for table in tables] + [tasks]

@@ -162,6 +162,7 @@ class ModelConfig(Section):
   experts = property(lambda self: _union(sublayer.experts for sublayer in self.used))
   widths = property(lambda self: _union(sublayer.widths for sublayer in self.used))
   mixed_sequences = property(lambda self: math.lcm(*(s.mixed_sequences for s in self.used)))
+  anneals = property(lambda self: any(sublayer.anneals for sublayer in self.used))
 
   @property
   def head_width(self):

@@ -1,4 +1,4 @@
-"""Optimizers with linear warm-up, cosine decay and clipping, all through optax."""
+"""Optimizers, clipping, and what else changes parameters, all through optax."""
 
 import dataclasses
 import functools
@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import model as model_lib, parameterization, parameters
+from moejax import model as model_lib, parameterization, parameters, schedule as schedule_lib
 from moejax.fields import Section, default
+from moejax.schedule import make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,17 @@ class OptimizerConfig(Section):
   name: str = default('adamw', 'what turns gradients into updates', choices=lambda: OPTIMIZERS)
   peak_lr: float = default(6e-3, 'learning rate after warm-up', above=0)
   warmup_steps: int = default(50, 'steps in which the rate rises to its peak', minimum=0)
+  schedule: str = default(
+    'cosine', 'after warm-up; wsd: the peak, then a decay', choices=lambda: schedule_lib.SCHEDULES
+  )
+  lr_decay_fraction: float = default(
+    0.2, 'last fraction of the steps, in which the rate of wsd decays', minimum=0, maximum=1
+  )
+  lr_decay: str = default(
+    'sqrt', 'shape of that decay; sqrt: by 1 - sqrt(t)', choices=lambda: schedule_lib.DECAYS
+  )
   final_lr_fraction: float = default(
-    0.1, 'the cosine ends at this fraction of the peak, at train.steps', minimum=0, maximum=1
+    0.1, 'the rate ends at this fraction of the peak, at train.steps', minimum=0, maximum=1
   )
   schedule_start: int = default(
     0, 'step at which warm-up begins; above 0 where a run resumes with a fresh schedule', minimum=0
@@ -47,24 +57,6 @@ class OptimizerConfig(Section):
   balance_bias_rate: float = default(1e-3, 'step of the biases that balance routers', minimum=0)
   anneal_from: int = default(0, 'step at which temperatures start to anneal to 0', minimum=0)
   accumulation: int = default(1, 'microbatches of a batch; MoT groups lie within one', minimum=1)
-
-
-def make_schedule(config, steps):
-  """Learning rate by step: linear to the peak, then a cosine to `final_lr_fraction` of it.
-
-  Step s after `schedule_start` has (s + 1) / warmup_steps of the peak, so the first is not 0; the
-  cosine begins at step `warmup_steps` and ends at `steps`.
-  """
-  start, warmup = config.schedule_start, config.warmup_steps
-  cosine = optax.cosine_decay_schedule(
-    config.peak_lr, max(steps - start - warmup, 1), alpha=config.final_lr_fraction
-  )
-
-  def schedule(step):
-    rising = config.peak_lr * (step - start + 1) / max(warmup, 1)
-    return jnp.where(step - start < warmup, rising, cosine(step - start - warmup))
-
-  return schedule
 
 
 class Schedules(NamedTuple):
@@ -124,9 +116,9 @@ def _anneal(config, schedules):
   """
   del config
 
-  def update(updates, step, params=None):
-    scale = schedules.anneal(step)
-    return jax.tree.map(lambda _, p: scale.astype(p.dtype) - p, updates, params), step + 1
+  def update(updates, state, params=None):
+    scale = schedules.anneal(state)
+    return jax.tree.map(lambda _, p: scale.astype(p.dtype) - p, updates, params), state + 1
 
   return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
@@ -138,6 +130,16 @@ OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
 def of_run(run_config, schedules=None):
   """`make_optimizer` for a RunConfig."""
   return make_optimizer(run_config.optimizer, run_config.train.steps, run_config.model, schedules)
+
+
+def shared_steps(run_config):
+  """The number of first steps that a run shares, bit for bit, with the same run of more steps.
+
+  It saves a checkpoint there and keeps it, from which runs of other durations go on.
+  """
+  shared = schedule_lib.shared_steps(run_config.optimizer, run_config.train.steps)
+  anneals = run_config.model.anneals
+  return min(shared, run_config.optimizer.anneal_from) if anneals else shared
 
 
 def make_optimizer(config, steps, model=None, schedules=None):

@@ -17,7 +17,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from moejax import cli, config as config_lib, fields, files, imports, model as model_lib, sharding
+from moejax import (
+  cli,
+  config as config_lib,
+  fields,
+  files,
+  imports,
+  model as model_lib,
+  optimizer,
+  sharding,
+)
 from moejax.checkpoint import Checkpoints, changed_fields
 
 
@@ -164,7 +173,8 @@ def checkpoint_dir(workdir):
 
 def checkpoints(workdir, run_config):
   """The checkpoints of a run, to be closed."""
-  return Checkpoints(checkpoint_dir(workdir), run_config.train.keep_checkpoints)
+  keep, always = run_config.train.keep_checkpoints, optimizer.shared_steps(run_config)
+  return Checkpoints(checkpoint_dir(workdir), keep, always)
 
 
 def check_tokenizer(metadata, tokenizer):

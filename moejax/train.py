@@ -37,6 +37,7 @@ from moejax.distributed import Interrupt, is_process_0
 from moejax.evaluate import evaluation
 from moejax.generate import continuations
 from moejax.metrics import Diverged
+from moejax.optimizer import shared_steps
 from moejax.step import (
   eval_step,
   fresh_state,
@@ -303,7 +304,7 @@ def loop(run, interrupt):
   Raises:
     Diverged: something is not finite; it was not saved.
   """
-  train = run.run_config.train
+  train, shared = run.run_config.train, shared_steps(run.run_config)
   last = lambda: run.step == train.steps
   profile = profiling.parse(train.profile_steps) if is_process_0() else range(0)
   with contextlib.closing(profiling.Profiler(profile, run.workdir / 'profile')) as profiler:
@@ -329,7 +330,7 @@ def loop(run, interrupt):
         run.ledger.lap('other')
       if run.step % train.eval_interval == 0 or last():
         _evaluate(run)
-      if run.step % train.checkpoint_interval == 0 or last():
+      if run.step % train.checkpoint_interval == 0 or run.step == shared or last():
         _save(run)
       run.averager.skip(time.monotonic() - pause)
     if not last():

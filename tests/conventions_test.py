@@ -31,6 +31,7 @@ RANKS = (
     'hardware',
     'parameterization',
     'parameters',
+    'schedule',
     'seeds',
     'text',
     'trackers',

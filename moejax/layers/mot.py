@@ -238,6 +238,7 @@ class MoTSublayer(Sublayer):
     width = hidden_width(config.mot.width(config.d_ff), config.activation)
     self.widths = {f'hidden units of an expert ({fields})': width}
     self.mixed_sequences = config.mot.group_size
+    self.anneals = config.mot.temperature_mode == 'annealed'
 
   def make(self, init, rngs):
     c = self.config

@@ -38,6 +38,7 @@ class Sublayer:
   widths = {}  # description with fields -> number, which mesh axis `tensor` must divide
   mixes = False  # whether sequences of a group influence each other at equal positions,
   mixed_sequences = 1  # and how many do, in decoding too
+  anneals = False  # whether it has temperatures that fall until the last step
 
   def __init__(self, config):
     self.config = config
