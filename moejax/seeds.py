@@ -144,7 +144,7 @@ def of_means(
   return Estimate(value, float(low), float(high))
 
 
-def lowest(places: Sequence[float], losses: Sequence[float]) -> float:
+def lowest(places: Sequence[float], losses: Sequence[float] | np.ndarray) -> float:
   """Where a curve is lowest: the vertex of the parabola through the lowest point and its neighbors.
 
   If the lowest point is an end of the curve, that end: the minimum may be beyond.

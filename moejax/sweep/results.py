@@ -4,16 +4,13 @@ import csv
 import io
 import math
 import pathlib
-import statistics
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from moejax import config as config_lib, fields as fields_lib, files, report, runner, text
+from moejax import config as config_lib, fields as fields_lib, files, report, runner, seeds, text
 
 _SEED = 'train.seed'
-_CONFIDENCE = 0.95
 
 
 class Group(NamedTuple):
@@ -25,12 +22,7 @@ class Group(NamedTuple):
 
   @property
   def mean(self):
-    return statistics.fmean(self.losses) if self.losses else math.inf
-
-  @property
-  def deviation(self):
-    """The standard deviation over seeds; 0 with a single one."""
-    return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
+    return seeds.mean(self.losses).value if self.losses else math.inf
 
 
 def summaries(cells, workdir) -> dict[str, dict]:
@@ -45,75 +37,135 @@ def _loss(summary):
 
 
 def groups(cells, found) -> list[Group]:
-  """The cells by the values of their fields without the seed, in order."""
+  """The cells by the values of their fields without the seed; the first field changes slowest.
+
+  Numbers are in rising order, whenever they were added, other values in that of the cells.
+  """
   by_values = {}
   for cell in cells:
     values = {field: value for field, value in cell.values.items() if field != _SEED}
     by_values.setdefault(tuple(values.items()), []).append(cell)
+  places = {}  # of the values of every field
+  for field in cells[0].values:
+    given = list(dict.fromkeys(cell.values[field] for cell in cells))
+    order = sorted(given) if all(map(_is_number, given)) else given
+    places[field] = {value: i for i, value in enumerate(order)}
   return [
     Group(dict(values), [_loss(found[c.name]) for c in members if c.name in found], len(members))
-    for values, members in by_values.items()
+    for values, members in sorted(
+      by_values.items(), key=lambda item: [places[field][value] for field, value in item[0]]
+    )
   ]
 
 
-def noise(all_groups) -> float | None:
-  """The standard deviation over seeds, of all groups together; None without repeated seeds."""
-  repeated = [group for group in all_groups if len(group.losses) > 1]
-  if not repeated:
-    return None
-  freedom = sum(len(group.losses) - 1 for group in repeated)
-  squares = sum((len(group.losses) - 1) * group.deviation**2 for group in repeated)
-  return math.sqrt(squares / freedom)
+def noise(all_groups) -> seeds.Noise | None:
+  """That of seeds, of all groups together; None without repeated seeds."""
+  return seeds.noise(*(group.losses for group in all_groups))
+
+
+def behind(group, best, all_groups) -> seeds.Estimate:
+  """How much higher the mean of a group is than that of the best."""
+  known = _noise_of([group, best], all_groups)
+  return seeds.difference(group.losses, best.losses, known=known)
+
+
+def _noise_of(some, all_groups):
+  """The noise of all groups, or that of some if it is larger: some learning rates are noisier."""
+  known, own = noise(all_groups), noise(some)
+  if known and own and own.deviation > known.deviation:
+    return known._replace(deviation=own.deviation)
+  return known
 
 
 def is_within_noise(group, best, all_groups) -> bool:
-  """Whether a t-test cannot tell the mean of a group from the best.
-
-  The deviation is that of all groups, or that of these two if it is larger: some learning rates are
-  noisier than others.
-  """
-  deviation = noise(all_groups)
-  if deviation is None or not group.losses:
+  """Whether the seeds cannot tell the mean of a group from the best."""
+  if not group.losses:
     return False
-  deviation = max(deviation, noise([group, best]) or 0.0)
-  freedom = sum(max(0, len(g.losses) - 1) for g in all_groups)
-  error = deviation * math.sqrt(1 / len(group.losses) + 1 / len(best.losses))
-  return bool(group.mean - best.mean <= stats.t.ppf((1 + _CONFIDENCE) / 2, freedom) * error)
+  estimate = behind(group, best, all_groups)
+  return estimate.has_interval and not estimate.excludes(0)
+
+
+def best_value(field, best, all_groups) -> seeds.Estimate | None:
+  """The value of a numeric field with the lowest loss, other fields as in the best group.
+
+  By a parabola through the best value and its neighbors, in the value's logarithm if values are
+  spread so. Infinity is beyond the values. None if the best is at their end.
+  """
+  line = _line(field, best, all_groups)
+  values = [group.values[field] for group in line]
+  if best in (line[0], line[-1]):
+    return None
+  scale, inverse = (math.log, math.exp) if _is_log(values) else (float, float)
+  places = [scale(value) for value in values]
+  ends = {places[0]: -math.inf, places[-1]: math.inf}
+  place = lambda means: ends.get(x := seeds.lowest(places, means), x)
+  known = [_noise_of([group], all_groups) for group in line]
+  found = seeds.of_means(place, [group.losses for group in line], known)
+  return seeds.Estimate(*(inverse(x) if math.isfinite(x) else x for x in found))
+
+
+def _line(field, best, all_groups):
+  """The finished groups that differ from the best in one field, in the order of its values."""
+  others = lambda group: {name: v for name, v in group.values.items() if name != field}
+  line = [g for g in all_groups if g.losses and others(g) == others(best)]
+  return sorted(line, key=lambda group: group.values[field])
 
 
 def describe(axes, all_groups) -> str:
   """The table, and below it what follows from it."""
   names = [field for axis in axes for field in axis.fields if field != _SEED]
   best = min(all_groups, key=lambda group: group.mean)
-  rows = [[*names, 'validation loss', 'seeds', '']]
+  rows = [[*names, 'validation loss', 'seeds', 'behind the best']]
   for group in all_groups:
-    many = len(group.losses) > 1
-    measured = f'{group.mean:.4f}' + (f' ± {group.deviation:.4f}' if many else '')
-    note = 'best' if group is best else ''
-    if group is not best and is_within_noise(group, best, all_groups):
-      note = 'within noise'
+    measured = f'{seeds.mean(group.losses):.4f}' if group.losses else '-'
+    note = 'best' if group is best else _behind(group, best, all_groups)
     if len(group.losses) < group.cells:
       note += f' ({group.cells - len(group.losses)} of {group.cells} without a result)'
     values = [str(group.values[name]) for name in names]
-    rows.append([*values, measured if group.losses else '-', str(len(group.losses)), note.strip()])
+    rows.append([*values, measured, str(len(group.losses)), note.strip()])
   return '\n'.join([text.table(rows), '', *_conclusions(axes, best, all_groups)])
 
 
+def _behind(group, best, all_groups):
+  if not group.losses:
+    return ''
+  words = 'within noise, ' if is_within_noise(group, best, all_groups) else ''
+  return f'{words}{behind(group, best, all_groups):+.4f}'
+
+
 def _conclusions(axes, best, all_groups):
-  """One line for the noise, and one for every axis on whose edge the best group is."""
-  yield 'Losses in nats per token, mean ± standard deviation over seeds.'
-  if len(all_groups) > 1 and noise(all_groups) is None:
+  """Lines for the noise, for the best value of every axis, and for those that are at an edge."""
+  known, interval = noise(all_groups), f'{seeds.CONFIDENCE:.0%} interval'
+  yield f'Losses in nats per token: mean ± {interval} over seeds.'
+  if known:
+    freedom = f'{known.freedom} degrees of freedom'
+    yield f'noise of seeds: {known.deviation:.4f} nats, their standard deviation ({freedom}).'
+  if len(all_groups) > 1 and known is None:
     yield f'With one seed, differences may be noise: add --grid {_SEED}=0,1,2.'
   elif len(all_groups) > 1:
-    test = f't-test at {_CONFIDENCE:.0%}'
     near = any(is_within_noise(g, best, all_groups) for g in all_groups if g is not best)
     yield (
-      f'within noise: as good as the best, as far as these seeds can tell ({test}).'
+      'within noise: as good as the best, as far as these seeds can tell.'
       if near
-      else f'The best is better than all others by more than the noise of seeds ({test}).'
+      else 'The best is better than all others by more than the noise of seeds.'
     )
   for axis in axes:
+    field = _numeric_field(axis, all_groups)
+    if field and len(axis.fields) == 1 and (value := best_value(field, best, all_groups)):
+      first, *_, last = _line(field, best, all_groups)
+      words = _range(value, first.values[field], last.values[field])
+      yield f'best {field}: {words}, by a parabola through the best and its neighbors.'
+  for axis in axes:
     yield from _edge(axis, best, all_groups)
+
+
+def _range(value, smallest, largest):
+  """A value of a field, and its interval if there is one, as text."""
+  if not value.has_interval:
+    return f'{value.value:.3g}'
+  low = f'{value.low:.3g}' if value.low > smallest else f'{smallest:g} or less'
+  high = f'{value.high:.3g}' if value.high < largest else f'{largest:g} or more'
+  return f'{value.value:.3g} ({low} to {high})'
 
 
 def _edge(axis, best, all_groups):
@@ -195,9 +247,10 @@ def write_csv(cells, found, path) -> None:
 
 
 def plot(axes, all_groups, path) -> None:
-  """The loss against one axis, a line for every combination of the others, bars over seeds.
+  """The loss against one axis, a line for every combination of the others.
 
   The axis is the first with several numbers, else the first, whose values are then evenly spaced.
+  Bars are intervals over seeds.
   """
   numeric = {axis: field for axis in axes if (field := _numeric_field(axis, all_groups))}
   axis = next(iter(numeric), axes[0])
@@ -213,8 +266,9 @@ def plot(axes, all_groups, path) -> None:
     line = sorted(line, key=place)
     x = [place(group) for group in line]
     style = {'marker': 'o', 'capsize': 3, 'color': f'C{number % 10}', 'label': label or None}
-    deviations = [group.deviation for group in line]
-    axes_.errorbar(x, [g.mean for g in line], deviations if any(deviations) else None, **style)
+    means = [seeds.mean(group.losses) for group in line]
+    halves = [mean.high - mean.value if mean.has_interval else 0.0 for mean in means]
+    axes_.errorbar(x, [mean.value for mean in means], halves if any(halves) else None, **style)
   if axis in numeric:
     values = [group.values[field] for group in all_groups]
     axes_.set_xscale('log' if _is_log(values) else 'linear')

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -36,16 +37,44 @@ RATES, SEEDS = 'optimizer.peak_lr=1e-3,3e-3,1e-2', 'train.seed=0,1'
 def test_the_table_of_seeds():
   axes, groups = _sweep([1.50, 1.54, 1.21, 1.23, 1.20, None], RATES, SEEDS)
   table = results.describe(axes, groups).splitlines()
-  assert [line.split() for line in table[:4]] == [
-    ['optimizer.peak_lr', 'validation', 'loss', 'seeds'],
-    ['0.001', '1.5200', '±', '0.0283', '2'],
-    ['0.003', '1.2200', '±', '0.0141', '2', 'within', 'noise'],
-    ['0.01', '1.2000', '1', 'best', '(1', 'of', '2', 'without', 'a', 'result)'],
+  assert [re.split(r'  +', line) for line in table[:4]] == [
+    ['optimizer.peak_lr', 'validation loss', 'seeds', 'behind the best'],
+    ['0.001', '1.5200 ± 0.2541', '2', '+0.3200 ± 0.1490'],
+    ['0.003', '1.2200 ± 0.1271', '2', 'within noise, +0.0200 ± 0.1178'],
+    ['0.01', '1.2000', '1', 'best (1 of 2 without a result)'],
   ]
-  assert table[6].startswith('within noise: as good as the best')
-  assert table[7].startswith(
+  assert table[6].startswith('noise of seeds: 0.0224 nats, their standard deviation (2 degrees of')
+  assert table[7].startswith('within noise: as good as the best')
+  assert table[8].startswith(
     'The best optimizer.peak_lr, 0.01, is the largest of the sweep: add optimizer.peak_lr=0.033 '
   )
+
+
+def test_values_that_were_added_later_are_in_their_place():
+  grid = ('model.activation=relu,gelu', 'optimizer.peak_lr=3e-3,1e-2,1e-3')
+  _, groups = _sweep([3, 4, 2, 30, 40, 20], *grid)
+  assert [list(group.values.values()) for group in groups] == [
+    [activation, rate] for activation in ('relu', 'gelu') for rate in (0.001, 0.003, 0.01)
+  ]
+  assert [group.losses for group in groups] == [[2], [3], [4], [20], [30], [40]]
+
+
+RATES_AND_SEEDS = ('optimizer.peak_lr=1e-3,1e-2,1e-1', 'train.seed=0,1,2')
+
+
+def test_the_best_value_has_an_interval():
+  losses = lambda width: [x + width * i for x in (1.6, 1.5, 1.6) for i in (-1, 0, 1)]
+  table = results.describe(*_sweep(losses(0.01), *RATES_AND_SEEDS))
+  (line,) = re.findall('^best .*', table, re.M)
+  number = r'([\d.]+)'
+  found = re.match(rf'best optimizer.peak_lr: 0.01 \({number} to {number}\), by a parabola', line)
+  low, high = map(float, found.groups())
+  assert 0.005 < low < 0.009 and low * high == pytest.approx(1e-4, rel=0.05)
+  table = results.describe(*_sweep(losses(0.1), *RATES_AND_SEEDS))
+  assert 'best optimizer.peak_lr: 0.01 (0.001 or less to 0.1 or more), by a parabola' in table
+  table = results.describe(*_sweep([1.6, 1.5, 1.6], RATES_AND_SEEDS[0]))
+  assert 'best optimizer.peak_lr: 0.01, by a parabola' in table
+  assert '\nbest ' not in results.describe(*_sweep([1.6, 1.5, 1.4], RATES_AND_SEEDS[0]))
 
 
 def test_differences_beyond_the_noise():
@@ -58,7 +87,7 @@ def test_differences_beyond_the_noise():
 def test_the_noise_is_that_of_the_noisier_cells():
   quiet, noisy = [1.50, 1.50], [1.20, 1.24]
   axes, groups = _sweep([*quiet, *noisy, 1.275, 1.285], RATES, SEEDS)
-  assert results.noise(groups) == pytest.approx(np.sqrt((0.0008 + 0.00005) / 3))
+  assert results.noise(groups).deviation == pytest.approx(np.sqrt((0.0008 + 0.00005) / 3))
   assert [results.is_within_noise(g, groups[1], groups) for g in groups] == [False, True, True]
   axes, groups = _sweep([*quiet, *noisy, 1.34, 1.35], RATES, SEEDS)
   assert not results.is_within_noise(groups[2], groups[1], groups)
