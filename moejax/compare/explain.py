@@ -3,7 +3,9 @@
 import pathlib
 import shlex
 
-from moejax import seeds
+import numpy as np
+
+from moejax import report, seeds
 from moejax.compare import runs as runs_lib
 from moejax.compare.runs import SEEDS, Model, Run
 
@@ -17,10 +19,10 @@ def notes(runs: list[Run]) -> str:
 
 
 def _meaning(models):
-  yield (
-    f'Losses in nats per token; validation: {_evaluated(models)}. ± and (to): the interval of '
-    f'{seeds.CONFIDENCE:.0%} over seeds.'
-  )
+  yield f'Losses in nats per token; ± and (to): the interval of {seeds.CONFIDENCE:.0%} over seeds.'
+  if extents := {extent for run in _all(models) if (extent := _extent(run))}:
+    yield f'validation: {" or ".join(sorted(extents))}.'
+  yield f'training: the mean of the last quarter of the steps{_seen(models)}.'
   if found := seeds.noise(*(model.losses for model in models)):
     yield (
       f'noise of seeds: {found.deviation:.4f} nats, their standard deviation within a model '
@@ -41,9 +43,17 @@ def _meaning(models):
     yield 'none: within the noise of seeds.'
 
 
-def _evaluated(models):
-  whole = {bool(run.summary.get('validation', {}).get('whole_split')) for run in _all(models)}
-  return 'all of the held-out text' if whole == {True} else 'as far as every run evaluated it'
+def _extent(run):
+  validation = run.summary.get('validation') or {}
+  return report.extent(validation) if 'whole_split' in validation else ''
+
+
+def _seen(models):
+  """Whether training losses are fair: as long as no text was seen twice."""
+  epochs = np.max([run.of_training('epochs') for run in _all(models)])
+  if np.isnan(epochs):
+    return ''
+  return ', of text not seen before' if epochs <= 1 else f', of text seen up to {epochs:.2g} times'
 
 
 def _warnings(models):

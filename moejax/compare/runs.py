@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -40,6 +41,11 @@ class Run(NamedTuple):
   def is_finished(self) -> bool:
     return report.is_finished(self.summary)
 
+  def of_training(self, name: str) -> float:
+    """What its summary says of training; NaN if it does not."""
+    value = (self.summary.get('training') or {}).get(name)
+    return math.nan if value is None else value
+
 
 class Model(NamedTuple):
   """Runs that are the same but for their seeds."""
@@ -57,7 +63,9 @@ class Model(NamedTuple):
 
   @property
   def train_losses(self) -> list[float]:
-    return [loss for run in self.runs if (loss := _train_loss(run)) is not None]
+    """Of the last quarter of the steps."""
+    curves = [run.training for run in self.runs if run.training]
+    return [metrics.smoothed_loss(curve, curve[-1][0])['loss'] for curve in curves]
 
   @property
   def summary(self) -> dict:
@@ -73,6 +81,11 @@ class Model(NamedTuple):
     """Of training, routing included."""
     per_token = self.summary['flops_per_token']
     return self.tokens * per_token.get('total', per_token['model'])
+
+  @property
+  def clipped(self) -> float:
+    """In which part of the steps the gradient was clipped; NaN if that is unknown."""
+    return statistics.fmean(run.of_training('clipped') for run in self.runs)
 
   @property
   def seconds(self) -> float:
@@ -150,12 +163,6 @@ def _run(folder, name, summary):
     )
   fields = flatten_dict(summary.get('config') or {}, sep='.')
   return Run(folder, name, summary, validation, metrics.loss_curve(folder), fields)
-
-
-def _train_loss(run):
-  """The training loss averaged over the last tenth of the steps; None without one."""
-  last = [loss for step, loss in run.training if step > 0.9 * run.training[-1][0]]
-  return statistics.fmean(last) if last else None
 
 
 def models(runs) -> list[Model]:

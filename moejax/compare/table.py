@@ -100,6 +100,10 @@ def _ratio(estimate, span):
   return f'{value} ({low} to {high})' if estimate.excludes(1) else f'none ({low} to {high})'
 
 
+def _clipped(row):
+  return '-' if math.isnan(row.model.clipped) else f'{row.model.clipped:.0%}'
+
+
 def _number(heading, value):
   return Column(heading, value, lambda row: text.short(value(row)))
 
@@ -121,6 +125,7 @@ COSTS = (
   _number('active', lambda row: row.model.summary['parameters']['active']),
   _number('FLOPs/token', lambda row: row.model.summary['flops_per_token']['model']),
   Column('FLOPs', lambda row: row.model.flops, lambda row: f'{row.model.flops:.2e}'),
+  Column('clipped', lambda row: row.model.clipped, _clipped),
   Column('seconds', lambda row: row.model.seconds, lambda row: f'{row.model.seconds:.0f}'),
 )
 

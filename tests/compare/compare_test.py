@@ -287,6 +287,20 @@ def test_different_amounts_of_validation_are_warned_of(tmp_path):
   _run(tmp_path / 'b', validation={'loss': 1.5, 'tokens': 200, 'whole_split': True})
   notes = compare.notes(compare.read([tmp_path / 'a', tmp_path / 'b']))
   assert 'warning: validation losses are averages over 100, 200 tokens' in notes
+  assert 'the whole validation split: 100 tokens or the whole' in notes
+
+
+def test_how_the_training_loss_is_to_be_read(tmp_path):
+  training = {'epochs': 0.5, 'clipped': 0.25}
+  _run(tmp_path / 'a', training=training)
+  _run(tmp_path / 'b', training=training | {'epochs': 2.0})
+  notes = lambda *names: compare.notes(compare.read([tmp_path / name for name in names]))
+  assert 'last quarter of the steps, of text not seen before.' in notes('a')
+  assert 'last quarter of the steps, of text seen up to 2 times.' in notes('a', 'b')
+  assert _column(_table([tmp_path / 'a']), 'clipped') == ['25%']
+  _run(tmp_path / 'c')
+  assert 'last quarter of the steps.' in notes('a', 'c')
+  assert _column(_table([tmp_path / 'c']), 'clipped') == ['-']
 
 
 def test_the_final_evaluation_counts(tmp_path):
