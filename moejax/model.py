@@ -527,11 +527,13 @@ def _terms(config):
     known = special
     for part in path.split('/'):  # such as stack_0, 1_mamba+moe, layer, 1_moe, experts, w_out
       known = of_kind.get(re.sub(r'^\d+_', '', part), known)
+    about, rank = parameters.of(path), 1
+    if about.is_matrix(shape):
+      rank = min(math.prod(shape[i] for i in axes) for axes in (about.inputs, about.outputs))
     if found := [of for end, of in known.items() if f'/{path}'.endswith(f'/{end}')]:
-      return found[0]
-    about = parameters.of(path)
+      return found[0]._replace(rank=rank)
     fan_in = 1 if about.kind == 'vector' else math.prod(shape[i] for i in about.inputs)
-    return parameterization.Terms(fan_in, fan_in, fan_in)
+    return parameterization.Terms(fan_in, fan_in, fan_in, rank)
 
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return {(path := parameters.name_of(keys)): terms(path, leaf.shape) for keys, leaf in leaves}

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import model as model_lib, parameterization, parameters, schedule as schedule_lib
+from moejax import (
+  model as model_lib,
+  muon as muon_lib,
+  parameterization,
+  parameters,
+  schedule as schedule_lib,
+)
 from moejax.fields import Section, default
 from moejax.schedule import make_schedule
 
@@ -79,8 +85,25 @@ def _make_annealing(config, steps):
 
 def adamw(config, schedule, decays, rates=None):
   adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype or None)
+  return _with_decay(adam, config, schedule, decays, rates)
+
+
+def muon(config, schedule, decays, rates=None):
+  """Muon for hidden matrices, `adamw` for all other parameters, at the same rate and decay."""
+  of_matrices = rates and functools.partial(rates, of='orthogonal_rate')
+  direction = muon_lib.scale_by_muon(config.moment_dtype or None)
+  transforms = {
+    'matrices': _with_decay(direction, config, schedule, decays, of_matrices),
+    'others': adamw(config, schedule, decays, rates),
+  }
+  name = lambda path, p: 'matrices' if muon_lib.is_matrix(path, p) else 'others'
+  return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, name))
+
+
+def _with_decay(direction, config, schedule, decays, rates):
+  """The updates of a transformation and weight decay, at the learning rate."""
   return optax.chain(
-    adam if rates is None else optax.chain(adam, _scale(rates)),
+    direction if rates is None else optax.chain(direction, _scale(rates)),
     optax.add_decayed_weights(config.weight_decay, decays),
     optax.scale_by_learning_rate(schedule),
   )
@@ -97,7 +120,7 @@ def _scale(rates):
 # an optax transformation of clipped gradients (docs/adding_an_optimizer.md). Under a
 # `model.parameterization` it is given `rates` as well: a function of parameters that returns
 # factors of their learning rates, which weight decay does not have.
-OPTIMIZERS = {'adamw': adamw}
+OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def _balance(config, schedules):
@@ -174,10 +197,10 @@ def gradient_norm(gradients):
   return optax.tree.norm([wide(g) for g, by in zip(leaves, moved_by, strict=True) if not by])
 
 
-def _rates(scales, params):
-  """The factor of the learning rate of every parameter."""
+def _rates(scales, params, of='rate'):
+  """The factor of the learning rate of every parameter; `of`: a field of `Scales`."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: scales[parameters.name_of(path)].rate, params
+    lambda path, _: getattr(scales[parameters.name_of(path)], of), params
   )
 
 

@@ -19,21 +19,25 @@ class Terms(NamedTuple):
   `aligned`: the sum of the weights of all terms, which after an update point in one direction.
   `random`: the sum of their squares, for initial values have random signs. `init`: the fan-in from
   which `standard` has the initial standard deviation. Of a plain matrix, all three are the fan-in.
+  `rank`: the smaller one of its numbers of inputs and outputs, whatever is summed.
   """
 
   aligned: float
   random: float
   init: float
+  rank: float = 1.0
 
 
 class Scales(NamedTuple):
   """Factors of a parameter on top of `standard`: of its initial values and of its learning rate.
 
+  `orthogonal_rate`: that of updates which are orthogonal matrices, as Muon's, of AdamW's size.
   Weight decay has the unscaled rate: it takes the same fraction of a parameter at every size.
   """
 
   init: float = 1.0
   rate: float = 1.0
+  orthogonal_rate: float = 1.0
 
 
 # Kind of a parameter -> its Scales, from the ratios of its Terms to those in the base shape.
@@ -41,11 +45,17 @@ KINDS = {
   'vector': lambda ratio: Scales(),  # every number acts on its own coordinate
   'embedding': lambda ratio: Scales(ratio.init**0.5),
   'head': lambda ratio: Scales(ratio.init**0.5),  # and `output_scale`, for it may be the embedding
-  'matrix': lambda ratio: Scales((ratio.init / ratio.random) ** 0.5, 1 / ratio.aligned),
+  'matrix': lambda ratio: _moved(ratio, (ratio.init / ratio.random) ** 0.5),
   # From all coordinates to a few scores: these start at 0 in a wide model, or the gradient that
   # comes back through them would outgrow that of all else.
-  'readout': lambda ratio: Scales(ratio.init**0.5 / ratio.aligned, 1 / ratio.aligned),
+  'readout': lambda ratio: _moved(ratio, ratio.init**0.5 / ratio.aligned),
 }
+
+
+def _moved(ratio, init):
+  # A token meets one direction of the update. That of Adam has few, that of Muon `rank` equal ones,
+  # so that each is smaller by the root of it.
+  return Scales(init, 1 / ratio.aligned, ratio.rank**0.5 / ratio.aligned)
 
 
 def scales(terms, base_terms):

@@ -17,26 +17,34 @@ class Parameter(NamedTuple):
   moved_by: str = ''  # one of optimizer.OTHER_UPDATES; '': the optimizer, by the gradient
   kind: str = 'matrix'  # of parameterization.KINDS
   inputs: tuple[int, ...] = (-2,)  # dimensions that a product with it sums over
+  outputs: tuple[int, ...] = (-1,)  # of the product's entries; all others count matrices
+
+  def is_matrix(self, shape):
+    """Whether an array of this shape, stacked blocks included, holds hidden matrices."""
+    is_hidden = self.kind in ('matrix', 'readout') and not self.moved_by
+    return is_hidden and bool(self.outputs) and len(shape) > len(self.inputs + self.outputs)
 
 
 _DECLARED = {}
 
 
-def declare(names, *specs, decays=True, moved_by='', kind='', inputs=(-2,)):
+def declare(
+  names, *specs, decays=True, moved_by='', kind='', inputs=(-2,), outputs=(-1,)
+):
   """Declares properties of parameters.
 
   Args:
     names: separated by spaces; each is the end of a path, joined by /.
     *specs: PartitionSpecs of the last dimensions of the array, without the leading axis of stacked
       blocks. Of several, the first whose mesh axes all divide is used; none: replicated.
-    decays, moved_by, inputs: see `Parameter`.
+    decays, moved_by, inputs, outputs: see `Parameter`.
     kind: see `Parameter`; default: a matrix, or a vector if it does not decay.
 
   Raises:
     ValueError: a name has other properties already.
   """
   kind = kind or ('matrix' if decays else 'vector')
-  new = Parameter(specs or (P(),), decays, moved_by, kind, inputs)
+  new = Parameter(specs or (P(),), decays, moved_by, kind, inputs, outputs)
   for name in names.split():
     if _DECLARED.setdefault(name, new) != new:
       raise ValueError(

@@ -11,8 +11,9 @@ from moejax.layers.sublayer import Cost, Sublayer
 from moejax.sharding import platform
 from moejax.sharding.mesh import SHARD_AXES
 
-parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None), inputs=(-4,))
-parameters.declare('q', P(SHARD_AXES, 'tensor', None), inputs=(-3,))
+# Queries, keys and values are a matrix each.
+parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None), inputs=(-4,), outputs=(-2, -1))
+parameters.declare('q', P(SHARD_AXES, 'tensor', None), inputs=(-3,), outputs=(-2, -1))
 parameters.declare('out', P('tensor', None, SHARD_AXES), inputs=(-3, -2))
 parameters.declare('qkv_bias q_bias kv_bias out_bias', decays=False)
 

@@ -20,7 +20,8 @@ MIN_STEP, MAX_STEP = 1e-3, 0.1
 
 parameters.declare('w_in w_gate', P(mesh.SHARD_AXES, 'tensor'))
 parameters.declare('w_out', P('tensor', mesh.SHARD_AXES))
-parameters.declare('conv_kernel w_delta', P(None, 'tensor'))
+parameters.declare('w_delta', P(None, 'tensor'))
+parameters.declare('conv_kernel', P(None, 'tensor'), outputs=())  # every channel has its own
 parameters.declare('w_select', P('tensor', None))
 parameters.declare('a_log', P('tensor', None), decays=False)
 parameters.declare('conv_bias delta_bias skip', P('tensor'), decays=False)

@@ -6,6 +6,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -53,3 +54,33 @@ def all_gather(tokens):
 def reduce_scatter(tokens):
   """[n * T, ...], summed over the devices along `expert`: each keeps its own [T, ...]."""
   return jax.lax.psum_scatter(tokens, 'expert', scatter_dimension=0, tiled=True)
+
+
+def divide(work, items, axes):
+  """`work(items)`, of which every device does a part.
+
+  Args:
+    work: function of [any number, ...], of every item by itself.
+    items: [n, ...]: this device's shard of each of n items.
+    axes: mesh axes, each with the dimension of an item that it shards (1 or more), or None if its
+      devices have the same items. Of several that shard one dimension, the innermost comes first.
+
+  Returns:
+    This device's shard of the n results.
+  """
+  if not axes:
+    return work(items)
+  (axis, dim), *others = axes
+  n, devices = len(items), jax.lax.axis_size(axis)
+  if dim is None and n < devices:  # the results would take longer than the work
+    return divide(work, items, others)
+  items = jnp.pad(items, [(0, -n % devices)] + [(0, 0)] * (items.ndim - 1))
+  if dim is None:
+    part = len(items) // devices
+    items = jax.lax.dynamic_slice_in_dim(items, jax.lax.axis_index(axis) * part, part)
+    results = jax.lax.all_gather(divide(work, items, others), axis, tiled=True)
+  else:
+    exchange = functools.partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    whole = exchange(items, split_axis=0, concat_axis=dim)
+    results = exchange(divide(work, whole, others), split_axis=dim, concat_axis=0)
+  return results[:n]
