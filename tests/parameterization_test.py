@@ -63,27 +63,29 @@ def test_at_the_base_shape_all_are_the_same_bit_for_bit(name):
 def test_twice_the_width():
   base = 'd_model=6,d_ff=12,mot.expert_width=8'
   scales = _scales(base=base)
-  assert _find(scales, '_attention/layer/qkv') == (1, 1 / 2)
-  assert _find(scales, '_attention/layer/out') == (1, 1 / 2)
-  assert _find(scales, '_mlp/layer/w_in') == _find(scales, '_mlp/layer/w_out') == (1, 1 / 2)
-  assert _find(scales, '/experts/w_in') == _find(scales, '/experts/w_out') == (1, 1 / 2)
-  assert _find(scales, '/controller') == pytest.approx((2**-0.5, 1 / 2))
-  assert _find(scales, 'position_embedding') == scales['embedding'] == (1, 1)
-  assert scales['head'] == pytest.approx((2**0.5, 1))
-  assert _find(scales, '_mot/norm/scale') == (1, 1)
+  matrix = pytest.approx((1, 1 / 2, 2**-0.5))
+  assert _find(scales, '_attention/layer/qkv') == matrix
+  assert _find(scales, '_attention/layer/out') == matrix
+  assert _find(scales, '_mlp/layer/w_in') == _find(scales, '_mlp/layer/w_out') == matrix
+  assert _find(scales, '/experts/w_in') == _find(scales, '/experts/w_out') == matrix
+  assert _find(scales, '/controller') == pytest.approx((2**-0.5, 1 / 2, 1 / 2))  # as many outputs
+  assert _find(scales, 'position_embedding') == scales['embedding'] == (1, 1, 1)
+  assert scales['head'] == pytest.approx((2**0.5, 1, 1))
+  assert _find(scales, '_mot/norm/scale') == (1, 1, 1)
 
 
 def test_twice_the_width_of_mamba():
   scales = _scales(blocks=tiny.MAMBA, base='d_model=6,d_ff=12')
-  for name in ('w_in', 'w_gate', 'w_select', 'w_out'):
-    assert _find(scales, f'_mamba/layer/{name}') == (1, 1 / 2)
+  for name in ('w_in', 'w_gate', 'w_out'):
+    assert _find(scales, f'_mamba/layer/{name}') == pytest.approx((1, 1 / 2, 2**-0.5))
+  assert _find(scales, '_mamba/layer/w_select') == (1, 1 / 2, 1 / 2)  # rank and states, as many
   for name in ('a_log', 'skip', 'conv_kernel', 'conv_bias', 'delta_bias'):
-    assert _find(scales, f'_mamba/layer/{name}') == (1, 1)
+    assert _find(scales, f'_mamba/layer/{name}') == (1, 1, 1)
 
 
 def test_a_tied_embedding_is_as_large_as_in_the_base_shape():
   scales = _scales(tie_embeddings=True, base='d_model=6')
-  assert scales['embedding'] == pytest.approx((2**0.5, 1))
+  assert scales['embedding'] == pytest.approx((2**0.5, 1, 1))
 
 
 @pytest.mark.parametrize('router', ['token_choice', 'expert_choice'])
@@ -97,7 +99,8 @@ def test_finer_experts_of_a_token_add_up_to_the_same(router):
   }
   model = tiny.model_config(**sizes, base='moe.granularity=1')
   scales = model_lib.parameter_scales(model)
-  assert _find(scales, 'experts/w_in') == _find(scales, 'router') == (1, 1)
+  assert _find(scales, 'experts/w_in') == pytest.approx((1, 1, 2**-0.5))  # of 6 columns, not of 12
+  assert _find(scales, 'router') == (1, 1, 2)  # of 12 columns, not of 3
   assert _find(scales, 'experts/w_out').rate == 4
   params = model_lib.init_params(model, jax.random.key(0))
   base = model_lib.init_params(model.base_model, jax.random.key(0))
@@ -117,8 +120,8 @@ def test_groups_of_tokens():
   """Mixtures of 4 instead of 2 tokens, and as many mixtures per token."""
   sizes = {'mot_group_size': 4, 'mot_num_experts': 8}
   scales = _scales(**sizes, base='mot.group_size=2,mot.num_experts=4')
-  assert _find(scales, 'experts/w_in') == pytest.approx((2**0.5, 2**0.5))
-  assert _find(scales, 'experts/w_out') == pytest.approx((2**0.5, 1))
+  assert _find(scales, 'experts/w_in') == pytest.approx((2**0.5, 2**0.5, 2**0.5))
+  assert _find(scales, 'experts/w_out') == pytest.approx((2**0.5, 1, 1))
 
 
 def test_depth_scales_branches_only_in_completep():
@@ -127,7 +130,7 @@ def test_depth_scales_branches_only_in_completep():
       blocks=((('attention', 'mlp'), 6),), parameterization=name, base=f'blocks={tiny.DENSE}'
     )
     assert parameterization.branch_scale(model) == pytest.approx(scale)
-    assert {*model_lib.parameter_scales(model).values()} == {(1, 1)}
+    assert {*model_lib.parameter_scales(model).values()} == {(1, 1, 1)}
 
 
 @pytest.mark.parametrize('name', NAMES)
