@@ -5,6 +5,7 @@ Every block and every expert has matrices of its own, and so have queries, keys 
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def _axes(spec, order, number):
 def orthogonalize(x):
   """U V^T of every matrix U S V^T of [number, rows, columns], about; zeros stay zeros."""
   # Without momentum, optax's transformation is its iterations alone, and needs no state.
-  iterations = optax.contrib.scale_by_muon(
+  iterations: Any = optax.contrib.scale_by_muon(
     beta=0.0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
   )
   return iterations.update(x, iterations.init(x))[0]

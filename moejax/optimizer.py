@@ -92,12 +92,11 @@ def muon(config, schedule, decays, rates=None):
   """Muon for hidden matrices, `adamw` for all other parameters, at the same rate and decay."""
   of_matrices = rates and functools.partial(rates, of='orthogonal_rate')
   direction = muon_lib.scale_by_muon(config.moment_dtype or None)
-  transforms = {
-    'matrices': _with_decay(direction, config, schedule, decays, of_matrices),
-    'others': adamw(config, schedule, decays, rates),
-  }
+  matrices = _with_decay(direction, config, schedule, decays, of_matrices)
+  others = adamw(config, schedule, decays, rates)
   name = lambda path, p: 'matrices' if muon_lib.is_matrix(path, p) else 'others'
-  return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, name))
+  names = functools.partial(jax.tree_util.tree_map_with_path, name)
+  return optax.partition({'matrices': matrices, 'others': others}, names)
 
 
 def _with_decay(direction, config, schedule, decays, rates):

@@ -53,8 +53,8 @@ KINDS = {
 
 
 def _moved(ratio, init):
-  # A token meets one direction of the update. That of Adam has few, that of Muon `rank` equal ones,
-  # so that each is smaller by the root of it.
+  # The sum grows by the direction of an update that lines up with a token. Nearly all of Adam's
+  # update lies in it; Muon's is spread evenly over `rank` directions.
   return Scales(init, 1 / ratio.aligned, ratio.rank**0.5 / ratio.aligned)
 
 

@@ -28,9 +28,7 @@ class Parameter(NamedTuple):
 _DECLARED = {}
 
 
-def declare(
-  names, *specs, decays=True, moved_by='', kind='', inputs=(-2,), outputs=(-1,)
-):
+def declare(names, *specs, decays=True, moved_by='', kind='', inputs=(-2,), outputs=(-1,)):
   """Declares properties of parameters.
 
   Args:

@@ -37,7 +37,7 @@ RANKS = (
     'trackers',
   ),
   ('ops', 'sharding'),
-  ('layers',),
+  ('layers', 'muon'),
   ('model',),
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
   + ('hf',)

@@ -165,7 +165,7 @@ def test_an_optimizer_is_an_entry():
   assert np.abs(biases).max() >= rate
   again = transition_tuning.fresh_moments(optimizer, state['params'], state['step'])
   assert jax.tree.structure(again) == jax.tree.structure(state['optimizer'])
-  with pytest.raises(ValueError, match='optimizer.name must be one of adamw, lion'):
+  with pytest.raises(ValueError, match='optimizer.name must be one of adamw, muon, lion'):
     optimizer_lib.OptimizerConfig(name='sgd')
 
 

@@ -41,9 +41,13 @@ def _at(tree, path):
   return functools.reduce(lambda tree, key: tree[key], path, tree)
 
 
-@jax.jit
 def _updates(*gradients):
   """Of one step after the other, without rate and decay."""
+  return jax.device_get(_steps(*gradients))
+
+
+@jax.jit
+def _steps(*gradients):
   direction, found = muon.scale_by_muon(), []
   state = direction.init(gradients[0])
   for gradient in gradients:
