@@ -91,7 +91,7 @@ class Row:
       if not path.exists():
         print(f'{self.key} failed: {done.stderr[-2000:]}', file=sys.stderr)
         return None
-      return {'command': ' '.join(['python', *self.command]), **json.loads(path.read_text())}
+      return json.loads(path.read_text()) | {'command': ' '.join(['python', *self.command])}
 
 
 def _rows():

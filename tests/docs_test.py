@@ -185,7 +185,7 @@ PATHS = {
   'convert from_safetensors': ['input', 'workdir'],
   'convert to_hf': ['workdir', 'output'],
   'convert from_hf': ['model', 'workdir'],
-  'scaling_laws plan': ['coefficients'],
+  'scaling_laws plan': ['coefficients', 'runtime'],
   'scaling_laws grid': ['coefficients', 'output'],
   'scaling_laws run': ['grid'],  # its workdir may be another machine's
   'scaling_laws fit': ['output'],

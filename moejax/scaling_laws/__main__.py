@@ -63,6 +63,9 @@ def _define_plan():
   _define_number('tokens', None, 'Training tokens.')
   meaning = 'Of serving the model, such as 16GiB: also finds the best expansion rate.'
   flags.DEFINE(_SizeParser(), 'memory', None, meaning, serializer=flags.ArgumentSerializer())
+  cli.define_paths(
+    'runtime', [], 'Speeds: folders of runs or files of moejax.aot --json. Compares granularities.'
+  )
   flags.DEFINE_string('chip', None, 'Choose a machine with this chip: v5e, v5p, A100, H100, ...')
   _define_number('days', None, 'The machine must end in so many days, not only be large enough.', 0)
   flags.DEFINE_bool('estimate', False, 'Do not compile for it, even if libtpu is installed.')
@@ -73,7 +76,7 @@ def _define_plan():
 
 def plan():
   """Finds the best model and training duration for a budget."""
-  from moejax.scaling_laws import grid, plan as plan_lib, report
+  from moejax.scaling_laws import grid, plan as plan_lib, report, runtime
 
   targets = {
     'flops': _FLAGS.flops,
@@ -109,6 +112,7 @@ def plan():
     report.fitted_runs(name, rate),
     _FLAGS.chip,
     memory,
+    runtime.read(_FLAGS.runtime) if _FLAGS.runtime else (),
     mfu=_FLAGS.mfu,
     days=_FLAGS.days,
     compiles=not _FLAGS.estimate,

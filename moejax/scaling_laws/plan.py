@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from moejax import cli, hardware, variants
-from moejax.scaling_laws import grid, laws, leverage, machine, optimal, report
+from moejax.scaling_laws import grid, laws, leverage, machine, optimal, report, runtime
 from moejax.text import short, size
 
 _HEAD_WIDTH = 64
@@ -21,6 +21,7 @@ def make(
   fitted=(),
   chip=None,
   memory=None,
+  speeds=(),
   **machine_options,
 ):
   """The plan as a dict of plain values, in the units of laws.py.
@@ -34,6 +35,7 @@ def make(
     chip: such as 'v5e' or 'H100', to choose a machine and estimate hours, or None.
     memory: the bytes that serving the model may take, as laws.serving_bytes counts, or None. Its
       target is FLOPs.
+    speeds: `runtime.Speed`s, to compare granularities by the clock.
     **machine_options: `mfu`, to estimate hours from the chip's peak instead, or as `machine.find`.
 
   Raises:
@@ -66,6 +68,8 @@ def make(
   if memory:
     bytes_ = laws.serving_bytes(cell.d_model, cell.blocks, expansion_rate, _vocabulary(recipe))
     result['memory'] = {'limit': memory, 'bytes': bytes_, 'experts': _compared(choices)}
+  if speeds:
+    result['runtime'] = runtime.compare(law, best, expansion_rate, speeds)
   if chip:
     result['chip'], mesh = _chip(chip, cell, best.flops, **machine_options)
     cell = _with_fields(cell, mesh)
@@ -227,6 +231,7 @@ def describe(plan):
     if dense
     else None,
     *_memory_rows(plan),
+    *runtime.describe(plan.get('runtime', ())),
     (
       'nearest shape',
       f'd_model {model["d_model"]}, {model["blocks"]} blocks'
