@@ -23,7 +23,7 @@ def _meaning(models):
   if extents := {extent for run in _all(models) if (extent := _extent(run))}:
     yield f'validation: {" or ".join(sorted(extents))}.'
   yield f'training: the mean of the last quarter of the steps{_seen(models)}.'
-  if found := seeds.noise(*(model.losses for model in models)):
+  if found := seeds.noise(*([*model.losses.values()] for model in models)):
     yield (
       f'noise of seeds: {found.deviation:.4f} nats, their standard deviation within a model '
       f'({found.freedom} degrees of freedom).'

@@ -54,8 +54,9 @@ class Model(NamedTuple):
   runs: list[Run]
 
   @property
-  def losses(self) -> list[float]:
-    return [run.loss for run in self.runs]
+  def losses(self) -> dict[tuple, float]:
+    """The last validation losses by seed."""
+    return {run.seed: run.loss for run in self.runs}
 
   @property
   def tokens(self) -> float:
@@ -209,16 +210,12 @@ def durations(models: list[Model]) -> dict[float, Model]:
 
 
 def have_pairs(a: Model, b: Model) -> bool:
-  """Whether runs of a seed saw the same batches in both models, and of another seed others.
+  """Whether runs of the same seed are to be compared: both began alike and saw the same batches.
 
-  Only then a pair has something in common that the others have not.
+  Not with fewer than three seeds, whose differences are too few to know their spread.
   """
-  orders = {run.seed[1] for run in a.runs}
-  return (
-    [run.seed for run in a.runs] == [run.seed for run in b.runs]
-    and len(orders) == len(a.runs)
-    and _data(a.runs[0]) == _data(b.runs[0])
-  )
+  same = a.losses.keys() == b.losses.keys() and _data(a.runs[0]) == _data(b.runs[0])
+  return same and len(a.runs) > 2
 
 
 def _key(run):

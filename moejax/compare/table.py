@@ -35,7 +35,7 @@ def make_rows(models: list[Model]) -> list[Row]:
 
 def _row(model, lengths):
   """The row of a model; `lengths`: the baseline by its tokens."""
-  row = Row(model, seeds.mean(model.losses))
+  row = Row(model, seeds.mean([*model.losses.values()]))
   if model.train_losses:
     row = row._replace(training=seeds.mean(model.train_losses))
   if model in lengths.values():
@@ -43,15 +43,17 @@ def _row(model, lengths):
   if not model.is_finished:
     return row
   if (same := lengths.get(model.tokens)) and same.is_finished:
-    pairs = have_pairs(same, model)
-    row = row._replace(lead=seeds.difference(same.losses, model.losses, paired=pairs))
+    paired = have_pairs(same, model)
+    losses = ([*m.losses.values()] for m in (same, model))  # in the order of seeds
+    row = row._replace(lead=seeds.difference(*losses, paired=paired))
     if all(run.training for run in same.runs + model.runs):
-      curves = ([run.training for run in m.runs] for m in (same, model))
-      row = row._replace(mid_schedule=speedup.mid_schedule(*curves))
+      curves = ({run.seed: run.training for run in m.runs} for m in (same, model))
+      row = row._replace(mid_schedule=speedup.mid_schedule(*curves, paired=paired))
   if len(lengths) > 1:
     losses = {tokens: other.losses for tokens, other in lengths.items()}
+    paired = all(have_pairs(other, model) for other in lengths.values())
     row = row._replace(
-      matched=speedup.matched_schedule(model.losses, model.tokens, losses),
+      matched=speedup.matched_schedule(model.losses, model.tokens, losses, paired),
       span=(min(lengths) / model.tokens, max(lengths) / model.tokens),
     )
   return row

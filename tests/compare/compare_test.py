@@ -37,11 +37,11 @@ def _run(folder, corpus='c', loss=1.5, config=None, **summary):
   return json.loads((folder / 'summary.json').read_text())
 
 
-def _seeds(folder, losses, config=None, seed='train.seed', **summary):
+def _seeds(folder, losses, config=None, first=0, **summary):
   """Runs of one model with these losses, by seed; returns their folders."""
   folders = [folder.with_name(f'{folder.name}-s{i}') for i in range(len(losses))]
   for i, (path, loss) in enumerate(zip(folders, losses, strict=True)):
-    _run(path, loss=loss, config=(config or {}) | {seed: i}, **summary)
+    _run(path, loss=loss, config=(config or {}) | {'train.seed': first + i}, **summary)
   return folders
 
 
@@ -180,7 +180,7 @@ def test_a_difference_within_the_noise_prints_as_none(tmp_path):
     tmp_path / 'mot', [1.51, 1.49, 1.505], LAYERS
   )
   table = _table(folders)
-  assert _column(table, 'lead') == ['-', 'none (+0.0083 ± 0.0232)']
+  assert _column(table, 'lead') == ['-', 'none (+0.0083 ± 0.0502)']
   assert 'none: within the noise of seeds.' in compare.notes(compare.read(folders))
 
 
@@ -198,16 +198,18 @@ def test_the_same_run_again_is_not_another_seed(tmp_path):
   assert _column(table, 'model') == ['dense', 'again'] and _column(table, 'seeds') == ['2', '2']
 
 
-def test_seeds_of_the_data_make_pairs(tmp_path):
-  """What the order of the data does to both models cancels."""
+def test_what_a_seed_does_to_both_models_cancels(tmp_path):
   shifts = [0.0, 0.2, -0.1]
-  losses = lambda base: [x + shift for x, shift in zip(base, shifts, strict=True)]
-  lead = {}
-  for seed in ('data.seed', 'train.seed'):
-    folders = _seeds(tmp_path / f'{seed}/dense', losses(DENSE), seed=seed)
-    folders += _seeds(tmp_path / f'{seed}/mot', losses(MOT), LAYERS, seed=seed)
-    lead[seed] = _column(_table(folders), 'lead')[1]
-  assert lead == {'data.seed': '+0.0900 ± 0.0248', 'train.seed': 'none (+0.0900 ± 0.3651)'}
+  shifted = lambda losses: [x + shift for x, shift in zip(losses, shifts, strict=True)]
+  folders = _seeds(tmp_path / 'dense', shifted(DENSE)) + _seeds(
+    tmp_path / 'mot', shifted(MOT), LAYERS
+  )
+  assert _column(_table(folders), 'lead') == ['-', '+0.0900 ± 0.0248']
+  others = _seeds(tmp_path / 'other', shifted(MOT), LAYERS | {'model.d_ff': 64}, first=3)
+  larger = _seeds(tmp_path / 'batch', shifted(MOT), LAYERS | {'data.batch_size': 16})
+  assert (
+    _column(_table([*folders, *others, *larger]), 'lead')[2:] == ['none (+0.0900 ± 0.3651)'] * 2
+  )
 
 
 def _lengths(folder, warmup=lambda steps: 50):
@@ -232,7 +234,7 @@ def test_matched_schedules(tmp_path, warmup):
   *baseline, mot, best, worst = _column(table, 'matched')
   assert baseline == ['-'] * 4 and best == '>3x' and worst == '<1x'
   value, low, high = map(float, re.findall(r'([\d.]+)x', mot))
-  assert value == pytest.approx(2) and 1.5 < low < 1.9 and 2.1 < high < 2.6
+  assert value == pytest.approx(2) and 1.4 < low < 1.9 and 2.1 < high < 2.6
   assert 'not measured' not in compare.notes(compare.read(folders))
 
 

@@ -12,8 +12,17 @@ PLACES = [100.0, 150.0, 200.0, 300.0]
 
 
 def _durations(noise=0.0, rng=None, seeds=3):
-  shifts = rng.normal(0, noise, (4, seeds)) if rng else np.zeros((4, seeds))
-  return {p: list(LOSS(p) + shift) for p, shift in zip(PLACES, shifts, strict=True)}
+  """Losses of the baseline by tokens and seed; `noise`: of each run, or [4, seeds]."""
+  shifts = rng.normal(0, noise, (4, seeds)) if rng else np.zeros((4, seeds)) + noise
+  return {p: _by_seed(LOSS(p) + shift) for p, shift in zip(PLACES, shifts, strict=True)}
+
+
+def _by_seed(values):
+  return dict(enumerate(values))
+
+
+def _same(loss, seeds=3):
+  return _by_seed([loss] * seeds)
 
 
 @pytest.mark.parametrize(
@@ -25,27 +34,41 @@ def test_steps_to_reach_a_loss(loss, steps):
   assert speedup.steps_to_reach(loss, np.array(curve)) == steps
 
 
-@pytest.mark.parametrize('times', [1.0, 1.1, 1.25, 1.7, 2.5, 3.0])
+@pytest.mark.parametrize('times', [1.01, 1.1, 1.25, 1.7, 2.5, 2.99])
 def test_the_ratio_of_a_model_that_is_so_many_times_faster(times):
-  ratio = speedup.matched_schedule([LOSS(100 * times)] * 2, 100, _durations())
+  ratio = speedup.matched_schedule(_same(LOSS(100 * times)), 100, _durations())
   assert ratio.value == pytest.approx(times, rel=0.01)
   assert ratio.low == pytest.approx(ratio.value) == ratio.high  # there is no noise
-  slower = speedup.matched_schedule([LOSS(100 * times)] * 2, 200, _durations())
+  slower = speedup.matched_schedule(_same(LOSS(100 * times)), 200, _durations())
   assert slower.value == pytest.approx(times / 2, rel=0.01)
 
 
 def test_ratios_beyond_the_durations():
-  assert speedup.matched_schedule([LOSS(301), LOSS(301)], 100, _durations()).low == math.inf
-  assert speedup.matched_schedule([LOSS(99), LOSS(99)], 100, _durations()).high == 0
+  assert speedup.matched_schedule(_same(LOSS(301)), 100, _durations()).low == math.inf
+  assert speedup.matched_schedule(_same(LOSS(99)), 100, _durations()).high == 0
   rng = np.random.default_rng(0)
-  noisy = speedup.matched_schedule([1.73, 1.70], 100, _durations(0.01, rng))
+  noisy = speedup.matched_schedule(_by_seed([1.73, 1.71, 1.72]), 100, _durations(0.01, rng))
   assert noisy.excludes(1) and noisy.low < 3 and noisy.high == math.inf
 
 
 def test_one_seed_has_a_ratio_without_an_interval():
-  one = speedup.matched_schedule([LOSS(200)], 100, _durations())
+  one = speedup.matched_schedule(_same(LOSS(200), 1), 100, _durations())
   assert one.value == pytest.approx(2) and not one.has_interval
-  assert not speedup.matched_schedule([LOSS(200)] * 2, 100, _durations(seeds=1)).has_interval
+  assert not speedup.matched_schedule(_same(LOSS(200)), 100, _durations(seeds=1)).has_interval
+  some = _durations() | {300.0: _same(LOSS(300), 1)}  # one seed, at one duration
+  ratio = lambda times: speedup.matched_schedule(_same(LOSS(100 * times)), 100, some)
+  assert ratio(1.7).has_interval and not ratio(2.5).has_interval
+  assert not ratio(4).has_interval and ratio(0.5).has_interval
+
+
+def test_what_a_seed_does_to_both_models_cancels_in_pairs():
+  shift = np.array([-0.1, 0.0, 0.1])
+  losses = _by_seed(LOSS(140.0) + shift + [0.001, 0, -0.001])
+  ratio = lambda paired: speedup.matched_schedule(losses, 100, _durations(shift), paired)
+  assert ratio(True).value == ratio(False).value == pytest.approx(1.4, rel=0.01)
+  assert ratio(True).low > 1.35 and not ratio(False).excludes(1)
+  others = {f'other {seed}': loss for seed, loss in losses.items()}
+  assert speedup.matched_schedule(others, 100, _durations(shift), True) == ratio(False)
 
 
 def test_a_longer_duration_that_is_worse_is_averaged_out():
@@ -54,14 +77,18 @@ def test_a_longer_duration_that_is_worse_is_averaged_out():
   assert speedup.tokens_to_reach(1.95, [1.0, 2.0, 4.0], [3.0, 1.9, 2.1]) == math.inf
 
 
-def test_the_interval_of_a_ratio_covers_it():
-  rng = np.random.default_rng(2)
-  covered = []
-  for _ in range(60):
-    losses = list(LOSS(140.0) + rng.normal(0, 0.01, 3))
-    ratio = speedup.matched_schedule(losses, 100, _durations(0.01, rng))
-    covered.append(not ratio.excludes(1.4))
-  assert np.mean(covered) > 0.9
+@pytest.mark.parametrize('of_seed', [0.0, 0.02])
+@pytest.mark.parametrize('times', [1.25, 1.5])
+def test_the_interval_of_a_ratio_covers_it(of_seed, times):
+  """With noise of its own in each run, and what a seed does to all its runs."""
+  rng, covered = np.random.default_rng(2), []
+  for _ in range(300):
+    shift = rng.normal(0, of_seed, 3)
+    losses = _by_seed(LOSS(100 * times) + shift + rng.normal(0, 0.01, 3))
+    noise = shift + rng.normal(0, 0.01, (4, 3))
+    ratio = speedup.matched_schedule(losses, 100, _durations(noise), paired=bool(of_seed))
+    covered.append(not ratio.excludes(times))
+  assert 0.92 < np.mean(covered) < 0.995
 
 
 def test_smoothing_is_the_exponential_average_of_the_paper():
@@ -86,15 +113,15 @@ def _training(times, noise=0.0, rng=None):
 
 
 def test_the_papers_measure():
-  ratio = speedup.mid_schedule([_training(1)] * 2, [_training(1.5)] * 2)
-  assert ratio.value == pytest.approx(1.5, rel=0.03)
-  assert speedup.mid_schedule([_training(1)] * 2, [_training(1)] * 2).value == pytest.approx(1)
-  assert speedup.mid_schedule([_training(1)] * 2, [_training(0.5)] * 2) == (0, 0, 0)
-  assert not speedup.mid_schedule([_training(1)], [_training(1.5)]).has_interval
+  some = lambda times, seeds=3: _by_seed([_training(times)] * seeds)
+  assert speedup.mid_schedule(some(1), some(1.5)).value == pytest.approx(1.5, rel=0.03)
+  assert speedup.mid_schedule(some(1), some(1)).value == pytest.approx(1)
+  assert speedup.mid_schedule(some(1), some(0.5)) == (0, 0, 0)
+  assert not speedup.mid_schedule(some(1, 1), some(1.5)).has_interval
   rng = np.random.default_rng(0)
-  some = lambda times: [_training(times, 0.02, rng) for _ in range(3)]
-  assert speedup.mid_schedule(some(1), some(3)).excludes(1)
-  assert not speedup.mid_schedule(some(1), some(1.05)).excludes(1)
+  noisy = lambda times: _by_seed([_training(times, 0.02, rng) for _ in range(3)])
+  assert speedup.mid_schedule(noisy(1), noisy(3)).excludes(1)
+  assert not speedup.mid_schedule(noisy(1), noisy(1.05)).excludes(1)
 
 
 def test_the_papers_measure_is_nearly_blind_to_what_decay_gives():
@@ -103,5 +130,5 @@ def test_the_papers_measure_is_nearly_blind_to_what_decay_gives():
   curves = []
   for times in (1, 2):
     steps, losses = np.array(_training(times)).T
-    curves.append(list(zip(steps, losses - decay(steps), strict=True)))
-  assert 1 < speedup.mid_schedule([curves[0]], [curves[1]]).value < 1.4
+    curves.append({0: list(zip(steps, losses - decay(steps), strict=True))})
+  assert 1 < speedup.mid_schedule(*curves).value < 1.4
