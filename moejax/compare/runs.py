@@ -238,13 +238,14 @@ def _matters(name):
 
 
 def _past(run):
-  """How a run began, and what was changed on resuming it."""
+  """How a run began, and what was changed on resuming it; a fork equals a run trained whole."""
   changes = [
     (entry['from_step'], changed)
     for entry in run.summary.get('history') or ()
     if (changed := {n: v for n, v in entry['changes'].items() if n == _STEPS or _matters(n)})
   ]
-  return run.summary.get('origin'), changes
+  origin = run.summary.get('origin') or {}
+  return {} if 'forked_from' in origin else origin, changes
 
 
 def _data(run):

@@ -249,6 +249,14 @@ def test_what_is_no_length_of_the_baseline(tmp_path):
   assert _column(table, 'matched') == ['-'] + ['not measured'] * 3
 
 
+def test_a_fork_is_a_length_of_the_baseline(tmp_path):
+  folders = _seeds(tmp_path / 'dense', DENSE)
+  origin = {'forked_from': 'dense-s0', 'step': 16}
+  folders += _seeds(tmp_path / 'more', MOT, {'train.steps': 40}, origin=origin)
+  folders += _seeds(tmp_path / 'tuned', MOT, {'train.steps': 60}, origin={'optimizer': 'keep'})
+  assert _column(_table(folders), 'model') == ['dense', 'dense-2x', 'tuned']
+
+
 def test_the_command_for_what_is_not_measured(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   folders = _seeds(tmp_path / 'runs/dense', DENSE) + _seeds(tmp_path / 'runs/mot', MOT, LAYERS)
