@@ -94,20 +94,26 @@ class Row:
       return json.loads(path.read_text()) | {'command': ' '.join(['python', *self.command])}
 
 
+def _config(config):
+  """The flags of a config; small routing groups, which devices with few sequences can hold."""
+  groups = ['--config.model.moe.group_size=8'] if config.startswith('moe') else []
+  return [f'--config=configs/{config}', *groups]
+
+
 def _rows():
   for name, config in LARGE.items():
     for topology in SLICES:
-      args = f'--config=configs/{config}', '--search', '--num_compiled=1'
+      args = *_config(config), '--search', '--num_compiled=1'
       yield [Row('large', name, topology, args)]
   for name, (config, per_chip, mesh) in WEAK.items():
     for chips in WEAK_CHIPS:
       sizes = mesh | {'data': -1}
-      args = [f'--config=configs/{config}', f'--config.data.batch_size={per_chip * chips}']
+      args = [*_config(config), f'--config.data.batch_size={per_chip * chips}']
       args += [f'--config.mesh.{axis}={n}' for axis, n in sizes.items()]
       args += ['--config.model.remat=full', '--config.optimizer.accumulation=1']
       yield [Row('weak', name, f'v5e-{chips}', tuple(args))]
   for name, config in PAPERS.items():
-    args = f'--config=configs/{config}', '--search', '--num_compiled=1'
+    args = *_config(config), '--search', '--num_compiled=1'
     yield [Row('papers', name, topology, args) for topology in _V5E]
 
 

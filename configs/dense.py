@@ -2,6 +2,7 @@
 
   python -m moejax.main --config=configs/dense.py:llama
 
+What differs from the papers' dense models is what configs/mot.py says of its own.
 The variants `llama` and `gpt2` are models that transformers has too (docs/convert.md).
 """
 

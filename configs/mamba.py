@@ -4,8 +4,7 @@
   python -m moejax.main --config=configs/mamba.py:25M
 
 Two Mamba layers replace a block of attention and feed-forward. Final log-perplexity in the paper
-(table 1): 25M 3.34, 100M 2.99. 3M is our own miniature. At the laptop size 1000 steps reach 1.190
-nats per byte on held-out files (docs/LOG.md).
+(table 1): 25M 3.34, 100M 2.99. 3M is our own miniature.
 
 The paper's runs apply weight decay to every parameter. The authors of Mamba exempt the recurrence
 (--config.optimizer.decay=matrices) and keep the residual stream in float32

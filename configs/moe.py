@@ -6,9 +6,16 @@
 Sizes are the Transformer-MoE baselines of MoE-Mamba (arXiv:2401.04081, tables 5 and 6): 32 experts,
 top 1, capacity factor 1, on C4 with context 1024; the variant `dense` is the Transformer without
 experts. Final log-perplexity in the paper (table 1): 25M 3.23, dense 3.43; 100M 2.88. 3M is our own
-miniature. The laptop default (8 experts) reaches 1.190 nats per byte on held-out files, 1.162
-without drops; its dense baseline 1.191. The variants `mixtral` (two experts per token) and `olmoe`
-are models that transformers has too (docs/convert.md).
+miniature, and the laptop default has 8 experts. The variants `mixtral` (two experts per token) and
+`olmoe` are models that transformers has too (docs/convert.md).
+
+As in the paper, the tokens of a device's batch share the slots of an expert: 64 sequences, 256 at
+100M. Such a group lies on one device; on machines whose devices hold fewer sequences lower
+model.moe.group_size, to 8 for example, for somewhat more dropped tokens.
+
+Different from the paper: documents do not see each other within a packed sequence
+(model.document_mask); slots are rounded up, and the later tokens are dropped rather than arbitrary
+ones; attention scores are bfloat16 with a float32 softmax; feed-forward layers have no biases.
 """
 
 from moejax import variants

@@ -98,6 +98,7 @@ def sized(name):
     c4(c)
   if name == 'mini':
     c.train.steps = 250_000  # the proof of concept in the first version of the MoT paper
+    c.model.init_scale = 1.0  # of its MoT model; that of its dense one is not published
   if name in SCALING_SIZES:
     scaling_law_run(c)
   return c
@@ -143,7 +144,9 @@ def moe_mamba_run(size):
   c.model.blocks = ((('attention', 'mlp'), blocks),)
   c.data.sequence_length = 1024
   c.data.batch_size = batch_size
-  c.optimizer.accumulation = max(1, batch_size // 128)  # of 100M, whose batch is a million tokens
+  # The tokens of a device of the paper share an expert's slots; 100M ran on several.
+  c.model.moe.group_size = min(batch_size, 256)
+  c.optimizer.accumulation = batch_size // c.model.moe.group_size
   c.optimizer.peak_lr = peak_lr
   c.optimizer.warmup_steps = steps // 100
   c.train.steps = steps

@@ -15,7 +15,7 @@ import time
 import pytest
 import yaml
 
-from configs import fine_grained, moe as moe_config, moe_mamba, mot
+from configs import dense, fine_grained, moe as moe_config, moe_mamba, mot
 from moejax import metrics, model, variants
 
 pytestmark = pytest.mark.heavy
@@ -199,6 +199,21 @@ def test_sizes_of_the_moe_mamba_paper():
   assert c.model.blocks == ((('mamba+moe',), 16),) and c.model.moe.expansion_rate == 16
   c = moe_config.get_config('25M,dense')
   assert c.model.blocks == ((('attention', 'mlp'), 8),) and c.data.sequence_length == 1024
+
+
+@pytest.mark.parametrize('module', [moe_config, moe_mamba])
+@pytest.mark.parametrize(('size', 'pool'), [('3M', 64), ('25M', 64), ('100M', 256)])
+def test_the_tokens_of_a_device_of_the_paper_share_the_slots(module, size, pool):
+  c = module.get_config(size)
+  assert c.model.moe.group_size == c.data.batch_size // c.optimizer.accumulation == pool
+  assert module.get_config('laptop').model.moe.group_size == 8
+
+
+@pytest.mark.parametrize('size', ['laptop', 'mini', 'small', 'medium', 'base', 'large'])
+def test_compared_models_begin_with_the_same_scale(size):
+  scale = dense.get_config(size).model.init_scale
+  assert mot.get_config(size).model.init_scale == scale
+  assert scale == (1.0 if size in ('laptop', 'mini') else 0.1)
 
 
 @pytest.mark.parametrize(

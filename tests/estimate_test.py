@@ -59,6 +59,8 @@ def test_the_estimate_is_near_what_the_compiler_needs(row):
   config = importlib.import_module(f'configs.{file}').get_config(variants)
   batch = report['tokens'] // config.data.sequence_length
   changes = {'model.remat': report['remat'], 'data.batch_size': batch}
+  if groups := re.search(r'--config\.model\.moe\.group_size=(\d+)', report['command']):
+    changes['model.moe.group_size'] = int(groups[1])
   run_config = _resolved(config, **changes, **{'optimizer.accumulation': report['accumulation']})
   sizes = tuple(report['mesh'].get(axis, 1) for axis in sharding.AXES)
   with platform.compiling_for('tpu'):
