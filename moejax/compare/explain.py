@@ -1,12 +1,13 @@
 """What the tables of a comparison mean, in words, and what is missing."""
 
+import math
 import pathlib
 import shlex
 
 import numpy as np
 
 from moejax import report, seeds
-from moejax.compare import runs as runs_lib
+from moejax.compare import runs as runs_lib, speedup
 from moejax.compare.runs import SEEDS, Model, Run
 
 LONGER = (1.5, 2, 3)  # lengths of the baseline that matched schedules are measured with
@@ -15,7 +16,8 @@ LONGER = (1.5, 2, 3)  # lengths of the baseline that matched schedules are measu
 def notes(runs: list[Run]) -> str:
   """The lines below the tables of runs that `read` returned."""
   models = runs_lib.models(runs)
-  return '\n'.join([*_meaning(models), *_warnings(models), *_missing(models)])
+  parts = _meaning(models), _leverages(models), _warnings(models), _missing(models)
+  return '\n'.join(line for lines in parts for line in lines)
 
 
 def _meaning(models):
@@ -41,6 +43,35 @@ def _meaning(models):
       'baseline has had its decay by then.'
     )
     yield 'none: within the noise of seeds.'
+
+
+def _leverages(models):
+  """Efficiency leverage, where final losses of dense models are above and below that of another."""
+  finished = [model for model in models if model.is_finished]
+  dense = {model.flops: model for model in finished if _kinds(model) == {'attention', 'mlp'}}
+  places = sorted(dense)
+  samples = [[run.loss for run in dense[flops].runs] for flops in places]
+  known = seeds.noise(*samples)
+  for model in finished if len(dense) > 1 else ():
+    if not _kinds(model) or model in dense.values():
+      continue
+
+    def leverage(means, flops=model.flops):
+      return speedup.tokens_to_reach(means[0], places, means[1:]) / flops
+
+    losses = [run.loss for run in model.runs]
+    found = seeds.of_means(leverage, [losses, *samples], [None, *[known] * len(samples)])
+    if 0 < found.value < math.inf:
+      yield (
+        f'efficiency leverage of {model.name}: {found:.2f}, the FLOPs of dense with its loss over '
+        'its own (arXiv:2507.17702), between the compared dense models.'
+      )
+
+
+def _kinds(model):
+  """The sublayers of a model; empty if its runs do not say."""
+  blocks = model.runs[0].fields.get('model.blocks') or ()
+  return {sublayer for pattern, _ in blocks for sublayer in pattern}
 
 
 def _extent(run):

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from moejax import cli, hardware, variants
-from moejax.scaling_laws import grid, laws, leverage, machine, optimal, report, runtime
+from moejax.scaling_laws import grid, laws, machine, optimal, report, runtime
 from moejax.text import short, size
 
 _HEAD_WIDTH = 64
@@ -174,16 +174,19 @@ def _model(cell):
 
 
 def _dense(law, best):
-  """The dense model with the same loss."""
-  found = leverage.by_law(law, best.loss, best.flops)
-  if not found:
+  """The compute-optimal dense model with the same loss.
+
+  The ratio of FLOPs is the efficiency leverage of arXiv:2507.17702, Definition 3.1.
+  """
+  try:
+    same = optimal.solve(law, 1, loss=best.loss)
+  except ValueError:  # below the least loss of the dense law
     return None
-  ratio, same = found
   return {
     'flops': same.flops,
     'params': same.params,
     'tokens': same.tokens,
-    'flops_ratio': ratio,
+    'flops_ratio': same.flops / best.flops,
   }
 
 
