@@ -155,9 +155,7 @@ class Checkpoints:
 
   def metadata(self, step: int) -> dict:
     """The metadata given to `save`."""
-    path = self._folder(step) / 'metadata.json'
-    with one_line_errors(f'cannot read {path}'):
-      return json.loads(path.read_text())
+    return read_metadata(self._directory, step)
 
   def restore(self, step: int, abstract_state, loader=None, config: dict | None = None):
     """Loads the state of a step, on any mesh.
@@ -305,6 +303,51 @@ def _link(directory):
   link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
   link.symlink_to(directory)
   return link
+
+
+def exists(directory, step: int | None = None) -> bool:
+  """Whether a step, or any, was saved completely; its files may have been damaged since."""
+  return any(pathlib.Path(directory).glob(f'{"[0-9]*" if step is None else step}/manifest.json'))
+
+
+def read_metadata(directory, step: int) -> dict:
+  """The metadata given to `Checkpoints.save`; ValueError if they cannot be read."""
+  path = pathlib.Path(directory) / str(step) / 'metadata.json'
+  with one_line_errors(f'cannot read {path}'):
+    return json.loads(path.read_text())
+
+
+def give(directory, step: int, other, changes: dict) -> None:
+  """Gives another run the checkpoint of a step; the files of arrays are shared, on one disk.
+
+  Args:
+    directory: of the checkpoints.
+    step: which one.
+    other: the folder of the other run's checkpoints.
+    changes: of the metadata.
+
+  Raises:
+    ValueError: the step is missing or damaged.
+    OSError: `other` cannot be written; it has no new step.
+  """
+  source, target = pathlib.Path(directory, str(step)), pathlib.Path(other, str(step))
+  if problem := _problem(source):
+    raise ValueError(f'checkpoint {source}: {problem}')
+  metadata = read_metadata(directory, step) | changes
+  manifest = json.loads((source / 'manifest.json').read_text())
+  with files.atomic_output(target) as unfinished:
+    shutil.copytree(source, unfinished, copy_function=_share)
+    files.write(unfinished / 'metadata.json', json.dumps(metadata))
+    manifest |= _checksums(unfinished, ['metadata.json'])
+    files.write(unfinished / 'manifest.json', json.dumps(manifest))
+
+
+def _share(source, target):
+  """Links a file, which saves never change; copies it to another disk."""
+  try:
+    os.link(source, target)
+  except OSError:
+    shutil.copy2(source, target)
 
 
 @contextlib.contextmanager

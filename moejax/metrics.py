@@ -30,11 +30,8 @@ class MetricsWriter:
       trackers: names of trackers.TRACKERS.
       config: of the run, as nested dicts; for the trackers.
     """
-    path = pathlib.Path(workdir) / _FILE
-    first = start_step + 1 if start_step else 0
-    kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
-    files.write(path, ''.join(map(_line, kept)))
-    self._lines = path.open('a')
+    copy(workdir, workdir, start_step)
+    self._lines = (pathlib.Path(workdir) / _FILE).open('a')
     self._trackers = Trackers(trackers, workdir, config or {}, start_step)
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
@@ -86,6 +83,13 @@ def _entry(line):
     return None
   numbers = all(isinstance(value, int | float | None) for value in entry.values())
   return entry if numbers else None
+
+
+def copy(workdir, other, step: int) -> None:
+  """Writes the lines of a run until a step to the folder `other`; of step 0, none."""
+  first = step + 1 if step else 0
+  kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
+  files.write(pathlib.Path(other) / _FILE, ''.join(map(_line, kept)))
 
 
 def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:

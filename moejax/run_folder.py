@@ -18,11 +18,13 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from moejax import (
+  checkpoint,
   cli,
   config as config_lib,
   fields,
   files,
   imports,
+  metrics,
   model as model_lib,
   optimizer,
   sharding,
@@ -184,6 +186,30 @@ def check_tokenizer(metadata, tokenizer):
       f'data.tokenizer: the checkpoint was trained with tokenizer {metadata["tokenizer"]}, but the '
       f'config names one with fingerprint {tokenizer.fingerprint}. Give the original file.'
     )
+
+
+def fork(source, step, config, workdir):
+  """Begins a run at a step of another one, whose steps until then it shares.
+
+  It has the metrics until then, the checkpoint, and `origin` in its summary. A fork that is
+  interrupted is no run yet: fork again.
+
+  Args:
+    source: the folder of the other run, which may be in training.
+    step: of a checkpoint.
+    config: the ConfigDict of the new run; trained with it, the other would be the same at `step`.
+    workdir: the folder of the new run, which has no checkpoint.
+
+  Raises:
+    ValueError: the checkpoint is missing or damaged.
+    OSError: `workdir` cannot be written.
+  """
+  source, workdir = pathlib.Path(source), pathlib.Path(workdir)
+  taken = checkpoint_dir(source)
+  write(config, workdir, checkpoint.read_metadata(taken, step).get('corpus'))
+  metrics.copy(source, workdir, step)
+  changes = {'config': config.to_dict(), 'origin': {'forked_from': source.name, 'step': step}}
+  checkpoint.give(taken, step, checkpoint_dir(workdir), changes)
 
 
 # Fields that may always change on resuming: how to compute, and where to find the text, whose

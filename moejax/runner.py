@@ -1,5 +1,11 @@
-"""Trains the cells of a grid: locally, several at a time, or by commands for other machines."""
+"""Trains the cells of a grid: locally, several at a time, or by commands for other machines.
 
+Cells that differ in train.steps alone may share their first steps, bit for bit (`shared_steps` of
+moejax.optimizer). Then the next longer one is forked off the checkpoint that the shorter one saves
+there, and these steps are trained once.
+"""
+
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -11,11 +17,21 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import NamedTuple
 
 import tqdm
 from flax.traverse_util import flatten_dict
 
-from moejax import cli, imports, metrics, report, run_folder
+from moejax import (
+  checkpoint,
+  cli,
+  config as config_lib,
+  imports,
+  metrics,
+  optimizer,
+  report,
+  run_folder,
+)
 
 _POLL_SECONDS = 0.5
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
@@ -94,8 +110,11 @@ def run(cells, workdir):
   _check_distinct(cells, settings)
   _check_same_runs(settings, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  sources = _sources(cells, settings)
+  if any(sources.values()):
+    print(_describe_sources(cells, sources), flush=True)
   with _lock(workdir) as lock:
-    scheduler = _Scheduler(cells, workdir, lock)
+    scheduler = _Scheduler(cells, workdir, lock, settings, sources)
     with _stop_on_signals() as stop:
       failed = scheduler.work(stop)
   if stop.is_set():
@@ -106,6 +125,51 @@ def run(cells, workdir):
   done = sum(is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
   return cli.FAILED if failed else cli.OK
+
+
+class _Source(NamedTuple):
+  """A cell that trains the first steps of another one, and how many."""
+
+  cell: Cell
+  step: int
+
+
+def _sources(cells, settings):
+  """The `_Source`s of every cell by its name, the most steps first."""
+  groups = collections.defaultdict(list)
+  for cell in cells:
+    others = settings[cell.name] | {'train.steps': None}
+    groups[json.dumps(others, sort_keys=True)].append(cell)
+  sources = {cell.name: [] for cell in cells}
+  for group in groups.values():
+    shorter = []
+    group.sort(key=lambda cell: settings[cell.name]['train.steps'])
+    for cell in group if len(group) > 1 else ():
+      sources[cell.name] = shorter[::-1]
+      if step := _shared_steps(cell):
+        shorter.append(_Source(cell, step))
+  return sources
+
+
+def _shared_steps(cell):
+  """`optimizer.shared_steps` of a cell; 0 if its config is invalid, which its run will say."""
+  try:
+    return optimizer.shared_steps(config_lib.resolve(cli.config_of(cell.arguments[2:])))
+  except ValueError:
+    return 0
+
+
+def _taken(cell, sources):
+  """The number of steps that another cell trains for this one."""
+  return sources[cell.name][0].step if sources[cell.name] else 0
+
+
+def _describe_sources(cells, sources):
+  total, taken = sum(cell.steps for cell in cells), sum(_taken(cell, sources) for cell in cells)
+  return (
+    f'{total - taken} steps to train instead of {total}: {taken}, before learning rates decay, are '
+    'shared by runs that differ in train.steps alone'
+  )
 
 
 def settings_of(cell):
@@ -201,8 +265,9 @@ def _stop_on_signals():
 class _Scheduler:
   """Waiting and running cells, and the progress of all."""
 
-  def __init__(self, cells, workdir, lock):
+  def __init__(self, cells, workdir, lock, settings, sources):
     self.cells, self.workdir, self.lock = cells, workdir, lock
+    self.settings, self.sources = settings, sources
     self.waiting = [cell for cell in cells if not is_done(workdir, cell)]
     self.running = {}  # process -> cell
     self.failed = []
@@ -213,13 +278,14 @@ class _Scheduler:
 
   def work(self, stop):
     """Returns the names of the cells that failed."""
-    total = sum(cell.flops for cell in self.cells)
+    total = sum(map(self._own_flops, self.cells))
     seconds = 0.1 if sys.stderr.isatty() else 60  # in a file, every line stays
     options = {'unit': 'FLOP', 'unit_scale': True, 'mininterval': seconds}
     with tqdm.tqdm(total=total, initial=self._flops(), **options) as bar:
       while (self.waiting or self.running) and not stop.is_set():
-        while self.waiting and self._fits(self.waiting[0]):
-          self._start(self.waiting.pop(0))
+        while (cell := next(filter(self._is_ready, self.waiting), None)) and self._fits(cell):
+          self.waiting.remove(cell)
+          self._start(cell)
         stop.wait(_POLL_SECONDS)
         self._reap()
         bar.set_postfix_str(self._describe(), refresh=False)
@@ -230,11 +296,42 @@ class _Scheduler:
         process.wait()
     return self.failed
 
+  def _is_ready(self, cell):
+    """Whether a cell can resume or be forked, or has nothing to wait for."""
+    if not self.sources[cell.name] or checkpoint.exists(self._checkpoints(cell)):
+      return True
+    other, step = self.sources[cell.name][0]
+    pending = other in self.waiting or other in self.running.values()
+    return not pending or checkpoint.exists(self._checkpoints(other), step)
+
+  def _checkpoints(self, cell):
+    return run_folder.checkpoint_dir(self.workdir / cell.name)
+
+  def _fork(self, cell):
+    """Begins the run of a cell at the last step that another one has trained for it, if any."""
+    for other, step in self.sources[cell.name]:
+      source = self._checkpoints(other)
+      if checkpoint.exists(source, step) and self._is_of(other, source, step):
+        config = cli.config_of(cell.arguments[2:])
+        return run_folder.fork(self.workdir / other.name, step, config, self.workdir / cell.name)
+
+  def _is_of(self, cell, checkpoints, step):
+    """Whether a checkpoint was trained with the settings of a cell from its first step on."""
+    metadata = checkpoint.read_metadata(checkpoints, step)
+    found = flat(run_folder.from_saved(metadata['config'], checkpoints))
+    changed = {field for entry in metadata.get('history', []) for field in entry['changes']}
+    return not differences(found, self.settings[cell.name]) and all(map(_is_free, changed))
+
   def _fits(self, cell):
     need = sum(_PROCESS_BYTES + _BYTES_PER_PARAM * c.params for c in (cell, *self.running.values()))
     return not self.running or len(self.running) < self.most and need <= self.memory
 
   def _start(self, cell):
+    if not checkpoint.exists(self._checkpoints(cell)):
+      try:
+        self._fork(cell)
+      except (OSError, ValueError) as error:
+        print(f'note: {cell.name} is trained from its first step: {error}', file=sys.stderr)
     # JAX reads NPROC as the number of cores: concurrent cells are faster on separate cores.
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
     with (self.workdir / f'{cell.name}.log').open('a') as log:
@@ -256,14 +353,18 @@ class _Scheduler:
         self.failed.append(cell.name)
 
   def _flops(self):
-    return sum(cell.flops * self._progress(cell) for cell in self.cells)
+    return sum(self._own_flops(cell) * self._progress(cell) for cell in self.cells)
+
+  def _own_flops(self, cell):
+    """Of the steps that no other cell trains for it."""
+    return cell.flops * (1 - _taken(cell, self.sources) / cell.steps)
 
   def _progress(self, cell):
-    """The fraction of a cell's steps that are done."""
+    """The fraction of these steps that are done."""
     if is_done(self.workdir, cell):
       return 1.0
-    lines = metrics.read_metrics(self.workdir / cell.name)
-    return lines[-1]['step'] / cell.steps if lines else 0.0
+    lines, shared = metrics.read_metrics(self.workdir / cell.name), _taken(cell, self.sources)
+    return max(0, lines[-1]['step'] - shared) / (cell.steps - shared) if lines else 0.0
 
   def _describe(self):
     ended = len(self.cells) - len(self.waiting) - len(self.running)
