@@ -235,13 +235,15 @@ def _is_valid(name, value):
 
 def write_csv(cells, found, path) -> None:
   """One row per cell; cells without a result have empty columns."""
-  columns = ['loss', 'bits_per_byte', 'train_loss', 'steps', 'tokens_seen', 'seconds']
+  columns = ['loss', 'bits_per_byte', 'train_loss', 'clipped', 'steps', 'tokens_seen', 'seconds']
   output = io.StringIO()
   table = csv.writer(output, lineterminator='\n')
   table.writerow(['name', *cells[0].values, *columns])
   for cell in cells:
     summary = found.get(cell.name, {})
-    measured = summary | summary.get('validation', {})
+    training = summary.get('training', {})
+    measured = training | summary | summary.get('validation', {})
+    measured['train_loss'] = training.get('loss')  # of the last quarter of the steps
     table.writerow([cell.name, *cell.values.values(), *(measured.get(c) for c in columns)])
   files.write(path, output.getvalue())
 

@@ -142,6 +142,7 @@ def test_a_finished_sweep_prints_its_table_again(tmp_path):
     (tmp_path / cell.name).mkdir()
     run_folder.write(cli.config_of(cell.arguments[2:]), tmp_path / cell.name)
     summary = {'validation': {'loss': 1 + number / 10}, 'steps': 20, 'finished': True}
+    summary |= {'training': {'loss': 2.0, 'clipped': 0.5}}
     (tmp_path / cell.name / 'summary.json').write_text(json.dumps(summary))
   done = _call(f'--workdir={tmp_path}', *words)
   assert done.returncode == cli.OK, done.stderr
@@ -149,6 +150,7 @@ def test_a_finished_sweep_prints_its_table_again(tmp_path):
   with (tmp_path / 'sweep.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
   assert [float(row['loss']) for row in rows] == pytest.approx(1 + np.arange(6) / 10)
+  assert rows[1]['train_loss'] == '2.0' and rows[1]['clipped'] == '0.5'
   assert rows[1]['name'] == 'peak_lr=0.001_seed=1' and rows[1]['train.seed'] == '1'
   assert (tmp_path / 'sweep.png').exists()
 
