@@ -113,6 +113,7 @@ UNAFFORDABLE = {
   r'mesh\.fsdp=2 ': 'needs eight devices: tests/sharding_test.py',
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
+  r'moejax\.transfer (check|sweep)': 'trains models of several sizes: tests/transfer',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
   r'compare --runs=runs/dense_seeds': 'compares what a sweep trained: tests/compare',
 }
@@ -192,6 +193,7 @@ PATHS = {
   'scaling_laws judge': ['predictions', 'page'],
   'sweep': [],  # its workdir may be another machine's
   'transfer check': ['output'],
+  'transfer sweep': ['workdir'],
   'scaling_laws plot': ['coefficients', 'runs', 'output'],
 }
 

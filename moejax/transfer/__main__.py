@@ -1,6 +1,9 @@
 r"""Does a learning rate transfer between sizes of a model?
 
-python -m moejax.transfer check --config=configs/mot.py --widths=32,64,128 --output=check
+python -m moejax.transfer check --config=configs/mot.py --widths=32,64,128 --output=check \
+  --config.model.parameterization=mup
+python -m moejax.transfer sweep --config=configs/mot.py --widths=32,64,128 --workdir=sweeps/mot \
+  --rates=3e-3,6e-3,1.2e-2 --grid model.parameterization=standard,mup --config.train.steps=500
 """
 
 import pathlib
@@ -31,7 +34,7 @@ def _sizes(overrides):
 
 def _define_check():
   _define_sizes()
-  flags.DEFINE_integer('steps', 10, 'Training steps, all on one small batch.', lower_bound=1)
+  flags.DEFINE_integer('steps', 5, 'Training steps, all on one small batch.', lower_bound=1)
   cli.define_path('output', 'transfer_check', 'Folder for check.csv and check.png.')
 
 
@@ -55,8 +58,43 @@ def check(overrides):
   return cli.OK if all(slope.is_good for slope in slopes) else cli.FAILED
 
 
+def _define_sweep():
+  _define_sizes()
+  flags.DEFINE_list('rates', [], 'Learning rates (optimizer.peak_lr), at least three.')
+  flags.DEFINE_multi_string('grid', [], f'{_AXIS}: variants of the model, each with all sizes.')
+  flags.DEFINE_integer('add', 4, 'The most rates to add to a model.', lower_bound=0)
+  cli.define_path('workdir', None, 'Folder for all runs.', required=True)
+
+
+def sweep(overrides):
+  """Finds the best learning rate at every size, and what transferring the first one costs.
+
+  The first seed sees all rates; if the best is the smallest or largest, further ones are added. The
+  other seeds see the best rate and its two neighbors.
+  """
+  from moejax.sweep import axes, results
+  from moejax.transfer import rates as rates_lib, search, sizes
+
+  axis, overrides = _sizes(overrides)
+  seeds = sizes.integers('seeds', _FLAGS.seeds)
+  rates = search.numbers('rates', _FLAGS.rates)
+  variants = axes.parse(_FLAGS.grid, []) if _FLAGS.grid else []
+  curves = search.make_curves(axis, variants, rates, seeds)
+  workdir = pathlib.Path(_FLAGS.workdir).absolute()
+  code = search.search(_FLAGS.config, overrides, curves, workdir, _FLAGS.add)
+  if code == cli.OK:
+    cells = search.cells(_FLAGS.config, overrides, curves)
+    found = {cell.name: search.summary(cell, workdir) for cell in cells}
+    results.write_csv(cells, found, workdir / 'sweep.csv')
+    rates_lib.plot(curves, workdir / 'sweep.png')
+    print(rates_lib.describe(curves))
+    print(f'written to {workdir}: sweep.csv, sweep.png, and a folder for every run')
+  return code
+
+
 COMMANDS = {
   'check': cli.Command(_define_check, check, takes_overrides=True),
+  'sweep': cli.Command(_define_sweep, sweep, takes_overrides=True),
 }
 
 

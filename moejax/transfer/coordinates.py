@@ -22,7 +22,7 @@ from moejax.step import fresh_state
 from moejax.sweep import axes as axes_lib
 from moejax.sweep.axes import Axis
 from moejax.transfer import sizes
-from moejax.transfer.observe import observe
+from moejax.transfer.observe import Product, observe
 
 TOLERANCE = 0.1  # of a slope
 _SEQUENCES, _POSITIONS = 8, 32  # of the batch; more sequences where groups are larger
@@ -114,10 +114,22 @@ def _steps(run, mesh, batch, seeds):
 
 @jax.jit
 def _mean_squares(inside, first):
-  """Mean squares [repeats, 2] of arrays with repeats in front, and of their changes."""
+  """Mean squares [repeats, 2] of what `observe` saw, and of its changes.
+
+  The change of a Product is what the change of its matrix adds. Its initial values are random, and
+  add what shrinks with the width; it would hide, in small models, what is learned.
+  """
   mean = lambda x: jnp.square(x).mean(range(1, x.ndim))
-  both = lambda now, before: jnp.stack([mean(now), mean(now - before)], axis=-1)
-  return jax.tree.map(both, inside, first)
+  multiply = lambda x, w: jnp.einsum('r...d,rde->r...e', x, w.astype(x.dtype))
+
+  def both(now, before):
+    if isinstance(now, Product):
+      parts = multiply(now.x, now.w), multiply(now.x, now.w - before.w)
+    else:
+      parts = now, now - before
+    return jnp.stack([mean(part) for part in parts], axis=-1)
+
+  return {place: both(now, first[place]) for place, now in inside.items()}
 
 
 def _layers(model, squares):

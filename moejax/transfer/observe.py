@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -23,7 +24,7 @@ class _Observed(nnx.Module):
 
 
 class _ObservedLayer(nnx.Module):
-  """A sublayer that also returns, in aux, its output and the scores of its routers."""
+  """A sublayer that also returns, in aux, its output and the scores of its routers, as Products."""
 
   def __init__(self, layer, name):
     self.layer = layer
@@ -32,22 +33,24 @@ class _ObservedLayer(nnx.Module):
   def __call__(self, x_BLD, tokens):
     with _recorded_scores() as scores:
       y_BLD, aux = self.layer(x_BLD, tokens)
-    numbered = {f'{self.name}/scores {i}': values for i, values in enumerate(scores)}
-    one = {f'{self.name}/scores': scores[0]} if len(scores) == 1 else numbered
-    return y_BLD, aux | {f'{self.name}/output': y_BLD} | one
+    seen = {f'{self.name}/output': y_BLD}
+    for i, product in enumerate(scores):
+      name = f'{self.name}/scores {i}' if len(scores) > 1 else f'{self.name}/scores'
+      seen |= {f'{name}/x': product.x, f'{name}/w': product.w}
+    return y_BLD, aux | seen
 
 
 @contextlib.contextmanager
 def _recorded_scores():
-  """Yields a list to which all router scores are added that are computed in this context.
+  """Yields a list to which the Products are added that give router scores in this context.
 
   Scores are a layer's own affair: no layer returns them, for in training they would cost memory.
   """
   original, found = routing.router_logits, []
 
-  def recording(*args, **options):
-    found.append(original(*args, **options))
-    return found[-1]
+  def recording(x, w_DE):
+    found.append(Product(x, w_DE))
+    return original(x, w_DE)
 
   routing.router_logits = recording
   try:
@@ -56,15 +59,22 @@ def _recorded_scores():
     routing.router_logits = original
 
 
+class Product(NamedTuple):
+  """An activation that is a sum over the width: x [R, ..., D] times a matrix w [R, D, outputs]."""
+
+  x: jax.Array
+  w: jax.Array
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def observe(model_config, params, batch):
   """The values inside a model for a batch, without noise.
 
   Returns:
-    A dict of arrays: 'embedding' [1, B, L, D] and 'logits' [1, B, L, V]; for every sublayer of the
-    pattern of stack i, with the repeats of the pattern in front, 'i/j_kind/output', that of the
-    sublayer, 'i/j_kind/stream', the sum after it, and 'i/j_kind/scores', those of a router or
-    Mixture-of-Tokens controller.
+    A dict by place, of arrays with the repeats of the place in front: 'embedding' [1, B, L, D]; for
+    every sublayer j of the pattern of stack i, 'i/j_kind/output', that of the sublayer, and
+    'i/j_kind/stream', the sum after it, [R, B, L, D]. As Products, the scores of a router or
+    Mixture-of-Tokens controller, 'i/j_kind/scores', and 'logits'.
   """
   model = model_lib.bind(model_config, params)
   for i, stack in enumerate(model.stacks):
@@ -74,7 +84,9 @@ def observe(model_config, params, batch):
       residual.layer = _ObservedLayer(residual.layer, f'{i}/{part}')
       setattr(block, part, _Observed(residual, f'{i}/{part}'))
   x_BLD, aux = model._activations_of(batch)
-  inputs = [name for name in aux if name.endswith('/input')]
-  inside = {n: values for n, values in aux.items() if n[0].isdigit() and n not in inputs}
-  logits_BLV = model._project(x_BLD)
-  return {'embedding': aux[inputs[0]][:1], **inside, 'logits': logits_BLV[None]}
+  seen = {name: values for name, values in aux.items() if name[0].isdigit()}
+  inputs = [seen.pop(name) for name in [*seen] if name.endswith('/input')]
+  products = [name.removesuffix('/w') for name in seen if name.endswith('/w')]
+  scores = {name: Product(seen.pop(f'{name}/x'), seen.pop(f'{name}/w')) for name in products}
+  logits = Product(x_BLD[None], model._head()[None])
+  return {'embedding': inputs[0][:1], **seen, **scores, 'logits': logits}
