@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 
 import jax
 
@@ -110,7 +111,7 @@ def _corpus(data, loader):
   names = {
     'seqio': data.task,
     'stdlib': "source code of Python's standard library",
-    'environment': "source code of Python's standard library and installed packages",
+    'environment': f"source code of Python's standard library and the packages in {sys.prefix}",
   }
   yield names.get(data.source) or f'{data.source} {data.files or data.task}'
   sequences = getattr(loader, 'num_sequences', None)

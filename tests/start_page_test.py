@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import types
 
 import jax
@@ -30,6 +31,13 @@ def texts(tmp_path):
   for i in range(30):
     (tmp_path / f'{i}.txt').write_text(f'text {i}, of a few words\n' * 20)
   return {'data.source': 'text', 'data.files': f'{tmp_path}/*.txt'}
+
+
+def test_the_page_says_which_packages_an_environment_has():
+  loader = types.SimpleNamespace(fingerprint='0123', num_sequences=2_000_000)
+  what, size = start_page._corpus(data.DataConfig(source='environment'), loader)
+  assert what == f"source code of Python's standard library and the packages in {sys.prefix}"
+  assert size == '128M tokens, tokenizer bytes, fingerprint 0123'
 
 
 def test_the_page_of_a_run_on_several_devices(texts):

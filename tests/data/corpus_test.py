@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from moejax import data
+from moejax import data, tokenize
 from moejax.data import corpus, python_files, token_files, tokenizer as tokenizer_lib
 
 pyarrow = pytest.importorskip('pyarrow')
@@ -437,6 +437,9 @@ def test_the_tokens_of_the_environment_are_kept_until_a_file_changes(
       batches = [loader.batch(step)['targets'].tolist() for loader in loaders]
       assert batches[0] == batches[1] == batches[2]
   assert isinstance(again['train']._tokens, np.memmap)
+  written = make_config(source='tokens', files=str(tmp_path / 'code'))
+  tokenize.write(config, written.files)
+  assert data.make_loader(written, 'train').fingerprint == again['train'].fingerprint
   for i in range(5):
     (environment / 'a' / 'b0.py').write_text(f'changed = {i}\n' * (i + 1))
     changed = data.make_loader(config, 'train')
