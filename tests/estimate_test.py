@@ -26,9 +26,10 @@ def _resolved(config, **changes):
   return config_lib.resolve(config)
 
 
-@pytest.mark.parametrize('mesh', [(1, 2, 4, 1), (1, 4, 1, 2)])
-def test_the_state_is_counted_as_it_is_placed(mesh):
-  run_config = _resolved(moe.get_config('debug'), **{'model.d_model': 20})  # 8 does not divide it
+@pytest.mark.parametrize('mesh, name', [((1, 2, 4, 1), 'adamw'), ((1, 4, 1, 2), 'muon')])
+def test_the_state_is_counted_as_it_is_placed(mesh, name):
+  changes = {'model.d_model': 20, 'optimizer.name': name}  # 8 does not divide the width
+  run_config = _resolved(moe.get_config('debug'), **changes)
   concrete = sharding.make_mesh(sharding.MeshConfig(*mesh))
   state = jax.jit(
     step.fresh_state(run_config),
