@@ -114,6 +114,7 @@ UNAFFORDABLE = {
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
   r'moejax\.transfer (check|sweep)': 'trains models of several sizes: tests/transfer',
+  r'scaling_laws judge ': 'needs trained models: tests/scaling_laws/predictions_test.py',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
   r'compare --runs=runs/dense_seeds': 'compares what a sweep trained: tests/compare',
 }
@@ -136,6 +137,7 @@ def _smaller(words):
     re.sub(r'^(--config=configs/(?!run|.*debug)[^:]*:.*)$', r'\1,debug', word) for word in words
   ]
   words = [re.sub(r'(sequence_length|train.steps)=\d+$', r'\1=32', word) for word in words]
+  words = [word.replace('=docs/', f'={DOCS}/') for word in words]
   words = [str(DOCS / 'laptop_grid/runs.csv') if word == 'runs/grid' else word for word in words]
   added = [flag for name, flags in SMALLER.items() if name in words for flag in flags]
   own = any(word.startswith('--config.data.source=') for word in words)

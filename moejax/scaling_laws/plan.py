@@ -106,10 +106,8 @@ def _cell(coefficients, best, expansion_rate, recipe, memory):
   """The nearest model that machines like, trained with the same FLOPs, as a `grid.Cell`."""
   d_model = round_width(best.d_model)
   blocks = max(1, round(best.params / laws.total_params(d_model, 1, expansion_rate)))
-  while blocks > 1 and (
-    laws.serving_bytes(d_model, blocks, expansion_rate, _vocabulary(recipe)) > memory
-  ):
-    blocks -= 1
+  while laws.serving_bytes(d_model, blocks, expansion_rate, _vocabulary(recipe)) > memory:
+    d_model, blocks = (d_model, blocks - 1) if blocks > 1 else (round_width(d_model / 2), 1)
   per_token = optimal.flops_per_token(
     coefficients[expansion_rate], d_model, blocks, expansion_rate, best.granularity
   )

@@ -288,6 +288,8 @@ def test_the_best_number_of_experts_in_memory():
   assert memory['experts'][16]['loss'] == min(one['loss'] for one in memory['experts'].values())
   assert 0.9 < memory['bytes'] / 80e9 <= 1 and model['experts'] == 16
   assert 'loss 2.1124, 36.3B parameters, 3.3B active' in plan.describe(result)
+  tiny = plan.make(coefficients, 8, {'flops': 1e12}, grid.LAPTOP, memory=3 * 2**20)
+  assert tiny['memory']['bytes'] <= 3 * 2**20 and tiny['model']['d_model'] == 32
   with pytest.raises(ValueError, match='give it as --flops'):
     plan.in_memory(coefficients, {'loss': 2.5}, 80e9, grid.PAPER)
   with pytest.raises(ValueError, match='no model fits into 977 KiB'):
