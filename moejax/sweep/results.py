@@ -171,7 +171,7 @@ def _range(value, smallest, largest):
 def _edge(axis, best, all_groups):
   """What to add to an axis if the best value is its smallest or largest."""
   field = _numeric_field(axis, all_groups)
-  if not field:
+  if not field or field == 'train.steps':  # longer is better
     return
   points = {g.values[field]: g.values for g in all_groups}
   ordered = [points[value] for value in sorted(points)]

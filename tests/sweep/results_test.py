@@ -111,6 +111,7 @@ def test_one_seed_cannot_tell_noise():
     ('optimizer.accumulation=1,2', [1, 2], None),  # there is nothing below 1
     ('model.activation=gelu,relu', [1, 2], None),
     ('train.seed=0,1', [1, 2], None),
+    ('train.steps=10,20', [2, 1], None),
   ],
 )  # fmt: skip
 def test_the_edge_of_the_range(axis, losses, advice):
