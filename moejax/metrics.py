@@ -133,7 +133,7 @@ def smoothed_loss(curve, steps: int) -> dict:
   if not lines:
     return {}
   lines = [line for line in lines if line[0] > 0.75 * steps] or lines[-1:]
-  firsts, numbers, means = map(np.array, zip(*lines, strict=True))
+  firsts, numbers, means = np.array(lines, float).T
   total, error = numbers.sum(), None
   if len(lines) > 2:
     variances = 1 / numbers[1:] + 1 / numbers[:-1]  # of differences, in those of a step

@@ -108,6 +108,22 @@ def test_validation_fills_up_its_last_batch(config, make_config, size):
   _equal(other.batch(0), batches[0])
 
 
+def test_processes_count_every_sequence_of_validation_once(config):
+  parts = [data.make_loader(config, 'validation', part=i, num_parts=2) for i in range(2)]
+  batches = [part.batch(step) for step in range(40) for part in parts]
+  assert {batch['inputs'].shape for batch in batches} == {(2, 32)}
+  found = [
+    s
+    for batch in batches
+    for s in _segments({k: v[batch['counted'][:, 0]] for k, v in batch.items()})
+  ]
+  ids = [np.append(tokenizer_lib.BytesTokenizer().encode(t), 1) for t in _all_texts('validation')]
+  expected = [text[i : i + 32] for text in ids for i in range(0, len(text), 32)]
+  key = lambda ids: tuple(ids.tolist())
+  assert sorted(map(key, found)) == sorted(map(key, expected))
+  assert not any(array.any() for batch in batches[-2:] for array in batch.values())
+
+
 def test_training_sees_every_document(config):
   train = data.make_loader(config, 'train')
   tokenizer = tokenizer_lib.BytesTokenizer()
