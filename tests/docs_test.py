@@ -112,7 +112,7 @@ UNAFFORDABLE = {
   r'configs/mot\.py:mini ': "trains a paper's model",
   r'mesh\.fsdp=2 ': 'needs eight devices: tests/sharding_test.py',
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
-  r'scaling_laws run (?!.*--launch)': 'trains 45 models: tests/scaling_laws',
+  r'scaling_laws run (?!.*--launch)': 'trains 75 models: tests/scaling_laws',
   r'moejax\.transfer (check|sweep)': 'trains models of several sizes: tests/transfer',
   r'scaling_laws judge ': 'needs trained models: tests/scaling_laws/predictions_test.py',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',

@@ -30,9 +30,9 @@ class Recipe:
   sizes: dict[tuple[int, int], str]  # (d_model, blocks) -> variant of the config
   base: str  # variant whose fields are overridden for other sizes
   tokens_per_step: int
-  warmup: float  # fraction of the steps
   peak_lr: float
   fields: dict[str, str]  # as in a Cell
+  warmup: float | None = None  # fraction of the steps; None: the number in `fields`
 
 
 # arXiv:2402.07871, Appendix A: 2048 sequences of 256 tokens of C4, one learning rate for all sizes.
@@ -52,20 +52,25 @@ PAPER = Recipe(
   peak_lr=2e-4,
   fields={},
 )
-# A grid for a laptop CPU, on the embedded corpus; validation runs only at the end.
+# A grid for a laptop CPU, on the embedded corpus; validation runs only at the end. All sizes and
+# granularities have the rate of the base shape. Durations share their steps before the decay.
 LAPTOP = Recipe(
   sizes={},
   base='laptop',
   tokens_per_step=16 * 64,
-  warmup=0.05,
-  peak_lr=6e-3,
+  peak_lr=2e-2,
   fields={
+    'model.parameterization': 'mup',
+    'model.base': 'd_model=32,d_ff=128,num_heads=2,moe.granularity=1',
+    'optimizer.schedule': 'wsd',
+    'optimizer.warmup_steps': '20',
     'data.batch_size': '16',
     'data.sequence_length': '64',
     'train.log_interval': '50',
     'train.eval_interval': '1000000',
     'train.eval_batches': '64',
     'train.sample_length': '0',
+    'train.trackers': '()',
   },
 )
 
@@ -91,11 +96,12 @@ _PAPER_DENSE = {
   (768, 12, 12): dict.fromkeys((_D16, _D33), _DENSE),
 }
 _LAPTOP_SHAPES = ((32, 2, 2), (64, 2, 2), (96, 2, 3))
-_SHORT, _MIDDLE, _LONG = 200, 400, 800
-# Ordered so that the first half has every size, duration and kind.
-_LAPTOP_GRIDS = (
-  dict.fromkeys(_LAPTOP_SHAPES, {_SHORT: (*_DENSE, 1, 4), _MIDDLE: (2, 8), _LONG: (*_DENSE, 1, 4)}),
-  dict.fromkeys(_LAPTOP_SHAPES, {_SHORT: (2, 8), _MIDDLE: (*_DENSE, 1, 4), _LONG: (2, 8)}),
+# From one to the next, the stable phase goes on: all cost as much as 1425 steps.
+_LAPTOP_STEPS = (75, 150, 300, 600, 1200)
+# Ordered so that the first part has every size and duration, and both kinds.
+_LAPTOP_GRIDS = tuple(
+  dict.fromkeys(_LAPTOP_SHAPES, dict.fromkeys(_LAPTOP_STEPS, granularities))
+  for granularities in ((*_DENSE, 1, 4), (2, 8))
 )
 
 # Name -> recipe, expansion rate, grids.
@@ -103,7 +109,7 @@ PRESETS = {
   'paper': (PAPER, 64, (_PAPER_SPARSE, _PAPER_DENSE)),
   'laptop': (LAPTOP, 8, _LAPTOP_GRIDS),
   # Larger than every run of `laptop`, to test extrapolation of their law.
-  'laptop_larger': (LAPTOP, 8, ({(128, 2, 4): {1000: (*_DENSE, 1, 4)}},)),
+  'laptop_larger': (LAPTOP, 8, ({(128, 2, 4): {1500: (*_DENSE, 1, 4)}},)),
 }
 
 
@@ -186,8 +192,10 @@ def _fields(recipe, shape, granularity, steps):
       'model.num_heads': heads,
       'model.blocks': f"((('attention','{feed_forward}'),{blocks}),)",
     }
-  fields |= recipe.fields
-  fields |= {'optimizer.warmup_steps': int(recipe.warmup * steps), 'train.steps': steps}
+  fields |= {'optimizer.peak_lr': recipe.peak_lr, **recipe.fields}
+  if recipe.warmup is not None:
+    fields['optimizer.warmup_steps'] = int(recipe.warmup * steps)
+  fields['train.steps'] = steps
   return {name: str(value) for name, value in fields.items()}
 
 

@@ -146,8 +146,11 @@ def peak_lr(recipe, cell):
   """The recipe's peak rate, or a lower one by the rule of arXiv:2502.05172.
 
   The rule, of the authors of the laws, is for E experts of which a token activates one, and at most
-  2.7B active parameters: exp(8.39 - 0.81 ln N_active - 0.25 ln E).
+  2.7B active parameters: exp(8.39 - 0.81 ln N_active - 0.25 ln E). A recipe with a parameterization
+  needs no rule.
   """
+  if 'model.parameterization' in recipe.fields:
+    return recipe.peak_lr
   rule = math.exp(8.39 - 0.81 * math.log(cell.active_params) - 0.25 * math.log(cell.expansion_rate))
   return min(recipe.peak_lr, rule)
 

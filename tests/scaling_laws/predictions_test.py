@@ -21,7 +21,9 @@ def law(tmp_path_factory):
   runs = []
   for i, cell in enumerate(grid.make('laptop', LAWS)):
     values = {f.name: getattr(cell, f.name, '') for f in dataclasses.fields(collect.Run)}
-    runs.append(collect.Run(**values | {'loss': cell.predicted_loss + 0.01 * (i % 3 - 1)}))
+    runs.append(
+      collect.Run(**values | {'loss': cell.predicted_loss + 0.01 * ((i + i // 3) % 3 - 1)})
+    )
   fits = fit.fit_moe_and_dense(*collect.by_kind(runs), starts=2, repeats=20)
   folder = tmp_path_factory.mktemp('law')
   report.save(fits, folder / 'fit.json')

@@ -11,7 +11,7 @@ import types
 import pytest
 
 from configs import dense
-from moejax import cli, config as config_lib, estimate, flops, sharding
+from moejax import cli, config as config_lib, estimate, flops, runner, sharding
 from moejax.aot import step, topologies
 from moejax.scaling_laws import (
   __main__ as program,
@@ -137,12 +137,12 @@ def test_the_paper_grid():
 
 def test_the_laptop_grid():
   cells = grid.make('laptop')
-  assert len(cells) == 45 and len({(c.d_model, c.blocks) for c in cells}) == 3
+  assert len(cells) == 75 and len({(c.d_model, c.blocks) for c in cells}) == 3
   assert {c.granularity for c in cells} == {laws.DENSE, 1, 2, 4, 8}
-  assert len({c.steps for c in cells}) == 3
+  assert len({c.steps for c in cells}) == 5
   assert all(c.predicted_loss is None for c in cells)
-  first = cells[:24]
-  for measure in ('params', 'steps', 'granularity'):
+  first = cells[:45]
+  for measure in ('params', 'steps', 'expansion_rate'):
     assert {getattr(c, measure) for c in first} == {getattr(c, measure) for c in cells}
   for larger in grid.make('laptop_larger'):
     kind = [c for c in cells if c.expansion_rate == larger.expansion_rate]
@@ -152,12 +152,37 @@ def test_the_laptop_grid():
     grid.make('desk')
 
 
+def test_durations_of_the_laptop_grid_share_their_first_steps():
+  cells = grid.make('laptop')
+  settings = {cell.name: runner.settings_of(cell) for cell in cells}
+  sources = runner._sources(cells, settings)
+  assert sorted(map(len, sources.values())) == 15 * [0] + 15 * [1] + 15 * [2] + 15 * [3] + 15 * [4]
+  for cell in cells:
+    for other, shared in sources[cell.name]:
+      assert shared == 0.8 * other.steps < cell.steps
+      assert (other.params, other.granularity) == (cell.params, cell.granularity)
+  taken = sum(runner._taken(cell, sources) for cell in cells)
+  assert (
+    sum(cell.steps for cell in cells) - taken == 15 * 1425
+  )  # 1400 of three durations trained whole
+
+
+@pytest.mark.parametrize('preset', ['laptop', 'laptop_larger'])
+def test_sizes_of_the_laptop_grid_share_a_base_shape(preset):
+  kinds = {(c.d_model, c.granularity): c for c in grid.make(preset)}
+  for (d_model, _), cell in kinds.items():
+    model = config_lib.resolve(cli.config_of(cell.arguments[2:])).model
+    assert model.parameterization == 'mup' and model.d_model == d_model
+    base = model.base_model
+    assert (base.d_model, base.d_ff, base.head_width) == (32, 128, 16)
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     (lambda cell: cell.pop('steps'), 'is not a valid grid file: .*steps'),
     (lambda cell: cell.update(rate=1), 'is not a valid grid file: .*rate'),
-    (lambda cell: cell.update(steps='many'), "d32x2-dense-200: steps = 'many': expected a number"),
+    (lambda cell: cell.update(steps='many'), "d32x2-dense-75: steps = 'many': expected a number"),
     (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number above 0'),
     (lambda cell: cell.update(config=None), 'config = None: expected a string'),
     (lambda cell: cell.update(fields={'train.steps': 4}), 'fields = .*: expected texts by field'),
@@ -197,7 +222,7 @@ def test_files_that_are_not_grids(tmp_path, content):
 
 def test_commands_set_fields_that_the_config_has():
   """A dense cell's flags, applied as the command line would."""
-  (cell,) = [c for c in grid.make('laptop') if c.name == 'd96x2-dense-800']
+  (cell,) = [c for c in grid.make('laptop') if c.name == 'd96x2-dense-600']
   config = dense.get_config('laptop').unlock()
   for flag in shlex.split(cell.command)[4:]:
     name, _, value = flag.removeprefix('--config.').partition('=')
