@@ -17,6 +17,7 @@ from scipy import stats
 
 from moejax import files, report as run_report, run_folder, runner, seeds
 from moejax.scaling_laws import fit as fit_lib, grid, laws, report
+from moejax.text import short
 
 _COVERED = (fit_lib.INTERVAL[1] - fit_lib.INTERVAL[0]) / 100
 _COLUMNS = (
@@ -213,10 +214,11 @@ def _row(record, entry, cell, runs):
     verdict = 'hit' if entry['low'] <= measured.value <= entry['high'] else '**miss**'
   values = (
     record['date'][:10],
-    (record['commit'] or 'unknown')[:10],
+    _short_commit(record['commit'] or 'unknown'),
     record['fit_sha256'][:10],
     cell.name,
-    *(f'{value:.4g}' for value in (cell.params, cell.tokens)),
+    short(cell.params),
+    short(cell.tokens),
     str(cell.granularity) if cell.granularity else 'dense',
     f'{cell.expansion_rate:g}',
     f'{entry["loss"]:.3f} ({entry["low"]:.3f} to {entry["high"]:.3f})',
@@ -226,3 +228,9 @@ def _row(record, entry, cell, runs):
     verdict,
   )
   return f'| {" | ".join(values)} |'
+
+
+def _short_commit(commit):
+  """With the mark of a tree that differs from it."""
+  name, dash, mark = commit.partition('-')
+  return name[:10] + dash + mark

@@ -104,12 +104,23 @@ def compare(law, best, expansion_rate, speeds):
     A list of dicts, one per machine: shape (d_model, blocks), speeds and losses by granularity,
     by_flops and by_clock, excess_loss (of the one by FLOPs in equal time), and more_time (that it
     takes for the loss that the other reaches, as a factor).
+
+  Raises:
+    ValueError: the law has no granularity, or no machine speeds of two granularities.
   """
-  return [
-    found
-    for machine in sorted({speed.machine for speed in speeds})
-    if (found := _on_machine(law, best, expansion_rate, machine, speeds))
-  ]
+  if law.g is None:
+    raise ValueError('--runtime compares granularities, which this law does not have.')
+  machines = sorted({speed.machine for speed in speeds})
+  found = [_on_machine(law, best, expansion_rate, machine, speeds) for machine in machines]
+  if not any(found):
+    known = sorted({(speed.expansion_rate, speed.granularity) for speed in speeds})
+    raise ValueError(
+      f'--runtime: expected speeds of at least two granularities of expansion rate '
+      f'{expansion_rate:g}, on one machine and of one size; found '
+      + ', '.join(f'E {rate:g} G {granularity}' for rate, granularity in known)
+      + '.'
+    )
+  return [one for one in found if one]
 
 
 def _on_machine(law, best, expansion_rate, machine, speeds):

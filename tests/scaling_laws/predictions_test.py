@@ -73,6 +73,7 @@ def test_hits_and_misses(law, tmp_path):
   _run(tmp_path / 'runs' / 'other', fine, 1.0, **{'optimizer.peak_lr': 0.1})  # another run
   page = tmp_path / 'page.md'
   rows, new, missing = predictions.judge(path, [tmp_path / 'runs'], page)
+  assert '| d128x2-dense-1000 | 393k | 1.02M | dense | 1 |' in rows[0]
   assert new == rows and len(rows) == 2 and missing == [fine.name]
   assert rows[0].endswith('| 0, 1, 2 | +0.001 ± 0.025 | hit |')
   assert rows[1].endswith('| 0 | +0.500 | **miss** |')
@@ -88,6 +89,14 @@ def test_hits_and_misses(law, tmp_path):
 def test_the_page_of_the_documentation_is_of_the_program():
   page = pathlib.Path(__file__).parents[2] / 'docs' / 'predictions.md'
   assert page.read_text().startswith(predictions._PAGE)
+
+
+@pytest.mark.parametrize(
+  ('commit', 'shown'),
+  [('a' * 40, 'a' * 10), ('a' * 40 + '-dirty', 'a' * 10 + '-dirty'), ('unknown', 'unknown')],
+)
+def test_a_changed_tree_is_marked(commit, shown):
+  assert predictions._short_commit(commit) == shown
 
 
 def test_a_prediction_after_the_fact_is_none(law, tmp_path):

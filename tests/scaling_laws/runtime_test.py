@@ -59,6 +59,14 @@ def test_a_loss_that_more_time_cannot_reach():
   assert found['by_clock'] == 8 and found['more_time'] == float('inf')
 
 
+def test_nothing_to_compare():
+  speeds = _speeds({8: 1e15, 16: 1e15})
+  with pytest.raises(ValueError, match='which this law does not have'):
+    runtime.compare(LAW._replace(g=None), optimal.best(LAW, 64, 2e20), 64, speeds)
+  with pytest.raises(ValueError, match='two granularities of expansion rate 64, .*E 64 G 8.$'):
+    _compare(2e20, speeds[:1])
+
+
 def test_speeds_of_runs(tmp_path):
   for granularity, speed in ((1, 1000.0), (4, 500.0)):
     config = cli.config_of([f'--config=configs/fine_grained.py:laptop,granularity={granularity}'])
