@@ -9,6 +9,7 @@ import pytest
 
 from moejax import cli, run_folder
 from moejax.scaling_laws import collect, fit, grid, laws, predictions, report
+from moejax.text import short
 
 LAW = laws.Coefficients(c=0.5, a=9.0, alpha=0.22, b=37.0, beta=0.27, g=3.0, gamma=0.7)
 LAWS = {8: LAW, 1: LAW._replace(g=None, gamma=None)}
@@ -73,7 +74,7 @@ def test_hits_and_misses(law, tmp_path):
   _run(tmp_path / 'runs' / 'other', fine, 1.0, **{'optimizer.peak_lr': 0.1})  # another run
   page = tmp_path / 'page.md'
   rows, new, missing = predictions.judge(path, [tmp_path / 'runs'], page)
-  assert '| d128x2-dense-1000 | 393k | 1.02M | dense | 1 |' in rows[0]
+  assert f'| {dense.name} | 393k | {short(dense.tokens)} | dense | 1 |' in rows[0]
   assert new == rows and len(rows) == 2 and missing == [fine.name]
   assert rows[0].endswith('| 0, 1, 2 | +0.001 ± 0.025 | hit |')
   assert rows[1].endswith('| 0 | +0.500 | **miss** |')
