@@ -64,6 +64,7 @@ LAPTOP = Recipe(
     'model.base': 'd_model=32,d_ff=128,num_heads=2,moe.granularity=1',
     'optimizer.schedule': 'wsd',
     'optimizer.warmup_steps': '20',
+    'optimizer.final_lr_fraction': '0',
     'data.batch_size': '16',
     'data.sequence_length': '64',
     'train.log_interval': '50',
