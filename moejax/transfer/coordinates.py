@@ -17,7 +17,18 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from moejax import cli, config as config_lib, data, files, report, sharding, step as step_lib, text
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  files,
+  report,
+  seeds as seeds_lib,
+  sharding,
+  step as step_lib,
+  text,
+)
+from moejax.seeds import Estimate
 from moejax.step import fresh_state
 from moejax.sweep import axes as axes_lib
 from moejax.sweep.axes import Axis
@@ -48,7 +59,7 @@ class Slope(NamedTuple):
 
   place: str
   what: str  # 'size' or 'change'
-  slope: float
+  slope: Estimate  # mean over seeds
   is_good: bool
 
 
@@ -164,29 +175,31 @@ def _inside(squares, prefix):
 
 
 def slopes(measured: Measured) -> list[Slope]:
-  """The slopes of log root mean square against log size after the last step, mean over seeds.
+  """The slopes of log root mean square against log size after the last step.
 
   A change must not follow the size at all, nor must a value, but for those that are near 0 at
-  first (scores of routers, logits): these must not grow. What is 0 in all models is left out.
+  first (scores of routers, logits): these must not grow. A slope fails if it is beyond TOLERANCE by
+  more than the noise of seeds. What is 0 in all models is left out.
   """
   found = []
   for what, table in (('size', measured.values), ('change', measured.changes)):
     for place, at_place in zip(measured.places, np.moveaxis(table[:, :, -1], -1, 0), strict=True):
       if not at_place.any():
         continue
-      with np.errstate(divide='ignore'):
-        logs = np.log(at_place).mean(axis=1)
-      slope = float(_slope(np.log(measured.sizes), logs))
+      of_seeds = [_slope(measured.sizes, values) for values in at_place.T]
+      slope = seeds_lib.mean(of_seeds)
+      low, high = (slope.low, slope.high) if slope.has_interval else (slope.value, slope.value)
       may_shrink = what == 'size' and any(name in place for name in _SHRINKING)
-      is_good = slope <= TOLERANCE and (may_shrink or slope >= -TOLERANCE)
-      found.append(Slope(place, what, slope, is_good))
+      is_good = low <= TOLERANCE and (may_shrink or high >= -TOLERANCE)
+      found.append(Slope(place, what, slope, is_good and bool(np.isfinite(of_seeds).all())))
   return found
 
 
-def _slope(x, y):
-  """Of the line of least squares; NaN if a number is not finite."""
-  x = x - x.mean()
-  return (x * y).sum() / (x * x).sum()
+def _slope(sizes, values):
+  """Of the line of least squares through logs; NaN or infinite if a value is 0 or not finite."""
+  with np.errstate(divide='ignore', invalid='ignore'):
+    x, y = np.log(sizes) - np.log(sizes).mean(), np.log(values)
+    return float((x * y).sum() / (x * x).sum())
 
 
 def describe(measured: Measured, found: list[Slope]) -> str:
@@ -200,7 +213,7 @@ def describe(measured: Measured, found: list[Slope]) -> str:
       ends = table[[0, -1], :, -1, number].mean(axis=1)
       slope = next((s for s in found if (s.place, s.what) == (place, what)), None)
       row += [*(f'{value:.3g}' for value in ends), f'{slope.slope:+.2f}' if slope else '-']
-      notes += [f'{what} {_word(slope.slope)}'] if slope and not slope.is_good else []
+      notes += [f'{what} {_word(slope.slope.value)}'] if slope and not slope.is_good else []
     rows.append([*row, ', '.join(notes)])
   return '\n'.join([text.table(rows), '', verdict(measured, found)])
 
@@ -216,12 +229,12 @@ def verdict(measured: Measured, found: list[Slope]) -> str:
   bad = [s for s in found if not s.is_good]
   changes = [s for s in found if s.what == 'change']
   if not bad:
-    worst = max(changes, key=lambda s: abs(s.slope))
+    worst = max(changes, key=lambda s: abs(s.slope.value))
     return (
       f'flat ({span}): no change inside the model follows {field} by a power beyond +-{TOLERANCE}; '
       f'the steepest is {worst.place}, {worst.slope:+.2f}.'
     )
-  worst = max(bad, key=lambda s: abs(s.slope) if math.isfinite(s.slope) else math.inf)
+  worst = max(bad, key=lambda s: abs(s.slope.value) if math.isfinite(s.slope.value) else math.inf)
   return (
     f'not flat ({span}): {len(bad)} of {len(found)} sizes and changes inside the model follow '
     f'{field} by a power beyond +-{TOLERANCE}; the steepest is the {worst.what} of {worst.place}, '
@@ -262,7 +275,7 @@ def plot(measured: Measured, found: list[Slope], path) -> None:
       panel.plot(measured.sizes, changes[:, step, number], **style, label=label)
     slope = next((s for s in found if (s.place, s.what) == (place, 'change')), None)
     good = all(s.is_good for s in found if s.place == place)
-    title = f'{place}\n{slope.slope:+.2f}' if slope else place
+    title = f'{place}\n{slope.slope.value:+.2f}' if slope else place
     panel.set_title(title, fontsize='small', color='black' if good else 'tab:red')
     panel.set(xscale='log', yscale='log')
     panel.set_xticks(measured.sizes, [f'{size:g}' for size in measured.sizes])
