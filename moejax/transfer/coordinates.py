@@ -231,7 +231,8 @@ def verdict(measured: Measured, found: list[Slope]) -> str:
   if not bad:
     worst = max(changes, key=lambda s: abs(s.slope.value))
     return (
-      f'flat ({span}): no change inside the model follows {field} by a power beyond +-{TOLERANCE}; '
+      f'flat ({span}): no change inside the model follows {field} by a power beyond '
+      f'+-{TOLERANCE}, as far as these seeds can tell; '
       f'the steepest is {worst.place}, {worst.slope:+.2f}.'
     )
   worst = max(bad, key=lambda s: abs(s.slope.value) if math.isfinite(s.slope.value) else math.inf)
