@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from moejax import fields, model as model_lib, optimizer, profiling, schedule
+from moejax import fields, optimizer, profiling, schedule
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
 from moejax.layers import common, moe
 from moejax.layers.mot import MoTConfig
-from moejax.model import ModelConfig
+from moejax.model_config import SUBLAYERS, ModelConfig
 from moejax.optimizer import OptimizerConfig
 from moejax.sharding import MeshConfig, batch_shards, process_part
 from moejax.text import did_you_mean
@@ -80,7 +80,7 @@ def flat_fields():
 
 def registered():
   """What the user's own code may add to or replace: the choices that exist, by name."""
-  tables = (model_lib.SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
+  tables = (SUBLAYERS, moe.ROUTERS, optimizer.OPTIMIZERS, common.ACTIVATIONS)
   tables += (common.NORMS, common.INITIALIZERS, TRACKERS, schedule.SCHEDULES, schedule.DECAYS)
   seqio: Any = sys.modules.get('seqio')  # imported by few programs
   tasks = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} if seqio else set()

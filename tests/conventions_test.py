@@ -38,6 +38,8 @@ RANKS = (
   ),
   ('ops', 'sharding'),
   ('layers', 'muon'),
+  ('remat',),
+  ('model_config',),
   ('model',),
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
   + ('hf',)

@@ -6,8 +6,9 @@ A rough estimate ranks all candidates; the best are compiled and ranked by their
 import dataclasses
 from typing import NamedTuple
 
-from moejax import config as config_lib, estimate, model as model_lib, sharding
+from moejax import config as config_lib, estimate, sharding
 from moejax.aot import step
+from moejax.remat import REMAT
 from moejax.sharding import platform
 
 
@@ -62,7 +63,7 @@ def _changed(config, changes):
 def _candidates(config, topology):
   given = config_lib.resolve(step.without_data(config))
   with platform.compiling_for(topology.platform):
-    for policy in model_lib.REMAT:
+    for policy in REMAT:
       model = dataclasses.replace(given.model, remat=policy)
       run_config = dataclasses.replace(given, model=model)
       estimator = estimate.Estimator(run_config)
