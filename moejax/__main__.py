@@ -25,6 +25,7 @@ PROGRAMS = {
   'tokenize': ('tokenize', 'writes a corpus to token files'),
   'sweep': ('sweep', 'one config with many values of its fields, and a table'),
   'transfer': ('transfer', 'does the learning rate of a small model suit a larger one?'),
+  'reproduce': ('reproduce', "the papers' claims in miniature, with verdicts"),
   'scaling_laws': ('scaling_laws', 'plans for a budget, grids of runs, fits, figures'),
   'preflight': ('preflight', 'checks at home what a run on another machine needs'),
   'aot': ('aot', 'does a model fit a machine, and how fast is it? Compiles ahead of time'),

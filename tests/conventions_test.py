@@ -51,7 +51,7 @@ RANKS = (
   ('generate',),
   ('train',),
   ('aot', 'compare', 'runner', 'scaling_laws', 'sweep', 'transfer'),
-  ('library',),
+  ('library', 'reproduce'),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
 USES_TENSORFLOW = 'moejax.data.seqio_loader'

@@ -114,6 +114,7 @@ UNAFFORDABLE = {
   r'--coordinator_address=': 'needs several processes: tests/distributed_test.py',
   r'scaling_laws run (?!.*--launch)': 'trains 75 models: tests/scaling_laws',
   r'moejax\.transfer (check|sweep)': 'trains models of several sizes: tests/transfer',
+  r'moejax\.reproduce ': 'trains dozens of models: tests/reproduce',
   r'scaling_laws judge ': 'needs trained models: tests/scaling_laws/predictions_test.py',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
   r'compare --runs=runs/dense_seeds': 'compares what a sweep trained: tests/compare',
@@ -193,6 +194,9 @@ PATHS = {
   'scaling_laws run': ['grid'],  # its workdir may be another machine's
   'scaling_laws fit': ['output'],
   'scaling_laws judge': ['predictions', 'page'],
+  'reproduce moe_mamba': ['workdir'],
+  'reproduce mot': ['workdir'],
+  'reproduce fine_grained': ['workdir'],
   'sweep': [],  # its workdir may be another machine's
   'transfer check': ['output'],
   'transfer sweep': ['workdir'],

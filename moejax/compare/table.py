@@ -106,6 +106,10 @@ def _clipped(row):
   return '-' if math.isnan(row.model.clipped) else f'{row.model.clipped:.0%}'
 
 
+def _tokens_per_active(row):
+  return row.model.tokens / row.model.summary['parameters']['active']
+
+
 def _number(heading, value):
   return Column(heading, value, lambda row: text.short(value(row)))
 
@@ -125,6 +129,7 @@ RESULTS = (
 COSTS = (
   _number('parameters', lambda row: row.model.summary['parameters']['total']),
   _number('active', lambda row: row.model.summary['parameters']['active']),
+  _number('tokens/active', _tokens_per_active),
   _number('FLOPs/token', lambda row: row.model.summary['flops_per_token']['model']),
   Column('FLOPs', lambda row: row.model.flops, lambda row: f'{row.model.flops:.2e}'),
   Column('clipped', lambda row: row.model.clipped, _clipped),

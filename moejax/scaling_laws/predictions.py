@@ -20,7 +20,7 @@ from moejax.scaling_laws import fit as fit_lib, grid, laws, report
 from moejax.text import short
 
 _COVERED = (fit_lib.INTERVAL[1] - fit_lib.INTERVAL[0]) / 100
-_COLUMNS = (
+COLUMNS = (
   'predicted on', 'commit', 'fit', 'cell', 'N', 'D', 'G', 'E',
   f'predicted ({100 * _COVERED:.0f} %)', 'measured', 'seeds', 'measured - predicted', 'verdict',
 )  # fmt: skip
@@ -31,8 +31,8 @@ before they were trained. Losses are of validation, in nats per token, means ove
 mean inside of the predicted interval. The program appends rows and never changes them; commit and
 fit (the start of its SHA-256) say how to make a prediction again.
 
-| {' | '.join(_COLUMNS)} |
-| {' | '.join(['---'] * len(_COLUMNS))} |
+| {' | '.join(COLUMNS)} |
+| {' | '.join(['---'] * len(COLUMNS))} |
 """
 
 

@@ -6,6 +6,7 @@ python -m moejax.transfer sweep --config=configs/mot.py --widths=32,64,128 --wor
   --rates=3e-3,6e-3,1.2e-2 --grid model.parameterization=standard,mup --config.train.steps=500
 """
 
+import functools
 import pathlib
 
 from absl import flags
@@ -81,7 +82,8 @@ def sweep(overrides):
   variants = axes.parse(_FLAGS.grid, []) if _FLAGS.grid else []
   curves = search.make_curves(axis, variants, rates, seeds)
   workdir = pathlib.Path(_FLAGS.workdir).absolute()
-  code = search.search(_FLAGS.config, overrides, curves, workdir, _FLAGS.add)
+  make = functools.partial(search.cell, _FLAGS.config, overrides)
+  code = search.search(make, curves, workdir, _FLAGS.add)
   if code == cli.OK:
     cells = search.cells(_FLAGS.config, overrides, curves)
     found = {cell.name: search.summary(cell, workdir) for cell in cells}

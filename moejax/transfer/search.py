@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import pathlib
+from collections.abc import Callable
 
 from moejax import cli, report, runner
 from moejax.sweep import axes
@@ -100,8 +101,7 @@ def make_curves(sizes: Axis, variants: list[Axis], rates, seeds) -> list[Curve]:
 
 
 def search(
-  config: str,
-  overrides: dict[str, str],
+  make: Callable[[Curve, float, int], runner.Cell],
   curves: list[Curve],
   workdir: pathlib.Path,
   most_added: int,
@@ -111,7 +111,7 @@ def search(
   What is trained already, here or by an earlier call, is read from the folder.
 
   Args:
-    config, overrides: as `axes.make_cells` takes them.
+    make: the run of a curve with a rate and a seed, such as `cell` with its first arguments.
     curves: their losses are filled in, and rates added.
     workdir: folder of all runs.
     most_added: how many rates may be added to a curve.
@@ -119,7 +119,7 @@ def search(
   Returns:
     The exit code.
   """
-  make = functools.cache(functools.partial(_cell, config, overrides))
+  make = functools.cache(make)
   while True:
     wanted = [(curve, *run) for curve in curves for run in curve.wanted()]
     made = [make(*run) for run in wanted]
@@ -138,14 +138,15 @@ def search(
 def cells(config, overrides, curves):
   """The cells that were trained."""
   runs = ((curve, run) for curve in curves for run in sorted(curve.losses))
-  return [_cell(config, overrides, curve, *run) for curve, run in runs]
+  return [cell(config, overrides, curve, *run) for curve, run in runs]
 
 
-def _cell(config, overrides, curve, rate, seed):
+def cell(config, overrides, curve, rate, seed):
+  """One run; `config` and `overrides` as `axes.make_cells` takes them."""
   fields = curve.variant | curve.size | {RATE: f'{rate:g}', SEED: str(seed)}
   axis = Axis(tuple(fields), (tuple(fields.values()),))
-  (cell,) = axes.make_cells(config, overrides, [axis])
-  return cell
+  (made,) = axes.make_cells(config, overrides, [axis])
+  return made
 
 
 def summary(cell, workdir) -> dict | None:

@@ -1,5 +1,6 @@
 """The search for the best learning rate, on a law in place of training, and its verdict."""
 
+import functools
 import json
 import math
 import re
@@ -46,7 +47,7 @@ def _curves(variants=(), widths=('16', '32'), given=RATES):
 
 
 def _search(curves, workdir, most=4):
-  return search.search(CONFIG, {}, curves, workdir, most)
+  return search.search(functools.partial(search.cell, CONFIG, {}), curves, workdir, most)
 
 
 def test_the_first_seed_finds_the_minimum_and_the_others_see_its_neighbors(trained, tmp_path):

@@ -1,0 +1,76 @@
+"""The claims of the papers in miniature, each with seeds, intervals and verdicts.
+
+python -m moejax.reproduce moe_mamba --quick
+python -m moejax.reproduce mot --scale=gpu
+python -m moejax.reproduce fine_grained --report
+"""
+
+import importlib
+import os
+import pathlib
+
+from absl import flags
+
+from moejax import cli
+
+_FLAGS = flags.FLAGS
+
+
+def _define():
+  scales = ['laptop', 'gpu', 'paper']
+  meaning = 'laptop: two cores; gpu: one H100; paper: prints what its runs would take.'
+  flags.DEFINE_enum('scale', 'laptop', scales, meaning)
+  flags.DEFINE_bool('quick', False, 'A quarter of an hour on two cores, for the sign only.')
+  flags.DEFINE_bool('report', False, 'Train nothing; report on the runs that are finished.')
+  flags.DEFINE_string('chip', 'H100', 'For --scale=paper: such as v5e, v5p, H100.')
+  cli.define_path('workdir', None, 'Folder of runs and report; default: reproduce/CLAIM.')
+
+
+def _reproduce(name):
+  from moejax.reproduce import design as design_lib, paper, report, stages
+
+  claim = importlib.import_module(f'moejax.reproduce.{name}').CLAIM
+  scale, quick = _FLAGS.scale, _FLAGS.quick
+  if quick and scale != 'laptop':
+    raise ValueError(f'--quick is a form of --scale=laptop, got --scale={scale}; leave out one.')
+  if scale == 'paper':
+    print(claim.title, claim.says, '', sep='\n')
+    print('\n'.join(paper.describe(claim.published, _FLAGS.chip)))
+    return cli.OK
+  design = claim.design(scale, quick, design_lib.UNIT)
+  form = '_quick' if quick else '' if scale == 'laptop' else f'_{scale}'
+  workdir = pathlib.Path(_FLAGS.workdir or f'reproduce/{name}{form}').absolute()
+  code = cli.OK
+  if _FLAGS.report:
+    if not workdir.is_dir():
+      raise ValueError(f'--report: {workdir} does not exist; leave out --report to train.')
+  else:
+    print(
+      design_lib.describe_cost(design, 1 if scale == 'gpu' else os.cpu_count() or 1), flush=True
+    )
+    code = stages.train(design, workdir)
+  print(report.write(claim, design, workdir))
+  print(f'written to {workdir}: report.md, plots and CSV files')
+  return code
+
+
+def moe_mamba():
+  """MoE-Mamba (arXiv:2401.04081): experts make Mamba learn faster."""
+  return _reproduce('moe_mamba')
+
+
+def mot():
+  """Mixture of Tokens (arXiv:2310.15961) learns faster than a dense Transformer."""
+  return _reproduce('mot')
+
+
+def fine_grained():
+  """Fine-grained experts (arXiv:2402.07871): loss falls with granularity, by a law."""
+  return _reproduce('fine_grained')
+
+
+COMMANDS = {main.__name__: cli.Command(_define, main) for main in (moe_mamba, mot, fine_grained)}
+
+
+if __name__ == '__main__':
+  cli.run_command(COMMANDS)
