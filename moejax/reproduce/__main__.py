@@ -45,9 +45,7 @@ def _reproduce(name):
     if not workdir.is_dir():
       raise ValueError(f'--report: {workdir} does not exist; leave out --report to train.')
   else:
-    print(
-      design_lib.describe_cost(design, 1 if scale == 'gpu' else os.cpu_count() or 1), flush=True
-    )
+    print(design_lib.describe_cost(design, scale, os.cpu_count() or 1), flush=True)
     code = stages.train(design, workdir)
   print(report.write(claim, design, workdir))
   print(f'written to {workdir}: report.md, plots and CSV files')

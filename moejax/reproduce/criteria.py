@@ -55,7 +55,7 @@ def every(findings) -> Finding:
   return Finding(verdict(verdicts == {HOLDS}, FAILS in verdicts), measured)
 
 
-def lead(better: dict, worse: dict, spreads: float = SPREADS) -> Finding:
+def lead(better: dict, worse: dict, spreads: float = SPREADS, word: str = 'needed') -> Finding:
   """Whether losses by seed are lower than others by more than so many spreads of seeds.
 
   The spread is the standard deviation of seeds within the two models.
@@ -65,7 +65,7 @@ def lead(better: dict, worse: dict, spreads: float = SPREADS) -> Finding:
     return Finding(UNSETTLED, f'{seeds.difference(a, b):+.4f} with one seed')
   found, least = seeds.difference(a, b, known=known), spreads * known.deviation
   holds = found.value > least and found.low > 0
-  text = f'{found:+.4f} (needed: {least:.4f})'
+  text = f'{found:+.4f} ({word}: {least:.4f})'
   return Finding(verdict(holds, found.high < least), text)
 
 
@@ -128,7 +128,8 @@ def recovers(tuned: str, source: str, steps: int, paper: str) -> Criterion:
   text = f'{tuned} is within {SPREADS} spreads of the loss of {source} before the switch'
 
   def check(results):
-    finding = lead(results.losses(source, steps), results.losses(tuned, steps))
+    losses = results.losses(source, steps), results.losses(tuned, steps)
+    finding = lead(*losses, word='allowed')
     opposite = {HOLDS: FAILS, FAILS: HOLDS}
     return finding._replace(verdict=opposite.get(finding.verdict, finding.verdict))
 

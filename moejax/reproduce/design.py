@@ -26,7 +26,7 @@ class Model(NamedTuple):
   config: str  # as --config takes it
   rates: tuple[float, ...]  # peak learning rates to try; a single one was found before
   steps: tuple[int, ...]  # lengths of its runs; each decays its learning rate to its own end
-  speed: float  # tokens per second of a core, for the estimate of hours
+  speed: float  # tokens per second of a core or a chip, for the estimate of hours
   fields: dict[str, str] = {}
   is_predicted: bool = False  # trained last, after a law of the other models predicts its losses
 
@@ -98,17 +98,18 @@ def runs(design: Design, rates: dict[str, float], model: Model) -> dict[int, lis
   }
 
 
-def describe_cost(design: Design, cores: int) -> str:
+def describe_cost(design: Design, scale: str, cores: int) -> str:
   """How many runs, tokens and hours the whole design takes, by the speeds of its models."""
   number, tokens, seconds = cost(design)
-  return (
-    f'{number} runs, {short(tokens)} tokens: about {duration(seconds / cores)} on {cores} '
-    f'core{"s" if cores > 1 else ""} as fast as ours, less what is trained already'
-  )
+  time, where = duration(seconds), 'an H100, by speeds that are not measured yet'
+  if scale == 'laptop':
+    time, where = duration(seconds / cores), f'{cores} core{"s" if cores > 1 else ""} like ours'
+  done = 'less what is trained already'
+  return f'{number} runs, {short(tokens)} tokens: about {time} on {where}; {done}'
 
 
 def cost(design: Design) -> tuple[int, int, float]:
-  """Of the whole design, about: runs, tokens, seconds of one core."""
+  """Of the whole design, about: runs, tokens, seconds of one core or chip."""
   number, tokens, seconds = len(design.tuned) * len(design.seeds), 0, 0.0
   per_step = int(design.fields['data.batch_size']) * int(design.fields['data.sequence_length'])
   for model in design.models:

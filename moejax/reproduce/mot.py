@@ -50,7 +50,7 @@ def _laptop(u):
   choice = lambda name, made, speed: model(name, made[0], speed, made[1])
   low = lambda name, config, more: Model(name, config, _RATES, (short,), 55e3, more | _BF16)
   return Design(
-    setting='d_model 16, 4 blocks (about 12,400 active parameters), bytes of Python source code '
+    setting='d_model 16, 4 blocks (about 12,500 active parameters), bytes of Python source code '
     f'seen once, context 64, batches of 32: 330 tokens per active parameter at {short:,} '
     f'steps, 990 at {long:,}; a quarter of that at d_model 32.',
     fields=_fields('environment'),

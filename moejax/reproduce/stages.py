@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from moejax import cli, files, report, runner
+from moejax import cli, files, report, run_folder, runner
 from moejax.reproduce import design as design_lib, law
 from moejax.reproduce.design import Design
 from moejax.transfer import search
@@ -23,9 +23,16 @@ def train(design: Design, workdir: pathlib.Path) -> int:
 
 
 def read_rates(design: Design, workdir: pathlib.Path) -> dict[str, dict]:
-  """By model, as far as it is known: its best `rate`, and the loss of every rate `tried`."""
+  """By model, as far as it is known: its best `rate`, and the loss of every rate `tried`.
+
+  Raises:
+    ValueError: rates.json is damaged.
+  """
   path = workdir / 'rates.json'
-  found = json.loads(path.read_text()) if path.exists() else {}
+  found = run_folder.read_json(path) if path.exists() else {}
+  for name, entry in found.items():
+    if not isinstance(entry, dict) or not {'rate', 'tried'} <= entry.keys():
+      raise ValueError(f'{path}: {name}: expected its rate and those that were tried, got {entry}.')
   single = {m.name: {'rate': m.rates[0], 'tried': {}} for m in design.models if len(m.rates) == 1}
   return found | single
 

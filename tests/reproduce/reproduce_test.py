@@ -72,6 +72,19 @@ def test_the_growth_of_a_lead_is_that_of_pairs(gains, verdict):
   assert criteria.growth((before, worse), (after, worse)).verdict == verdict
 
 
+def test_a_tuned_model_may_be_worse_by_the_spread_of_seeds():
+  before = _seeds(1.0, 1.01, 1.02)
+
+  def verdict(*after):
+    losses = {'mot': before, 'tuned': _seeds(*after)}
+    known = types.SimpleNamespace(losses=lambda name, _: losses[name])
+    return criteria.judge(criteria.recovers('tuned', 'mot', 1, ''), known).verdict
+
+  assert verdict(0.9, 0.91, 0.92) == verdict(1.001, 1.011, 1.021) == HOLDS
+  assert verdict(1.02, 1.03, 1.04) == UNSETTLED
+  assert verdict(1.1, 1.11, 1.12) == FAILS
+
+
 def test_all_of_several_findings_must_hold():
   finding = lambda verdict: criteria.Finding(verdict, verdict)
   every = lambda *verdicts: criteria.every(map(finding, verdicts)).verdict
@@ -202,6 +215,27 @@ def test_rates_are_found_once_and_recorded(trained, tmp_path):
   (tmp_path / 'rates.json').write_text(json.dumps(found | {'d16-g8': {'rate': 0.05, 'tried': {}}}))
   assert stages.train(design, tmp_path) == cli.OK
   assert trained[-1] == [f'd16-g8-60-0.05-s{seed}' for seed in range(3)]
+
+
+@pytest.mark.parametrize('content', ['{', '{"d16-g8": 0.05}', '{"d16-g8": {"rate": 0.05}}'])
+def test_a_damaged_record_of_rates_is_named(content, tmp_path):
+  (tmp_path / 'rates.json').write_text(content)
+  with pytest.raises(ValueError, match='rates.json'):
+    stages.train(fine_grained.design('laptop', True, 20), tmp_path)
+
+
+def test_no_stage_begins_before_the_one_before_is_whole(trained, monkeypatch, tmp_path):
+  whole = runner.run
+
+  def failing(cells, workdir):
+    whole([cell for cell in cells if cell.name != 'd16-g4-160-0.024-s0'], workdir)
+    return cli.FAILED if len(trained) > 1 else cli.OK
+
+  monkeypatch.setattr(runner, 'run', failing)
+  design = dataclasses.replace(fine_grained.design('laptop', False, 20), seeds=(0,))
+  assert stages.train(design, tmp_path) == cli.FAILED
+  assert not (tmp_path / 'predictions.json').exists()
+  assert 'no predictions yet' in report.write(fine_grained.CLAIM, design, tmp_path)
 
 
 def test_a_best_rate_at_the_end_of_those_tried_is_searched_beyond(trained, tmp_path, monkeypatch):
@@ -365,7 +399,7 @@ def test_the_program_says_the_cost_trains_and_reports(trained, run_program, monk
   monkeypatch.setattr(design_lib, 'UNIT', 20)
   assert run_program('mot', quick=True) == cli.OK
   output = capsys.readouterr().out
-  assert re.search(r'15 runs, 1.16M tokens: about \d+m\d+s on \d+ cores?', output)
+  assert re.search(r'15 runs, 1.16M tokens: about \d+m\d+s on \d+ cores? like ours', output)
   assert 'holds: mot-8e-4 is better than dense' in output
   number = len(trained)
   assert run_program('mot', quick=True, report=True) == cli.OK
