@@ -102,7 +102,10 @@ def _rates(design, workdir):
   rows = [['model', 'peak rate', 'losses of the rates that were tried']]
   for name, entry in stages.read_rates(design, workdir).items():
     tried = ', '.join(f'{rate}: {loss:.4f}' for rate, loss in entry['tried'].items())
-    rows.append([name, f'{entry["rate"]:g}', tried or 'none: found before'])
+    ends = [*map(float, entry['tried'])]
+    beyond = ends and entry['rate'] in (ends[0], ends[-1])
+    note = '; the best is at the end of these, and may be beyond' if beyond else ''
+    rows.append([name, f'{entry["rate"]:g}', (tried or 'none: found before') + note])
   what = f'One seed, runs of {design.rate_steps:,} steps; the best is used for runs of all lengths.'
   return f'## Learning rates\n\n{what}\n\n{_markdown(rows)}'
 

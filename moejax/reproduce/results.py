@@ -59,15 +59,16 @@ class Results:
 
 def _wanted(design, rates) -> dict[Key, list[str]]:
   """The names of the folders of all runs; of models without a rate yet, ones that do not exist."""
-  found = {}
+  some, found = {model.name: model.rates[0] for model in design.models} | rates, {}
+  known = lambda name, names: (
+    [*names] if name in rates else [f'{name}: no rate'] * len(design.seeds)
+  )
   for model in design.models:
-    known = {model.name: model.rates[0]} | rates
-    for steps, cells in design_lib.runs(design, known, model).items():
-      none = [f'{model.name}: no rate yet'] * len(cells)
-      found[model.name, steps] = [c.name for c in cells] if model.name in rates else none
+    for steps, cells in design_lib.runs(design, some, model).items():
+      found[model.name, steps] = known(model.name, (cell.name for cell in cells))
   for one in design.tuned:
-    known = {one.source: 0.0} | rates
-    found[one.name, one.steps] = [n for n, _ in stages.tuned_runs(design, known, one)]
+    pairs = stages.tuned_runs(design, some, one)
+    found[one.name, one.steps] = known(one.source, (name for name, _ in pairs))
   return found
 
 

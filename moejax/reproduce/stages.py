@@ -85,7 +85,7 @@ def tuned_runs(design: Design, rates: dict[str, float], tuned: design_lib.Tuned)
   (source,) = (model for model in design.models if model.name == tuned.source)
   for seed in design.seeds:
     cell = design_lib.cell(design, source, rates[source.name], seed, tuned.steps)
-    yield f'{tuned.name}-{tuned.steps}-s{seed}', cell.name
+    yield cell.name.replace(source.name, tuned.name, 1), cell.name
 
 
 def is_done(workdir: pathlib.Path, name: str) -> bool:

@@ -207,6 +207,16 @@ def test_a_report_is_partial_until_all_runs_are_there(trained, monkeypatch, tmp_
   assert 'missing: 3 of 3 runs of mamba-mlp, 60 steps' in page and '3 of 12' in page
 
 
+@pytest.mark.parametrize('name', CLAIMS)
+def test_a_report_of_no_runs_says_so(name, tmp_path):
+  design = CLAIMS[name].design('laptop', False, design_lib.UNIT)
+  text = report.write(CLAIMS[name].CLAIM, design, tmp_path)
+  number = len(design.seeds) * (sum(len(m.steps) for m in design.models) + len(design.tuned))
+  assert f'partial: {number} of {number} runs are missing' in text
+  assert set(_verdicts(tmp_path)) == {UNSETTLED}
+  assert 'No finished run of' in (tmp_path / 'report.md').read_text()
+
+
 def test_rates_are_found_once_and_recorded(trained, tmp_path):
   design = fine_grained.design('laptop', True, 20)
   assert stages.train(design, tmp_path) == cli.OK
@@ -241,15 +251,20 @@ def test_no_stage_begins_before_the_one_before_is_whole(trained, monkeypatch, tm
 def test_a_best_rate_at_the_end_of_those_tried_is_searched_beyond(trained, tmp_path, monkeypatch):
   design = fine_grained.design('laptop', True, 20)
   models = tuple(model._replace(rates=(3e-3, 6e-3, 1.2e-2)) for model in design.models[:1])
-  assert stages.train(dataclasses.replace(design, models=models), tmp_path) == cli.OK
+  design = dataclasses.replace(design, models=models, comparisons={}, criteria=())
+  assert stages.train(design, tmp_path) == cli.OK
   found = json.loads((tmp_path / 'rates.json').read_text())['d16-dense']
-  assert found['rate'] == 0.024 and [*found['tried']] == [
-    '0.003',
-    '0.006',
-    '0.012',
-    '0.024',
-    '0.048',
-  ]
+  assert found['rate'] == 0.024
+  assert [*found['tried']] == ['0.003', '0.006', '0.012', '0.024', '0.048']
+  report.write(fine_grained.CLAIM, design, tmp_path)
+  assert 'may be beyond' not in (tmp_path / 'report.md').read_text()
+  monkeypatch.setattr(stages, '_MOST_ADDED', 1)
+  (tmp_path / 'rates.json').unlink()
+  assert stages.train(design, tmp_path) == cli.OK
+  report.write(fine_grained.CLAIM, design, tmp_path)
+  assert (
+    '; the best is at the end of these, and may be beyond' in (tmp_path / 'report.md').read_text()
+  )
 
 
 @pytest.mark.heavy
