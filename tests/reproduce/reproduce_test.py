@@ -373,13 +373,15 @@ def test_tiny_runs_from_end_to_end(name, models, monkeypatch, tmp_path):
     ),
     fields=design.fields | small,
     seeds=(0,),
-    comparisons={'all': models},
+    comparisons={'all': (*models, *(one.name for one in design.tuned))},
     criteria=(criteria.leads(models[1], models[0], (steps,), ''),),
   )
   assert stages.train(design, tmp_path) == cli.OK
   text = report.write(CLAIMS[name].CLAIM, design, tmp_path)
   assert 'partial' not in text
   assert (tmp_path / 'all.png').stat().st_size > 1000
+  page = (tmp_path / 'report.md').read_text()
+  assert all(f'\n{one.name}-{one.steps} ' in page for one in design.tuned)
   assert set(_verdicts(tmp_path)) == {UNSETTLED}  # of one seed
 
 
