@@ -128,6 +128,7 @@ def test_the_phases_of_a_run_add_up_over_its_processes(config, tmp_path, monkeyp
   folder = tmp_path / 'run'
   for step, kill in ((3, False), (7, True), (12, False)):
     monkeypatch.setattr(train, 'Interrupt', lambda s=step, k=kill: _Interrupt(s, k))
+    time.sleep(1)  # JAX names traces by the second
     began = time.monotonic()
     try:
       train.train(config, folder, began=began)
