@@ -178,6 +178,9 @@ def plot(curves: list[Curve], path) -> None:
       panel.axvspan(at.low, at.high, alpha=0.15, linewidth=0, **style) if at.has_interval else None
       best.append(min(means))
     panel.set(xscale='log', xlabel=RATE, title=variant)
+    rates = sorted({rate for curve in curves for rate in curve.rates})
+    panel.set_xticks(rates, [f'{rate:g}' for rate in rates], fontsize='small')
+    panel.minorticks_off()
     panel.grid(color='0.9')
     panel.spines[['top', 'right']].set_visible(False)
     panel.legend(frameon=False)
