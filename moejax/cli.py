@@ -139,6 +139,11 @@ def command(*more):
   return shlex.join([str(python), *sys.orig_argv[1:], *more])
 
 
+def portable_command():
+  """The command that started this program, for files that are read on other machines."""
+  return shlex.join(['python', *sys.orig_argv[1:]])
+
+
 def say_how_to_resume(*more):
   """Prints the command that resumes this program; `more`: flags that it was not given."""
   print(f'resume with\n  {command(*more)}', flush=True)

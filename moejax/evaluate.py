@@ -205,6 +205,8 @@ def evaluation(
     total.add(nats, tokens, num_bytes, sums, aux, documents)
     if dropless:
       total.add_dropless(step_lib.eval_step(dropless, number, params, batch)[0])
+  if corpus:  # the sequences of one batch took a batch per place in a group
+    total.batches = -(-total.batches // model_config.mixed_sequences)
   if not total.batches:
     raise ValueError('data.batch_size: the validation split is smaller than one batch; lower it.')
   return total

@@ -106,11 +106,14 @@ def over_steps(curve) -> list[tuple[int, int, float]]:
   ]
 
 
-def mean_over_steps(curve) -> float | None:
-  """The mean over all steps of a curve of means; None if it is empty."""
-  lines = over_steps(curve)
-  steps = sum(number for _, number, _ in lines)
-  return sum(number * mean for _, number, mean in lines) / steps if steps else None
+def mean_over_steps(curve, interval: int) -> float | None:
+  """The mean over all steps of a curve of means; None if it is empty.
+
+  `interval`: the most steps of a log line. Steps before the first one may be of another run.
+  """
+  lines = [(min(number, interval), mean) for _, number, mean in over_steps(curve)]
+  steps = sum(number for number, _ in lines)
+  return sum(number * mean for number, mean in lines) / steps if steps else None
 
 
 def smoothed_loss(curve, steps: int) -> dict:

@@ -235,6 +235,11 @@ def is_finished(summary: dict) -> bool:
   return summary.get('finished', True)  # older versions wrote it at the end only
 
 
+def has_finished(workdir) -> bool:
+  """Whether the run in a folder is finished."""
+  return (pathlib.Path(workdir) / 'summary.json').exists() and is_finished(read_summary(workdir))
+
+
 def write_summary(workdir, summary: dict) -> None:
   """Writes summary.json atomically."""
   content = json.dumps(metrics.plain(summary), indent=2, sort_keys=True, allow_nan=False)

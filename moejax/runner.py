@@ -230,8 +230,7 @@ def _is_free(field):
 
 def is_done(workdir, cell) -> bool:
   """Whether the run of a cell is finished."""
-  folder = workdir / cell.name
-  return (folder / 'summary.json').exists() and report.is_finished(report.read_summary(folder))
+  return report.has_finished(workdir / cell.name)
 
 
 @contextlib.contextmanager

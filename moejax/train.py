@@ -489,9 +489,10 @@ def _training(run, losses):
   """What the log lines say about the training of a run, see `metrics.smoothed_loss`."""
   sequences = getattr(run.loader, 'num_sequences', None)  # unknown of a stream
   seen = run.step * run.run_config.data.batch_size
+  clipped = metrics_lib.loss_curve(run.workdir, 'clipped')
   return metrics_lib.smoothed_loss(losses, run.step) | {
     'epochs': seen / sequences if sequences else None,
-    'clipped': metrics_lib.mean_over_steps(metrics_lib.loss_curve(run.workdir, 'clipped')),
+    'clipped': metrics_lib.mean_over_steps(clipped, run.run_config.train.log_interval),
   }
 
 

@@ -116,8 +116,9 @@ def test_every_sequence_stands_once_among_sequences_of_the_corpus():
 def test_the_loss_among_the_corpus_is_of_the_own_sequences():
   config, mesh = tiny.model_config(), sharding.make_mesh(sharding.MeshConfig(1, 1, 1, -1))
   with jax.set_mesh(mesh):
-    result, _ = evaluate.evaluate(config, _params(), _loader(0), 1, mesh, corpus=_loader(100))
-  assert result['tokens'] == tiny.B * tiny.L
+    done = evaluate.evaluation(config, _params(), _loader(0), 1, mesh, corpus=_loader(100))
+  result = done.result
+  assert result['tokens'] == tiny.B * tiny.L and done.extent['batches'] == 1
   nats = 0.0
   for batch in evaluate._among_others(iter([_loader(0).batch(0)]), _loader(100), tiny.M):
     logits = jax.nn.log_softmax(_logits(config, batch['inputs']))

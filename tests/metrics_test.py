@@ -203,8 +203,13 @@ def test_its_standard_error_is_that_of_the_noise_of_batches_and_not_of_the_fall(
 
 
 def test_means_over_steps_weigh_lines_by_their_steps():
-  assert metrics.mean_over_steps([(30, 1.0), (40, 0.0)]) == 0.75
-  assert metrics.mean_over_steps([]) is None
+  assert metrics.mean_over_steps([(30, 1.0), (40, 0.0)], 30) == 0.75
+  assert metrics.mean_over_steps([], 30) is None
+
+
+def test_steps_before_the_first_line_of_another_run_do_not_count():
+  tuned = [(2010, 1.0), (2020, 0.0)]  # trained from step 2000 on
+  assert metrics.mean_over_steps(tuned, 10) == 0.5
 
 
 def test_what_a_run_says_of_its_training():

@@ -11,8 +11,6 @@ takes longer. Exit code 0: it fits; 1: it does not.
 
 import dataclasses
 import json
-import shlex
-import sys
 
 import jax
 from absl import flags
@@ -44,7 +42,7 @@ def main(config):
       print('\n'.join(['', 'Suggestions:', *(f'  {line}' for line in report.advice(config))]))
   if flags.FLAGS.json:
     numbers = dataclasses.asdict(report)
-    numbers |= {'command': shlex.join(['python', *sys.orig_argv[1:]])}
+    numbers |= {'command': cli.portable_command()}
     numbers |= {'step_seconds': report.step_seconds, 'bound': report.bound, 'mfu': report.mfu}
     files.write(flags.FLAGS.json, json.dumps(numbers, indent=2))
   return cli.OK if report.fits else cli.FAILED

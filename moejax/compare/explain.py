@@ -71,7 +71,7 @@ def _leverages(models):
 def _kinds(model):
   """The sublayers of a model; empty if its runs do not say."""
   blocks = model.runs[0].fields.get('model.blocks') or ()
-  return {sublayer for pattern, _ in blocks for sublayer in pattern}
+  return {kind for pattern, _ in blocks for names in pattern for kind in names.split('+')}
 
 
 def _extent(run):

@@ -14,6 +14,7 @@ from moejax.compare import table
 
 HOLDS, FAILS, UNSETTLED = 'holds', 'does not hold', 'not settled by these seeds'
 SPREADS = 3
+_NOISE = 'standard deviations of seeds'
 
 
 class Missing(Exception):
@@ -90,7 +91,7 @@ def above(found: seeds.Estimate, number: float, text: str) -> Finding:
 def leads(better: str, worse: str, steps, paper: str, spreads: float = SPREADS) -> Criterion:
   """At all of these steps."""
   where = ', '.join(f'{s:,}' for s in steps)
-  text = f'{better} is better than {worse} by more than {spreads} spreads of seeds ({where} steps)'
+  text = f'{better} is better than {worse} by more than {spreads} {_NOISE} ({where} steps)'
   find = lambda r, s: lead(r.losses(better, s), r.losses(worse, s), spreads)
   return Criterion(text, paper, lambda results: every(find(results, s) for s in steps))
 
@@ -125,7 +126,7 @@ def ratio_grows(name: str, baseline: str, short: int, long: int, paper: str) -> 
 
 def recovers(tuned: str, source: str, steps: int, paper: str) -> Criterion:
   """A tuned model is back at the loss of its source."""
-  text = f'{tuned} is within {SPREADS} spreads of the loss of {source} before the switch'
+  text = f'{tuned} is within {SPREADS} {_NOISE} of the loss of {source} before the switch'
 
   def check(results):
     losses = results.losses(source, steps), results.losses(tuned, steps)

@@ -35,9 +35,8 @@ def predict(design: design_lib.Design, rates: dict[str, float], workdir: pathlib
   law_report.save(fits, workdir / _FIT)
   collect.write_table(runs, workdir / 'runs.csv')
   law = law_report.load(workdir / _FIT)
-  command = cli.command()
   entries = [_law_cell(cell, law) for cell in cells[True]]
-  found = predictions.write(entries, workdir / _FIT, workdir / _PREDICTIONS, command)
+  found = predictions.write(entries, workdir / _FIT, workdir / _PREDICTIONS, cli.portable_command())
   print('\n'.join(predictions.describe(found)), flush=True)
 
 

@@ -7,10 +7,8 @@ import math
 import os
 import pathlib
 import platform
-import shlex
-import sys
 
-from moejax import compare, files, report as run_report
+from moejax import cli, compare, files, report as run_report
 from moejax.compare import plot, table
 from moejax.reproduce import law, stages
 from moejax.reproduce.criteria import judge
@@ -115,7 +113,7 @@ def _made(results):
   model = next(iter(results.models.values()), None)
   versions = (model.summary.get('versions') if model else None) or {}
   rows = [
-    ['command', f'`{shlex.join(["python", *sys.orig_argv[1:]])}`'],
+    ['command', f'`{cli.portable_command()}`'],
     ['commit', run_report.git_commit() or 'unknown'],
     ['date', f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC'],
     ['machine', f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores'],

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from moejax import compare
+from moejax import compare, report
 from moejax.compare import table
 from moejax.compare.runs import Model, Run
 from moejax.reproduce import design as design_lib, stages
@@ -18,7 +18,8 @@ class Results:
     self.design, self.workdir = design, workdir
     self.wanted = _wanted(design, stages.best_rates(design, workdir))
     done = {
-      key: [n for n in names if stages.is_done(workdir, n)] for key, names in self.wanted.items()
+      key: [name for name in names if report.has_finished(workdir / name)]
+      for key, names in self.wanted.items()
     }
     self.missing = sum(len(names) - len(done[key]) for key, names in self.wanted.items())
     self.total = sum(map(len, self.wanted.values()))

@@ -88,17 +88,11 @@ def tuned_runs(design: Design, rates: dict[str, float], tuned: design_lib.Tuned)
     yield cell.name.replace(source.name, tuned.name, 1), cell.name
 
 
-def is_done(workdir: pathlib.Path, name: str) -> bool:
-  """Whether the run of a folder is finished."""
-  folder = workdir / name
-  return (folder / 'summary.json').exists() and report.is_finished(report.read_summary(folder))
-
-
 def _tune(design, workdir):
   rates = best_rates(design, workdir)
   for tuned in design.tuned:
     for name, source in tuned_runs(design, rates, tuned):
-      if is_done(workdir, name):
+      if report.has_finished(workdir / name):
         continue
       print(f'transition tuning of {source}', flush=True)
       flags = [f'--from={workdir / source}', f'--workdir={workdir / name}', '--router=token_choice']

@@ -11,8 +11,6 @@ python -m moejax.scaling_laws plot --coefficients=law/fit.json --runs=law/runs.c
 import json
 import math
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 from absl import flags
@@ -136,8 +134,8 @@ def grid():
   output = pathlib.Path(_FLAGS.output)
   predicted = []
   if coefficients and _FLAGS.coefficients not in laws.PUBLISHED:
-    command = shlex.join(['python', *sys.orig_argv[1:]])
     path = output.with_suffix('.predictions.json')
+    command = cli.portable_command()
     predicted = predictions.write(cells, _FLAGS.coefficients, path, command)
   grid_lib.write(cells, output)
   total = sum(cell.flops for cell in cells)

@@ -268,7 +268,7 @@ def _memory_rows(plan):
   for rate, one in sorted(memory['experts'].items()):
     granularity = f' G {one["granularity"]},' if one['granularity'] > 1 else ''
     yield (
-      f'  rate {rate:g}',
+      f'  E {rate:g}',
       f'loss {one["loss"]:.4f},{granularity} {short(one["params"])} parameters, '
       f'{short(one["active_params"])} active, {short(one["tokens"])} tokens'
       + (' <- best' if rate == plan['expansion_rate'] else ''),

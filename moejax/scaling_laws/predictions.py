@@ -203,12 +203,13 @@ def _loss(value):
 
 
 def _row(record, entry, cell, runs):
+  first = min(run.date for run in runs)
   runs = [run for _, run in sorted({run.seed: run for run in runs}.items())]
   measured = seeds.mean([run.loss for run in runs])
   miss = seeds.Estimate(*(value - entry['loss'] for value in measured))
   if entry['fitted']:
     verdict = 'none: the fit was made with this run'
-  elif min(run.date for run in runs) <= record['date']:
+  elif first <= record['date']:
     verdict = 'none: predicted after a run had ended'
   else:
     verdict = 'hit' if entry['low'] <= measured.value <= entry['high'] else '**miss**'

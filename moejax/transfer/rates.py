@@ -77,6 +77,12 @@ def cost(small: Losses, large: Losses) -> Estimate:
   return _estimate(more, small, large)
 
 
+def is_inside(curve: Losses) -> bool:
+  """Whether the best of the rates has a neighbor on both sides that did not diverge."""
+  means = [np.mean(sample) for sample in curve.samples]
+  return 0 < int(np.argmin(means)) < len(means) - 1
+
+
 def detectable(curve: Losses) -> float:
   """The difference of two losses that the noise of a curve's seeds can make; NaN if unknown."""
   sample = max(curve.samples, key=len)
@@ -148,6 +154,8 @@ def _verdict(variant, members, found):
     f'within {FACTOR}' if inside else f'beyond {FACTOR}'
   )
   doubt = '' if certain else ', which these seeds do not settle'
+  if not all(map(is_inside, found)):  # the interval does not know it
+    doubt = ', as far as these rates tell: a best one has no neighbor on one side'
   lost, least = cost(first, found[-1]), detectable(found[-1])
   price = f'{lost:.4f} nats' if lost.value > least else f'none beyond noise ({lost:.4f} nats)'
   if math.isnan(least):

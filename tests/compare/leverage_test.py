@@ -32,6 +32,12 @@ def test_between_dense_runs(tmp_path):
   assert line.startswith('efficiency leverage of sparse: 1.41, ')  # halfway to twice the FLOPs
 
 
+def test_a_dense_model_in_parallel_is_dense(tmp_path):
+  parallel = tmp_path / 'parallel'
+  _run(parallel, loss=1.75, config={'model.blocks': ((('attention+mlp',), 2),)})
+  assert not _leverages([*_dense(tmp_path), parallel])
+
+
 @pytest.mark.parametrize(('number', 'loss'), [(2, 1.4), (2, 2.1), (1, 1.75), (0, 1.75)])
 def test_not_beyond_what_was_measured(tmp_path, number, loss):
   _run(tmp_path / 'sparse', loss=loss, config={'model.blocks': SPARSE})

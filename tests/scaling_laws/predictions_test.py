@@ -105,6 +105,11 @@ def test_a_prediction_after_the_fact_is_none(law, tmp_path):
   _run(tmp_path / 'run', dense, dense.predicted_loss, seconds=-100)
   (row,), *_ = predictions.judge(path, [tmp_path / 'run'], tmp_path / 'page.md')
   assert row.endswith('| none: predicted after a run had ended |')
+  _run(tmp_path / 'run' / 'again', dense, dense.predicted_loss)
+  (tmp_path / 'run').rename(tmp_path / 'first')
+  runs = [tmp_path / 'first', tmp_path / 'first' / 'again']  # the same seed, trained anew
+  (row,), *_ = predictions.judge(path, runs, tmp_path / 'page.md')
+  assert row.endswith('| none: predicted after a run had ended |')
 
 
 def test_a_run_of_the_fit_is_no_prediction(law, tmp_path):

@@ -78,6 +78,7 @@ def test_diverged_runs_count_and_are_not_repeated(trained, tmp_path):
   results.write_csv(cells, {c.name: search.summary(c, tmp_path) for c in cells}, tmp_path / 'x.csv')
   assert re.search('peak_lr=0.04_seed=0.*,inf,', (tmp_path / 'x.csv').read_text())
   assert '0.04 diverges' in rates.describe(curves)
+  assert 'as far as these rates tell' in rates.describe(curves).splitlines()[-1]
   diverging = [c for cells in trained for c in cells if c.values[search.RATE] == 0.04]
   assert len({c.name for c in diverging}) == len(diverging)
 
@@ -86,7 +87,9 @@ def test_a_minimum_beyond_what_may_be_added_is_said(trained, tmp_path):
   curves = _curves()
   assert _search(curves, tmp_path, most=0) == cli.OK
   assert curves[0].rates == RATES
-  assert 'the largest of 3 rates: the minimum may be beyond' in rates.describe(curves)
+  text = rates.describe(curves)
+  assert 'the largest of 3 rates: the minimum may be beyond' in text
+  assert 'as far as these rates tell' in text.splitlines()[-1]
 
 
 def test_an_unfinished_cell_ends_the_search(monkeypatch, tmp_path):
@@ -104,7 +107,7 @@ def test_the_verdict(trained, tmp_path):
   assert 'standard: best rates differ by a factor of 0.50' in standard and 'beyond 1.4' in standard
   assert 'costs model.d_model=32: 0.048' in standard
   assert 'mup: best rates differ by a factor of 1.00' in mup and 'within 1.4' in mup
-  assert 'none beyond noise' in mup
+  assert 'none beyond noise' in mup and 'as far as' not in standard + mup
   rates.plot(curves, tmp_path / 'sweep.png')
   assert (tmp_path / 'sweep.png').stat().st_size > 10_000
 
