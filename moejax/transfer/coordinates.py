@@ -60,7 +60,8 @@ class Slope(NamedTuple):
   place: str
   what: str  # 'size' or 'change'
   slope: Estimate  # mean over seeds
-  is_good: bool
+  is_good: bool  # not beyond the tolerance by more than the noise of seeds
+  is_within: bool = True  # the tolerance, by its value
 
 
 def small_steps(config: str, overrides: dict[str, str], steps: int) -> dict[str, str]:
@@ -188,11 +189,16 @@ def slopes(measured: Measured) -> list[Slope]:
         continue
       of_seeds = [_slope(measured.sizes, values) for values in at_place.T]
       slope = seeds_lib.mean(of_seeds)
-      low, high = (slope.low, slope.high) if slope.has_interval else (slope.value, slope.value)
-      may_shrink = what == 'size' and any(name in place for name in _SHRINKING)
-      is_good = low <= TOLERANCE and (may_shrink or high >= -TOLERANCE)
-      found.append(Slope(place, what, slope, is_good and bool(np.isfinite(of_seeds).all())))
+      value, may_shrink = slope.value, what == 'size' and any(n in place for n in _SHRINKING)
+      low, high = (slope.low, slope.high) if slope.has_interval else (value, value)
+      is_good = _allows(low, high, may_shrink) and bool(np.isfinite(of_seeds).all())
+      found.append(Slope(place, what, slope, is_good, _allows(value, value, may_shrink)))
   return found
+
+
+def _allows(low, high, may_shrink):
+  """Whether a slope between these can be within the tolerance."""
+  return low <= TOLERANCE and (may_shrink or high >= -TOLERANCE)
 
 
 def _slope(sizes, values):
@@ -228,12 +234,20 @@ def verdict(measured: Measured, found: list[Slope]) -> str:
   span = f'{field} {measured.sizes[0]:g} to {measured.sizes[-1]:g}, after {steps} steps'
   bad = [s for s in found if not s.is_good]
   changes = [s for s in found if s.what == 'change']
+  doubtful = [s for s in found if not s.is_within]
+  if doubtful and not bad:
+    worst = max(doubtful, key=lambda s: abs(s.slope.value))
+    return (
+      f'flat within noise ({span}): {len(doubtful)} of {len(found)} sizes and changes inside the '
+      f'model follow {field} by a power beyond +-{TOLERANCE}, none by more than the noise of these '
+      f'seeds; the steepest is the {worst.what} of {worst.place}, {worst.slope:+.2f}. More --seeds '
+      'tell more.'
+    )
   if not bad:
     worst = max(changes, key=lambda s: abs(s.slope.value))
     return (
       f'flat ({span}): no change inside the model follows {field} by a power beyond '
-      f'+-{TOLERANCE}, as far as these seeds can tell; '
-      f'the steepest is {worst.place}, {worst.slope:+.2f}.'
+      f'+-{TOLERANCE}; the steepest is {worst.place}, {worst.slope:+.2f}.'
     )
   worst = max(bad, key=lambda s: abs(s.slope.value) if math.isfinite(s.slope.value) else math.inf)
   return (

@@ -96,8 +96,9 @@ def test_what_may_follow_the_size(size, change, place, good):
 
 
 def test_noise_of_seeds_is_no_slope():
-  (_, change) = coordinates.slopes(_made(0, 0.12, noise=0.05))
-  assert change.is_good and change.slope.has_interval
+  (_, change) = coordinates.slopes(_made(0, 0.15, noise=0.05))
+  assert change.is_good and not change.is_within and change.slope.has_interval
+  assert 'flat within noise' in coordinates.verdict(_made(0, 0.15, noise=0.05), [change])
 
 
 def test_depth_is_a_size_and_patterns_are_its_places():
