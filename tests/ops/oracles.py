@@ -123,6 +123,7 @@ def moe(x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD, route):
 
 def grouped_matmul(x_TD, w_EDF, group_sizes_E, dy_TF):
   """y_TF and the gradients of sum(y * dy) by x and w; rows beyond the groups are 0."""
+  x_TD, w_EDF, dy_TF = (a.astype(np.float64) for a in (x_TD, w_EDF, dy_TF))
   y_TF = np.zeros((x_TD.shape[0], w_EDF.shape[2]))
   dx_TD, dw_EDF = np.zeros(x_TD.shape), np.zeros(w_EDF.shape)
   t = 0
