@@ -232,7 +232,8 @@ PAPER_SIZES = [
 @pytest.mark.parametrize('config, topology, mesh, gib', PAPER_SIZES)
 def test_paper_sizes_fit_with_the_mesh_that_is_chosen(tmp_path, config, topology, mesh, gib):
   args = [f'--config=configs/{config}', f'--topology={topology}']
-  args += [GROUPS_OF_8] if config.startswith('moe') else []
+  grouped = [GROUPS_OF_8, '--config.optimizer.accumulation=8']
+  args += grouped if config.startswith('moe') else []
   effort = {'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0'}  # a quarter of the compiler's time
   report, code = _compiled_for_tpu(tmp_path, *args, **effort)
   assert code == 0 and report.fits and report.mesh == mesh
