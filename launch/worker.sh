@@ -12,7 +12,8 @@ set -euo pipefail
 readonly CODE=~/moejax RUN=~/moejax-run BUCKETS=~/gs
 export PATH=~/.local/bin:$PATH
 
-is_alive() { [[ -f $RUN/pid ]] && grep --quiet --no-messages moejax "/proc/$(<"$RUN/pid")/cmdline"; }
+# The run holds the lock that `start` takes for as long as any of its processes lives.
+is_alive() { [[ -f $RUN/lock ]] && ! flock --nonblock "$RUN/lock" true; }
 
 install() {
   if is_alive; then return; fi
@@ -45,17 +46,18 @@ install_gcsfuse() {
 }
 
 start() {
-  if is_alive; then return; fi
+  mkdir -p "$RUN"
+  exec 9>"$RUN/lock"
+  flock --nonblock 9 || return 0
   local flag flags=()
   for flag in "$@"; do
     # tensorflow-datasets reads buckets itself. A flag may name several, as in gpt2:gs://BUCKET/gpt2.
     while [[ $flag =~ (^|[=:,])gs://([^/,]+) && $flag != --config.data.tfds_data_dir=* ]]; do
-      mount_bucket "${BASH_REMATCH[2]}"
+      mount_bucket "${BASH_REMATCH[2]}" 9>&- # a mount outlives the run
       flag=${flag/gs:\/\//$BUCKETS/}
     done
     flags+=("$flag")
   done
-  mkdir -p "$RUN"
   rm -f "$RUN/code"
   cd "$CODE"
   # In its own session, so that it outlives the connection and `stop` can kill all of it.
