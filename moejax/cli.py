@@ -235,6 +235,13 @@ def define_paths(name, default, meaning, required=False):
   flags.DEFINE(_PathsParser(), name, default, meaning, serializer=serializer, required=required)
 
 
+def integers(flag, texts) -> list[int]:
+  """The values of a list flag; raises ValueError unless all are integers, each given once."""
+  if not texts or not all(text.strip().isdecimal() for text in texts) or len({*texts}) < len(texts):
+    raise ValueError(f'--{flag}: expected different integers, as in 1,2,3; got {",".join(texts)}.')
+  return [int(text) for text in texts]
+
+
 class _Output:
   """A stream whose writes never fail.
 

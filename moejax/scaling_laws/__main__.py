@@ -172,6 +172,7 @@ def judge(paths):
 def _define_run():
   cli.define_path('grid', 'grid.json', 'Grid file written by `grid`.')
   flags.DEFINE_string('workdir', None, 'Folder for all runs.', required=True)
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation; every cell is trained with each.')
   flags.DEFINE_string(
     'launch',
     None,
@@ -184,7 +185,8 @@ def run():
   from moejax import runner
   from moejax.scaling_laws import grid as grid_lib
 
-  cells = grid_lib.read(_FLAGS.grid)
+  seeds = cli.integers('seeds', _FLAGS.seeds)
+  cells = grid_lib.with_seeds(grid_lib.read(_FLAGS.grid), seeds)
   if _FLAGS.launch is None:
     return runner.run(cells, pathlib.Path(cli.path(_FLAGS.workdir)).absolute())
   print('\n'.join(runner.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))

@@ -167,6 +167,17 @@ def make_cell(recipe, shape, expansion_rate, granularity, steps, coefficients=No
   )
 
 
+def with_seeds(cells, seeds):
+  """Cells for every seed of initialisation; seed 0, that of the configs, keeps their names."""
+  named = lambda cell, seed: f'{cell.name}-s{seed}' if seed else cell.name
+  fields = lambda cell, seed: cell.fields | ({'train.seed': str(seed)} if seed else {})
+  return [
+    dataclasses.replace(cell, name=named(cell, seed), fields=fields(cell, seed))
+    for seed in seeds
+    for cell in cells
+  ]
+
+
 def _predicted(law, shape, expansion_rate, granularity, tokens):
   d_model, blocks, _ = shape
   params = laws.counted_params(law, d_model, blocks, expansion_rate)

@@ -44,11 +44,11 @@ def check(overrides):
 
   It exits with 0 if so, and with 1 if not.
   """
-  from moejax.transfer import coordinates, sizes  # importing JAX takes seconds
+  from moejax.transfer import coordinates  # importing JAX takes seconds
 
   axis, overrides = _sizes(overrides)
   overrides = coordinates.small_steps(_FLAGS.config, overrides, _FLAGS.steps)
-  seeds = sizes.integers('seeds', _FLAGS.seeds)
+  seeds = cli.integers('seeds', _FLAGS.seeds)
   measured = coordinates.measure(_FLAGS.config, overrides, axis, seeds)
   slopes = coordinates.slopes(measured)
   folder = pathlib.Path(_FLAGS.output)
@@ -74,10 +74,10 @@ def sweep(overrides):
   other seeds see the best rate and its two neighbors.
   """
   from moejax.sweep import axes, results
-  from moejax.transfer import rates as rates_lib, search, sizes
+  from moejax.transfer import rates as rates_lib, search
 
   axis, overrides = _sizes(overrides)
-  seeds = sizes.integers('seeds', _FLAGS.seeds)
+  seeds = cli.integers('seeds', _FLAGS.seeds)
   rates = search.numbers('rates', _FLAGS.rates)
   variants = axes.parse(_FLAGS.grid, []) if _FLAGS.grid else []
   curves = search.make_curves(axis, variants, rates, seeds)

@@ -26,20 +26,13 @@ def make_axis(config, overrides, widths=(), depths=(), zipped=()) -> Axis:
   model = cli.config_of([f'--config={config}', *flags]).model
   texts = list(zipped)
   if widths:
-    texts = list(_of_widths(model, integers('widths', widths)))
+    texts = list(_of_widths(model, cli.integers('widths', widths)))
   elif depths:
-    texts = [_of_depths(model, integers('depths', depths))]
+    texts = [_of_depths(model, cli.integers('depths', depths))]
   (axis,) = axes.parse([], texts)
   if len(axis.points) < 2:
     raise ValueError('give at least two sizes, such as --widths=32,64,128.')
   return axis
-
-
-def integers(flag, texts) -> list[int]:
-  """The values of a flag; raises ValueError unless all are integers, each given once."""
-  if not texts or not all(text.strip().isdecimal() for text in texts) or len({*texts}) < len(texts):
-    raise ValueError(f'--{flag}: expected different integers, as in 1,2,3; got {",".join(texts)}.')
-  return [int(text) for text in texts]
 
 
 def _of_widths(model, widths):

@@ -167,6 +167,17 @@ def test_durations_of_the_laptop_grid_share_their_first_steps():
   )  # 1400 of three durations trained whole
 
 
+def test_a_grid_with_seeds_contains_the_grid_without():
+  cells = grid.make('laptop_larger')
+  more = grid.with_seeds(cells, [0, 3])
+  assert more[:3] == cells
+  for cell, other in zip(cells, more[3:], strict=True):
+    assert other.name == f'{cell.name}-s3'
+    one, two = runner.settings_of(cell), runner.settings_of(other)
+    assert runner.differences(one, two) == ['train.seed'] and two['train.seed'] == 3
+  assert not any(runner._sources(more, {c.name: runner.settings_of(c) for c in more}).values())
+
+
 @pytest.mark.parametrize('preset', ['laptop', 'laptop_larger'])
 def test_sizes_of_the_laptop_grid_share_a_base_shape(preset):
   kinds = {(c.d_model, c.granularity): c for c in grid.make(preset)}
