@@ -23,9 +23,12 @@ from moejax import (
   goodput,
   metrics,
   model as model_lib,
+  progress,
   report,
+  results,
   run_folder,
   sharding,
+  start,
   step as step_lib,
   train,
   variants,
@@ -193,7 +196,7 @@ def test_another_corpus_is_refused_on_resume(finished, monkeypatch):
   from moejax.data import batch
 
   monkeypatch.setattr(batch, 'fingerprint', lambda *parts: 'another')
-  monkeypatch.setattr(train, 'lower_train_step', None)  # not even compiled
+  monkeypatch.setattr(start, 'lower_train_step', None)  # not even compiled
   with pytest.raises(ValueError, match="data.source = 'stdlib' now gives another"):
     train.train(_debug_config(), finished)
 
@@ -340,7 +343,7 @@ def test_a_state_that_cannot_go_on_is_not_saved(run, state, at):
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
   lost = types.SimpleNamespace(result={'loss': math.nan, 'tokens': 1}, extent={}, aux={})
-  monkeypatch.setattr(train, 'evaluation', lambda *args: lost)
+  monkeypatch.setattr(progress, 'evaluation', lambda *args: lost)
   with pytest.raises(metrics.Diverged, match='after step 3 the validation loss is not finite'):
     train.loop(run, _StopAfter(3))
   assert run.checkpoints.latest_step() is None
@@ -360,7 +363,7 @@ def _slow_first_step(run):
 
 def test_speeds_are_those_of_steps_without_the_first(run, monkeypatch, capsys):
   monkeypatch.setattr(train, '_STEPS_TO_ESTIMATE', 2)
-  monkeypatch.setattr(train.start_page, 'time_left', 'about {}'.format)
+  monkeypatch.setattr(progress.start_page, 'time_left', 'about {}'.format)
   run.averager.skip(-1000)  # what set-up might take
   _slow_first_step(run)
   assert train.loop(run, _StopAfter(3))
@@ -386,16 +389,16 @@ def test_the_first_step_alone_has_no_speed(run, capsys):
 
 
 def test_the_time_of_a_run_includes_its_evaluations(run, monkeypatch, capsys):
-  monkeypatch.setattr(train.start_page, 'time_left', 'about {:.0f} s'.format)
+  monkeypatch.setattr(progress.start_page, 'time_left', 'about {:.0f} s'.format)
   longer = dataclasses.replace(run.run_config.train, steps=103, eval_interval=50, eval_batches=30)
   longer = dataclasses.replace(longer, final_eval_batches=9)
   run.run_config, run.step = dataclasses.replace(run.run_config, train=longer), 3
   run.averager = types.SimpleNamespace(means=lambda: {'seconds_per_step': 2.0})
-  train._estimate(run)
+  progress.estimate(run)
   # 100 steps; at 50, 100 and 103 evaluations that take as long as 10, and at the end one of 3.
   assert capsys.readouterr().out == 'about 266 s\n'
   run.averager = types.SimpleNamespace(means=dict)
-  train._estimate(run)
+  progress.estimate(run)
   assert not capsys.readouterr().out
 
 
@@ -499,7 +502,7 @@ def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):
   def fail(*args):
     raise IndexError('no such token')
 
-  monkeypatch.setattr(train, 'continuations', fail)
+  monkeypatch.setattr(results, 'continuations', fail)
   sampling = dataclasses.replace(run.run_config.train, sample_length=2)
   run.run_config = dataclasses.replace(run.run_config, train=sampling)
   assert train.loop(run, _StopAfter(3))

@@ -1,0 +1,224 @@
+"""The start of a run: everything before its first step is checked, restored or compiled."""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  estimate,
+  flops,
+  goodput,
+  imports,
+  metrics as metrics_lib,
+  report,
+  run_folder,
+  sharding,
+  start_page,
+  trackers,
+)
+from moejax.checkpoint import changed_fields, one_line_errors
+from moejax.distributed import is_process_0
+from moejax.step import (
+  fresh_state,
+  is_finite,
+  jit_train_step,
+  lower_eval_step,
+  lower_train_step,
+  make_clock,
+  make_state,
+)
+
+
+@dataclasses.dataclass
+class Run:
+  """A run in progress."""
+
+  config: Any  # the ConfigDict
+  run_config: Any  # what it resolves to
+  mesh: Any
+  workdir: pathlib.Path
+  loader: Any
+  eval_loader: Any
+  checkpoints: Any = None
+  origin: dict | None = None  # choices that made its first state and are not in the config
+  history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
+  step: int = 0  # optimizer steps done
+  first_step: int = 0  # where this process began
+  ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)
+  train_step: Any = None
+  now: Any = None  # of `step.make_clock`
+  state: Any = None
+  batch: Any = None  # of the last step
+  averager: Any = dataclasses.field(default_factory=metrics_lib.MetricAverager)
+  writer: Any = None
+  eval_result: dict = dataclasses.field(default_factory=dict)
+  flops_per_token: dict = dataclasses.field(default_factory=dict)
+  peak_flops: float | None = None  # of all devices together, if it is known
+
+  def describe(self):
+    """The metadata of a checkpoint, also part of the summary."""
+    return {
+      'config': self.config.to_dict(),
+      'corpus': self.loader.fingerprint,
+      'tokenizer': self.run_config.tokenizer.fingerprint,
+      'history': self.history,
+      'origin': self.origin,
+      'seconds': self.ledger.training,
+      'goodput': dict(self.ledger.seconds),
+    }
+
+  def record(self, phase):
+    """Counts the time since the last lap as `phase`; a resuming process reads the ledger."""
+    self.ledger.lap(phase)
+    if is_process_0():
+      self.ledger.write(self.workdir, self.step)
+
+
+def prepare(config, workdir):
+  """A Run whose config, mesh and data are checked; nothing is written."""
+  run_config = config_lib.resolve(config)
+  imports.name_task(run_config.data.task)
+  with cli.waiting_for('initialising the devices'):
+    run_config = estimate.placed(run_config, jax.devices())
+    mesh = sharding.make_mesh(run_config.mesh)
+  config_lib.check_mesh(run_config, mesh)
+  _check_prompt(run_config)
+  trackers.check_installed(run_config.train.trackers)
+  run_folder.check_same_run(config, workdir)
+  part = sharding.process_part(mesh, run_config.data.batch_size)
+  with cli.waiting_for('reading the corpus'):
+    loader = data.make_loader(run_config.data, 'train', **part)
+    eval_loader = data.make_loader(run_config.data, 'validation', **part)
+  with tempfile.TemporaryDirectory() as folder:
+    loader.batch(0)
+    loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
+  if run_config.model.leaks():
+    print(f'warning: {run_config.model.leaks()}')
+  return Run(config, run_config, mesh, workdir, loader, eval_loader)
+
+
+def _check_prompt(run_config):
+  """Raises ValueError unless the prompt of the final sample fits into the context."""
+  train, context = run_config.train, run_config.model.max_length
+  length = len(run_config.tokenizer.encode(train.sample_prompt))
+  if train.sample_length and not 0 < length < context:
+    raise ValueError(
+      f'train.sample_prompt = {train.sample_prompt!r} has {length} tokens of data.tokenizer = '
+      f'{run_config.data.tokenizer!r}; expected 1 to {context - 1} (data.sequence_length). Change '
+      'it, or set train.sample_length = 0.'
+    )
+
+
+def resume(run):
+  """Restores the history of a run from its newest checkpoint; returns its step, None without one.
+
+  Raises:
+    ValueError: the run cannot resume with this config, tokenizer or corpus.
+  """
+  run_folder.check_same_run(run.config, run.workdir)  # again, now that the folder is locked
+  step = run.checkpoints.latest_step()
+  if step is None:
+    run.ledger.resume(run.workdir, 0, {})
+    return None
+  metadata = run.checkpoints.metadata(step)
+  run_folder.check_tokenizer(metadata, run.run_config.tokenizer)
+  imported = metadata['corpus'] is None  # by moejax.convert, which reads no text
+  if not imported and metadata['corpus'] != run.loader.fingerprint:
+    raise ValueError(
+      f'--workdir={run.workdir}: its run was trained on corpus {metadata["corpus"]}, but '
+      f'data.source = {run.run_config.data.source!r} now gives {run.loader.fingerprint} (another '
+      'Python version, or changed files). Restore the corpus, or choose another folder.'
+    )
+  saved = run_folder.from_saved(metadata['config'], f'checkpoint {step}')
+  run_folder.check_resume(saved, run.config, step, run.workdir, imported)
+  origin = metadata.get('origin', run.origin)
+  if run.origin and origin != run.origin:
+    raise ValueError(
+      f'--workdir={run.workdir} holds a run that began with {origin}, not {run.origin}; choose '
+      'another folder.'
+    )
+  run.origin = origin
+  run.history = metadata.get('history', [])
+  if step == run.run_config.train.steps:
+    run.config, run.run_config = (
+      saved,
+      dataclasses.replace(run.run_config, train=config_lib.TrainConfig(**saved.train)),
+    )
+  elif changes := changed_fields(saved.to_dict(), run.config.to_dict()):
+    run.history = [*run.history, {'from_step': step, 'changes': changes}]
+  run.step = run.first_step = step
+  seconds = metadata.get('goodput') or {'other': metadata.get('seconds', 0.0)}  # of older versions
+  run.ledger.resume(run.workdir, step, seconds)
+  with one_line_errors(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
+    run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
+  return step
+
+
+def is_finished(run):
+  """Whether an earlier process trained all steps and wrote the summary."""
+  steps = run.run_config.train.steps
+  summary = report.read_summary(run.workdir)
+  return run.step == steps == summary.get('steps') and report.is_finished(summary)
+
+
+def set_up(run, step, start=None):
+  """Compiles the steps, initialises or restores the state at `step`, and opens the metrics files.
+
+  Raises:
+    ValueError: the state is not finite, or there is no space for a checkpoint.
+  """
+  init = fresh_state(run.run_config)
+  abstract = sharding.abstract(init, run.mesh)
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  run.checkpoints.check_writable(num_bytes)
+  run.ledger.lap('start_up')
+  page = start_page.page(run.run_config, run.mesh, abstract, run.loader, run.workdir)
+  print(page, flush=True)
+  run.train_step, run.now = _compile(run, abstract), make_clock(run.run_config)
+  run.ledger.lap('compile')
+  if step is not None:
+    print(f'resuming from step {step}')
+    loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
+    with cli.waiting_for('restoring the state'):
+      run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
+    run.ledger.lap('restore')
+  else:
+    with cli.waiting_for('initialising the state'):
+      run.state = start(run, abstract) if start else make_state(init, abstract)
+    run.step = run.first_step = int(run.state['step'])
+  if not is_finite(run.state):
+    if step is None:
+      raise ValueError('the parameters of the first step are not finite; lower model.init_scale.')
+    raise ValueError(
+      f'workdir: checkpoint {run_folder.checkpoint_dir(run.workdir)}/{step} holds numbers that are '
+      'not finite. Delete it to resume from the previous one.'
+    )
+  if is_process_0() and run.step < run.run_config.train.steps:
+    run_folder.write(run.config, run.workdir, run.loader.fingerprint)
+  run.writer = metrics_lib.make_writer(
+    run.workdir, run.step, run.run_config.train.trackers, run.config.to_dict()
+  )
+  run.flops_per_token = flops.training_flops_per_token(
+    run.run_config.model, run.run_config.data.sequence_length
+  )
+  peak = flops.peak_flops(jax.devices()[0], run.run_config.model.dtype)
+  run.peak_flops = peak and peak * jax.device_count()
+  run.record('start_up')
+
+
+def _compile(run, abstract_state):
+  """Compiles the training step, and the evaluation step too: an interrupt leaves no time for it."""
+  args = run.run_config, abstract_state, run.mesh
+  jax_config: Any = jax.config
+  if jax_config.jax_disable_jit:  # for debugging
+    return jit_train_step(*args)
+  with cli.waiting_for('compiling the training and the evaluation step'):
+    compiled = lower_train_step(*args).compile()
+    lower_eval_step(run.run_config, abstract_state['params'], run.mesh).compile()
+  return compiled
