@@ -1,9 +1,10 @@
 """The results of a run: the summary, the plot of its losses, a sample."""
 
 import math
+import time
 from collections.abc import Callable
 
-from moejax import cli, flops, metrics as metrics_lib, progress, report
+from moejax import cli, flops, metrics as metrics_lib, progress, report, text
 from moejax.distributed import is_process_0
 from moejax.generate import continuations
 from moejax.start import Run
@@ -86,6 +87,7 @@ def summary(run: Run):
     'training': _training(run, losses),
     'validation': run.eval_result,
     'sample': '',
+    'date': text.utc(time.time()),
     'commit': report.git_commit(),
     'versions': report.versions(),
   }

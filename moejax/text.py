@@ -1,5 +1,6 @@
 """Text for humans: short numbers, sizes, durations, and did-you-mean hints."""
 
+import datetime
 import difflib
 import re
 
@@ -79,3 +80,8 @@ def split_values(text: str) -> list[str]:
     else:
       values[-1] += character
   return [re.sub(r'^([\'"])((?:(?!\1).)*)\1$', r'\2', value.strip()) for value in values]
+
+
+def utc(seconds: float) -> str:
+  """A time of time.time() in ISO 8601: '2026-11-26T23:59:59Z', whose order is that of time."""
+  return f'{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}'

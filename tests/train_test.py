@@ -109,6 +109,7 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
   nats_per_bit = summary['validation']['loss'] / summary['validation']['bits_per_byte']
   assert nats_per_bit == pytest.approx(np.log(2), rel=0.01)
   assert summary['versions']['jax'] == jax.__version__
+  assert summary['date'].endswith('Z')
   entropies = [e for e in metrics.read_metrics(finished)[0] if e.startswith('mot/entropy/')]
   assert entropies == ['mot/entropy/00', 'mot/entropy/01']
 

@@ -5,11 +5,11 @@
 """
 
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
 import pathlib
+import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy import stats
 
 from moejax import files, report as run_report, run_folder, runner, seeds
 from moejax.scaling_laws import fit as fit_lib, grid, laws, report
-from moejax.text import short
+from moejax.text import short, utc
 
 _COVERED = (fit_lib.INTERVAL[1] - fit_lib.INTERVAL[0]) / 100
 COLUMNS = (
@@ -60,16 +60,11 @@ def write(cells, coefficients, path, command):
     'fit_sha256': hashlib.sha256(content).hexdigest(),
     'command': command,
     'commit': run_report.git_commit(),
-    'date': _utc(datetime.datetime.now().timestamp()),
+    'date': utc(time.time()),
     'predictions': entries,
   }
   files.write(path, json.dumps(record, indent=1) + '\n')
   return entries
-
-
-def _utc(seconds):
-  """ISO 8601, whose order is that of time."""
-  return f'{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}'
 
 
 def _predict(cell, fits, coefficients):
@@ -194,7 +189,8 @@ def _runs(paths):
       if run_report.is_finished(fields):
         loss = (fields.get('validation') or {}).get('loss')
         config = runner.flat(run_folder.read(folder))
-        found.append(_Finished(config, _loss(loss), _utc(summary.stat().st_mtime)))
+        ended = fields.get('date') or utc(summary.stat().st_mtime)  # of older versions
+        found.append(_Finished(config, _loss(loss), ended))
   return found
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import time
 
 import pytest
 
 from moejax import cli, run_folder
 from moejax.scaling_laws import collect, fit, grid, laws, predictions, report
-from moejax.text import short
+from moejax.text import short, utc
 
 LAW = laws.Coefficients(c=0.5, a=9.0, alpha=0.22, b=37.0, beta=0.27, g=3.0, gamma=0.7)
 LAWS = {8: LAW, 1: LAW._replace(g=None, gamma=None)}
@@ -39,14 +40,13 @@ def _predict(law, preset, tmp_path):
 
 
 def _run(folder, cell, loss, seed=0, seconds=100, **fields):
-  """A finished run of a cell, that ended some seconds from now."""
+  """A finished run of a cell, that ended some seconds from now and was copied later."""
   config = cli.config_of([*cell.arguments[2:], f'--config.train.seed={seed}'])
   config.update_from_flattened_dict(fields)
   run_folder.write(config, folder)
-  summary = folder / 'summary.json'
-  summary.write_text(json.dumps({'finished': True, 'validation': {'loss': loss}}))
-  ended = summary.stat().st_mtime + seconds
-  os.utime(summary, (ended, ended))
+  summary = {'finished': True, 'validation': {'loss': loss}, 'date': utc(time.time() + seconds)}
+  (folder / 'summary.json').write_text(json.dumps(summary))
+  os.utime(folder / 'summary.json', (2**32, 2**32))
 
 
 def test_what_a_file_of_predictions_holds(law, tmp_path):
