@@ -6,6 +6,7 @@ per step. Non-finite numbers are null, because JSON has no NaN.
 
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -30,27 +31,54 @@ class MetricsWriter:
       trackers: names of trackers.TRACKERS.
       config: of the run, as nested dicts; for the trackers.
     """
+    damaged = _read(workdir)[1]
+    if damaged:
+      print(f'note: {workdir}/{_FILE} is damaged; {damaged} lines that cannot be read are dropped')
     copy(workdir, workdir, start_step)
-    self._lines = (pathlib.Path(workdir) / _FILE).open('a')
+    self._file = (pathlib.Path(workdir) / _FILE).open('ab', buffering=0)
+    self._unwritten, self._has_warned = b'', False
     self._trackers = Trackers(trackers, workdir, config or {}, start_step)
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
-    """Writes one line. With a prefix, 'loss' becomes 'prefix/loss'."""
+    """Writes one line. With a prefix, 'loss' becomes 'prefix/loss'.
+
+    A line that cannot be written, on a full disk say, is written together with a later one.
+    """
     named = {f'{prefix}/{name}' if prefix else name: float(v) for name, v in metrics.items()}
-    self._lines.write(_line({'step': step, **named}))
-    self._lines.flush()
+    self._unwritten += _line({'step': step, **named}).encode()
+    self._append()
     self._trackers.write(step, named)
+
+  def sync(self) -> None:
+    """Waits until the lines are on the disk, before a checkpoint that must not outlive them."""
+    self._append(os.fsync)
 
   def close(self) -> None:
     """Closes the file and the trackers."""
-    self._lines.close()
+    if not self._file.closed:
+      self.sync()
+      self._file.close()
     self._trackers.close()
+
+  def _append(self, finish=lambda file: None):
+    """Appends what is not written yet; a failure only prints a warning, once."""
+    try:
+      while self._unwritten:
+        self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+      finish(self._file)
+    except OSError as error:
+      if not self._has_warned:
+        print(f'warning: {self._file.name}: {error.strerror}; lines are kept to be written later')
+      self._has_warned = True
 
 
 class NoWriter:
   """A `MetricsWriter` that writes nothing."""
 
   def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+    pass
+
+  def sync(self) -> None:
     pass
 
   def close(self) -> None:
@@ -66,11 +94,18 @@ def make_writer(workdir, start_step: int, trackers=(), config=None) -> MetricsWr
 
 def read_metrics(workdir) -> list[dict]:
   """All intact lines of metrics.jsonl; [] if there is no file."""
+  return _read(workdir)[0]
+
+
+def _read(workdir):
+  """The entries of all intact lines, and the number of damaged ones."""
   path = pathlib.Path(workdir) / _FILE
   if not path.exists():
-    return []
-  *lines, _ = path.read_text(errors='replace').split('\n')  # the last is empty or incomplete
-  return [entry for line in lines if (entry := _entry(line))]
+    return [], 0
+  *lines, last = path.read_text(errors='replace').split('\n')
+  entries = [_entry(line) for line in lines]
+  intact = [entry for entry in entries if entry]
+  return intact, len(entries) - len(intact) + bool(last)  # which is incomplete
 
 
 def _entry(line):

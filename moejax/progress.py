@@ -70,7 +70,8 @@ def evaluate_batches(run: Run, num_batches, prefix):
     run.writer.write(run.step, done.result | metrics_lib.flatten_aux(done.aux), prefix=prefix)
   run.eval_result = done.result | done.extent
   if is_process_0() and 'moe/load' in done.aux:
-    report.plot_router(done.aux['moe/load'], run.workdir / 'router.png')
+    with run.optional('router.png'):
+      report.plot_router(done.aux['moe/load'], run.workdir / 'router.png')
   run.ledger.lap('evaluation')
   if not math.isfinite(run.eval_result['loss']):
     raise Diverged(f'training diverged: after step {run.step} the validation loss is not finite')

@@ -35,30 +35,25 @@ def finish(run: Run, summarize: Callable[[], dict] = dict):
 
 
 def plot(run: Run):
-  """Writes loss.png; a failure only prints a warning, for the checkpoint is what counts."""
+  """Writes loss.png."""
   if not is_process_0():
     return
   names = {'train': 'loss', 'validation': 'validation/loss'}
-  curves = {label: metrics_lib.loss_curve(run.workdir, name) for label, name in names.items()}
-  try:
+  with run.optional('loss.png'):
+    curves = {label: metrics_lib.loss_curve(run.workdir, name) for label, name in names.items()}
     report.plot_losses(curves, run.workdir / 'loss.png')
-  except Exception as error:
-    print(f'warning: no loss.png: {type(error).__name__}: {error}')
 
 
 def _sample(run: Run):
-  """Text from the model, '' if there is none; a failure only prints a warning."""
+  """Text from the model, '' if there is none."""
   model, train, tokenizer = run.run_config.model, run.run_config.train, run.run_config.tokenizer
   room = model.max_length - len(tokenizer.encode(train.sample_prompt))
   length = min(train.sample_length, room)
   if length < 1:
     return ''
-  try:
-    with cli.waiting_for('sampling'):
-      return continuations(model, run.state['params'], tokenizer, [train.sample_prompt], length)[0]
-  except Exception as error:
-    print(f'warning: no sample: {type(error).__name__}: {error}')
-    return ''
+  with run.optional('sample'), cli.waiting_for('sampling'):
+    return continuations(model, run.state['params'], tokenizer, [train.sample_prompt], length)[0]
+  return ''
 
 
 def _training(run: Run, losses):

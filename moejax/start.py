@@ -1,5 +1,6 @@
 """The start of a run: everything before its first step is checked, restored or compiled."""
 
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -60,6 +61,7 @@ class Run:
   eval_result: dict = dataclasses.field(default_factory=dict)
   flops_per_token: dict = dataclasses.field(default_factory=dict)
   peak_flops: float | None = None  # of all devices together, if it is known
+  missing: set = dataclasses.field(default_factory=set)  # files that could not be written
 
   def describe(self):
     """The metadata of a checkpoint, also part of the summary."""
@@ -77,7 +79,18 @@ class Run:
     """Counts the time since the last lap as `phase`; a resuming process reads the ledger."""
     self.ledger.lap(phase)
     if is_process_0():
-      self.ledger.write(self.workdir, self.step)
+      with self.optional('goodput.json'):
+        self.ledger.write(self.workdir, self.step)
+
+  @contextlib.contextmanager
+  def optional(self, what):
+    """A context whose failure only prints a warning, once: no run ends for a picture or a log."""
+    try:
+      yield
+    except Exception as error:
+      if what not in self.missing:
+        print(f'warning: no {what}: {type(error).__name__}: {error}', flush=True)
+      self.missing.add(what)
 
 
 def prepare(config, workdir):

@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import sys
+import time
 from typing import Any
 
 from moejax import files
@@ -33,23 +34,34 @@ def _hidden(package):
 
 
 class TensorBoard:
-  """Events in the run's folder; `tensorboard --logdir FOLDER` shows them."""
+  """Events in the run's folder; `tensorboard --logdir FOLDER` shows them.
+
+  They are written at once: tensorboardX's SummaryWriter hands them to a thread, and blocks for ever
+  once that has died, of a full disk or a clock that was set back.
+  """
 
   def __init__(self, workdir, config, start_step):
     with _hidden('torch'):  # it would import PyTorch, which takes a second, for tensors
-      import tensorboardX
+      from tensorboardX import event_file_writer, summary
+      from tensorboardX.proto import event_pb2
 
     del config
-    first = start_step + 1 if start_step else 0
-    self._events = tensorboardX.SummaryWriter(  # short runs would share a file name
-      str(workdir), purge_step=first, filename_suffix=f'.{start_step}'
-    )
+    proto: Any = event_pb2
+    self._scalar, self._event = summary.scalar, proto.Event
+    prefix = str(pathlib.Path(workdir) / 'events')  # short runs would share a file name
+    self._events = event_file_writer.EventsWriter(prefix, f'.{start_step}')
+    first = start_step + 1 if start_step else 0  # TensorBoard drops what an earlier process wrote
+    self._write(first, session_log=proto.SessionLog(status=proto.SessionLog.START))
+    self._events.flush()
 
   def write(self, step, metrics):
     for name, value in metrics.items():
       if math.isfinite(value):
-        self._events.add_scalar(name, value, step)
+        self._write(step, summary=self._scalar(name, value))
     self._events.flush()
+
+  def _write(self, step, **content):
+    self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
 
   def close(self):
     self._events.close()

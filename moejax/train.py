@@ -143,10 +143,12 @@ def check_health(run: Run):
 def _save(run: Run):
   check_health(run)
   run.ledger.lap('checkpoint')
+  run.writer.sync()
   metadata = run.describe() | {'window': run.averager.totals()}
   run.checkpoints.save(run.step, run.state, run.loader, metadata)
   if is_process_0():
-    report.write_summary(run.workdir, summary(run) | {'finished': False})
+    with run.optional('summary.json'):
+      report.write_summary(run.workdir, summary(run) | {'finished': False})
   run.record('checkpoint')
 
 

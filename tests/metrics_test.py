@@ -98,6 +98,35 @@ def test_damaged_lines_are_left_out(tmp_path, damage):
   assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1, 2]
 
 
+def test_damage_in_the_middle_is_said_and_removed_when_a_run_resumes(tmp_path, capsys):
+  write(tmp_path, 0, [1, 2, 3])
+  path = tmp_path / 'metrics.jsonl'
+  first, *others = path.read_bytes().splitlines(True)
+  path.write_bytes(first + b'\n\xff\n{"step": 2, "lo\n' + b''.join(others) + bytes(4096))
+  write(tmp_path, 3, [4])
+  assert 'metrics.jsonl is damaged; 4 lines that' in capsys.readouterr().out
+  assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+  write(tmp_path, 4, [5])
+  assert not capsys.readouterr().out
+
+
+def test_lines_outlast_a_full_disk_once_and_in_order(tmp_path, capsys):
+  writer = metrics.MetricsWriter(tmp_path, 0)
+  writer.write(1, {'loss': 1.0})
+  good = writer._file
+  writer._file = open('/dev/full', 'ab', buffering=0)
+  for step in (2, 3):
+    writer.write(step, {'loss': 1.0})
+    writer.sync()
+  writer._file.close()
+  writer._file = good
+  writer.write(4, {'loss': 1.0})
+  writer.close()
+  assert [entry['step'] for entry in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+  said = 'warning: /dev/full: No space left on device; lines are kept to be written later\n'
+  assert capsys.readouterr().out == said
+
+
 def _measured(loss, others=()):
   numbers = {'loss': loss, 'grad_norm': 1.0, 'update_norm': 1.0, 'aux': {'a': [loss, 1.0]}}
   return {

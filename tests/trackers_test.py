@@ -1,5 +1,6 @@
 """Trackers get what metrics.jsonl gets, and never end a run."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -63,6 +64,35 @@ def test_a_failing_tracker_is_left_out_with_one_warning(registry, tmp_path, caps
     'warning: train.trackers: broken failed and is left out from now on: OSError: no network\n'
   )
   assert len(Recorder.made.written) == len(metrics.read_metrics(tmp_path)) == 3
+
+
+def test_a_clock_that_is_set_back_holds_up_nothing(tmp_path, monkeypatch):
+  writer = metrics.MetricsWriter(tmp_path, 0, ('tensorboard',))
+  writer.write(1, {'loss': 1.0})
+  now = time.time()
+  monkeypatch.setattr(time, 'time', lambda: now - 100 * 86400)
+  for step in range(2, 50):
+    writer.write(step, {'loss': 1.0})
+  writer.close()
+  (path,) = tmp_path.glob('events.out.tfevents.*')
+  assert path.read_bytes().count(b'loss') == 49
+
+
+def test_a_full_disk_under_tensorboard_holds_up_nothing(tmp_path, monkeypatch, capsys):
+  from tensorboardX.record_writer import RecordWriter
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  writer = metrics.MetricsWriter(tmp_path, 0, ('tensorboard',))
+  events = writer._trackers._trackers['tensorboard']._events
+  monkeypatch.setattr(RecordWriter, 'write', full)
+  for step in range(1, 50):
+    writer.write(step, {'loss': 1.0})
+  writer.close()
+  events.close()
+  assert capsys.readouterr().out.count('tensorboard failed and is left out from now on') == 1
+  assert len(metrics.read_metrics(tmp_path)) == 49
 
 
 def test_the_field_takes_names_with_commas_and_tuples():

@@ -499,6 +499,31 @@ def test_a_failing_plot_leaves_the_run_saved(run, monkeypatch, capsys):
   assert train.is_finished(run)
 
 
+def test_what_cannot_be_written_beside_the_checkpoints_ends_no_run(run, monkeypatch, capsys):
+  often = {'log_interval': 1, 'eval_interval': 1, 'checkpoint_interval': 1}
+  often = dataclasses.replace(run.run_config.train, **often)
+  run.run_config = dataclasses.replace(run.run_config, train=often)
+  evaluation = progress.evaluation
+
+  def routed(*args):
+    done = evaluation(*args)
+    aux = {'moe/load': np.ones((1, 2))}
+    return types.SimpleNamespace(result=done.result, extent=done.extent, aux=aux)
+
+  monkeypatch.setattr(progress, 'evaluation', routed)
+  for name in ('router.png', 'goodput.json', 'loss.png'):
+    (run.workdir / name).unlink(missing_ok=True)
+    (run.workdir / name / 'x').mkdir(parents=True)  # a folder in place of the file
+  with monkeypatch.context() as patch:
+    patch.setattr(report, 'write_summary', lambda *_: open('/no/such', 'w'))
+    assert train.loop(run, _StopAfter(3))
+  train.finish(run)
+  said = capsys.readouterr().out
+  for name in ('router.png', 'goodput.json', 'loss.png', 'summary.json'):
+    assert said.count(f'warning: no {name}: ') == 1
+  assert train.is_finished(run) and run.checkpoints.latest_step() == 3
+
+
 def test_a_failing_sample_leaves_the_run_finished(run, monkeypatch, capsys):
   def fail(*args):
     raise IndexError('no such token')
