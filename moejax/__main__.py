@@ -19,6 +19,7 @@ PROGRAMS = {
   'generate': ('generate', 'text from a run'),
   'eval_harness': ('eval_harness', 'lm-evaluation-harness on a run'),
   'compare': ('compare', 'a plot and a table of several runs'),
+  'verify': ('verify', "checks all files of a run's checkpoints"),
   'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),
   'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),

@@ -3,22 +3,20 @@
   checkpoints/300/data/          what the loader's `save` wrote, files per process
                   metadata.json  config and fingerprints
                   state/         the arrays, by orbax
-                  manifest.json  size and CRC-32 of every file above
+                  manifest.json  size and CRC-32 of every file above, and its own
 
-They are written in this order. orbax gives `state/` its name when all arrays of all processes are
-on disk, so a folder without it is an unfinished save: it is ignored, and removed by the next save.
-Deleting starts with metadata.json, so that a half-deleted step does not pass for a complete one.
-
-The manifest exists because orbax keeps no checksums: most flipped bits would silently restore as
-wrong weights. A step whose files disagree with its manifest is damaged and never used. A step
-without a manifest was interrupted between the last two lines above; it is used, with a warning.
+They are written in this order; the last one is the commit (`moejax/manifest.py`). The manifest
+exists because orbax keeps no checksums: most flipped bits would silently restore as wrong weights.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
+import logging as python_logging
 import os
 import pathlib
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -32,7 +30,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from moejax import files
+from moejax import files, manifest
 
 _SHOWN = 10  # differing arrays that an error lists
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
@@ -56,6 +54,7 @@ class Checkpoints:
     self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save in progress
+    self._is_first = True  # no save has been read back
 
   def check_writable(self, num_bytes: int) -> None:
     """Creates the folder, and checks it before training.
@@ -97,7 +96,7 @@ class Checkpoints:
 
     Args:
       step: number of optimizer steps done.
-      state: pytree of arrays.
+      state: pytree of arrays. Those of the first save are read back before it counts.
       loader: its `save(directory)` stores the position in the data; or None.
       metadata: anything that JSON can hold; the run's config under 'config'.
     """
@@ -105,22 +104,27 @@ class Checkpoints:
     if not self._problem(step):
       return
     folder = self._folder(step)
-    if jax.process_index() == 0:
-      _delete(folder)
-    multihost_utils.sync_global_devices(f'checkpoint {step}: folder cleared')
     with self._explain_failed_save(step):
+      if jax.process_index() == 0:
+        manifest.begin(folder)
+      multihost_utils.sync_global_devices(f'checkpoint {step}: folder cleared')
       data = folder / 'data'
       data.mkdir(parents=True, exist_ok=True)
       if loader is not None:
         loader.save(data)
       if jax.process_index() == 0:
-        files.write(folder / 'metadata.json', json.dumps(metadata))
-      tree = traverse_util.unflatten_dict(by_name(state), sep='/')
+        (folder / 'metadata.json').write_text(json.dumps(metadata))  # flushed by the commit
+      arrays = by_name(state)
+      tree = traverse_util.unflatten_dict(arrays, sep='/')
       # In another thread, where no mesh is set: under one, jax 0.7 refuses what orbax does to the
       # shards of single devices.
       args = ocp.args.PyTreeSave(tree)
       self._background.submit(self._checkpointer.save, self._state(step), args=args).result()
-    self._pending = step, self._background.submit(self._finish, step)
+      written = (
+        {name: _Written.of(array) for name, array in arrays.items()} if self._is_first else {}
+      )
+    self._is_first = False
+    self._pending = step, self._background.submit(self._finish, step, written)
 
   def latest_step(self) -> int | None:
     """The newest intact step, with a warning if newer ones are damaged; None if nothing was saved.
@@ -130,28 +134,48 @@ class Checkpoints:
     """
     self.wait()
     # Process 0 decides for all.
-    step, damaged = self._newest() if jax.process_index() == 0 else (_NONE, [])
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step == _ALL_DAMAGED:
+    step, damaged = manifest.newest(self._directory) if jax.process_index() == 0 else (None, {})
+    code = (_ALL_DAMAGED if damaged else _NONE) if step is None else step
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    described = ', '.join(f'{step} ({why})' for step, why in damaged.items())
+    if code == _ALL_DAMAGED:
       raise ValueError(
-        f'workdir: no checkpoint in {self._directory} is intact: {", ".join(damaged)}. Restore a '
-        'backup, or delete this folder to start again from step 0.'
+        f'workdir: no checkpoint in {self._directory} is intact: {described}.'
+        f'{self._how_to_accept(damaged)} Restore a backup, or delete this folder to start again '
+        'from step 0.'
       )
-    return None if step == _NONE else step
+    if damaged:
+      logging.warning(
+        f'{self._directory}: skipped damaged checkpoints: {described}. Going back to step {code}.'
+      )
+    return None if code == _NONE else code
+
+  def _how_to_accept(self, damaged):
+    for step in damaged:
+      if manifest.is_unverifiable(self._folder(step)):
+        workdir = shlex.quote(f'--workdir={self._directory.parent}')
+        return (
+          f' Whether step {step} is whole cannot be told; to use it unverified, run python -m '
+          f'moejax.verify {workdir} --accept={step}.'
+        )
+    return ''
 
   def read_newest(self, read) -> tuple:
     """(step, `read(step)`) of the newest intact step; (None, None) if nothing was saved.
 
     If a running training deletes that step meanwhile, a newer one is read.
     """
-    while True:
-      steps = self._steps()
+    while (step := self.latest_step()) is not None:
+      is_deleted = lambda step=step: not (self._folder(step) / 'metadata.json').exists()
       try:
-        step = self.latest_step()
-        return step, None if step is None else read(step)
+        result = read(step)
       except ValueError:
-        if self._steps() == steps:
+        if not is_deleted():
           raise
+      else:
+        if not is_deleted():
+          return step, result
+    return None, None
 
   def metadata(self, step: int) -> dict:
     """The metadata given to `save`."""
@@ -181,6 +205,16 @@ class Checkpoints:
     """`restore` of the parameters alone; optimizer arrays are not read."""
     return self._load(step, {'params': abstract_params}, 'params/', config)['params']
 
+  def arrays(self, step: int):
+    """Yields name and NumPy array of all arrays of a step, unchecked; not for all processes."""
+    for name, leaf in self._stored(step).items():  # one by one, for their size
+      one = lambda value, name=name: traverse_util.unflatten_dict({name: value}, sep='/')
+      restore_args = one(ocp.RestoreArgs(restore_type=np.ndarray))
+      args = ocp.args.PyTreeRestore(one(leaf), restore_args=restore_args, partial_restore=True)
+      # Not by the checkpointer, which would wait for the other processes.
+      tree = self._checkpointer.handler.restore(epath.Path(self._state(step)), args=args)
+      yield name, by_name(tree)[name]
+
   def close(self) -> None:
     """Waits for the save in progress, then frees the threads."""
     try:
@@ -198,15 +232,6 @@ class Checkpoints:
     """Path of the arrays of a step, for orbax."""
     return self._link / str(step) / 'state'
 
-  def _steps(self):
-    """Steps whose saves were finished, sorted, damaged or not."""
-    return sorted(
-      int(folder.name)
-      for folder in self._directory.glob('*')  # none if there is no directory yet
-      if folder.name.isdecimal()
-      and ((folder / 'state').exists() or (folder / 'manifest.json').exists())
-    )
-
   def _is_shared(self):
     """Whether every process sees a file that process 0 writes."""
     mark = self._directory / 'shared'
@@ -218,42 +243,34 @@ class Checkpoints:
       mark.unlink()
     return seen.all()
 
-  def _newest(self):
-    """The newest intact step, _NONE or _ALL_DAMAGED; and a description of every damaged one."""
-    damaged = []
-    for step in reversed(self._steps()):
-      folder = self._folder(step)
-      if problem := _problem(folder):
-        damaged.append(f'{step} ({problem})')
-        continue
-      if damaged:
-        logging.warning(
-          f'{self._directory}: skipped damaged checkpoints: {", ".join(damaged)}. Going back to '
-          f'step {step}.'
-        )
-      if not (folder / 'manifest.json').exists():
-        logging.warning(
-          f'{folder}: used unverified; its save was interrupted before manifest.json.'
-        )
-      return step, damaged
-    return (_ALL_DAMAGED if damaged else _NONE), damaged
-
   def _problem(self, step):
     """What is wrong with a step, or ''. Process 0 decides for all."""
-    problem = _problem(self._folder(step)) if jax.process_index() == 0 else ''
+    problem = manifest.problem(self._folder(step)) if jax.process_index() == 0 else ''
     found = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
     return problem or ('process 0 found it damaged' if found else '')
 
-  def _finish(self, step):
-    """Waits for the arrays, then writes the manifest and deletes old steps; in the background."""
+  def _finish(self, step, written):
+    """Waits for the arrays, commits the step and deletes old ones; in the background."""
     self._checkpointer.wait_until_finished()
     if jax.process_index() == 0:
-      folder = self._folder(step)
-      files.write(folder / 'manifest.json', json.dumps(_manifest(folder)))
-      kept = [s for s in self._steps() if s <= step][-self._keep :] + [self._always]
+      if written:
+        self._check_written(step, written)
+      manifest.commit(self._folder(step))
+      saved = [s for s in manifest.steps(self._directory) if s <= step]
+      kept = saved[-self._keep :] + [self._always]
       for other in self._directory.iterdir():
         if other.name.isdecimal() and int(other.name) not in kept:
-          _delete(other)
+          manifest.delete(other)
+
+  def _check_written(self, step, written):
+    """Raises ValueError unless the arrays of a step can be read, and are those given to `save`."""
+    if not (self._folder(step) / manifest.ARRAYS).exists():
+      raise ValueError('its arrays do not read back: there is no list of them')
+    if lines := differences(self._stored(step), written):
+      raise ValueError(f'its arrays do not read back: {lines[0]}')
+    for name, array in self.arrays(step):
+      if written[name].crc32 not in (None, _Written.of(array).crc32):
+        raise ValueError(f'its array {name} does not read back as it was')
 
   def wait(self) -> None:
     """Waits for the save in progress; raises RuntimeError if it failed."""
@@ -266,6 +283,11 @@ class Checkpoints:
   def _explain_failed_save(self, step):
     return one_line_errors(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
 
+  def _stored(self, step):
+    """Shapes and dtypes of the arrays of a step, by name."""
+    described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
+    return by_name(described.tree)
+
   def _load(self, step, abstract, prefix, config):
     """The arrays of `abstract`, which must be all that the step holds under `prefix`."""
     self.wait()
@@ -274,8 +296,7 @@ class Checkpoints:
       raise ValueError(f'checkpoint {folder} is damaged: {problem}.')
     wanted = by_name(abstract)
     with one_line_errors(f'cannot read checkpoint {folder}'):
-      described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
-      stored = by_name(described.tree)
+      stored = self._stored(step)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
     if lines := differences(stored, wanted):
       saved = self.metadata(step).get('config', {})
@@ -291,9 +312,27 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+  """What is known of an array that was saved."""
+
+  shape: tuple
+  dtype: Any
+  crc32: int | None  # of its bytes; None if other processes have some of them
+
+  @classmethod
+  def of(cls, array):
+    if not getattr(array, 'is_fully_addressable', True):
+      return cls(array.shape, array.dtype, None)
+    content = np.ascontiguousarray(array)
+    return cls(array.shape, array.dtype, zlib.crc32(content.view(np.uint8).data))
+
+
 def _is_worth_showing(record):
   """A logging filter: orbax logs all it does, and also the errors that it raises."""
-  return f'orbax{os.sep}checkpoint' not in record.pathname
+  return (
+    f'orbax{os.sep}checkpoint' not in record.pathname or record.levelno == python_logging.WARNING
+  )
 
 
 def _link(directory):
@@ -307,7 +346,8 @@ def _link(directory):
 
 def exists(directory, step: int | None = None) -> bool:
   """Whether a step, or any, was saved completely; its files may have been damaged since."""
-  return any(pathlib.Path(directory).glob(f'{"[0-9]*" if step is None else step}/manifest.json'))
+  saved = manifest.steps(pathlib.Path(directory))
+  return bool(saved) if step is None else step in saved
 
 
 def read_metadata(directory, step: int) -> dict:
@@ -331,15 +371,14 @@ def give(directory, step: int, other, changes: dict) -> None:
     OSError: `other` cannot be written; it has no new step.
   """
   source, target = pathlib.Path(directory, str(step)), pathlib.Path(other, str(step))
-  if problem := _problem(source):
+  if problem := manifest.problem(source):
     raise ValueError(f'checkpoint {source}: {problem}')
-  metadata = read_metadata(directory, step) | changes
-  manifest = json.loads((source / 'manifest.json').read_text())
+  metadata, entries = read_metadata(directory, step) | changes, manifest.read(source)
   with files.atomic_output(target) as unfinished:
     shutil.copytree(source, unfinished, copy_function=_share)
     files.write(unfinished / 'metadata.json', json.dumps(metadata))
-    manifest |= _checksums(unfinished, ['metadata.json'])
-    files.write(unfinished / 'manifest.json', json.dumps(manifest))
+    manifest.write(unfinished, entries | manifest.checksums(unfinished, ['metadata.json']))
+  files.flush_name(target)
 
 
 def _share(source, target):
@@ -405,47 +444,3 @@ def _misfit(folder, lines, changed):
   fields = [f'{name}: checkpoint {old} vs config {new}' for name, (old, new) in changed.items()]
   heading = ['Config fields that differ:'] if fields else []
   return '\n'.join([text, *lines, *heading, *fields])
-
-
-def _problem(folder):
-  """Why a step cannot be used, or ''. Reads every file in its manifest."""
-  for name in ('metadata.json', 'state'):
-    if not (folder / name).exists():
-      return f'{name} is missing'
-  path = folder / 'manifest.json'
-  if not path.exists():
-    return '' if (folder / 'data').exists() else 'data is missing'
-  try:
-    expected = json.loads(path.read_bytes())
-    found = _checksums(folder, expected)
-  except (OSError, ValueError) as error:
-    return f'the check against its manifest.json failed: {error}'
-  changed = [name for name in expected if found[name] != expected[name]]
-  return f'{changed[0]} is not as it was saved' if changed else ''
-
-
-def _manifest(folder):
-  paths = (path for path in folder.rglob('*') if path.is_file())
-  return _checksums(folder, sorted(str(path.relative_to(folder)) for path in paths))
-
-
-def _checksums(folder, names):
-  """Size and CRC-32 of files, by name."""
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
-
-
-def _checksum(path):
-  size = crc = 0
-  with path.open('rb') as file:
-    while chunk := file.read(1 << 20):
-      size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-  return {'size': size, 'crc32': crc}
-
-
-def _delete(folder):
-  if folder.is_file():
-    folder.unlink()
-  with contextlib.suppress(OSError):
-    (folder / 'metadata.json').unlink()
-  shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,18 @@
-"""Atomic writing of files and folders; the cache folder."""
+"""Atomic, durable writing of files and folders; the cache folder."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+
+_NO_FLUSH = {
+  errno.EINVAL,
+  errno.ENOSYS,
+  errno.ENOTSUP,
+  errno.EBADF,
+}  # some shared disks, of folders
 
 
 def cache_folder(name: str) -> pathlib.Path | None:
@@ -26,14 +34,17 @@ def cache_folder(name: str) -> pathlib.Path | None:
 def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path for a file or folder, which is renamed to `path` at the end.
 
-  Missing parent folders are created. On an error, what was written is deleted.
+  Missing parent folders are created. On an error, what was written is deleted. After a power cut at
+  any time, `path` is what it was before, or all of what was written.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # keeps the suffix: savefig reads it
   try:
     yield temporary
+    flush(temporary)
     temporary.replace(path)
+    _flush_one(path.parent)
   except BaseException as error:
     if isinstance(error, OSError) and not error.filename:
       error.filename = os.fspath(path)  # that a disk is full is said of no file
@@ -49,3 +60,30 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
   """Writes a file atomically, text as UTF-8, replacing an existing one."""
   with atomic_output(path) as temporary:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def flush(path: pathlib.Path) -> None:
+  """Waits until the disk has a file, or a folder and all that is in it."""
+  if path.is_dir():
+    for child in path.iterdir():
+      flush(child)
+  _flush_one(path)
+
+
+def flush_name(path: pathlib.Path) -> None:
+  """Waits until the disk has the name of a file or folder, and those of the folders above it."""
+  for folder in path.resolve().parents:
+    with contextlib.suppress(PermissionError):  # no folder of ours
+      _flush_one(folder)
+
+
+def _flush_one(path):
+  """Flushes a file's content, or the names in a folder."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if not (path.is_dir() and error.errno in _NO_FLUSH):
+      raise
+  finally:
+    os.close(descriptor)

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -42,3 +43,12 @@ def test_of_the_selective_scan():
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr
   assert 'layer' in result.stdout
+
+
+def test_of_checkpoints(tmp_path):
+  import checkpoint
+
+  for flushed in (True, False):
+    returned, complete = checkpoint.measure(tmp_path, 1 + flushed, {'w': np.zeros(8)}, flushed)
+    assert 0 < returned < complete
+  assert (tmp_path / '1' / 'manifest.json').exists()

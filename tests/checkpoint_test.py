@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import Checkpoints, _Written, by_name
 
 CONFIG = {'model': {'d_model': 16, 'blocks': [['mlp', 2]]}, 'train': {'steps': 9}}
 METADATA = {'config': CONFIG, 'corpus': 'abc'}
@@ -188,11 +189,20 @@ def test_saving_an_intact_step_again_keeps_it(tmp_path):
   assert {path: path.stat().st_mtime_ns for path in files_of(tmp_path)} == before
 
 
-def test_unfinished_saves_are_passed_over_and_removed(tmp_path, opened, caplog):
+def unfinished(folder):
+  (folder / 'manifest.json').write_text('{"finished": false}')
+
+
+def unfinished_by_an_earlier_version(folder):
+  (folder / 'manifest.json').unlink()
+  (folder / 'state').rename(folder / 'state.orbax-checkpoint-tmp')
+
+
+@pytest.mark.parametrize('leave', [unfinished, unfinished_by_an_earlier_version])
+def test_unfinished_saves_are_passed_over_and_removed(tmp_path, opened, caplog, leave):
   save(tmp_path, 1)
   shutil.copytree(tmp_path / '1', tmp_path / '2')
-  (tmp_path / '2' / 'manifest.json').unlink()
-  (tmp_path / '2' / 'state').rename(tmp_path / '2' / 'state.orbax-checkpoint-tmp')
+  leave(tmp_path / '2')
   assert opened(tmp_path).latest_step() == 1
   assert not warnings_in(caplog)
   save(tmp_path, 3)
@@ -316,21 +326,46 @@ def test_refuses_to_start_again_over_damaged_steps(tmp_path, opened):
     opened(tmp_path).latest_step()
 
 
-def test_step_without_manifest_counts_with_a_warning(tmp_path, opened, caplog):
+def lose_manifest(folder):
+  (folder / 'manifest.json').unlink()
+
+
+def empty_manifest(folder):
+  (folder / 'manifest.json').write_text('{}')
+
+
+def forget_in_manifest(folder):
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  manifest['files'].popitem()
+  (folder / 'manifest.json').write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize('lose', [lose_manifest, empty_manifest, forget_in_manifest])
+def test_a_step_without_its_manifest_is_never_used(tmp_path, opened, caplog, lose):
   save(tmp_path, 1, 2)
-  (tmp_path / '2' / 'manifest.json').unlink()
+  lose(tmp_path / '2')
   checkpoints = opened(tmp_path)
-  assert checkpoints.latest_step() == 2
-  assert 'unverified' in warnings_in(caplog)[0]
-  assert_same(checkpoints.restore(2, abstract_of(make_state(2)), Counter()), make_state(2))
-
-  (tmp_path / '2' / 'state' / '_METADATA').write_text('{')
-  with pytest.raises(ValueError, match='cannot read checkpoint') as error:
-    checkpoints.restore(2, abstract_of(make_state(2)), Counter())
-  assert len(str(error.value).splitlines()) == 1
-
-  shutil.rmtree(tmp_path / '2' / 'data')
   assert checkpoints.latest_step() == 1
+  assert 'skipped damaged checkpoints: 2 (manifest.json ' in warnings_in(caplog)[0]
+  with pytest.raises(ValueError, match='checkpoint .*2 is damaged: manifest.json '):
+    checkpoints.restore(2, abstract_of(make_state(2)), Counter())
+  shutil.rmtree(tmp_path / '1')
+  with pytest.raises(ValueError, match='no checkpoint .*; to use it unverified, run .* --accept=2'):
+    checkpoints.latest_step()
+
+
+def test_manifests_of_earlier_versions_name_every_file(tmp_path, opened):
+  save(tmp_path, 1)
+  path = tmp_path / '1' / 'manifest.json'
+  entries = json.loads(path.read_text())['files']
+  path.write_text(json.dumps(entries))
+  (tmp_path / '1' / 'data' / '.DS_Store').touch()
+  checkpoints = opened(tmp_path)
+  assert_same(checkpoints.restore(1, abstract_of(make_state(1))), make_state(1))
+  for name in entries:
+    path.write_text(json.dumps({n: entry for n, entry in entries.items() if n != name}))
+    with pytest.raises(ValueError, match=f'does not name {name}'):
+      checkpoints.restore(1, abstract_of(make_state(1)))
 
 
 def test_misfit_names_parameters_and_config_fields(tmp_path, opened):
@@ -386,10 +421,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tmp_path):
 def test_failed_save_is_reported_by_the_next_call(tmp_path, monkeypatch, error, message):
   checkpoints = Checkpoints(tmp_path)
 
-  def fail(folder):
+  def fail(folder, names):
     raise error
 
-  monkeypatch.setattr('moejax.checkpoint._manifest', fail)
+  monkeypatch.setattr('moejax.manifest.checksums', fail)
   checkpoints.save(1, make_state(1), None, METADATA)
   with pytest.raises(RuntimeError, match=f'workdir: cannot write checkpoint .*1: {message}$'):
     checkpoints.close()
@@ -408,6 +443,44 @@ def test_every_path_can_hold_checkpoints(tmp_path, opened, name):
   link = checkpoints._link
   checkpoints.close()
   assert not link.exists() and checkpoints.latest_step() == 1
+
+
+def test_the_first_save_is_read_back_before_it_counts(tmp_path, opened, monkeypatch):
+  checkpoints, finish = opened(tmp_path), ocp.PyTreeCheckpointHandler.finalize
+
+  def write_badly(handler, directory):
+    finish(handler, directory)
+    path = max((directory / 'd').iterdir(), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, 'finalize', write_badly)
+  checkpoints.save(1, make_state(1), None, METADATA)
+  with pytest.raises(RuntimeError, match='cannot write checkpoint'):
+    checkpoints.wait()
+  assert checkpoints.latest_step() is None
+
+
+def test_arrays_that_change_while_they_are_written_do_not_count(tmp_path, opened):
+  checkpoints, state = opened(tmp_path), make_state(1)
+  state['params']['w'] = np.array(state['params']['w'])
+  written = {name: _Written.of(array) for name, array in by_name(state).items()}
+  checkpoints.save(1, state, None, METADATA)
+  checkpoints.wait()
+  checkpoints._check_written(1, written)
+  state['params']['w'][3, 3] += 1
+  written = {name: _Written.of(array) for name, array in by_name(state).items()}
+  with pytest.raises(ValueError, match='array params/w does not read back as it was'):
+    checkpoints._check_written(1, written)
+
+
+def test_an_unreadable_first_save_below_a_path_with_brackets(tmp_path, opened, monkeypatch, caplog):
+  monkeypatch.setattr('moejax.checkpoint._link', lambda directory: directory)
+  checkpoints = opened(tmp_path / 'lr[3e-4]')
+  checkpoints.save(1, make_state(1), None, METADATA)
+  with pytest.raises(RuntimeError, match='cannot write checkpoint'):
+    checkpoints.wait()
+  assert checkpoints.latest_step() is None
+  assert any('Skipping merge' in warning for warning in warnings_in(caplog))
 
 
 def test_orbax_is_silent(tmp_path, opened, caplog):

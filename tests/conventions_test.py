@@ -29,6 +29,7 @@ RANKS = (
     'files',
     'imports',
     'hardware',
+    'manifest',
     'parameterization',
     'parameters',
     'schedule',

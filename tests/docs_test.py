@@ -179,6 +179,7 @@ PATHS = {
   'main': ['workdir'],
   'evaluate': ['workdir', 'files', 'by_position'],
   'generate': ['workdir', 'prompts'],
+  'verify': ['workdir'],
   'transition_tuning': ['from', 'workdir'],
   'compare': ['runs', 'output'],
   'tokenize': ['output'],
