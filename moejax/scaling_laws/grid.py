@@ -53,15 +53,16 @@ PAPER = Recipe(
   fields={},
 )
 # A grid for a laptop CPU, on the embedded corpus; validation runs only at the end. All sizes and
-# granularities have the rate of the base shape. Durations share their steps before the decay.
+# granularities have the rate of the base shape, by docs/transfer.md. Durations share their steps
+# before the decay.
 LAPTOP = Recipe(
   sizes={},
   base='laptop',
   tokens_per_step=16 * 64,
-  peak_lr=2e-2,
+  peak_lr=1.3e-2,
   fields={
     'model.parameterization': 'mup',
-    'model.base': 'd_model=32,d_ff=128,num_heads=2,moe.granularity=1',
+    'model.base': 'd_model=64,d_ff=256,num_heads=2,moe.granularity=1',
     'optimizer.schedule': 'wsd',
     'optimizer.warmup_steps': '20',
     'optimizer.final_lr_fraction': '0',

@@ -185,7 +185,7 @@ def test_sizes_of_the_laptop_grid_share_a_base_shape(preset):
     model = config_lib.resolve(cli.config_of(cell.arguments[2:])).model
     assert model.parameterization == 'mup' and model.d_model == d_model
     base = model.base_model
-    assert (base.d_model, base.d_ff, base.head_width) == (32, 128, 16)
+    assert (base.d_model, base.d_ff, base.head_width) == (64, 256, 32)
 
 
 @pytest.mark.parametrize(
