@@ -18,7 +18,7 @@
 #   --estimate        check by an estimate that it fits, without compiling (with libtpu installed)
 #   --help            print this
 #
-# Exit codes: 0 done, 1 given up, 2 usage or config error.
+# Exit codes: 0 done, 1 given up, 2 usage or config error, 65 the run fails again for certain.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -196,13 +196,14 @@ train() {
     started=$SECONDS code=0
     worker 0 follow || code=$?
     if ((code == 0)); then finish 0; fi
-    if ! ((code == 2)) && [[ $(state) != ACTIVE ]]; then
+    if ((code != 2 && code != 65)) && [[ $(state) != ACTIVE ]]; then
       say 'the slice was preempted'
       continue
     fi
     if ((SECONDS - started > LONG)); then failures=0; fi
     case $code in
       2) say 'usage or config error, see above' && finish 2 ;;
+      65) say 'the run would fail again in the same way, see above' && finish 65 ;;
       75) say 'interrupted; resuming' ;;
       255) failed 'the connection broke' && continue ;; # the run may still be going
       *)

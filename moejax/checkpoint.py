@@ -12,6 +12,7 @@ exists because orbax keeps no checksums: most flipped bits would silently restor
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging as python_logging
 import os
@@ -31,9 +32,18 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from moejax import files, manifest
+from moejax.exit_codes import RESUMABLE
 
 _SHOWN = 10  # differing arrays that an error lists
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
+# Failures of a disk that may pass, unlike a folder that cannot be written.
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
+class SaveFailed(RuntimeError):
+  """A save failed after others of this process, which a restart resumes from."""
+
+  exit_code = RESUMABLE
 
 
 class Checkpoints:
@@ -55,31 +65,39 @@ class Checkpoints:
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save in progress
     self._is_first = True  # no save has been read back
+    self._has_saved = False
 
-  def check_writable(self, num_bytes: int) -> None:
-    """Creates the folder, and checks it before training.
+  def check_writable(self, num_bytes: int, saves: int = 1) -> None:
+    """Creates the folder, removes what failed saves left there, and checks it before training.
 
     Args:
       num_bytes: size of the arrays of one checkpoint.
+      saves: how many the run will save. An old one is deleted once a new one is complete.
 
     Raises:
-      ValueError: the folder cannot be created or written, its disk has no space for a checkpoint,
-        or other processes do not see it.
+      ValueError: the folder cannot be created or written, or other processes do not see it.
+      RuntimeError: its disk fails, or has no space for the checkpoints.
     """
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
+      if jax.process_index() == 0:
+        self._delete_all_but(manifest.steps(self._directory))
       with tempfile.NamedTemporaryFile(dir=self._directory) as probe:
         probe.write(bytes(1 << 16))  # more than fits on a nearly full disk
     except OSError as error:
-      raise ValueError(
+      kind = RuntimeError if error.errno in _PASSING else ValueError
+      raise kind(
         f'workdir: cannot write checkpoints to {self._directory}: {error.strerror}. Give --workdir '
         'a folder that can be written, on a disk with free space.'
       ) from error
+    most = self._keep + bool(self._always) + 1
+    more = min(saves, max(1, most - len(manifest.steps(self._directory))))
     free = shutil.disk_usage(self._directory).free
-    if free < num_bytes:
-      raise ValueError(
-        f'workdir: a checkpoint of this model takes {num_bytes / 1e6:.1f} MB, but the disk of '
-        f'{self._directory} has only {free / 1e6:.1f} MB left. Make room, or choose another folder.'
+    if free < more * num_bytes:
+      raise RuntimeError(
+        f'workdir: {more} more checkpoints of {num_bytes / 1e6:.1f} MB will be on the disk of '
+        f'{self._directory}, which has only {free / 1e6:.1f} MB left. Make room, lower '
+        'train.keep_checkpoints, or choose another folder.'
       )
     if not self._is_shared():
       raise ValueError(
@@ -257,10 +275,13 @@ class Checkpoints:
         self._check_written(step, written)
       manifest.commit(self._folder(step))
       saved = [s for s in manifest.steps(self._directory) if s <= step]
-      kept = saved[-self._keep :] + [self._always]
-      for other in self._directory.iterdir():
-        if other.name.isdecimal() and int(other.name) not in kept:
-          manifest.delete(other)
+      self._delete_all_but([*saved[-self._keep :], self._always])
+    self._has_saved = True
+
+  def _delete_all_but(self, steps):
+    for folder in self._directory.iterdir():
+      if folder.name.isdecimal() and int(folder.name) not in steps:
+        manifest.delete(folder)
 
   def _check_written(self, step, written):
     """Raises ValueError unless the arrays of a step can be read, and are those given to `save`."""
@@ -281,7 +302,8 @@ class Checkpoints:
         future.result()
 
   def _explain_failed_save(self, step):
-    return one_line_errors(f'workdir: cannot write checkpoint {self._folder(step)}', RuntimeError)
+    kind = SaveFailed if self._has_saved else RuntimeError
+    return one_line_errors(f'workdir: cannot write checkpoint {self._folder(step)}', kind)
 
   def _stored(self, step):
     """Shapes and dtypes of the arrays of a step, by name."""

@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moejax import compilation_cache, imports
+from moejax.exit_codes import FAILED, OK, RESUMABLE, USAGE
 from moejax.text import did_you_mean, duration
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 _BUNDLED = next(p for p in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if p.is_dir())
 _DEFAULT = 'mot.py'
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+INTERRUPTED = RESUMABLE
 _PATIENCE = 3  # seconds without output
 HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
@@ -83,9 +84,9 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 def exit_code(error):
   """Prints an error as one message and returns the exit code; re-raises it if it is a bug.
 
-  A ValueError that this package raises is a mistake of the user, a RuntimeError a failure; both
-  carry a message for the user. Errors of other code, C code included, are bugs: they keep their
-  traceback, and the exit code is FAILED as well.
+  A ValueError that this package raises is a mistake of the user, a RuntimeError a failure, whose
+  attribute `exit_code` may say which; both carry a message for the user. Errors of other code, C
+  code included, are bugs: they keep their traceback, and the exit code is FAILED as well.
   """
   if isinstance(error, KeyboardInterrupt):
     return fail('interrupted; run the same command again', INTERRUPTED)
@@ -93,7 +94,8 @@ def exit_code(error):
     name = error.filename2 or error.filename
     return fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
   if isinstance(error, ValueError | RuntimeError) and _is_raised_here(error):
-    return fail(str(error), USAGE if isinstance(error, ValueError) else FAILED)
+    failed = getattr(error, 'exit_code', FAILED)
+    return fail(str(error), USAGE if isinstance(error, ValueError) else failed)
   raise error
 
 

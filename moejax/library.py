@@ -70,7 +70,7 @@ def fit(config: Any, workdir: str | os.PathLike) -> 'Run':
 
   Raises:
     ValueError: the config, the data or the folder cannot be used; nothing was written.
-    RuntimeError: training diverged; the last good checkpoint is kept.
+    RuntimeError: training diverged, and the last good checkpoint is kept; or the disk is full.
     KeyboardInterrupt: after Ctrl-C or SIGTERM, with everything saved: the same call resumes.
   """
   config = get_config(config) if isinstance(config, str) else config

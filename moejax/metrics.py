@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moejax import files
+from moejax.exit_codes import FAILS_AGAIN
 from moejax.trackers import Trackers
 
 _FILE = 'metrics.jsonl'
@@ -200,6 +201,8 @@ def flatten_aux(aux: dict) -> dict[str, float]:
 
 class Diverged(RuntimeError):
   """A step had a loss, gradient or update that is not finite."""
+
+  exit_code = FAILS_AGAIN  # steps are exactly repeatable
 
 
 class MetricAverager:

@@ -26,6 +26,7 @@ from moejax import (
   checkpoint,
   cli,
   config as config_lib,
+  exit_codes,
   imports,
   metrics,
   optimizer,
@@ -34,6 +35,8 @@ from moejax import (
 )
 
 _POLL_SECONDS = 0.5
+_MOST_STARTS = 3  # of a cell that fails, by one call of `run`
+_FAILS_AGAIN = (cli.USAGE, exit_codes.FAILS_AGAIN)
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
 _BYTES_PER_PARAM = 40  # float32 parameters, gradients and moments, plus activations
 
@@ -95,8 +98,9 @@ def run(cells, workdir):
 
   On CPUs, cores and half of the memory limit how many cells run at a time; on accelerators it is
   one, because a process takes the whole accelerator. Interrupted cells resume from their
-  checkpoints; a failing cell does not stop the others. A folder belongs to a cell if its run has
-  the cell's config, not by its name alone.
+  checkpoints. A cell that fails does not stop the others, and is started again unless its exit
+  code says that this does not help. A folder belongs to a cell if its run has the cell's config,
+  not by its name alone.
 
   Returns:
     The exit code.
@@ -124,6 +128,8 @@ def run(cells, workdir):
     print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
   done = sum(is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
+  if failed and set(failed.values()) <= set(_FAILS_AGAIN):
+    return exit_codes.FAILS_AGAIN
   return cli.FAILED if failed else cli.OK
 
 
@@ -269,14 +275,15 @@ class _Scheduler:
     self.settings, self.sources = settings, sources
     self.waiting = [cell for cell in cells if not is_done(workdir, cell)]
     self.running = {}  # process -> cell
-    self.failed = []
+    self.failed = {}  # name -> exit code
+    self.starts = collections.Counter()
     self.cores = os.cpu_count() or 1
     on_cpu = bool(self.waiting) and _backend() == 'cpu'
     self.most = min(self.cores, len(self.waiting)) if on_cpu else 1
     self.memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
 
   def work(self, stop):
-    """Returns the names of the cells that failed."""
+    """Returns the exit codes of the cells that failed, by name."""
     total = sum(map(self._own_flops, self.cells))
     seconds = 0.1 if sys.stderr.isatty() else 60  # in a file, every line stays
     options = {'unit': 'FLOP', 'unit_scale': True, 'mininterval': seconds}
@@ -344,12 +351,17 @@ class _Scheduler:
         start_new_session=True,  # Ctrl-C reaches it through `work`
       )
     self.running[process] = cell
+    self.starts[cell.name] += 1
 
   def _reap(self):
     for process in [p for p in self.running if p.poll() is not None]:
       cell = self.running.pop(process)
-      if process.returncode:
-        self.failed.append(cell.name)
+      code, starts = process.returncode, self.starts[cell.name]
+      if code and code not in _FAILS_AGAIN and starts < _MOST_STARTS:
+        print(f'note: {cell.name} ended with code {code} and is started again', file=sys.stderr)
+        self.waiting.append(cell)
+      elif code:
+        self.failed[cell.name] = code
 
   def _flops(self):
     return sum(self._own_flops(cell) * self._progress(cell) for cell in self.cells)

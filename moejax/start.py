@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import tempfile
 from typing import Any
@@ -184,12 +185,15 @@ def set_up(run, step, start=None):
   """Compiles the steps, initialises or restores the state at `step`, and opens the metrics files.
 
   Raises:
-    ValueError: the state is not finite, or there is no space for a checkpoint.
+    ValueError: the state is not finite, or no checkpoint can be written.
+    RuntimeError: there is no space for checkpoints.
   """
   init = fresh_state(run.run_config)
   abstract = sharding.abstract(init, run.mesh)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-  run.checkpoints.check_writable(num_bytes)
+  train = run.run_config.train
+  saves = math.ceil(train.steps / train.checkpoint_interval) - run.step // train.checkpoint_interval
+  run.checkpoints.check_writable(num_bytes, saves)
   run.ledger.lap('start_up')
   page = start_page.page(run.run_config, run.mesh, abstract, run.loader, run.workdir)
   print(page, flush=True)

@@ -52,7 +52,8 @@ def train(
 
   Raises:
     ValueError: the config, the data or the folder cannot be used; nothing was written.
-    RuntimeError: training diverged; the last good checkpoint is kept.
+    Diverged: something is not finite; the last good checkpoint is kept.
+    RuntimeError: there is no room for checkpoints, or one cannot be saved.
   """
   ledger = goodput.Ledger(began)
   run = prepare(config, pathlib.Path(workdir))
@@ -83,7 +84,7 @@ def train(
           return cli.INTERRUPTED
         finish(run, summarize)
     except Diverged as diverged:
-      raise RuntimeError(_advice(diverged, run)) from diverged
+      raise Diverged(_advice(diverged, run)) from diverged
   return cli.OK
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.checkpoint import Checkpoints, _Written, by_name
+from moejax.checkpoint import Checkpoints, SaveFailed, _Written, by_name
 
 CONFIG = {'model': {'d_model': 16, 'blocks': [['mlp', 2]]}, 'train': {'steps': 9}}
 METADATA = {'config': CONFIG, 'corpus': 'abc'}
@@ -406,8 +407,56 @@ def test_unwritable_folder_is_named_at_once(tmp_path):
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tmp_path):
   Checkpoints(tmp_path).check_writable(1)
-  with pytest.raises(ValueError, match='takes 1000000000000.0 MB, but the disk of .* has only'):
+  with pytest.raises(RuntimeError, match='1 more .* of 1000000000000.0 MB .* has only'):
     Checkpoints(tmp_path).check_writable(10**18)
+
+
+def test_there_must_be_room_for_all_checkpoints_that_will_be_kept_and_one_more(
+  tmp_path, monkeypatch
+):
+  disk = types.SimpleNamespace(free=3.5e6)
+  monkeypatch.setattr('moejax.checkpoint.shutil.disk_usage', lambda folder: disk)
+  Checkpoints(tmp_path).check_writable(10**6, saves=3)
+  with pytest.raises(RuntimeError, match='4 more checkpoints of 1.0 MB .*has only 3.5 MB left'):
+    Checkpoints(tmp_path, keep=3).check_writable(10**6, saves=4)
+  save(tmp_path, 1)
+  Checkpoints(tmp_path, keep=3).check_writable(10**6, saves=4)
+
+
+def test_what_a_failed_save_left_is_removed_before_there_must_be_room(tmp_path, monkeypatch):
+  save(tmp_path, 1)
+  shutil.copytree(tmp_path / '1', tmp_path / '2')
+  (tmp_path / '2' / 'manifest.json').unlink()
+  (tmp_path / '2' / 'state').rename(tmp_path / '2' / 'state.orbax-checkpoint-tmp')
+  free = lambda folder: types.SimpleNamespace(free=0 if (folder / '2').exists() else 10)
+  monkeypatch.setattr('moejax.checkpoint.shutil.disk_usage', free)
+  Checkpoints(tmp_path).check_writable(10)
+  assert step_names(tmp_path) == ['1']
+
+
+@pytest.mark.parametrize('number, kind', [(28, RuntimeError), (5, RuntimeError), (13, ValueError)])
+def test_a_disk_that_fails_may_recover_and_a_folder_without_permission_not(
+  tmp_path, monkeypatch, number, kind
+):
+  def fail(**_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr('moejax.checkpoint.tempfile.NamedTemporaryFile', fail)
+  with pytest.raises(kind, match=f'cannot write checkpoints to .*: {os.strerror(number)}'):
+    Checkpoints(tmp_path).check_writable(1)
+
+
+def test_a_failed_save_is_resumable_if_an_earlier_one_was_complete(tmp_path, monkeypatch):
+  def fail(folder, names):
+    raise OSError(28, 'No space left on device')
+
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), None, METADATA)
+  checkpoints.wait()
+  monkeypatch.setattr('moejax.manifest.checksums', fail)
+  checkpoints.save(2, make_state(2), None, METADATA)
+  with pytest.raises(SaveFailed, match='cannot write checkpoint .*2: .*No space left on device'):
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(

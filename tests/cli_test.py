@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moejax import cli
+from moejax import cli, exit_codes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -55,6 +55,16 @@ except ValueError:
     (_error_of(IN_A_WITH), cli.USAGE, 'error: data.files: no such file\n'),
     (_error_of(FROM_ANOTHER), cli.USAGE, 'error: data.files: no number\n'),
     (_error_of("raise RuntimeError('no loss')"), cli.FAILED, 'error: no loss\n'),
+    (
+      _error_of("from moejax.metrics import Diverged; raise Diverged('nan')"),
+      exit_codes.FAILS_AGAIN,
+      'error: nan\n',
+    ),
+    (
+      _error_of("from moejax.checkpoint import SaveFailed; raise SaveFailed('full')"),
+      exit_codes.RESUMABLE,
+      'error: full\n',
+    ),
     (_error_of("open('/no/such')"), cli.FAILED, 'error: /no/such: No such file or directory\n'),
     (OSError(errno.ENOSPC, 'No space left on device'), cli.FAILED, 'error: No space left on'),
     (KeyboardInterrupt(), cli.INTERRUPTED, 'error: interrupted'),

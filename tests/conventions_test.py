@@ -25,6 +25,7 @@ RANKS = (
   (
     '',
     'compilation_cache',
+    'exit_codes',
     'fields',
     'files',
     'imports',

@@ -65,8 +65,8 @@ class _Process:
     config = cli.config_of(arguments)
     try:
       self.returncode = train.train(config, workdir.removeprefix('--workdir='))
-    except RuntimeError:
-      self.returncode = cli.FAILED
+    except RuntimeError as error:
+      self.returncode = getattr(error, 'exit_code', cli.FAILED)
 
   def poll(self):
     return self.returncode

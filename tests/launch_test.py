@@ -133,7 +133,7 @@ def test_help(tpu_run, flags):
   done, calls = tpu_run(*flags)
   assert (done.returncode, calls, done.stderr) == (0, [], '')
   assert done.stdout.startswith('Trains on a Cloud TPU slice') and '--max_failures=N' in done.stdout
-  assert done.stdout.endswith('usage or config error.\n')
+  assert done.stdout.endswith('65 the run fails again for certain.\n')
 
 
 @pytest.fixture
@@ -215,9 +215,10 @@ def test_what_keeps_failing_is_given_up(tpu_run, failing):
   assert ('tail' in _verbs(calls)) == (failing == 'follow')  # the logs of all hosts
 
 
-def test_a_config_error_stops_at_once(tpu_run):
-  done, calls = tpu_run(*RUN, describe=['ACTIVE'], follow=[2])
-  assert done.returncode == 2
+@pytest.mark.parametrize('code', [2, 65])
+def test_what_fails_again_for_certain_stops_at_once(tpu_run, code):
+  done, calls = tpu_run(*RUN, describe=['ACTIVE', 'SUSPENDED'], follow=[code])
+  assert done.returncode == code
   assert _verbs(calls) == ['scp', 'install', 'start', 'follow', 'delete']
 
 
@@ -298,7 +299,7 @@ def host(tmp_path):
   go('stop')
 
 
-@pytest.mark.parametrize('code', [0, 2, 75])
+@pytest.mark.parametrize('code', [0, 2, 65, 75])
 def test_a_host_runs_once_and_passes_on_the_exit_code(host, code):
   flags = ['--workdir=gs://bucket/a b', '--config.data.tfds_data_dir=gs://other/tfds']
   for _ in range(2):  # gcloud may repeat a command
@@ -375,6 +376,7 @@ def test_slurm_requeues_what_can_resume_and_nothing_else(sbatch):
   words = (sbatch.folder / 'srun.args').read_text().splitlines()
   assert words[-5:] == ['python', '-m', 'moejax.main', *flags]
   assert sbatch(2) == (2, False)
+  assert sbatch(65) == (65, False)
   for _ in range(5):
     assert sbatch(75) == (0, True)
   assert [sbatch(code) for code in (1, 134, 75, 137, 1, 1)] == [(0, True)] * 5 + [(1, False)]

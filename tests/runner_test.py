@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moejax import cli, metrics, run_folder, runner
+from moejax import cli, exit_codes, metrics, run_folder, runner
 from moejax.scaling_laws import grid
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections calls it
@@ -87,11 +87,40 @@ def _folder_of(cell, workdir, **changed):
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
   cells = [_cell('bad', 4, sample_prompt='', sample_length=9), _cell('good', 4)]
   _folder_of(cells[1], tmp_path)
-  assert runner.run(cells, tmp_path) == cli.FAILED
+  assert runner.run(cells, tmp_path) == exit_codes.FAILS_AGAIN
   printed = capsys.readouterr()
   assert 'bad failed' in printed.err and '1 of 2 cells are done' in printed.out
   assert 'train.sample_prompt must not be empty' in (tmp_path / 'bad.log').read_text()
   assert runner.run(cells[1:], tmp_path) == cli.OK
+
+
+@pytest.mark.parametrize(
+  ('codes', 'code', 'starts'),
+  [
+    ([1, 75, 0], cli.OK, 3),
+    ([-9, -9, -9, 0], cli.FAILED, 3),  # killed, for want of memory say
+    ([1, exit_codes.FAILS_AGAIN, 0], exit_codes.FAILS_AGAIN, 2),
+  ],
+)
+def test_a_cell_is_started_again_if_that_may_help(
+  tmp_path, monkeypatch, capsys, codes, code, starts
+):
+  """Of a process that ends with one code after the other."""
+  left = list(codes)
+
+  class _Process:
+    def __init__(self, *_, **options):
+      self.returncode = left.pop(0)
+
+    def poll(self):
+      return self.returncode
+
+  monkeypatch.setattr(runner.subprocess, 'Popen', _Process)
+  monkeypatch.setattr(runner, '_backend', lambda: 'cpu')
+  monkeypatch.setattr(runner, '_POLL_SECONDS', 0)
+  assert runner.run([_cell('a', 4)], tmp_path) == code
+  assert len(codes) - len(left) == starts
+  assert capsys.readouterr().err.count('is started again') == starts - 1
 
 
 @pytest.mark.parametrize(
