@@ -15,10 +15,12 @@ import dataclasses
 import errno
 import json
 import logging as python_logging
+import math
 import os
 import pathlib
 import shlex
 import shutil
+import sys
 import tempfile
 import zlib
 from typing import Any
@@ -35,6 +37,7 @@ from moejax import files, manifest
 from moejax.exit_codes import RESUMABLE
 
 _SHOWN = 10  # differing arrays that an error lists
+_AT_ONCE = 1 << 28  # bytes of arrays that are read back at a time
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 # Failures of a disk that may pass, unlike a folder that cannot be written.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
@@ -61,10 +64,10 @@ class Checkpoints:
     self._link = _link(self._directory)
     self._keep, self._always = keep, always
     logging.get_absl_logger().addFilter(_is_worth_showing)
+    sys.unraisablehook = _report_unraisable
     self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save in progress
-    self._is_first = True  # no save has been read back
     self._has_saved = False
 
   def check_writable(self, num_bytes: int, saves: int = 1) -> None:
@@ -139,9 +142,8 @@ class Checkpoints:
       args = ocp.args.PyTreeSave(tree)
       self._background.submit(self._checkpointer.save, self._state(step), args=args).result()
       written = (
-        {name: _Written.of(array) for name, array in arrays.items()} if self._is_first else {}
+        {name: _Written.of(array) for name, array in arrays.items()} if not self._has_saved else {}
       )
-    self._is_first = False
     self._pending = step, self._background.submit(self._finish, step, written)
 
   def latest_step(self) -> int | None:
@@ -225,13 +227,16 @@ class Checkpoints:
 
   def arrays(self, step: int):
     """Yields name and NumPy array of all arrays of a step, unchecked; not for all processes."""
-    for name, leaf in self._stored(step).items():  # one by one, for their size
-      one = lambda value, name=name: traverse_util.unflatten_dict({name: value}, sep='/')
-      restore_args = one(ocp.RestoreArgs(restore_type=np.ndarray))
-      args = ocp.args.PyTreeRestore(one(leaf), restore_args=restore_args, partial_restore=True)
+    for part in _parts(self._stored(step)):
+      nested = lambda leaves: traverse_util.unflatten_dict(leaves, sep='/')
+      args = ocp.args.PyTreeRestore(
+        nested(part),
+        restore_args=nested(dict.fromkeys(part, ocp.RestoreArgs(restore_type=np.ndarray))),
+        partial_restore=True,
+      )
       # Not by the checkpointer, which would wait for the other processes.
       tree = self._checkpointer.handler.restore(epath.Path(self._state(step)), args=args)
-      yield name, by_name(tree)[name]
+      yield from by_name(tree).items()
 
   def close(self) -> None:
     """Waits for the save in progress, then frees the threads."""
@@ -357,6 +362,15 @@ def _is_worth_showing(record):
   )
 
 
+_report = sys.unraisablehook
+
+
+def _report_unraisable(unraisable):
+  """Passes over the reads that orbax leaves behind when another one of them failed."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    _report(unraisable)
+
+
 def _link(directory):
   """The directory itself, or a link to it if orbax would take its path for another, or for none."""
   if str(directory).isprintable() and not set('*?[\\') & set(str(directory)):
@@ -426,6 +440,19 @@ def by_name(tree):
   """The leaves of a pytree by path, 'params/blocks/0/w'; named tuples look like dicts."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def _parts(leaves):
+  """Splits arrays by name into dicts that fit into memory; each has at least one."""
+  part, size = {}, 0
+  for name, leaf in leaves.items():
+    part[name] = leaf
+    size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    if size > _AT_ONCE:
+      yield part
+      part, size = {}, 0
+  if part:
+    yield part
 
 
 def differences(stored, wanted):

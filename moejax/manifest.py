@@ -53,16 +53,16 @@ def read(folder: pathlib.Path) -> dict:
   """
   try:
     manifest = json.loads((folder / _NAME).read_bytes())
+    entries = manifest.get('files')
+    is_sealed = isinstance(entries, dict)
+    is_right = not is_sealed or manifest.get('crc32') == _crc32(entries)
   except FileNotFoundError:
     raise ValueError(f'{_NAME} is missing') from None
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, ValueError, AttributeError, RecursionError) as error:
     raise ValueError(f'{_NAME} cannot be read: {error}') from error
-  if not isinstance(manifest, dict):
+  if not is_right:
     raise ValueError(f'{_NAME} is not as it was saved')
-  entries = manifest.get('files')
-  if isinstance(entries, dict):
-    if manifest.get('crc32') != _crc32(entries):
-      raise ValueError(f'{_NAME} is not as it was saved')
+  if is_sealed:
     return entries
   # Before manifests held a checksum of their own, they had one entry for every file.
   for name in sorted(_names(folder) - manifest.keys()):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from moejax.checkpoint import Checkpoints, SaveFailed, _Written, by_name
+from moejax import manifest
+from moejax.checkpoint import Checkpoints, SaveFailed, _parts, _Written, by_name
 
 CONFIG = {'model': {'d_model': 16, 'blocks': [['mlp', 2]]}, 'train': {'steps': 9}}
 METADATA = {'config': CONFIG, 'corpus': 'abc'}
@@ -336,9 +338,9 @@ def empty_manifest(folder):
 
 
 def forget_in_manifest(folder):
-  manifest = json.loads((folder / 'manifest.json').read_text())
-  manifest['files'].popitem()
-  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  content = json.loads((folder / 'manifest.json').read_text())
+  content['files'].popitem()
+  (folder / 'manifest.json').write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize('lose', [lose_manifest, empty_manifest, forget_in_manifest])
@@ -507,6 +509,33 @@ def test_the_first_save_is_read_back_before_it_counts(tmp_path, opened, monkeypa
   with pytest.raises(RuntimeError, match='cannot write checkpoint'):
     checkpoints.wait()
   assert checkpoints.latest_step() is None
+
+
+def test_a_disk_that_fails_to_flush_is_noticed(tmp_path, opened, monkeypatch):
+  checkpoints = opened(tmp_path)
+
+  def fail(descriptor):
+    raise OSError(5, 'Input/output error')
+
+  checkpoints.save(1, make_state(1), None, METADATA)
+  checkpoints.wait()
+  begin = manifest.begin
+
+  def begin_and_fail_later(folder):
+    begin(folder)
+    monkeypatch.setattr(os, 'fsync', fail)
+
+  monkeypatch.setattr(manifest, 'begin', begin_and_fail_later)
+  checkpoints.save(2, make_state(2), None, METADATA)
+  with pytest.raises(RuntimeError, match='cannot write checkpoint .*2: .*Input/output error'):
+    checkpoints.wait()
+  assert checkpoints.latest_step() == 1
+
+
+def test_large_states_are_read_back_in_parts():
+  leaves = {name: np.zeros(2**20, np.uint8) for name in 'abcde'}
+  with unittest.mock.patch('moejax.checkpoint._AT_ONCE', 1.5 * 2**20):
+    assert [list(part) for part in _parts(leaves)] == [['a', 'b'], ['c', 'd'], ['e']]
 
 
 def test_arrays_that_change_while_they_are_written_do_not_count(tmp_path, opened):

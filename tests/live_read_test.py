@@ -74,8 +74,6 @@ def read(directory):
 
 
 @pytest.mark.heavy
-# When orbax cannot read a file, it leaves the reads of other files behind.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('delete', [delete, begin_to_delete])
 def test_a_step_that_is_deleted_at_any_operation_of_a_reader(tmp_path, saved, delete):
   seen = set()
