@@ -18,7 +18,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moejax import compilation_cache, imports
+from moejax import compilation_cache, imports, signals
 from moejax.exit_codes import FAILED, OK, RESUMABLE, USAGE
 from moejax.text import did_you_mean, duration
 
@@ -78,6 +78,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
   _protect_output()
+  signals.end_program()
   app.run(guarded, flags_parser=parse)
 
 
@@ -248,7 +249,7 @@ class _Output:
   """A stream whose writes never fail.
 
   Characters outside its encoding are escaped. Once it cannot be written to (a closed pipe or
-  terminal, a full disk), output is dropped and the program continues.
+  terminal, a full disk), that is said on standard error, output is dropped and the program goes on.
   """
 
   def __init__(self, stream):
@@ -268,7 +269,8 @@ class _Output:
   def _dropping(self, method, *arguments):
     try:
       return method(*arguments)
-    except OSError:
+    except OSError as error:
+      signals.say(f'warning: output is dropped from now on: {error.strerror}')
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also drains the buffer
       return method(*arguments)
 

@@ -10,11 +10,12 @@ import inspect
 import os
 import signal
 import sys
-import threading
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from moejax import signals
 
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which jax ends the other processes
 _SHUTDOWN_TIMEOUT = 30  # seconds that a process waits for the others before it exits
@@ -22,7 +23,7 @@ _NOT_JOINED = (
   "the other processes of this run did not join this one (see jax's message above). Start the same "
   'command on all hosts (see docs/launch.md).'
 )
-_STOPPING = b'stopping after this step, to save; a second signal ends the program at once\n'
+_STOPPING = 'stopping after this step, to save; a second Ctrl-C ends the program at once'
 _LOST = (
   "the run has lost a process (see jax's message above and that process's log), so this one exits "
   'too. Run the same command on all hosts to resume from the last checkpoint.'
@@ -124,36 +125,49 @@ def is_process_0():
 
 
 class Interrupt:
-  """A context in which SIGINT or SIGTERM to any process stops all of them after the same step.
+  """A context in which a signal of `signals.ENDING` to any process stops all at the same place.
 
   A single process checks a flag. Several use jax's preemption service, which handles SIGTERM from
-  `initialize` on and agrees on a step that none of them has started.
+  `initialize` on and agrees on a place that none of them has reached. Schedulers and terminals may
+  repeat a signal: only a second SIGINT ends a process at once.
   """
 
   def __init__(self):
-    self._event = threading.Event()
+    self._was_signaled = self._has_come = False
     self._several = jax.process_count() > 1
+    self._places = 0  # at which it was asked whether to stop
 
   def __enter__(self):
-    signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-    self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+    ours = [n for n in signals.ENDING if not self._several or n != signal.SIGTERM]
+    self._handled = signals.handled_by(self._on_signal, ours)
+    self._handled.__enter__()
     return self
 
   def __exit__(self, *error):
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
+    self._handled.__exit__(*error)
 
   def _on_signal(self, number, frame):
     del frame
-    if is_process_0() and not self._event.is_set():
-      os.write(2, _STOPPING)  # print might be interrupted by this handler
+    if number == signal.SIGINT:
+      signal.signal(number, signal.SIG_DFL)
+    if self._was_signaled:
+      return
+    self._was_signaled = True
+    if is_process_0():
+      signals.say(_STOPPING)
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
-    self._event.set()
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
   def reached(self, step):
-    """Whether to stop before this step; call it once before every step."""
-    if self._several:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._event.is_set()
+    """Whether to stop before this step; all processes call it once before every step."""
+    del step
+    return self.has_come()
+
+  def has_come(self):
+    """Whether to stop here, between two batches of an evaluation; all processes call it there."""
+    if not self._has_come and self._several:
+      self._places += 1
+      self._has_come = multihost_utils.reached_preemption_sync_point(self._places)
+    elif not self._several:
+      self._has_come = self._was_signaled
+    return self._has_come

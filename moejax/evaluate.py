@@ -166,7 +166,15 @@ def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, co
 
 
 def evaluation(
-  model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None, progress=False
+  model_config,
+  params,
+  loader,
+  num_batches,
+  mesh,
+  accumulation=1,
+  corpus=None,
+  progress=False,
+  before_batch=lambda: None,
 ):
   """The `Evaluation` of a loader's first `num_batches` batches, at most of one pass.
 
@@ -178,6 +186,7 @@ def evaluation(
     accumulation: microbatches that a batch is split into, as in training.
     corpus: another loader; every sequence is mixed only with sequences of this one.
     progress: whether to show it, once five seconds have passed.
+    before_batch: called before every batch; what it raises ends the evaluation.
 
   Raises:
     ValueError: there is nothing to evaluate.
@@ -192,6 +201,7 @@ def evaluation(
   if corpus:
     batches = _among_others(batches, corpus, model_config.mixed_sequences)
   for batch in tqdm.tqdm(batches, unit=' batches', delay=5, leave=False, disable=hidden):
+    before_batch()
     sizes = loader.tokenizer.num_bytes(batch['inputs'], batch['targets'])
     ends = batch['targets'] == loader.tokenizer.eos_id
     batch = batch | {'counted': model_lib.counted(batch)}

@@ -47,24 +47,43 @@ def log(run: Run, means):
   )
 
 
-def evaluate(run: Run):
-  """A point of the validation curve."""
-  evaluate_batches(run, run.run_config.train.eval_batches, 'validation')
+class _Stopped(Exception):
+  """An evaluation was interrupted."""
+
+
+def evaluate(run: Run, interrupt=None) -> bool:
+  """A point of the validation curve; False if it was interrupted."""
+  if not evaluate_batches(run, run.run_config.train.eval_batches, 'validation', interrupt):
+    return False
   result, part = report.describe(run.eval_result), report.part(run.eval_result)
   print(f'step {run.step}: validation {result}, {part}', flush=True)
+  return True
 
 
-def evaluate_batches(run: Run, num_batches, prefix):
-  """Evaluates the first batches of validation, None: all, and logs the results."""
-  with cli.waiting_for('evaluating'):
-    done = evaluation(
-      run.run_config.model,
-      run.state['params'],
-      run.eval_loader,
-      num_batches,
-      run.mesh,
-      run.run_config.optimizer.accumulation,
-    )
+def evaluate_batches(run: Run, num_batches, prefix, interrupt=None) -> bool:
+  """Evaluates the first batches of validation, None: all, and logs the results.
+
+  Returns False, and logs nothing, if `interrupt`, a distributed.Interrupt, comes meanwhile.
+  """
+
+  def stop():
+    if interrupt and interrupt.has_come():
+      raise _Stopped
+
+  try:
+    with cli.waiting_for('evaluating'):
+      done = evaluation(
+        run.run_config.model,
+        run.state['params'],
+        run.eval_loader,
+        num_batches,
+        run.mesh,
+        run.run_config.optimizer.accumulation,
+        before_batch=stop,
+      )
+  except _Stopped:
+    run.ledger.lap('evaluation')
+    return False
   # The previous process may have written it at the step it stopped at.
   if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, f'{prefix}/loss')):
     run.writer.write(run.step, done.result | metrics_lib.flatten_aux(done.aux), prefix=prefix)
@@ -75,3 +94,4 @@ def evaluate_batches(run: Run, num_batches, prefix):
   run.ledger.lap('evaluation')
   if not math.isfinite(run.eval_result['loss']):
     raise Diverged(f'training diverged: after step {run.step} the validation loss is not finite')
+  return True

@@ -10,17 +10,22 @@ from moejax.generate import continuations
 from moejax.start import Run
 
 
-def finish(run: Run, summarize: Callable[[], dict] = dict):
-  """Writes the summary and the plot, and prints a sample and where the results are."""
+def finish(run: Run, summarize: Callable[[], dict] = dict, interrupt=None) -> bool:
+  """Writes the summary and the plot, and prints a sample and where the results are.
+
+  Returns False, having written nothing, if its evaluation was interrupted.
+  """
   run.checkpoints.wait()
   run.record('checkpoint')
-  progress.evaluate_batches(run, run.run_config.train.final_eval_batches or None, 'final')
+  batches = run.run_config.train.final_eval_batches or None
+  if not progress.evaluate_batches(run, batches, 'final', interrupt):
+    return False
   results = summary(run) | summarize()
   if is_process_0():  # before anything else can fail
     report.write_summary(run.workdir, results)
   sample = _sample(run)
   if not is_process_0():
-    return
+    return True
   if sample:
     print(f'sample: {run.run_config.train.sample_prompt}{sample}')
   plot(run)
@@ -32,6 +37,7 @@ def finish(run: Run, summarize: Callable[[], dict] = dict):
   print(f'averaged over {report.extent(run.eval_result)}')
   print(run.ledger.describe())
   print(f'written to {run.workdir}: summary.json, loss.png, metrics.jsonl, checkpoints/')
+  return True
 
 
 def plot(run: Run):

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from moejax import (
   optimizer,
   report,
   run_folder,
+  signals,
 )
 
 _POLL_SECONDS = 0.5
@@ -256,15 +256,8 @@ def _lock(workdir):
 @contextlib.contextmanager
 def _stop_on_signals():
   stop = threading.Event()
-  handlers = {
-    number: signal.signal(number, lambda *_: stop.set())
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
+  with signals.handled_by(lambda *_: stop.set()):
     yield stop
-  finally:
-    for number, handler in handlers.items():
-      signal.signal(number, handler)
 
 
 class _Scheduler:

@@ -51,6 +51,7 @@ class Run:
   origin: dict | None = None  # choices that made its first state and are not in the config
   history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
   step: int = 0  # optimizer steps done
+  is_evaluated: bool = True  # as far as the curve has points at this step
   first_step: int = 0  # where this process began
   ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)
   train_step: Any = None
@@ -159,6 +160,7 @@ def resume(run):
     )
   run.origin = origin
   run.history = metadata.get('history', [])
+  run.is_evaluated = metadata.get('is_evaluated', True)
   if step == run.run_config.train.steps:
     run.config, run.run_config = (
       saved,

@@ -59,7 +59,6 @@ def train(
   run = prepare(config, pathlib.Path(workdir))
   run.ledger, run.origin = ledger, origin
   with (
-    Interrupt() as interrupt,
     jax.set_mesh(run.mesh),
     run_folder.lock(run.workdir),
     contextlib.closing(run_folder.checkpoints(run.workdir, run.run_config)) as run.checkpoints,
@@ -70,11 +69,11 @@ def train(
       return cli.OK
     try:
       set_up(run, step, start)
-      with contextlib.closing(run.writer):
+      with contextlib.closing(run.writer), Interrupt() as interrupt:
         if start and step is None:
-          progress.evaluate(run)
+          run.is_evaluated = progress.evaluate(run, interrupt)
           _save(run)
-        if not loop(run, interrupt):
+        if not (loop(run, interrupt) and finish(run, summarize, interrupt)):
           run.checkpoints.wait()
           run.ledger.lap('checkpoint')
           plot(run)
@@ -82,7 +81,6 @@ def train(
           run.record('other')
           print(f'interrupted at step {run.step} of {run.run_config.train.steps}; saved')
           return cli.INTERRUPTED
-        finish(run, summarize)
     except Diverged as diverged:
       raise Diverged(_advice(diverged, run)) from diverged
   return cli.OK
@@ -98,6 +96,8 @@ def loop(run: Run, interrupt):
   last = lambda: run.step == train.steps
   profile = profiling.parse(train.profile_steps) if is_process_0() else range(0)
   with contextlib.closing(profiling.Profiler(profile, run.workdir / 'profile')) as profiler:
+    if not run.is_evaluated:
+      run.is_evaluated = progress.evaluate(run, interrupt)
     while run.step < train.steps and not interrupt.reached(run.step):
       with profiler.step(run.step + 1):
         run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
@@ -119,13 +119,13 @@ def loop(run: Run, interrupt):
         profiler.close()
         run.ledger.lap('other')
       if run.step % train.eval_interval == 0 or last():
-        progress.evaluate(run)
+        run.is_evaluated = progress.evaluate(run, interrupt)
       if run.step % train.checkpoint_interval == 0 or run.step == shared or last():
         _save(run)
       run.averager.skip(time.monotonic() - pause)
     if not last():
       _save(run)
-  return last()
+  return last() and run.is_evaluated
 
 
 def check_health(run: Run):
@@ -145,7 +145,7 @@ def _save(run: Run):
   check_health(run)
   run.ledger.lap('checkpoint')
   run.writer.sync()
-  metadata = run.describe() | {'window': run.averager.totals()}
+  metadata = run.describe() | {'window': run.averager.totals(), 'is_evaluated': run.is_evaluated}
   run.checkpoints.save(run.step, run.state, run.loader, metadata)
   if is_process_0():
     with run.optional('summary.json'):

@@ -118,13 +118,16 @@ def test_printing_never_fails(tmp_path):
   (tmp_path / 'done').unlink()
   with _python('-c', PRINTS, **pipes) as closed_early:
     closed_early.stdout.close()
-    assert closed_early.stderr.read() == b''
+    said = b'warning: output is dropped from now on: Broken pipe\n'
+    assert closed_early.stderr.read() == said
   assert closed_early.returncode == 0
   assert (tmp_path / 'done').exists()
 
   with open('/dev/full', 'w') as full:
     with _python('-c', PRINTS, cwd=tmp_path, stdout=full, stderr=full) as to_a_full_disk:
       assert to_a_full_disk.wait() == 0
+    with _python('-c', PRINTS, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path) as half:
+      assert half.communicate()[1].count(b'from now on: No space left on device') == 1
 
 
 def test_a_path_is_local(monkeypatch):

@@ -129,7 +129,7 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(tmp_path):
   process.send_signal(signal.SIGTERM)
   output, error = process.communicate(timeout=120)
   assert process.returncode == 75
-  assert error == 'stopping after this step, to save; a second signal ends the program at once\n'
+  assert error == 'stopping after this step, to save; a second Ctrl-C ends the program at once\n'
   (folder,) = (tmp_path / 'runs').iterdir()  # that nobody named
   step = max(int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdecimal())
   *_, saved, resume, command = output.splitlines()

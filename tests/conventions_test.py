@@ -35,6 +35,7 @@ RANKS = (
     'parameters',
     'schedule',
     'seeds',
+    'signals',
     'text',
     'trackers',
   ),

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
+import signal
 import types
 
 import jax
@@ -287,6 +289,57 @@ def test_a_run_that_diverges_later_keeps_its_good_checkpoints(texts, tmp_path):
   assert summary['seconds'] > seconds and summary['resumed_from'] == 3
 
 
+def _told(workdir):
+  """The lines of metrics.jsonl without times."""
+  timed = ('seconds_per_step', 'tokens_per_second', 'wall_seconds')
+  lines = metrics.read_metrics(workdir)
+  return [{name: line[name] for name in line if name not in timed} for line in lines]
+
+
+@pytest.fixture(scope='module')
+def evaluated(texts, tmp_path_factory):
+  """A config, and a run of it: evaluations at steps 2 and 4, and a last one."""
+  fields = {'steps': 4, 'log_interval': 1, 'eval_interval': 2, 'checkpoint_interval': 100}
+  fields |= {'eval_batches': 3, 'final_eval_batches': 3}
+  config = _small_config(texts, **{f'train.{name}': value for name, value in fields.items()})
+  workdir = tmp_path_factory.mktemp('evaluated')
+  assert train.train(config, workdir) == cli.OK
+  return config, workdir
+
+
+@pytest.mark.parametrize(
+  ('evaluation', 'number', 'step'),
+  [(1, signal.SIGHUP, 2), (2, signal.SIGUSR1, 4), (3, signal.SIGTERM, 4)],
+)
+def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(
+  evaluated, tmp_path, monkeypatch, evaluation, number, step
+):
+  config, whole = evaluated
+  evaluate_batches, evaluations, batches = progress.evaluation, [], []
+
+  def interrupted(*args, before_batch, **options):
+    evaluations.append(1)
+
+    def before():
+      if len(evaluations) == evaluation:
+        batches.append(1)
+        if len(batches) == 2:
+          os.kill(os.getpid(), number)
+      before_batch()
+
+    return evaluate_batches(*args, before_batch=before, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(progress, 'evaluation', interrupted)
+    assert train.train(config, tmp_path) == cli.INTERRUPTED
+  assert len(batches) == 2  # the third one is not waited for
+  assert Checkpoints(run_folder.checkpoint_dir(tmp_path)).latest_step() == step
+  assert train.train(config, tmp_path) == cli.OK
+  assert _told(tmp_path) == _told(whole)
+  assert train.train(config, tmp_path) == cli.OK
+  assert _told(tmp_path) == _told(whole)
+
+
 @pytest.fixture
 def run(texts, tmp_path):
   """A Run of 3 steps with its state, before its first one; saves and evaluates once, at the end."""
@@ -344,7 +397,7 @@ def test_a_state_that_cannot_go_on_is_not_saved(run, state, at):
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(run, monkeypatch):
   lost = types.SimpleNamespace(result={'loss': math.nan, 'tokens': 1}, extent={}, aux={})
-  monkeypatch.setattr(progress, 'evaluation', lambda *args: lost)
+  monkeypatch.setattr(progress, 'evaluation', lambda *_, **__: lost)
   with pytest.raises(metrics.Diverged, match='after step 3 the validation loss is not finite'):
     train.loop(run, _StopAfter(3))
   assert run.checkpoints.latest_step() is None
@@ -505,8 +558,8 @@ def test_what_cannot_be_written_beside_the_checkpoints_ends_no_run(run, monkeypa
   run.run_config = dataclasses.replace(run.run_config, train=often)
   evaluation = progress.evaluation
 
-  def routed(*args):
-    done = evaluation(*args)
+  def routed(*args, **options):
+    done = evaluation(*args, **options)
     aux = {'moe/load': np.ones((1, 2))}
     return types.SimpleNamespace(result=done.result, extent=done.extent, aux=aux)
 
