@@ -34,9 +34,9 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from moejax import files, manifest
+from moejax.differences import by_name, changed_fields, differences, misfit
 from moejax.exit_codes import RESUMABLE
 
-_SHOWN = 10  # differing arrays that an error lists
 _AT_ONCE = 1 << 28  # bytes of arrays that are read back at a time
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 # Failures of a disk that may pass, unlike a folder that cannot be written.
@@ -327,7 +327,7 @@ class Checkpoints:
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
     if lines := differences(stored, wanted):
       saved = self.metadata(step).get('config', {})
-      raise ValueError(_misfit(folder, lines, changed_fields(saved, config) if config else {}))
+      raise ValueError(misfit(folder, lines, changed_fields(saved, config) if config else {}))
     tree = traverse_util.unflatten_dict(wanted, sep='/')
     args = ocp.args.PyTreeRestore(
       item=tree,
@@ -436,12 +436,6 @@ def one_line_errors(what, kind: type[Exception] = ValueError):
     raise kind(f'{what}: {line}') from error
 
 
-def by_name(tree):
-  """The leaves of a pytree by path, 'params/blocks/0/w'; named tuples look like dicts."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
-
-
 def _parts(leaves):
   """Splits arrays by name into dicts that fit into memory; each has at least one."""
   part, size = {}, 0
@@ -453,43 +447,3 @@ def _parts(leaves):
       part, size = {}, 0
   if part:
     yield part
-
-
-def differences(stored, wanted):
-  """Lines of `_differences`, at most _SHOWN, and how many more there are."""
-  lines = list(_differences(stored, wanted))
-  more = len(lines) - _SHOWN
-  return lines[:_SHOWN] + ([f'... and {more} more'] if more > 0 else [])
-
-
-def _differences(stored, wanted):
-  """Yields a line for every array whose shape or dtype differs between two dicts by name."""
-  for name in sorted(stored.keys() | wanted.keys()):
-    old, new = stored.get(name), wanted.get(name)
-    if new is None:
-      yield f'{name}: only in the checkpoint, {tuple(old.shape)}'
-    elif old is None:
-      yield f'{name}: not in the checkpoint, config {tuple(new.shape)}'
-    elif tuple(old.shape) != tuple(new.shape):
-      yield f'{name}: checkpoint {tuple(old.shape)} vs config {tuple(new.shape)}'
-    elif old.dtype != new.dtype:
-      yield f'{name}: checkpoint {old.dtype} vs config {new.dtype}'
-
-
-def changed_fields(old, new):
-  """Fields that differ between two nested dicts of a config: (old value, new value) by name."""
-  old, new = (
-    traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (old, new)
-  )
-  names = sorted(old.keys() | new.keys())
-  return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
-
-
-def _misfit(folder, lines, changed):
-  text = (
-    f'checkpoint {folder} does not fit the model of this config. Use the config that it was '
-    'trained with, or another --workdir. Arrays that differ:'
-  )
-  fields = [f'{name}: checkpoint {old} vs config {new}' for name, (old, new) in changed.items()]
-  heading = ['Config fields that differ:'] if fields else []
-  return '\n'.join([text, *lines, *heading, *fields])

@@ -34,6 +34,7 @@ from moejax import (
   checkpoint,
   cli,
   config as config_lib,
+  differences,
   fields,
   files,
   hf,
@@ -105,7 +106,7 @@ def to_hf(workdir, output):
       notes.append(f'No tokenizer is in the folder: {error}')
     summary = report.read_summary(workdir)
     given, defaults = run_folder.read(workdir).to_dict(), config_lib.baseline().to_dict()
-    changed = {n: new for n, (_, new) in checkpoint.changed_fields(defaults, given).items()}
+    changed = {n: new for n, (_, new) in differences.changed_fields(defaults, given).items()}
     text = card.text(architecture, run_config, changed, step, summary, output.name, notes)
     (path / 'README.md').write_text(text)
   notes = [f'note: {note}' for note in notes]

@@ -29,7 +29,8 @@ from moejax import (
   optimizer,
   sharding,
 )
-from moejax.checkpoint import Checkpoints, changed_fields
+from moejax.checkpoint import Checkpoints
+from moejax.differences import changed_fields
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ from moejax import (
   start_page,
   trackers,
 )
-from moejax.checkpoint import changed_fields, one_line_errors
+from moejax.checkpoint import one_line_errors
+from moejax.differences import changed_fields
 from moejax.distributed import is_process_0
 from moejax.step import (
   fresh_state,

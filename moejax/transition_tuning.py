@@ -31,7 +31,7 @@ from moejax import (
   step as step_lib,
   train,
 )
-from moejax.checkpoint import by_name
+from moejax.differences import by_name
 from moejax.distributed import is_process_0
 from moejax.evaluate import evaluate
 from moejax.layers import moe

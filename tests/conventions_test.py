@@ -26,6 +26,7 @@ RANKS = (
     '',
     'compilation_cache',
     'exit_codes',
+    'differences',
     'fields',
     'files',
     'imports',

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from moejax import checkpoint
+from moejax import checkpoint, differences
 
 _INDEX = 'model.safetensors.index.json'
 _LARGEST_FILE = 5 * 10**9  # bytes, as transformers writes them
@@ -105,7 +105,7 @@ def read_tensors(folder, architecture, options, expected):
 
 def check(tensors, expected, source):
   """Raises ValueError if names, shapes or dtypes differ from those expected."""
-  if lines := checkpoint.differences(tensors, expected):
+  if lines := differences.differences(tensors, expected):
     raise ValueError('\n'.join([f'{source} does not match the model of its config:', *lines]))
 
 
