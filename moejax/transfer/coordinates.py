@@ -158,12 +158,12 @@ def _layers(model, squares):
 
 
 def _patterns(model, squares):
-  """The same where models differ in depth: over all repeats of a sublayer of a pattern."""
+  """The same where models differ in depth: the last repeat of every pattern."""
   found, number = {'embedding': squares['embedding'][0]}, 0
   for i, (pattern, _) in enumerate(model.blocks):
     for j, kind in enumerate(pattern):
       for what in _inside(squares, f'{i}/{j}_{kind}/'):
-        found[f'{number} {kind} {what}'] = squares[f'{i}/{j}_{kind}/{what}'].mean(0)
+        found[f'{number} {kind} {what}'] = squares[f'{i}/{j}_{kind}/{what}'][-1]
       number += 1
   found['logits'] = squares['logits'][0]
   return {place: np.sqrt(square) for place, square in found.items()}
