@@ -285,7 +285,8 @@ class Checkpoints:
 
   def _delete_all_but(self, steps):
     for folder in self._directory.iterdir():
-      if folder.name.isdecimal() and int(folder.name) not in steps:
+      name = folder.name  # 06 is no step: somebody has renamed one
+      if name.isdecimal() and str(int(name)) == name and int(name) not in steps:
         manifest.delete(folder)
 
   def _check_written(self, step, written):

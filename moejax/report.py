@@ -223,11 +223,15 @@ def git_commit() -> str | None:
 
 def read_summary(workdir) -> dict:
   """The content of summary.json; {} if it is missing or unreadable."""
+  return _summary(workdir) or {}
+
+
+def _summary(workdir) -> dict | None:
   try:
     summary = json.loads((pathlib.Path(workdir) / 'summary.json').read_text())
   except (OSError, RecursionError, ValueError):
-    return {}
-  return summary if isinstance(summary, dict) else {}
+    return None
+  return summary if isinstance(summary, dict) else None
 
 
 def is_finished(summary: dict) -> bool:
@@ -237,7 +241,8 @@ def is_finished(summary: dict) -> bool:
 
 def has_finished(workdir) -> bool:
   """Whether the run in a folder is finished."""
-  return (pathlib.Path(workdir) / 'summary.json').exists() and is_finished(read_summary(workdir))
+  summary = _summary(workdir)
+  return summary is not None and is_finished(summary)
 
 
 def write_summary(workdir, summary: dict) -> None:

@@ -24,6 +24,7 @@ from moejax import (
   fields,
   files,
   imports,
+  manifest,
   metrics,
   model as model_lib,
   optimizer,
@@ -87,7 +88,8 @@ def write(config, workdir, corpus=None):
 def read(workdir, flag='--workdir'):
   """The ConfigDict of a run; fields that are newer than the run have their default.
 
-  Imports the user's own code that the run needs (`moejax.imports`).
+  If config.json is damaged, the newest intact checkpoint says what it was. Imports the user's own
+  code that the run needs (`moejax.imports`).
 
   `flag`: the flag that named the folder, for errors.
 
@@ -98,7 +100,14 @@ def read(workdir, flag='--workdir'):
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
     raise ValueError(f'{flag}={workdir} holds no run: {path} does not exist.')
-  saved = read_json(path)
+  try:
+    saved = read_json(path)
+  except ValueError as error:
+    step, _ = manifest.newest(checkpoint_dir(workdir))
+    if step is None or not path.is_file():
+      raise
+    saved = checkpoint.read_metadata(checkpoint_dir(workdir), step)['config']
+    print(f'note: {error} Until then, the config of checkpoint {step} is used.', file=sys.stderr)
   imports.of_run(saved.get('imports', []), path)
   config = from_saved(saved, path)
   imports.name_task(config.data.task, path)

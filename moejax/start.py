@@ -181,6 +181,8 @@ def is_finished(run):
   """Whether an earlier process trained all steps and wrote the summary."""
   steps = run.run_config.train.steps
   summary = report.read_summary(run.workdir)
+  if run.step == steps and not summary and (run.workdir / 'summary.json').exists():
+    print('note: summary.json is damaged, and is written again')
   return run.step == steps == summary.get('steps') and report.is_finished(summary)
 
 
@@ -219,7 +221,12 @@ def set_up(run, step, start=None):
       f'workdir: checkpoint {run_folder.checkpoint_dir(run.workdir)}/{step} holds numbers that are '
       'not finite. Delete it to resume from the previous one.'
     )
-  if is_process_0() and run.step < run.run_config.train.steps:
+  if step is not None and int(run.state['step']) != step:
+    raise ValueError(
+      f'workdir: checkpoint {run_folder.checkpoint_dir(run.workdir)}/{step} holds step '
+      f'{run.state["step"]}. Give the folder that name again, or move it away.'
+    )
+  if is_process_0():
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
   run.writer = metrics_lib.make_writer(
     run.workdir, run.step, run.run_config.train.trackers, run.config.to_dict()

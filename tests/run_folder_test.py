@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import moe
 from moejax import config as config_lib, fields, run_folder
+from moejax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -49,6 +51,26 @@ def test_a_field_that_came_later_has_its_default(run, name):
   expected.update_from_flattened_dict({name: config_lib.flat_fields()[name].default})
   assert run_folder.read(folder) == expected
   run_folder.check_same_run(expected, folder)  # it goes on
+
+
+@pytest.mark.parametrize('damage', [b'[1]', b'{"model": {"d_mo', bytes(99), b'\xff\xfe', b''])
+def test_a_damaged_config_is_rebuilt_from_a_checkpoint(run, capsys, damage):
+  folder = run(lambda _: None)
+  (folder / 'config.json').write_bytes(damage)
+  with pytest.raises(ValueError, match='config.json is damaged'):
+    run_folder.read(folder)
+  config = moe.get_config('debug')
+  with contextlib.closing(Checkpoints(run_folder.checkpoint_dir(folder))) as checkpoints:
+    checkpoints.save(3, {'a': np.zeros(2)}, None, {'config': config.to_dict()})
+  assert run_folder.read(folder) == config
+  said = capsys.readouterr().err
+  assert 'config.json is damaged' in said and 'the config of checkpoint 3 is used' in said
+
+
+def test_a_folder_in_place_of_the_config_is_named(tmp_path):
+  (tmp_path / 'config.json').mkdir()
+  with pytest.raises(ValueError, match='config.json cannot be read: Is a directory'):
+    run_folder.read(tmp_path)
 
 
 def test_a_section_that_came_later_has_its_defaults(run):

@@ -143,6 +143,8 @@ def test_the_summary_of_a_checkpoint_is_not_that_of_a_run(tmp_path):
   assert runner.is_done(tmp_path, cell)
   (tmp_path / 'a' / 'summary.json').write_text('{"finished": false, "steps": 2}')
   assert not runner.is_done(tmp_path, cell)
+  (tmp_path / 'a' / 'summary.json').write_text('{"finished": true, "steps"')  # cut off
+  assert not runner.is_done(tmp_path, cell)
 
 
 def test_how_a_run_computes_may_change(tmp_path):

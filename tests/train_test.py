@@ -619,6 +619,34 @@ def test_a_checkpoint_that_is_not_finite_is_named(texts, tmp_path):
     train.train(config, tmp_path)
 
 
+def test_a_renamed_checkpoint_is_named(evaluated, tmp_path):
+  config, whole = evaluated
+  workdir = shutil.copytree(whole, tmp_path / 'run')
+  config = config.copy_and_resolve_references()
+  config.train.steps = 9
+  steps = run_folder.checkpoint_dir(workdir)
+  (steps / '4').rename(steps / '7')
+  with pytest.raises(ValueError, match='checkpoints/7 holds step 4. Give the folder that name'):
+    train.train(config, workdir)
+  (steps / '7').rename(steps / '04')
+  assert train.train(config, workdir) == cli.OK  # from the beginning
+  assert (steps / '04').exists()
+
+
+def test_a_run_goes_on_from_a_damaged_config_and_summary(evaluated, tmp_path, capsys):
+  config, whole = evaluated
+  workdir = shutil.copytree(whole, tmp_path / 'run')
+  (workdir / 'config.json').write_bytes(bytes(99))
+  (workdir / 'summary.json').write_text('{"finished": true, ')
+  assert train.train(config, workdir) == cli.OK
+  said = capsys.readouterr()
+  assert 'summary.json is damaged, and is written again' in said.out
+  assert 'config of checkpoint 4 is used' in said.err
+  assert report.is_finished(report.read_summary(workdir))
+  assert run_folder.read(workdir).to_dict() == config.to_dict()
+  assert not capsys.readouterr().err  # rebuilt
+
+
 def test_training_without_jit(texts, tmp_path):
   sizes = {'data.batch_size': 2, 'data.sequence_length': 8, 'train.eval_batches': 1}
   with jax.disable_jit():
