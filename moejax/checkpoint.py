@@ -38,6 +38,7 @@ from moejax.differences import by_name, changed_fields, differences, misfit
 from moejax.exit_codes import RESUMABLE
 
 _AT_ONCE = 1 << 28  # bytes of arrays that are read back at a time
+_LARGEST = 1 << 32  # larger arrays are not read back: their hosts may not have room for all shards
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 # Failures of a disk that may pass, unlike a folder that cannot be written.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
@@ -225,9 +226,10 @@ class Checkpoints:
     """`restore` of the parameters alone; optimizer arrays are not read."""
     return self._load(step, {'params': abstract_params}, 'params/', config)['params']
 
-  def arrays(self, step: int):
-    """Yields name and NumPy array of all arrays of a step, unchecked; not for all processes."""
-    for part in _parts(self._stored(step)):
+  def arrays(self, step: int, names=None):
+    """Yields name and NumPy array of all arrays of a step, or some; for this process alone."""
+    stored = self._stored(step)
+    for part in _parts({name: stored[name] for name in (stored if names is None else names)}):
       nested = lambda leaves: traverse_util.unflatten_dict(leaves, sep='/')
       args = ocp.args.PyTreeRestore(
         nested(part),
@@ -295,8 +297,9 @@ class Checkpoints:
       raise ValueError('its arrays do not read back: there is no list of them')
     if lines := differences(self._stored(step), written):
       raise ValueError(f'its arrays do not read back: {lines[0]}')
-    for name, array in self.arrays(step):
-      if written[name].crc32 not in (None, _Written.of(array).crc32):
+    read = [name for name, leaf in written.items() if _size(leaf) <= _LARGEST]
+    for name, array in self.arrays(step, read):
+      if not written[name].is_like(array):
         raise ValueError(f'its array {name} does not read back as it was')
 
   def wait(self) -> None:
@@ -346,14 +349,21 @@ class _Written:
 
   shape: tuple
   dtype: Any
-  crc32: int | None  # of its bytes; None if other processes have some of them
+  crc32: list  # of the shards of this process: (index, checksum of the bytes)
 
   @classmethod
   def of(cls, array):
-    if not getattr(array, 'is_fully_addressable', True):
-      return cls(array.shape, array.dtype, None)
-    content = np.ascontiguousarray(array)
-    return cls(array.shape, array.dtype, zlib.crc32(content.view(np.uint8).data))
+    shards = [((), array)]
+    if isinstance(array, jax.Array):
+      shards = [(s.index, s.data) for s in array.addressable_shards if s.replica_id == 0]
+    return cls(array.shape, array.dtype, [(index, _crc32(data)) for index, data in shards])
+
+  def is_like(self, array):
+    return all(_crc32(array[index]) == crc32 for index, crc32 in self.crc32)
+
+
+def _crc32(array):
+  return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def _is_worth_showing(record):
@@ -374,7 +384,8 @@ def _report_unraisable(unraisable):
 
 def _link(directory):
   """The directory itself, or a link to it if orbax would take its path for another, or for none."""
-  if str(directory).isprintable() and not set('*?[\\') & set(str(directory)):
+  path = str(directory)
+  if path.isprintable() and not set('*?[\\') & set(path) and ':/' not in path:
     return directory
   link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
   link.symlink_to(directory)
@@ -437,12 +448,16 @@ def one_line_errors(what, kind: type[Exception] = ValueError):
     raise kind(f'{what}: {line}') from error
 
 
+def _size(leaf):
+  return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
 def _parts(leaves):
   """Splits arrays by name into dicts that fit into memory; each has at least one."""
   part, size = {}, 0
   for name, leaf in leaves.items():
     part[name] = leaf
-    size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    size += _size(leaf)
     if size > _AT_ONCE:
       yield part
       part, size = {}, 0
