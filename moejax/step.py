@@ -57,6 +57,9 @@ def make_state(init, abstract_state):
 def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
   """One optimizer step.
 
+  An update whose loss, gradient or size is not finite is skipped: parameters and the optimizer's
+  state stay as they are, and only the step counts.
+
   Args:
     state: `init_state`'s dict; donate it.
     batch: int32 arrays [B, L]: inputs, targets, segments, positions.
@@ -66,11 +69,43 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
 
   Returns:
     The next state, and metrics: 'loss' (nats per token), 'grad_norm' (before clipping),
-    'update_norm' (of the change of all parameters), 'learning_rate', and under 'aux' float32 arrays
-    with one entry per sublayer that measures it.
+    'update_norm' (of the change of all parameters), 'skipped' (1 or 0), 'learning_rate', and under
+    'aux' float32 arrays with one entry per sublayer that measures it.
+  """
+  mean_nats, gradients, aux = gradients_of(
+    state, batch, model_config=model_config, accumulation=accumulation, key=key
+  )
+  updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
+  updated = {
+    'params': optax.apply_updates(state['params'], updates),
+    'optimizer': optimizer_state,
+  }
+  norms = {
+    'grad_norm': gradient_norm(gradients),
+    'update_norm': optax.tree.norm(jax.tree.map(_wide, updates)),
+  }
+  is_good = jnp.isfinite(jnp.stack([mean_nats, *norms.values()])).all()
+  # Free, for it is fused into the update; for a cond, GPUs would wait for the host.
+  select = functools.partial(jnp.where, is_good)
+  kept = jax.tree.map(select, updated, {name: state[name] for name in updated})
+  measured = {
+    'loss': mean_nats,
+    **norms,
+    'skipped': 1 - is_good.astype(jnp.float32),
+    'learning_rate': schedule(state['step']),
+    'aux': jax.tree.map(lambda a: a.mean(0), aux),
+  }
+  return kept | {'step': state['step'] + 1}, measured
+
+
+def gradients_of(state, batch, *, model_config, accumulation, key):
+  """The loss of a batch and its gradients; arguments as of `train_step`.
+
+  Returns:
+    The mean nats per target, the gradients of the parameters, and aux by microbatch.
   """
   num_targets = jnp.sum(batch['segments'] > 0)
-  keys = jax.random.split(jax.random.fold_in(key, state['step']), accumulation)
+  microbatches_and_keys = split_batch(batch, state['step'], accumulation, key)
 
   def objective(params, microbatch, key):
     nats, _, aux = model_lib.bind(model_config, params).loss(microbatch, key)
@@ -84,22 +119,14 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
 
   nats = jnp.zeros((), jnp.promote_types(model_config.dtype, jnp.float32))
   zeros = (nats, jax.tree.map(jnp.zeros_like, state['params']))
-  inputs = (_split(batch, accumulation), keys)
-  (mean_nats, gradients), aux = jax.lax.scan(add, zeros, inputs)
-  updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
-  new_state = {
-    'params': optax.apply_updates(state['params'], updates),
-    'optimizer': optimizer_state,
-    'step': state['step'] + 1,
-  }
-  measured = {
-    'loss': mean_nats,
-    'grad_norm': gradient_norm(gradients),
-    'update_norm': optax.tree.norm(jax.tree.map(_wide, updates)),
-    'learning_rate': schedule(state['step']),
-    'aux': jax.tree.map(lambda a: a.mean(0), aux),
-  }
-  return new_state, measured
+  (mean_nats, gradients), aux = jax.lax.scan(add, zeros, microbatches_and_keys)
+  return mean_nats, gradients, aux
+
+
+def split_batch(batch, step, accumulation, key):
+  """The microbatches of a step, [accumulation, B / accumulation, L], and the key of each."""
+  keys = jax.random.split(jax.random.fold_in(key, step), accumulation)
+  return _split(batch, accumulation), keys
 
 
 def _split(batch, number):
