@@ -35,6 +35,15 @@ class TrainConfig(fields.Section):
   )
   checkpoint_interval: int = default(250, 'steps between checkpoints', minimum=1)
   keep_checkpoints: int = default(3, 'number of latest checkpoints to keep', minimum=1)
+  max_skipped: int = default(
+    10, 'updates in a row that are not finite and skipped, at which the run stops', minimum=1
+  )
+  spike_zscore: float = default(
+    6.0, 'standard deviations above the last 100 losses at which a loss is a spike', above=0
+  )
+  on_spike: str = default(
+    'log', 'rewind: back to a checkpoint before it, past the batches in between', choices=('log', 'rewind')
+  )
   trackers: tuple = default(
     ('tensorboard',), 'where metrics go beside metrics.jsonl', choices=lambda: TRACKERS
   )

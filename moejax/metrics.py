@@ -200,7 +200,7 @@ def flatten_aux(aux: dict) -> dict[str, float]:
 
 
 class Diverged(RuntimeError):
-  """A step had a loss, gradient or update that is not finite."""
+  """Updates, or the state of a run and its loss, are not finite."""
 
   exit_code = FAILS_AGAIN  # steps are exactly repeatable
 
@@ -208,40 +208,34 @@ class Diverged(RuntimeError):
 class MetricAverager:
   """Averages metrics since the last log line, and times steps without evaluation and saving.
 
-  A resumed run restores the totals of the interrupted one, so that its log lines are the same.
+  Steps whose update was skipped are timed, but not averaged: their numbers are not finite. A resumed run restores the totals of the interrupted one, so that its log lines are the same.
   """
 
   def __init__(self, sums=None, count=0):
     """Starts the clock; `sums` and `count` are from `totals`."""
-    self._sums, self._count, self._untimed = dict(sums or {}), count, count
+    self._sums, self._count, self._timed = dict(sums or {}), count, 0
     self._unread = None
     self._started = time.monotonic()
 
-  def add(self, step, measured):
+  def add(self, step, measured, see=lambda step, numbers: None):
     """Adds a dispatched step; reads the previous one while the device computes this one.
 
-    Raises:
-      Diverged: the previous step did.
+    `see(step, numbers)` is called when its numbers are read.
     """
     self.read()
-    self._unread = step, measured
+    self._unread = step, measured, see
 
   def read(self):
-    """Waits for the step that was added last.
-
-    Raises:
-      Diverged: its loss, gradient or update is not finite.
-    """
+    """Waits for the step that was added last."""
     if self._unread:
-      (step, measured), self._unread = self._unread, None
+      (step, measured, see), self._unread = self._unread, None
       measured = jax.device_get(measured)
       flat = {name: float(value) for name, value in measured.items() if name != 'aux'}
+      see(step, flat)
+      self._timed += 1
+      if flat.pop('skipped'):
+        return
       flat |= flatten_aux(measured['aux'])
-      if not all(math.isfinite(flat[name]) for name in ('loss', 'grad_norm', 'update_norm')):
-        raise Diverged(
-          f'training diverged at step {step} (loss {flat["loss"]:.4g}, gradient norm '
-          f'{flat["grad_norm"]:.4g}, update norm {flat["update_norm"]:.4g})'
-        )
       if not self._count:
         self._sums = dict.fromkeys(flat, 0.0)
       self._sums = {name: total + flat[name] for name, total in self._sums.items()}
@@ -258,7 +252,7 @@ class MetricAverager:
   def restart_clock(self):
     """Waits for the steps so far and excludes them from the timing."""
     self.read()
-    self._untimed, self._started = self._count, time.monotonic()
+    self._timed, self._started = 0, time.monotonic()
 
   def totals(self):
     """The constructor arguments that restore this averager, serialisable as JSON."""
@@ -268,9 +262,9 @@ class MetricAverager:
   def means(self):
     """The mean of every metric, and 'seconds_per_step' of the steps that were timed, if any."""
     self.read()
-    seconds, timed = time.monotonic() - self._started, self._count - self._untimed
+    seconds = time.monotonic() - self._started
     means = {name: total / self._count for name, total in self._sums.items()}
-    return means | ({'seconds_per_step': seconds / timed} if timed else {})
+    return means | ({'seconds_per_step': seconds / self._timed} if self._timed else {})
 
 
 def _line(entry):
