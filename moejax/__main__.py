@@ -18,6 +18,7 @@ PROGRAMS = {
   'evaluate': ('evaluate', 'validation loss of a run, in every decoding mode'),
   'generate': ('generate', 'text from a run'),
   'eval_harness': ('eval_harness', 'lm-evaluation-harness on a run'),
+  'replay': ('replay', 'one training step again, with norms by layer'),
   'compare': ('compare', 'a plot and a table of several runs'),
   'verify': ('verify', "checks all files of a run's checkpoints"),
   'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),

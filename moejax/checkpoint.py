@@ -147,15 +147,19 @@ class Checkpoints:
       )
     self._pending = step, self._background.submit(self._finish, step, written)
 
-  def latest_step(self) -> int | None:
+  def latest_step(self, at_most: int | None = None) -> int | None:
     """The newest intact step, with a warning if newer ones are damaged; None if nothing was saved.
+
+    `at_most`: leaves out later steps.
 
     Raises:
       ValueError: all steps are damaged, and starting again would overwrite the run.
     """
     self.wait()
     # Process 0 decides for all.
-    step, damaged = manifest.newest(self._directory) if jax.process_index() == 0 else (None, {})
+    step, damaged = None, {}
+    if jax.process_index() == 0:
+      step, damaged = manifest.newest(self._directory, at_most)
     code = (_ALL_DAMAGED if damaged else _NONE) if step is None else step
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
     described = ', '.join(f'{step} ({why})' for step, why in damaged.items())
@@ -180,6 +184,15 @@ class Checkpoints:
           f'moejax.verify {workdir} --accept={step}.'
         )
     return ''
+
+  def discard_after(self, step: int) -> None:
+    """Deletes all later steps, the newest first."""
+    self.wait()
+    if jax.process_index() == 0:
+      for later in reversed(manifest.steps(self._directory)):
+        if later > step:
+          manifest.delete(self._folder(later))
+    multihost_utils.sync_global_devices(f'checkpoints after {step}: deleted')
 
   def read_newest(self, read) -> tuple:
     """(step, `read(step)`) of the newest intact step; (None, None) if nothing was saved.

@@ -42,7 +42,9 @@ class TrainConfig(fields.Section):
     6.0, 'standard deviations above the last 100 losses at which a loss is a spike', above=0
   )
   on_spike: str = default(
-    'log', 'rewind: back to a checkpoint before it, past the batches in between', choices=('log', 'rewind')
+    'log',
+    'rewind: back to a checkpoint before it, past the batches in between',
+    choices=('log', 'rewind'),
   )
   trackers: tuple = default(
     ('tensorboard',), 'where metrics go beside metrics.jsonl', choices=lambda: TRACKERS

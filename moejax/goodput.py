@@ -68,6 +68,12 @@ class Ledger:
     wall = max([sum(newest.values()), *_walls(workdir)])
     self.seconds['lost'] += max(0.0, wall - sum(saved.values()))
 
+  def lose(self, saved: dict) -> None:
+    """Goes back to the seconds by phase that a checkpoint has; all since are lost."""
+    lost = self.wall - sum(saved.values())
+    self.seconds = dict.fromkeys(PHASES, 0.0) | saved
+    self.seconds['lost'] += lost
+
   def write(self, workdir, step: int) -> None:
     """Writes `goodput.json` of a run at `step`."""
     content = json.dumps({'step': step, 'seconds': self.seconds}, indent=2)

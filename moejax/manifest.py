@@ -131,14 +131,18 @@ def was_saved(folder: pathlib.Path) -> bool:
     return (folder / 'state').exists()  # its name is given when all arrays are written
 
 
-def newest(directory: pathlib.Path) -> tuple[int | None, dict[int, str]]:
-  """The newest intact step, or None, and what is wrong with newer ones.
+def newest(
+  directory: pathlib.Path, at_most: int | None = None
+) -> tuple[int | None, dict[int, str]]:
+  """The newest intact step, or None, and what is wrong with newer ones; none is after `at_most`.
 
   A run may save and delete steps meanwhile.
   """
   while True:
     found, damaged = steps(directory), {}
     for step in reversed(found):
+      if at_most is not None and step > at_most:
+        continue
       if not (why := problem(directory / str(step))):
         break
       damaged[step] = why

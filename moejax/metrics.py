@@ -208,7 +208,8 @@ class Diverged(RuntimeError):
 class MetricAverager:
   """Averages metrics since the last log line, and times steps without evaluation and saving.
 
-  Steps whose update was skipped are timed, but not averaged: their numbers are not finite. A resumed run restores the totals of the interrupted one, so that its log lines are the same.
+  Steps whose update was skipped are timed, but not averaged: their numbers are not finite. A
+  resumed run restores the totals of the interrupted one, so that its log lines are the same.
   """
 
   def __init__(self, sums=None, count=0):

@@ -32,14 +32,15 @@ def log(run: Run, means):
     speeds['mfu'] = flops_per_second / run.peak_flops
   dropped = [value for name, value in means.items() if name.startswith('moe/dropped/')]
   run.ledger.lap('step')
-  run.writer.write(run.step, means | speeds | {'wall_seconds': run.ledger.wall})
+  seen = {'skipped': run.watch.skipped, 'wall_seconds': run.ledger.wall}
+  run.writer.write(run.step, means | speeds | seen)
   print(
     report.progress_line(
       step=run.step,
       steps=train.steps,
-      loss=means['loss'],
-      grad_norm=means['grad_norm'],
-      dropped=statistics.fmean(dropped) if run.run_config.model.dropless() else None,
+      loss=means.get('loss', math.nan),  # if every update was skipped
+      grad_norm=means.get('grad_norm'),
+      dropped=statistics.fmean(dropped) if dropped and run.run_config.model.dropless() else None,
       seconds_left=(train.steps - run.step) * seconds if seconds else None,
       **speeds,
     ),

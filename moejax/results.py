@@ -65,7 +65,7 @@ def _sample(run: Run):
 def _training(run: Run, losses):
   """What the log lines say about the training of a run, see `metrics.smoothed_loss`."""
   sequences = getattr(run.loader, 'num_sequences', None)  # unknown of a stream
-  seen = run.step * run.run_config.data.batch_size
+  seen = (run.step + run.watch.passed) * run.run_config.data.batch_size
   clipped = metrics_lib.loss_curve(run.workdir, 'clipped')
   return metrics_lib.smoothed_loss(losses, run.step) | {
     'epochs': seen / sequences if sequences else None,

@@ -36,6 +36,7 @@ from moejax.step import (
   make_clock,
   make_state,
 )
+from moejax.watch import Watch
 
 
 @dataclasses.dataclass
@@ -58,7 +59,7 @@ class Run:
   train_step: Any = None
   now: Any = None  # of `step.make_clock`
   state: Any = None
-  batch: Any = None  # of the last step
+  watch: Any = None  # a `watch.Watch`
   averager: Any = dataclasses.field(default_factory=metrics_lib.MetricAverager)
   writer: Any = None
   eval_result: dict = dataclasses.field(default_factory=dict)
@@ -73,6 +74,7 @@ class Run:
       'corpus': self.loader.fingerprint,
       'tokenizer': self.run_config.tokenizer.fingerprint,
       'history': self.history,
+      'incidents': self.watch.incidents,
       'origin': self.origin,
       'seconds': self.ledger.training,
       'goodput': dict(self.ledger.seconds),
@@ -116,7 +118,8 @@ def prepare(config, workdir):
     loader.save(pathlib.Path(folder))  # fails now rather than at the first checkpoint
   if run_config.model.leaks():
     print(f'warning: {run_config.model.leaks()}')
-  return Run(config, run_config, mesh, workdir, loader, eval_loader)
+  watch = Watch(run_config.train)
+  return Run(config, run_config, mesh, workdir, loader, eval_loader, watch=watch)
 
 
 def _check_prompt(run_config):
@@ -172,9 +175,16 @@ def resume(run):
   run.step = run.first_step = step
   seconds = metadata.get('goodput') or {'other': metadata.get('seconds', 0.0)}  # of older versions
   run.ledger.resume(run.workdir, step, seconds)
+  recall(run, step, metadata)
+  return step
+
+
+def recall(run, step, metadata):
+  """Takes the log window and the watch from the metadata of a checkpoint."""
   with one_line_errors(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
     run.averager = metrics_lib.MetricAverager(**metadata.get('window', {}))
-  return step
+    of_run = metadata.get('watch', {}) | {'incidents': metadata.get('incidents', [])}
+    run.watch = Watch(run.run_config.train, **of_run)
 
 
 def is_finished(run):
@@ -206,10 +216,7 @@ def set_up(run, step, start=None):
   run.ledger.lap('compile')
   if step is not None:
     print(f'resuming from step {step}')
-    loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
-    with cli.waiting_for('restoring the state'):
-      run.state = run.checkpoints.restore(step, abstract, loader, run.config.to_dict())
-    run.ledger.lap('restore')
+    run.state = restore(run, step, abstract)
   else:
     with cli.waiting_for('initialising the state'):
       run.state = start(run, abstract) if start else make_state(init, abstract)
@@ -228,15 +235,29 @@ def set_up(run, step, start=None):
     )
   if is_process_0():
     run_folder.write(run.config, run.workdir, run.loader.fingerprint)
-  run.writer = metrics_lib.make_writer(
-    run.workdir, run.step, run.run_config.train.trackers, run.config.to_dict()
-  )
+  open_writer(run)
   run.flops_per_token = flops.training_flops_per_token(
     run.run_config.model, run.run_config.data.sequence_length
   )
   peak = flops.peak_flops(jax.devices()[0], run.run_config.model.dtype)
   run.peak_flops = peak and peak * jax.device_count()
   run.record('start_up')
+
+
+def restore(run, step, abstract_state):
+  """The state of a checkpoint; the loader goes to its position."""
+  loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
+  with cli.waiting_for('restoring the state'):
+    state = run.checkpoints.restore(step, abstract_state, loader, run.config.to_dict())
+  run.ledger.lap('restore')
+  return state
+
+
+def open_writer(run):
+  """Opens the metrics files, and drops what they have after the step of the run."""
+  run.writer = metrics_lib.make_writer(
+    run.workdir, run.step, run.run_config.train.trackers, run.config.to_dict()
+  )
 
 
 def _compile(run, abstract_state):

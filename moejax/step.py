@@ -160,6 +160,12 @@ def make_clock(run_config):
   return lambda step: Now(rates[step], scales[step], seed)
 
 
+def optimizer_at(run_config, now):
+  """The optimizer of a run at the learning rate and annealing of a `Now`."""
+  schedules = Schedules(lambda _: now.learning_rate, lambda _: now.anneal)
+  return optimizer_lib.of_run(run_config, schedules)
+
+
 def jit_train_step(run_config, abstract_state, mesh):
   """`train_step` of a run, jitted: `step(state, batch, now)`, which donates the state.
 
@@ -168,13 +174,12 @@ def jit_train_step(run_config, abstract_state, mesh):
   """
 
   def step(state, batch, now):
-    schedules = Schedules(lambda _: now.learning_rate, lambda _: now.anneal)
     new_state, measured = train_step(
       state,
       batch,
       model_config=run_config.model,
-      optimizer=optimizer_lib.of_run(run_config, schedules),
-      schedule=schedules.learning_rate,
+      optimizer=optimizer_at(run_config, now),
+      schedule=lambda _: now.learning_rate,
       accumulation=run_config.optimizer.accumulation,
       key=noise_key(now.seed),
     )

@@ -5,6 +5,7 @@ step. Only states that are finite and have a finite loss are saved.
 """
 
 import contextlib
+import functools
 import math
 import pathlib
 import time
@@ -26,6 +27,7 @@ from moejax.distributed import Interrupt, is_process_0
 from moejax.metrics import Diverged
 from moejax.optimizer import shared_steps
 from moejax.results import finish, plot, summary
+from moejax.rewind import rewind
 from moejax.start import Run, is_finished, prepare, resume, set_up
 from moejax.step import eval_step, is_finite
 
@@ -69,7 +71,8 @@ def train(
       return cli.OK
     try:
       set_up(run, step, start)
-      with contextlib.closing(run.writer), Interrupt() as interrupt:
+      with contextlib.ExitStack() as stack, Interrupt() as interrupt:
+        stack.callback(lambda: run.writer.close())  # the one it has then
         if start and step is None:
           run.is_evaluated = progress.evaluate(run, interrupt)
           _save(run)
@@ -100,11 +103,12 @@ def loop(run: Run, interrupt):
       run.is_evaluated = progress.evaluate(run, interrupt)
     while run.step < train.steps and not interrupt.reached(run.step):
       with profiler.step(run.step + 1):
-        run.batch = sharding.place_batch(run.loader.batch(run.step), run.mesh)
+        local = run.loader.batch(run.step + run.watch.passed)
+        batch = sharding.place_batch(local, run.mesh)
         run.ledger.lap('step' if run.averager.is_computing() else 'input')
-        run.state, measured = run.train_step(run.state, run.batch, run.now(run.step))
+        run.state, measured = run.train_step(run.state, batch, run.now(run.step))
         run.step += 1
-        run.averager.add(run.step, measured)
+        run.averager.add(run.step, measured, functools.partial(run.watch.see, batch))
       if run.step == run.first_step + 1:
         run.averager.restart_clock()  # the first step also allocates, loads and tunes programs
       if run.step == run.first_step + _STEPS_TO_ESTIMATE:
@@ -120,21 +124,47 @@ def loop(run: Run, interrupt):
         run.ledger.lap('other')
       if run.step % train.eval_interval == 0 or last():
         run.is_evaluated = progress.evaluate(run, interrupt)
-      if run.step % train.checkpoint_interval == 0 or run.step == shared or last():
+      if is_due := run.step % train.checkpoint_interval == 0 or run.step == shared or last():
+        run.averager.read()
+      if run.watch.spike and rewind(run):
+        continue
+      if run.watch.in_row >= train.max_skipped and not last():
+        _give_up(run)
+      if is_due:
         _save(run)
       run.averager.skip(time.monotonic() - pause)
     if not last():
-      _save(run)
+      run.averager.read()
+      if not (run.watch.spike and rewind(run)):
+        _save(run)
   return last() and run.is_evaluated
 
 
+def _give_up(run: Run):
+  """Saves the state, which is that after the last good update, and raises Diverged."""
+  skipped = run.watch.in_row
+  run.averager.read()  # the step that was dispatched meanwhile
+  if run.watch.good_batch is not None:  # else there is nothing new
+    with contextlib.suppress(Diverged):  # its loss is not finite
+      _save(run)
+  raise Diverged(
+    f'training diverged at step {run.step}: {skipped} updates in a row were not finite, and were '
+    'skipped'
+  )
+
+
 def check_health(run: Run):
-  """Raises Diverged unless the state and its loss on the last batch are finite."""
+  """Raises Diverged unless the state and its loss on the last good batch are finite.
+
+  Without a good batch in this process, the state is still that which it began with.
+  """
   run.averager.read()
-  good = bool(is_finite(run.state))
-  if good and run.batch is not None:
+  batch, good = run.watch.good_batch, bool(is_finite(run.state))
+  if batch is None:
+    good = good and (run.step == 0 or run.first_step > 0)
+  elif good:
     accumulation = run.run_config.optimizer.accumulation
-    batch = run.batch | {'counted': run.batch['segments'] > 0}  # as evaluations have it
+    batch = batch | {'counted': batch['segments'] > 0}  # as evaluations have it
     nats, *_ = eval_step(run.run_config.model, accumulation, run.state['params'], batch)
     good = math.isfinite(nats)
   if not good:
@@ -145,7 +175,11 @@ def _save(run: Run):
   check_health(run)
   run.ledger.lap('checkpoint')
   run.writer.sync()
-  metadata = run.describe() | {'window': run.averager.totals(), 'is_evaluated': run.is_evaluated}
+  metadata = run.describe() | {
+    'window': run.averager.totals(),
+    'watch': run.watch.saved(),
+    'is_evaluated': run.is_evaluated,
+  }
   run.checkpoints.save(run.step, run.state, run.loader, metadata)
   if is_process_0():
     with run.optional('summary.json'):

@@ -27,7 +27,7 @@ class Watch:
   in_row: int = 0  # updates that were skipped since the last good one
   passed: int = 0  # batches passed over: step `s` sees batch `s + passed` of the data
   incidents: list[dict] = dataclasses.field(default_factory=list)  # skipped updates and spikes
-  spike: int | None = None  # the step of one that has not been dealt with
+  spike: dict | None = None  # the first incident from which to go back
   good_batch: Any = None  # the last whose update was not skipped, in this process
 
   def saved(self) -> dict:
@@ -40,44 +40,41 @@ class Watch:
     return sum(incident['what'] == 'skipped' for incident in self.incidents)
 
   def see(self, batch, step: int, numbers: dict[str, float]) -> None:
-    """Takes note of a step, in the order of steps.
+    """Takes note of a step, in the order of steps. All processes must call it.
 
     Args:
       batch: of the step; its global arrays.
       step: its number, from 1.
       numbers: 'loss', 'grad_norm', 'update_norm', and 'skipped', 1 or 0.
     """
+    loss = numbers['loss']
     if numbers['skipped']:
       self.in_row += 1
-      names = {'loss': 'loss', 'gradient norm': 'grad_norm', 'update norm': 'update_norm'}
-      what = ', '.join(f'{name} {numbers[key]:.4g}' for name, key in names.items())
-      self._note(step, 'skipped', batch, {key: numbers[key] for key in names.values()})
-      print(f'step {step}: update skipped ({what}); batch {self.incidents[-1]["batch"]}', flush=True)
+      found = {name: numbers[name] for name in ('loss', 'grad_norm', 'update_norm')}
+      what = ', '.join(f'{name} {value:.4g}' for name, value in found.items())
+      self._note(step, 'skipped', batch, found, f'update skipped ({what})')
       return
     self.in_row, self.good_batch = 0, batch
-    height = zscore(numbers['loss'], self.losses)
+    height = zscore(loss, self.losses)
     if height > self.config.spike_zscore:
-      self.spike = step
-      self._note(step, 'spike', batch, {'loss': numbers['loss'], 'zscore': height})
-      print(
-        f'step {step}: the loss spikes to {numbers["loss"]:.4g}, {height:.1f} standard deviations '
-        f'above the last {WINDOW} steps; batch {self.incidents[-1]["batch"]}',
-        flush=True,
-      )
-    self.losses = [*self.losses, numbers['loss']][-WINDOW:]
+      what = f'{height:.1f} standard deviations above the mean of the last {WINDOW}'
+      found = {'loss': loss, 'zscore': height}
+      self._note(step, 'spike', batch, found, f'the loss spikes to {loss:.4g}, {what}')
+      if self.config.on_spike == 'rewind':
+        self.spike = self.spike or self.incidents[-1]
+    self.losses = [*self.losses, loss][-WINDOW:]
 
-  def _note(self, step, what, batch, numbers):
+  def _note(self, step, what, batch, numbers, message):
     of_batch = fingerprint(batch)
-    self.incidents.append({'step': step, 'what': what, 'batch': of_batch, **metrics.plain(numbers)})
+    incident = {'step': step, 'what': what, 'batch': of_batch, **numbers}
+    self.incidents.append(metrics.plain(incident))
+    print(f'step {step}: {message}; batch {of_batch}', flush=True)
 
 
 def zscore(loss: float, before: list[float]) -> float:
   """How many standard deviations a loss is above those before it; 0 until these are WINDOW."""
-  if len(before) < WINDOW:
-    return 0.0
-  deviation = statistics.stdev(before)
-  excess = loss - statistics.fmean(before)
-  return excess / deviation if deviation else 0.0
+  deviation = statistics.stdev(before) if len(before) >= WINDOW else 0.0
+  return (loss - statistics.fmean(before)) / deviation if deviation else 0.0
 
 
 def fingerprint(batch) -> str:

@@ -47,13 +47,13 @@ RANKS = (
   ('model',),
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
   + ('hf',)
-  + ('goodput', 'profiling'),
+  + ('goodput', 'profiling', 'watch'),
   ('config', 'variants'),
   ('cli',),
   ('step', 'run_folder', 'start_page', 'estimate'),
   ('evaluate', 'decode', 'terminal'),
   ('generate', 'start'),
-  ('progress',),
+  ('progress', 'rewind'),
   ('results',),
   ('train',),
   ('aot', 'compare', 'runner', 'scaling_laws', 'sweep', 'transfer'),

@@ -128,7 +128,7 @@ def test_lines_outlast_a_full_disk_once_and_in_order(tmp_path, capsys):
 
 
 def _measured(loss, others=()):
-  numbers = {'loss': loss, 'grad_norm': 1.0, 'update_norm': 1.0, 'aux': {'a': [loss, 1.0]}}
+  numbers = {'loss': loss, 'skipped': 0.0, 'aux': {'a': [loss, 1.0]}}
   return {
     name: jax.tree.map(jnp.float32, value) for name, value in (numbers | dict(others)).items()
   }
@@ -170,14 +170,20 @@ def test_steps_before_the_clock_restarts_are_averaged_but_not_timed():
   assert averager.means() == {'loss': 4.0, 'seconds_per_step': pytest.approx(10, abs=1)}
 
 
-@pytest.mark.parametrize('name', ['loss', 'grad_norm', 'update_norm'])
-def test_a_non_finite_number_is_noticed_one_step_later(name):
-  averager = metrics.MetricAverager()
-  averager.add(1, _measured(1.0))
-  averager.add(2, _measured(1.0, {name: math.nan}))
-  with pytest.raises(metrics.Diverged, match='diverged at step 2 .*nan'):
-    averager.add(3, _measured(1.0))
-  assert averager.totals()['count'] == 1
+def test_skipped_steps_are_seen_and_timed_but_not_averaged():
+  averager, seen = metrics.MetricAverager(), []
+  see = lambda step, numbers: seen.append((step, numbers['loss'], numbers['skipped']))
+  averager.skip(-20)
+  averager.add(1, _measured(math.nan, {'skipped': 1.0}), see)
+  assert set(averager.means()) == {'seconds_per_step'}
+  averager.add(2, _measured(4.0), see)
+  averager.add(3, _measured(math.nan, {'skipped': 1.0}), see)
+  averager.add(4, _measured(6.0), see)
+  assert len(seen) == 3 and math.isnan(seen[0][1]) and seen[1] == (2, 4.0, 0.0)
+  means = averager.means()
+  assert (means['loss'], means['a/00']) == (5, 5) and 'skipped' not in means
+  assert means['seconds_per_step'] == pytest.approx(5, abs=0.5)
+  assert averager.totals()['count'] == 2
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path):

@@ -33,7 +33,7 @@ from moejax.step import fresh_state
 from moejax.sweep import axes as axes_lib
 from moejax.sweep.axes import Axis
 from moejax.transfer import sizes
-from moejax.transfer.observe import Product, observe
+from moejax.transfer.observe import Product, layers, observe
 
 TOLERANCE = 0.1  # of a slope
 _SEQUENCES, _POSITIONS = 8, 32  # of the batch; more sequences where groups are larger
@@ -132,11 +132,10 @@ def _mean_squares(inside, first):
   add what shrinks with the width; it would hide, in small models, what is learned.
   """
   mean = lambda x: jnp.square(x).mean(range(1, x.ndim))
-  multiply = lambda x, w: jnp.einsum('r...d,rde->r...e', x, w.astype(x.dtype))
 
   def both(now, before):
     if isinstance(now, Product):
-      parts = multiply(now.x, now.w), multiply(now.x, now.w - before.w)
+      parts = now.value(), now._replace(w=now.w - before.w).value()
     else:
       parts = now, now - before
     return jnp.stack([mean(part) for part in parts], axis=-1)
@@ -146,13 +145,10 @@ def _mean_squares(inside, first):
 
 def _layers(model, squares):
   """Root mean squares [2] by place, every layer by itself and numbered: '3 mlp output'."""
-  found, number = {'embedding': squares['embedding'][0]}, 0
-  for i, (pattern, repeats) in enumerate(model.blocks):
-    for repeat in range(repeats):
-      for j, kind in enumerate(pattern):
-        for what in _inside(squares, f'{i}/{j}_{kind}/'):
-          found[f'{number} {kind} {what}'] = squares[f'{i}/{j}_{kind}/{what}'][repeat]
-        number += 1
+  found = {'embedding': squares['embedding'][0]}
+  for number, kind, i, part, repeat in layers(model.blocks):
+    for what in _inside(squares, f'{i}/{part}/'):
+      found[f'{number} {kind} {what}'] = squares[f'{i}/{part}/{what}'][repeat]
   found['logits'] = squares['logits'][0]
   return {place: np.sqrt(square) for place, square in found.items()}
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moejax import model as model_lib
@@ -65,10 +67,23 @@ class Product(NamedTuple):
   x: jax.Array
   w: jax.Array
 
+  def value(self):
+    """The activation [R, ..., outputs]."""
+    return jnp.einsum('r...d,rde->r...e', self.x, self.w.astype(self.x.dtype))
+
+
+def layers(blocks):
+  """(number, kind, stack i, 'j_kind', repeat) of every sublayer of `model.blocks`, from below."""
+  number = itertools.count()
+  for i, (pattern, repeats) in enumerate(blocks):
+    for repeat in range(repeats):
+      for j, kind in enumerate(pattern):
+        yield next(number), kind, i, f'{j}_{kind}', repeat
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def observe(model_config, params, batch):
-  """The values inside a model for a batch, without noise.
+def observe(model_config, params, batch, key=None):
+  """The values inside a model for a batch; with the noise of training, if there is a `key`.
 
   Returns:
     A dict by place, of arrays with the repeats of the place in front: 'embedding' [1, B, L, D]; for
@@ -83,10 +98,17 @@ def observe(model_config, params, batch):
       residual = getattr(block, part)
       residual.layer = _ObservedLayer(residual.layer, f'{i}/{part}')
       setattr(block, part, _Observed(residual, f'{i}/{part}'))
-  x_BLD, aux = model._activations_of(batch)
+  x_BLD, aux = model._activations_of(batch, key)
   seen = {name: values for name, values in aux.items() if name[0].isdigit()}
   inputs = [seen.pop(name) for name in [*seen] if name.endswith('/input')]
   products = [name.removesuffix('/w') for name in seen if name.endswith('/w')]
   scores = {name: Product(seen.pop(f'{name}/x'), seen.pop(f'{name}/w')) for name in products}
   logits = Product(x_BLD[None], model._head()[None])
   return {'embedding': inputs[0][:1], **seen, **scores, 'logits': logits}
+
+
+def mean_square(seen):
+  """The mean square [R] of what `observe` returns for a place."""
+  values = seen.value() if isinstance(seen, Product) else seen
+  wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+  return jnp.square(wide).mean(range(1, values.ndim))
