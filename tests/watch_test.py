@@ -30,7 +30,7 @@ SCALED = 99  # a segment that marks a batch
 
 @pytest.fixture(scope='module')
 def patched():
-  """Batches that a test spoils, by number; and a loss that is 100 times as large where it says so."""
+  """Batches to spoil, by number; and a loss that is 100 times as large where a batch is marked."""
   spoilt = {}
   batch, loss = loader.TokenLoader.batch, model_lib.LanguageModel.loss
 
@@ -189,7 +189,7 @@ def test_a_batch_of_a_gradient_100_times_as_large_is_harmless(
 
 @pytest.mark.heavy
 def test_a_spike_that_comes_back_is_passed_after_three_attempts(texts, spoil, tmp_path, capsys):
-  spoil(dict.fromkeys(range(45, 200, 4), _scaled))
+  spoil(dict.fromkeys(range(45, 120, 15), _scaled))
   config = _config(texts, **{'train.on_spike': 'rewind', 'train.steps': 60})
   assert train.train(config, tmp_path) == cli.OK
   assert [i[2:] for i in _incidents(tmp_path)][:4] == [(30,), (30,), (30,), ()]
@@ -200,13 +200,13 @@ def test_a_spike_that_comes_back_is_passed_after_three_attempts(texts, spoil, tm
 def test_too_many_skipped_in_a_row_stop_the_run_with_the_last_good_state(texts, spoil, tmp_path):
   spoil(dict.fromkeys(range(26, 60), _nan))
   config = _config(texts, **{'train.max_skipped': 5})
-  for at in (32, 34):
+  for at in (32, 33):
     with pytest.raises(
       RuntimeError, match=rf'^training diverged at step {at}: \d updates in a row'
     ):
       train.train(config, tmp_path)
     assert _updates(tmp_path, 32) == 26  # and nothing is saved where nothing was learnt
-    assert not (tmp_path / 'checkpoints' / '34').exists()
+    assert not (tmp_path / 'checkpoints' / '33').exists()
   spoil({number: dict for number in range(26, 60)})
   assert train.train(config, tmp_path) == cli.OK
   assert _updates(tmp_path, STEPS) == STEPS - 6
@@ -216,8 +216,7 @@ def _see(seen, *losses):
   for loss in losses:
     numbers = {'loss': loss, 'grad_norm': 1.0, 'update_norm': 1.0}
     numbers['skipped'] = float(not math.isfinite(loss))
-    step = len(seen.losses) + seen.skipped + 1
-    seen.see({'inputs': jax.numpy.arange(step)}, step, numbers)
+    seen.see({'inputs': jax.numpy.array([loss])}, 7, numbers)
 
 
 def test_a_watch_counts_what_is_skipped_and_flags_spikes(monkeypatch):
@@ -226,7 +225,7 @@ def test_a_watch_counts_what_is_skipped_and_flags_spikes(monkeypatch):
   _see(seen, 5.0, math.nan, 4.0, 3.0, 90.0)  # early losses may be anything
   assert (seen.skipped, seen.in_row, seen.spike, seen.losses) == (1, 0, None, [5, 4, 3, 90])
   seen = watch.Watch(config_lib.TrainConfig(on_spike='rewind'), [5.0, 4.0, 3.0, 4.0])
-  _see(seen, math.nan, math.nan)
+  _see(seen, math.nan, math.inf)
   assert seen.in_row == 2 and seen.good_batch is None
   _see(seen, 4.0 + 6 * 0.8, 4.0 + 7 * 0.8)
   assert seen.in_row == 0 and seen.good_batch is not None and seen.spike is None
@@ -250,10 +249,10 @@ def test_a_step_is_replayed_bit_for_bit(undisturbed, seen):
     again = replay.replay(undisturbed, step)
     assert again.begun == begun
     assert {name: again.numbers[name] for name in seen[step]} == seen[step]
-    of = lambda what: math.hypot(*(row[what] for row in again.layers.values() if what in row))
-    assert of('gradient') == pytest.approx(seen[step]['grad_norm'], rel=1e-4)
-    assert of('update') == pytest.approx(seen[step]['update_norm'], rel=1e-4)
-    assert [*again.layers] == ['embedding', '0 mlp', '1 mlp', 'head', 'final_norm']
+    for what, name in (('gradient', 'grad_norm'), ('update', 'update_norm')):
+      whole = math.hypot(*(row.get(what, 0) for row in again.layers.values()))
+      assert whole == pytest.approx(seen[step][name], rel=1e-4)
+    assert [*again.layers] == ['embedding', '0 mlp', '1 mlp', 'head']
     assert {'output', 'stream', 'parameters', 'gradient', 'update'} == {*again.layers['1 mlp']}
     assert all(value > 0 for row in again.layers.values() for value in row.values())
   with pytest.raises(ValueError, match=r'--step=91: expected 1 to train.steps = 90'):
