@@ -23,6 +23,7 @@ from moejax import (
   evaluate,
   generate,
   goodput,
+  manifest,
   metrics,
   model as model_lib,
   progress,
@@ -252,7 +253,7 @@ def _kept(workdir):
   checkpoints = Checkpoints(run_folder.checkpoint_dir(workdir))
   run_config = config_lib.resolve(run_folder.read(workdir))
   with contextlib.closing(checkpoints):
-    steps = checkpoints._steps()
+    steps = manifest.steps(run_folder.checkpoint_dir(workdir))
     for step in steps:
       state = checkpoints.restore(step, tiny.abstract(step_lib.fresh_state(run_config)))
       assert step_lib.is_finite(state)
