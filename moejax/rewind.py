@@ -36,7 +36,7 @@ def rewind(run: Run) -> bool:
   while watch.incidents[-1] is not spike:  # undone, too
     watch.incidents.pop()
   spike['back_to'] = step
-  run.watch.incidents = watch.incidents
+  run.watch.incidents, run.watch.good_batch = watch.incidents, watch.good_batch
   run.writer.close()
   run.step = step
   open_writer(run)

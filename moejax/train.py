@@ -93,7 +93,8 @@ def loop(run: Run, interrupt):
   """Trains to the last step, or saves and returns False if interrupted.
 
   Raises:
-    Diverged: something is not finite; it was not saved.
+    Diverged: the state or its loss is not finite, and was not saved; or too many updates in a row
+      were not, and the state before them was.
   """
   train, shared = run.run_config.train, shared_steps(run.run_config)
   last = lambda: run.step == train.steps
@@ -149,7 +150,7 @@ def _give_up(run: Run):
       _save(run)
   raise Diverged(
     f'training diverged at step {run.step}: {skipped} updates in a row were not finite, and were '
-    'skipped'
+    f'skipped (python -m moejax.replay --step={run.watch.incidents[-1]["step"]} shows where)'
   )
 
 
