@@ -198,6 +198,7 @@ PATHS = {
   'reproduce moe_mamba': ['workdir'],
   'reproduce mot': ['workdir'],
   'reproduce fine_grained': ['workdir'],
+  'replay': ['workdir'],
   'sweep': [],  # its workdir may be another machine's
   'transfer check': ['output'],
   'transfer sweep': ['workdir'],
