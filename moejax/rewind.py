@@ -38,9 +38,9 @@ def rewind(run: Run) -> bool:
   spike['back_to'] = step
   run.watch.incidents, run.watch.good_batch = watch.incidents, watch.good_batch
   run.writer.close()
-  run.step = step
+  run.step, run.is_evaluated = step, True
   open_writer(run)
-  run.ledger.lose(metadata['goodput'])
+  run.ledger.lose(metadata.get('goodput', {}))
   print(f'back to the checkpoint of step {step}, past {end - begin} batches of data', flush=True)
   return True
 

@@ -57,8 +57,8 @@ def make_state(init, abstract_state):
 def train_step(state, batch, *, model_config, optimizer, schedule, accumulation, key):
   """One optimizer step.
 
-  An update whose loss, gradient or size is not finite is skipped: parameters and the optimizer's
-  state stay as they are, and only the step counts.
+  An update whose loss or gradient is not finite is skipped: parameters and the optimizer's state
+  stay as they are, and only the step counts.
 
   Args:
     state: `init_state`'s dict; donate it.
@@ -80,17 +80,16 @@ def train_step(state, batch, *, model_config, optimizer, schedule, accumulation,
     'params': optax.apply_updates(state['params'], updates),
     'optimizer': optimizer_state,
   }
-  norms = {
-    'grad_norm': gradient_norm(gradients),
-    'update_norm': optax.tree.norm(jax.tree.map(_wide, updates)),
-  }
-  is_good = jnp.isfinite(jnp.stack([mean_nats, *norms.values()])).all()
-  # Free, for it is fused into the update; for a cond, GPUs would wait for the host.
+  grad_norm = gradient_norm(gradients)
+  # Selected elementwise, as part of the update: for a cond, GPUs would wait for the host. With the
+  # norm of the update in the condition, old and new state would both have to be kept.
+  is_good = jnp.isfinite(mean_nats) & jnp.isfinite(grad_norm)
   select = functools.partial(jnp.where, is_good)
   kept = jax.tree.map(select, updated, {name: state[name] for name in updated})
   measured = {
     'loss': mean_nats,
-    **norms,
+    'grad_norm': grad_norm,
+    'update_norm': optax.tree.norm(jax.tree.map(_wide, updates)),
     'skipped': 1 - is_good.astype(jnp.float32),
     'learning_rate': schedule(state['step']),
     'aux': jax.tree.map(lambda a: a.mean(0), aux),

@@ -1,8 +1,8 @@
 """Watches the steps of a run: updates that were skipped, and spikes of the loss.
 
-An update that is not finite is skipped (`step.train_step`): the state stays as it was. A loss far
-above those before it is a spike; by choice the run goes back to a checkpoint before it, and passes
-over the batches in between (`moejax.rewind`).
+An update whose loss or gradient is not finite is skipped (`step.train_step`): the state stays as it
+was. A loss far above those before it is a spike; by choice the run goes back to a checkpoint before
+it, and passes over the batches in between (`moejax.rewind`).
 
 What a watch has seen is saved in every checkpoint. Which batch a step sees is a function of the
 config and of that alone, so a run that was killed sees the same spikes and does the same again.
@@ -10,6 +10,7 @@ config and of that alone, so a run that was killed sees the same spikes and does
 
 import dataclasses
 import hashlib
+import math
 import statistics
 from typing import Any
 
@@ -46,6 +47,9 @@ class Watch:
       batch: of the step; its global arrays.
       step: its number, from 1.
       numbers: 'loss', 'grad_norm', 'update_norm', and 'skipped', 1 or 0.
+
+    Raises:
+      Diverged: the update is not finite, and was not skipped, for its gradient is.
     """
     loss = numbers['loss']
     if numbers['skipped']:
@@ -54,6 +58,11 @@ class Watch:
       what = ', '.join(f'{name} {value:.4g}' for name, value in found.items())
       self._note(step, 'skipped', batch, found, f'update skipped ({what})')
       return
+    if not math.isfinite(numbers['update_norm']):
+      raise metrics.Diverged(
+        f'training diverged at step {step}: the update is not finite, though the gradient is '
+        f'(loss {loss:.4g}, grad_norm {numbers["grad_norm"]:.4g})'
+      )
     self.in_row, self.good_batch = 0, batch
     height = zscore(loss, self.losses)
     if height > self.config.spike_zscore:

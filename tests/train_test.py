@@ -740,14 +740,13 @@ def test_an_update_is_measured_whatever_the_gradient():
   assert measured['skipped'] == 0 and step_lib.is_finite(state)
 
 
-@pytest.mark.parametrize('name', ['sgd', 'muon'])
-def test_an_update_that_is_not_finite_changes_the_step_alone(name):
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_skipped_update_changes_the_step_alone(name):
   from moejax.optimizer import OptimizerConfig, make_optimizer
 
-  optimizer, bad = optax.sgd(jnp.inf), tiny.batch()
-  if name == 'muon':
-    optimizer = make_optimizer(OptimizerConfig(name='muon', warmup_steps=0), 10)
-    bad |= {'segments': np.zeros_like(bad['segments'])}
+  optimizer = make_optimizer(OptimizerConfig(name=name, warmup_steps=0), 10)
+  bad = tiny.batch()
+  bad |= {'segments': np.zeros_like(bad['segments'])}  # without a target, the mean is 0 / 0
   model = tiny.model_config(**tiny.MODELS['token choice'], moe_balance_bias=True)
   state = jax.jit(lambda key: step_lib.init_state(model, optimizer, key))(jax.random.key(0))
   step = functools.partial(
@@ -759,7 +758,7 @@ def test_an_update_that_is_not_finite_changes_the_step_alone(name):
     key=jax.random.key(0),
   )
   after, measured = jax.jit(step)(state, bad)
-  assert measured['skipped'] == 1 and not np.isfinite(measured['loss'] + measured['update_norm'])
+  assert measured['skipped'] == 1 and np.isnan(measured['loss'])
   assert (int(state.pop('step')), int(after.pop('step'))) == (0, 1)
   jax.tree.map(np.testing.assert_array_equal, state, after)
 

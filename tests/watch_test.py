@@ -238,6 +238,9 @@ def test_a_watch_counts_what_is_skipped_and_flags_spikes(monkeypatch):
   assert all(len(batch) == 16 for batch in batches) and len(set(batches)) == len(batches)
   restored = watch.Watch(seen.config, **seen.saved(), incidents=seen.incidents)
   assert restored.losses == seen.losses and restored.skipped == seen.skipped == 2
+  with pytest.raises(metrics.Diverged, match='at step 7: the update is not finite, though'):
+    numbers = {'loss': 1.0, 'grad_norm': 1.0, 'update_norm': math.inf, 'skipped': 0.0}
+    seen.see({'inputs': jax.numpy.zeros(1)}, 7, numbers)
   logging = watch.Watch(config_lib.TrainConfig(), [5.0, 4.0, 3.0, 4.0])
   _see(logging, 1000.0)
   assert logging.spike is None and logging.incidents[0]['what'] == 'spike'
