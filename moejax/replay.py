@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from moejax import cli, config as config_lib, data, estimate, run_folder, sharding, text
-from moejax.checkpoint import by_name
+from moejax.differences import by_name
 from moejax.distributed import is_process_0
 from moejax.step import (
   fresh_state,
