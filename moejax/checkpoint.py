@@ -300,8 +300,7 @@ class Checkpoints:
 
   def _delete_all_but(self, steps):
     for folder in self._directory.iterdir():
-      name = folder.name  # 06 is no step: somebody has renamed one
-      if name.isdecimal() and str(int(name)) == name and int(name) not in steps:
+      if manifest.is_step(folder.name) and int(folder.name) not in steps:
         manifest.delete(folder)
 
   def _check_written(self, step, written):

@@ -120,7 +120,12 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def _numbers(directory):
-  return sorted(int(path.name) for path in directory.glob('*') if path.name.isdecimal())
+  return sorted(int(path.name) for path in directory.glob('*') if is_step(path.name))
+
+
+def is_step(name: str) -> bool:
+  """Whether a folder has the name of a step; 06, which somebody renamed, is none."""
+  return name.isdecimal() and str(int(name)) == name
 
 
 def was_saved(folder: pathlib.Path) -> bool:
