@@ -75,8 +75,8 @@ class Watch:
 
   def _note(self, step, what, batch, numbers, message):
     of_batch = fingerprint(batch)
-    incident = {'step': step, 'what': what, 'batch': of_batch, **numbers}
-    self.incidents.append(metrics.plain(incident))
+    incident: Any = metrics.plain({'step': step, 'what': what, 'batch': of_batch, **numbers})
+    self.incidents.append(incident)
     print(f'step {step}: {message}; batch {of_batch}', flush=True)
 
 
