@@ -5,7 +5,8 @@
 
 The paper's MoT-Size/kE/m is `size,experts=k,mixtures=m`: groups of k sequences, k*m experts of
 width d_ff/m. As in the paper's second version, the second half of the blocks mixes tokens; `mini`
-is the proof of concept of its first version, 32E/16 in all blocks. The laptop default is 8E/8.
+is the proof of concept of its first version, 32E/16 in all blocks. The laptop default is 32E/2 in
+all blocks.
 
 Different from the paper: documents do not see each other within a packed sequence
 (model.document_mask); initialisation 1.0 for `mini` and its dense baseline alike, where the paper
@@ -23,13 +24,13 @@ PEAK_LR = {'mini': 2e-3, 'base': 2e-4}
 def get_config(arg=None):
   arg = variants.parse_arg(arg, experts=0, mixtures=0)
   c = variants.sized(arg.size)
-  default_experts, default_mixtures = {'laptop': (8, 8), 'mini': (32, 16)}.get(arg.size, (32, 1))
+  default_experts, default_mixtures = {'laptop': (32, 2), 'mini': (32, 16)}.get(arg.size, (32, 1))
   experts, mixtures = arg.experts or default_experts, arg.mixtures or default_mixtures
   c.model.mot.group_size = experts
   c.model.mot.num_experts = experts * mixtures
   c.optimizer.peak_lr = PEAK_LR.get(arg.size, c.optimizer.peak_lr)
   ((_, blocks),) = c.model.blocks
-  if arg.size == 'mini':
+  if arg.size in ('laptop', 'mini'):
     c.model.blocks = ((('attention', 'mot'), blocks),)
   else:
     c.model.blocks = (

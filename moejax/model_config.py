@@ -56,10 +56,10 @@ class ModelConfig(Section):
   )
   vocab_size: int = default(0, "0: the tokenizer's; more pads the embedding", minimum=0)
   max_length: int = dataclasses.field(kw_only=True)  # positions: data.sequence_length
-  d_model: int = default(64, 'width of the stream between sublayers', minimum=1)
+  d_model: int = default(32, 'width of the stream between sublayers', minimum=1)
   num_heads: int = default(2, 'of attention', minimum=1)
   num_kv_heads: int = default(0, 'of keys and values, shared by queries; 0: num_heads', minimum=0)
-  d_ff: int = default(256, 'hidden width of a dense feed-forward', minimum=1)
+  d_ff: int = default(128, 'hidden width of a dense feed-forward', minimum=1)
   activation: str = default(
     'relu', 'of feed-forwards and experts', choices=(*common.ACTIVATIONS, 'swiglu')
   )

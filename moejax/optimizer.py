@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
   PATH = 'optimizer'
 
   name: str = default('adamw', 'what turns gradients into updates', choices=lambda: OPTIMIZERS)
-  peak_lr: float = default(6e-3, 'learning rate after warm-up', above=0)
+  peak_lr: float = default(1.2e-2, 'learning rate after warm-up', above=0)
   warmup_steps: int = default(50, 'steps in which the rate rises to its peak', minimum=0)
   schedule: str = default(
     'cosine', 'after warm-up; wsd: the peak, then a decay', choices=lambda: schedule_lib.SCHEDULES

@@ -12,7 +12,7 @@ from moejax.text import did_you_mean
 
 # name: d_model, blocks, heads, peak learning rate of the dense model; d_ff is 4 * d_model.
 SIZES = {
-  'laptop': (64, 4, 2, 6e-3),
+  'laptop': (32, 4, 2, 1.2e-2),
   'mini': (256, 4, 4, 4e-3),
   'small': (512, 4, 8, 1e-3),
   'medium': (512, 8, 8, 7e-4),

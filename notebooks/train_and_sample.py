@@ -58,8 +58,8 @@ FOLDER = 'runs/notebook'
 # ## Two configs
 #
 # `moejax.get_config` returns the config of a bundled file; every field may be changed. The two
-# models differ in one thing: every other feed-forward layer is dense, or a Mixture of Tokens of
-# 32 experts, which together cost as much per token.
+# models differ in one thing: the feed-forward layers are dense, or a Mixture of Tokens of 32
+# experts, which together cost as much per token.
 
 # %%
 import matplotlib.pyplot as plt
@@ -74,10 +74,8 @@ def make_config(name):
   config.model.d_model = D_MODEL
   config.model.d_ff = 4 * D_MODEL
   config.model.num_heads = max(D_MODEL // 64, 1)
-  # Half of the blocks of `mot` mix tokens; all of `dense` are the same.
-  config.model.blocks = tuple(
-    (pattern, BLOCKS // len(config.model.blocks)) for pattern, _ in config.model.blocks
-  )
+  ((pattern, _),) = config.model.blocks
+  config.model.blocks = ((pattern, BLOCKS),)
   config.data.batch_size = BATCH
   config.data.sequence_length = CONTEXT
   config.train.steps = STEPS
@@ -91,7 +89,8 @@ def make_config(name):
 
 
 configs = {name: make_config(name) for name in ('dense', 'mot')}
-configs['mot'].model.mot.num_experts = 32  # of groups of 8 sequences: 32 experts of width d_ff / 4
+mot = configs['mot'].model.mot
+mot.group_size, mot.num_experts = 8, 32  # sequences; experts of width d_ff / 4
 
 # %% [markdown]
 # ## Training, with live curves

@@ -52,7 +52,7 @@ def test_printed_fields_have_their_meaning_and_the_default_that_was_changed():
   assert (
     'norm: rms_norm # [default: layer_norm] before every sublayer (one of layer_norm, rms_norm)'
   ) in lines
-  assert 'd_ff: 256 # hidden width of a dense feed-forward (at least 1)' in lines
+  assert 'd_ff: 128 # hidden width of a dense feed-forward (at least 1)' in lines
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_help_and_print_config_do_not_train(tmp_path):
   assert yaml.safe_load(printed.stdout)['train']['steps'] == 6 and not printed.stderr
   assert '\n#   mot: 8 experts of width 32 per 4 tokens\n' in printed.stdout
   explained = _moejax('--help', cwd=tmp_path)
-  assert explained.returncode == 0 and '`d_ff = 256`: hidden width of a' in explained.stdout
+  assert explained.returncode == 0 and '`d_ff = 128`: hidden width of a' in explained.stdout
   assert not list(tmp_path.iterdir())
 
 

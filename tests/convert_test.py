@@ -315,10 +315,10 @@ def test_round_trip_is_bitwise(kind, tmp_path):
 def test_the_file_names_every_block(mot_file):
   tensors = safetensors.numpy.load_file(mot_file)
   params = _params(mot_file.parent / 'run')
-  assert params['stack_1']['1_mot']['layer']['controller'].shape == (2, 16, 8)
+  assert params['stack_0']['1_mot']['layer']['controller'].shape == (2, 16, 8)
   for block in range(2):
-    controller_DE = tensors[f'stack_1.{block}.1_mot.layer.controller']
-    expected_DE = params['stack_1']['1_mot']['layer']['controller'][block]
+    controller_DE = tensors[f'stack_0.{block}.1_mot.layer.controller']
+    expected_DE = params['stack_0']['1_mot']['layer']['controller'][block]
     _assert_same(controller_DE, expected_DE)
   assert {'embedding', 'stack_0.1.0_attention.layer.qkv'} < set(tensors)
   with safetensors.safe_open(mot_file, 'np') as file:
@@ -353,7 +353,7 @@ def _other_tokenizer(tensors, metadata):
   'change, message',
   [
     (_change('embedding'), r'embedding: not in the checkpoint, config \(259, 16\)'),
-    (_change('stack_0.1.1_mlp.norm.bias', np.zeros(3)), r'checkpoint \(3,\) vs config \(16,\)'),
+    (_change('stack_0.1.1_mot.norm.bias', np.zeros(3)), r'checkpoint \(3,\) vs config \(16,\)'),
     (_change('embedding', np.zeros((259, 16), 'f')), 'checkpoint float32 vs config bfloat16'),
     (_forget, 'has no config in its metadata'),
     (_new_field, 'unheard_of.* is not known to this version of moejax'),

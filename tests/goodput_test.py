@@ -168,7 +168,7 @@ def _steps(path):
     ('0:3', 'must be'),
     ('5:5', 'must be'),
     ('a:b', 'must be'),
-    ('10:3002', 'goes beyond the last step, train.steps = 3000'),
+    ('10:5202', 'goes beyond the last step, train.steps = 5200'),
   ],
 )
 def test_steps_that_cannot_be_profiled(text, message):

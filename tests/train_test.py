@@ -149,7 +149,7 @@ def test_a_run_ended_between_its_last_checkpoint_and_its_summary_is_finished(fin
   'changes, message',
   [
     ({'train.seed': 7, 'train.steps': 6}, 'trained with other.*\ntrain.seed: 0 there, 7 here'),
-    ({'optimizer.peak_lr': 0.5}, 'trained with other.*\noptimizer.peak_lr: 0.006 there, 0.5 h'),
+    ({'optimizer.peak_lr': 0.5}, 'trained with other.*\noptimizer.peak_lr: 0.012 there, 0.5 h'),
     ({'train.steps': 3}, r'train.steps = 3: the run in .* is at step 6 already'),
     (
       {'train.seed': 7, 'train.steps': 9},
@@ -664,7 +664,10 @@ def test_training_without_jit(texts, tmp_path):
     ({'mesh.tensor': 3}, 'does not fit 8 devices'),
     ({'mesh.tensor': 1, 'mesh.data': 8, 'data.batch_size': 12}, 'cannot be split over the 8'),
     ({'model.num_heads': 4}, 'mesh.tensor = 8 must divide the 4 heads .model.num_heads.'),
-    ({'model.d_ff': 60}, 'mesh.tensor = 8 must divide the 60 hidden units of a feed-forward'),
+    (
+      {'model.d_ff': 60, 'model.blocks': ((('mlp',), 2),)},
+      'mesh.tensor = 8 must divide the 60 hidden units of a feed-forward',
+    ),
     ({'model.mot.expert_width': 36}, 'mesh.tensor = 8 must divide the 36 .* .model.mot.expert_wid'),
     (
       {'mesh.tensor': 1, 'mesh.expert': 8, 'model.mot.num_experts': 4},
