@@ -23,7 +23,7 @@ from moejax.checkpoint import Checkpoints
 
 _FOLDER = flags.DEFINE_string('folder', '.', 'On the disk to measure.')
 _MEGABYTES = flags.DEFINE_list('megabytes', '1,100', 'Sizes of states.')
-_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Saves of each kind.')
+_SAVES = flags.DEFINE_integer('saves', 9, 'Of each kind.')
 
 
 def measure(directory, step, state, flushed):
@@ -45,7 +45,7 @@ def main(_):
     state = {f'w{i}': np.random.default_rng(i).random((rows, 1000), np.float32) for i in range(8)}
     results = {True: [], False: []}
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
-      for number in range(1, _ROUNDS.value + 1):
+      for number in range(1, _SAVES.value + 1):
         for flushed in random.sample([True, False], 2):
           directory = pathlib.Path(folder, str(flushed))
           results[flushed].append(measure(directory, number, state, flushed))
