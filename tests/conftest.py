@@ -70,3 +70,12 @@ def golden(request):
   return goldens.Goldens(
     _ROOT / 'tests' / 'golden', update=request.config.getoption('--update-golden')
   )
+
+
+@pytest.fixture(scope='session')
+def texts(tmp_path_factory):
+  """A pattern of small files, which a tiny model learns in 90 steps."""
+  folder = tmp_path_factory.mktemp('texts')
+  for i in range(30):
+    (folder / f'{i}.txt').write_text(f'text {i}, of a few words\n' * 20)
+  return f'{folder}/*.txt'

@@ -57,14 +57,7 @@ def _optimizer(**changes):
 
 def _losses(config, optimizer, num_steps):
   """Of steps on one batch, and the state after them."""
-  step = functools.partial(
-    step_lib.train_step,
-    model_config=config,
-    optimizer=optimizer,
-    schedule=lambda step: jnp.float32(0),
-    accumulation=1,
-    key=jax.random.key(0),
-  )
+  step = tiny.train_step(config, optimizer)
   state = jax.jit(lambda: step_lib.init_state(config, optimizer, jax.random.key(0)))()
   step, losses = jax.jit(step), []
   for _ in range(num_steps):

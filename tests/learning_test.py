@@ -1,7 +1,5 @@
 """Every family learns: what comes three tokens later is known, to a model that remembers three."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,14 +27,7 @@ def _batches():
 def test_two_hundred_steps_teach_it_to_remember(model):
   config = tiny.model_config(**tiny.MODELS[model], init_scale=1.0, d_model=24)
   optimizer = optax.adam(1e-2)
-  step = functools.partial(
-    step_lib.train_step,
-    model_config=config,
-    optimizer=optimizer,
-    schedule=lambda step: jnp.float32(1e-2),
-    accumulation=1,
-    key=jax.random.key(0),
-  )
+  step = tiny.train_step(config, optimizer, schedule=lambda step: jnp.float32(1e-2))
   ids, same = _batches()
 
   @jax.jit

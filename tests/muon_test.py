@@ -14,7 +14,7 @@ from moejax.aot import hlo
 from moejax.checkpoint import Checkpoints
 from moejax.optimizer import OptimizerConfig
 from moejax.parameters import name_of
-from moejax.step import init_state, train_step
+from moejax.step import init_state
 from tests import tiny
 
 # Two or three matrices of every kind that layers have, by the names that layers give them.
@@ -233,14 +233,7 @@ def test_a_restored_state_goes_on_bitwise(tmp_path):
     abstract = sharding.abstract(init, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = jax.jit(
-      functools.partial(
-        train_step,
-        model_config=model,
-        optimizer=optimizer,
-        schedule=lambda step: jnp.float32(0),
-        accumulation=1,
-        key=jax.random.key(0),
-      ),
+      tiny.train_step(model, optimizer),
       out_shardings=(shardings, None),
     )
     batch = sharding.place_batch(tiny.batch(rows=16), mesh)

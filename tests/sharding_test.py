@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -42,14 +41,7 @@ def _state(config, optimizer):
 
 def _traced(config, sizes, optimizer):
   """A step on a mesh, and its arguments."""
-  step = functools.partial(
-    step_lib.train_step,
-    model_config=config,
-    optimizer=optimizer,
-    schedule=lambda step: jnp.float32(0),
-    accumulation=ACCUMULATION,
-    key=jax.random.key(0),
-  )
+  step = tiny.train_step(config, optimizer, accumulation=ACCUMULATION)
   devices = jax.devices()[: int(np.prod(sizes))]
   mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
   state = _state(config, optimizer)

@@ -1,9 +1,12 @@
 """Tiny models and batches whose sizes all differ, so that a swapped axis cannot pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax import step as step_lib
 from moejax.fields import baseline
 from moejax.layers.common import TokenInfo
 from moejax.model import ModelConfig
@@ -54,6 +57,18 @@ def batch(seed=0, rows=B, length=L):
     'segments': np.ones((rows, length), np.int32),
     'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
   }
+
+
+def train_step(config, optimizer, accumulation=1, schedule=lambda step: jnp.float32(0)):
+  """The step of a training run, as a function of its state and a batch."""
+  return functools.partial(
+    step_lib.train_step,
+    model_config=config,
+    optimizer=optimizer,
+    schedule=schedule,
+    accumulation=accumulation,
+    key=jax.random.key(0),
+  )
 
 
 def tokens(batch):

@@ -228,15 +228,6 @@ def test_damaged_records_of_a_run_are_left_out_or_named(finished, tmp_path, monk
         train.resume(run)
 
 
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-  """A pattern of small files."""
-  folder = tmp_path_factory.mktemp('texts')
-  for i in range(30):
-    (folder / f'{i}.txt').write_text(f'text {i}, of a few words\n' * 20)
-  return f'{folder}/*.txt'
-
-
 def _small_config(texts, **changes):
   """Of a run that takes as little time as one can."""
   fields = {'model.blocks': ((('mlp',), 1),), 'model.loss_chunk': 0, 'train.sample_length': 0}
@@ -706,13 +697,8 @@ def _steps(config, num_steps, accumulation=1, learning_rate=1e-2, optimizer=None
   optimizer = optimizer or optax.adamw(learning_rate)
   state = jax.jit(lambda key: step_lib.init_state(config, optimizer, key))(jax.random.key(0))
   step = jax.jit(
-    functools.partial(
-      step_lib.train_step,
-      model_config=config,
-      optimizer=optimizer,
-      schedule=lambda step: jnp.float32(learning_rate),
-      accumulation=accumulation,
-      key=jax.random.key(0),
+    tiny.train_step(
+      config, optimizer, accumulation=accumulation, schedule=lambda step: jnp.float32(learning_rate)
     )
   )
   measured = []
@@ -752,14 +738,7 @@ def test_a_skipped_update_changes_the_step_alone(name):
   bad |= {'segments': np.zeros_like(bad['segments'])}  # without a target, the mean is 0 / 0
   model = tiny.model_config(**tiny.MODELS['token choice'], moe_balance_bias=True)
   state = jax.jit(lambda key: step_lib.init_state(model, optimizer, key))(jax.random.key(0))
-  step = functools.partial(
-    step_lib.train_step,
-    model_config=model,
-    optimizer=optimizer,
-    schedule=lambda step: jnp.float32(1.0),
-    accumulation=2,
-    key=jax.random.key(0),
-  )
+  step = tiny.train_step(model, optimizer, accumulation=2, schedule=lambda step: jnp.float32(1.0))
   after, measured = jax.jit(step)(state, bad)
   assert measured['skipped'] == 1 and np.isnan(measured['loss'])
   assert (int(state.pop('step')), int(after.pop('step'))) == (0, 1)
@@ -897,14 +876,7 @@ def test_a_step_in_bfloat16_alone_keeps_a_state_of_bfloat16(model):
 
   config = tiny.model_config(**tiny.MODELS[model], dtype='bfloat16', param_dtype='bfloat16')
   optimizer = make_optimizer(OptimizerConfig(), 10)
-  step = functools.partial(
-    step_lib.train_step,
-    model_config=config,
-    optimizer=optimizer,
-    schedule=make_schedule(OptimizerConfig(), 10),
-    accumulation=1,
-    key=jax.random.key(0),
-  )
+  step = tiny.train_step(config, optimizer, schedule=make_schedule(OptimizerConfig(), 10))
   state = jax.eval_shape(lambda: step_lib.init_state(config, optimizer, jax.random.key(0)))
   after, measured = jax.eval_shape(step, state, tiny.batch())
   assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)

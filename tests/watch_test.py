@@ -67,15 +67,6 @@ def _scaled(batch):
   return batch | {'segments': segments}
 
 
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-  """A pattern of small files, which are learnt in 90 steps."""
-  folder = tmp_path_factory.mktemp('texts')
-  for i in range(30):
-    (folder / f'{i}.txt').write_text(f'text {i}, of a few words\n' * 20)
-  return f'{folder}/*.txt'
-
-
 def _config(texts, **changes):
   config = dense.get_config('debug')
   config.mesh.update({'data': 1, 'tensor': 1, 'fsdp': 8})
