@@ -3,6 +3,7 @@
 python -m moejax.reproduce moe_mamba --quick
 python -m moejax.reproduce mot --scale=gpu
 python -m moejax.reproduce fine_grained --report
+python -m moejax.reproduce figure
 """
 
 import importlib
@@ -26,10 +27,14 @@ def _define():
   cli.define_path('workdir', None, 'Folder of runs and report; default: reproduce/CLAIM.')
 
 
+def _claim(name):
+  return importlib.import_module(f'moejax.reproduce.{name}').CLAIM
+
+
 def _reproduce(name):
   from moejax.reproduce import design as design_lib, paper, report, stages
 
-  claim = importlib.import_module(f'moejax.reproduce.{name}').CLAIM
+  claim = _claim(name)
   scale, quick = _FLAGS.scale, _FLAGS.quick
   if quick and scale != 'laptop':
     raise ValueError(f'--quick is a form of --scale=laptop, got --scale={scale}; leave out one.')
@@ -67,7 +72,28 @@ def fine_grained():
   return _reproduce('fine_grained')
 
 
-COMMANDS = {main.__name__: cli.Command(_define, main) for main in (moe_mamba, mot, fine_grained)}
+_CLAIMS = (mot, fine_grained, moe_mamba)
+
+
+def _define_figure():
+  cli.define_path('folder', 'reproduce', 'Folder with a report of every claim, in a folder CLAIM.')
+
+
+def figure():
+  """Draws the leads of all three claims beside each other, from their reports."""
+  from moejax.reproduce import figure as figure_lib
+
+  folder, panels = pathlib.Path(_FLAGS.folder), {}
+  for claim in _CLAIMS:
+    title, comparison = _claim(claim.__name__).panel
+    panels[title] = figure_lib.read(folder / claim.__name__ / f'{comparison}.csv')
+  figure_lib.write(panels, folder / 'claims.png')
+  print(f'written to {folder}: claims.png')
+  return cli.OK
+
+
+COMMANDS = {main.__name__: cli.Command(_define, main) for main in _CLAIMS}
+COMMANDS['figure'] = cli.Command(_define_figure, figure)
 
 
 if __name__ == '__main__':

@@ -60,6 +60,7 @@ class Claim(NamedTuple):
   says: str  # the claim and its setting
   design: Callable[[str, bool, int], Design]  # of a scale, whether it is quick, a unit of steps
   published: tuple[str, ...]  # configs of the paper's own runs
+  panel: tuple[str, str]  # of the figure of all claims: its title, and a comparison
 
 
 def fields(batch, length, source, **more) -> dict[str, str]:

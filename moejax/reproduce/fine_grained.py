@@ -107,4 +107,5 @@ CLAIM = Claim(
     'configs/dense.py:85M',
     'configs/fine_grained.py:85M,granularity=4',
   ),
+  ('Fine-grained experts, against dense', 'd32'),
 )

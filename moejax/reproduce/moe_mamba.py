@@ -125,4 +125,5 @@ CLAIM = Claim(
     'configs/moe_mamba.py:100M',
     'configs/moe.py:100M',
   ),
+  ('MoE-Mamba, against Mamba', 'mamba'),
 )

@@ -153,4 +153,5 @@ CLAIM = Claim(
     'configs/dense.py:base',
     'configs/mot.py:base,experts=64,mixtures=16',
   ),
+  ('Mixture of Tokens, against dense', 'routers'),
 )

@@ -1,16 +1,14 @@
 """The report of a reproduction, from the runs that are finished: markdown, plots, CSV files."""
 
 import csv
-import datetime
 import io
-import math
 import os
 import pathlib
 import platform
 
 from moejax import cli, compare, files, report as run_report
 from moejax.compare import plot, table
-from moejax.reproduce import law, stages
+from moejax.reproduce import figure, law, stages
 from moejax.reproduce.criteria import judge
 from moejax.reproduce.design import Claim, Design
 from moejax.reproduce.results import Results
@@ -65,34 +63,12 @@ def _comparison(title, names, results, workdir):
   ]
   run_report.save_figure(plot.draw(shown), workdir / f'{title}.png')
   pictures = [f'![losses]({title}.png)']
-  if _plot_leads(members, rows, workdir / f'{title}-lead.png'):
+  if leads := figure.read(workdir / f'{title}.csv'):
+    figure.write({title: leads}, workdir / f'{title}-lead.png')
     pictures.append(f'![leads]({title}-lead.png)')
   notes = compare.notes([run for model in models for run in model.runs])
   text = f'```\n{table.describe(rows)}\n\n{notes}\n```'
   return '\n\n'.join([f'## {title}', *pictures, text])
-
-
-def _plot_leads(members, rows, path):
-  """Lead over the baseline against tokens per active parameter; whether there is one."""
-  figure, axes = run_report.new_figure(
-    xlabel='tokens per active parameter', ylabel='lead over the baseline (nats per token)'
-  )
-  lines = {}
-  for ((name, _), model), row in zip(members, rows, strict=True):
-    if not math.isnan(row.lead.value):
-      active = model.summary['parameters']['active']
-      lines.setdefault(name, []).append((model.tokens / active, row.lead))
-  for name, points in lines.items():
-    tokens, leads = zip(*points, strict=True)
-    halves = [lead.high - lead.value if lead.has_interval else 0 for lead in leads]
-    values = [lead.value for lead in leads]
-    axes.errorbar(tokens, values, halves, marker='o', capsize=3, label=run_report.plain_label(name))
-  if lines:
-    axes.axhline(0, color='0.5', linewidth=1)
-    axes.set_xscale('log')
-    axes.legend(frameon=False)
-    run_report.save_figure(figure, path)
-  return bool(lines)
 
 
 def _rates(design, workdir):
@@ -109,16 +85,18 @@ def _rates(design, workdir):
 
 
 def _made(results):
-  """How the report was made."""
-  model = next(iter(results.models.values()), None)
-  versions = (model.summary.get('versions') if model else None) or {}
+  """How the runs and the report were made."""
+  summaries = [run.summary for model in results.models.values() for run in model.runs]
+  known = lambda name: sorted({str(summary[name]) for summary in summaries if summary.get(name)})
+  dates = known('date')
+  versions = next((summary['versions'] for summary in summaries if 'versions' in summary), {})
   rows = [
     ['command', f'`{cli.portable_command()}`'],
-    ['commit', run_report.git_commit() or 'unknown'],
-    ['date', f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC'],
+    ['commit', ', '.join(known('commit')) or run_report.git_commit() or 'unknown'],
+    ['runs ended', ' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))],
     ['machine', f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores'],
     ['versions', ', '.join(f'{name} {version}' for name, version in versions.items())],
-    ['corpus', str(model.summary['corpus'] if model else '')],
+    ['corpus', f'{results.design.fields["data.source"]}, fingerprint {" ".join(known("corpus"))}'],
   ]
   return f'## How it was made\n\n{_markdown([["", ""], *rows])}'
 

@@ -28,6 +28,7 @@ from moejax.reproduce import (
   __main__ as program,
   criteria,
   design as design_lib,
+  figure,
   fine_grained,
   moe_mamba,
   mot,
@@ -429,3 +430,20 @@ def test_the_papers_own_runs_are_described():
   assert '250,000 steps of 256 x 256, 16.4B tokens, peak rate 0.002' in lines
   assert re.search(r'time .* h100 hours', lines)
   assert 'python -m moejax.main --config=configs/mot.py:mini --workdir=runs/mot-mini' in lines
+
+
+def test_one_figure_shows_the_leads_of_all_claims(run_program, tmp_path):
+  heading = 'model,lead,lead_low,lead_high,tokens_active'
+  for name, module in CLAIMS.items():
+    folder = tmp_path / 'reproduce' / name
+    with pytest.raises(ValueError, match='does not exist; python -m moejax.reproduce'):
+      run_program('figure', folder='reproduce')
+    folder.mkdir(parents=True)
+    _, comparison = module.CLAIM.panel
+    assert comparison in module.design('laptop', False, design_lib.UNIT).comparisons
+    lines = [heading, 'base-20,,,,300', 'a-b-20,0.1,0.05,0.15,300', 'a-b-40,0.2,,,600']
+    (folder / f'{comparison}.csv').write_text('\n'.join(lines))
+    leads = figure.read(folder / f'{comparison}.csv')
+    assert list(leads) == ['a-b'] and leads['a-b'][0] == (300, (0.1, 0.05, 0.15))
+  assert run_program('figure', folder='reproduce') == cli.OK
+  assert (tmp_path / 'reproduce' / 'claims.png').stat().st_size > 10_000
