@@ -407,10 +407,13 @@ def _remembering_config_file(argv):
 
   before, remembered = config.registered(), imports.remembered()
   yield
+  *_, given = (a.removeprefix('--config=') for a in argv if a.startswith('--config='))
+  path = pathlib.Path(given.partition(':')[0])
   of_a_run = imports.remembered() != remembered  # configs/run.py: what it reads has imports
   if config.registered() != before and not of_a_run:
-    *_, given = (a.removeprefix('--config=') for a in argv if a.startswith('--config='))
-    imports.remember(given.partition(':')[0])
+    imports.remember(path)
+  elif not _is_bundled(path):
+    imports.allow_file(path)
 
 
 def _without_overrides(argv, overrides):
@@ -484,6 +487,21 @@ def _config_error(error):
   unknown = re.search(r'Key "(.+?)" does not exist', str(error)) or ('', text)
   advice = f'did you mean {known[1]!r}?' if known else '--help lists all fields.'
   return f'--config: the config has no field {unknown[1]!r}; {advice}'
+
+
+def check_config(argument, source):
+  """Raises ValueError unless the config file of `--config=FILE`, which `source` names, may run.
+
+  It may if it is one of the bundled files, or the user has run it before or allows it now.
+  """
+  path = pathlib.Path(_find_config(argument).removeprefix('--config=').partition(':')[0])
+  if not _is_bundled(path):
+    imports.check_file(path, source)
+
+
+def _is_bundled(path):
+  bundled = _BUNDLED / path.name
+  return bundled.is_file() and bundled.read_bytes() == path.read_bytes()
 
 
 def config_of(arguments):

@@ -1,11 +1,13 @@
-"""Atomic, durable writing of files and folders; the cache folder."""
+"""Atomic, durable writing of files and folders; the cache folder; JSON of other people."""
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 _NO_FLUSH = {
   errno.EINVAL,
@@ -13,6 +15,27 @@ _NO_FLUSH = {
   errno.ENOTSUP,
   errno.EBADF,
 }  # some shared disks, of folders
+
+_DEEPEST = 100  # levels of JSON; nothing of ours has ten, and Python recurses into each
+
+
+def parse_json(content: str | bytes) -> Any:
+  """What JSON says; ValueError if it is damaged, or nested so deeply that nobody meant it."""
+  try:
+    value = json.loads(content.decode() if isinstance(content, bytes) else content)
+  except RecursionError:
+    value = None
+  else:
+    level = [value]
+    for _ in range(_DEEPEST):
+      level = [inner for outer in level for inner in _inside(outer)]
+    if not level:
+      return value
+  raise ValueError(f'nested more than {_DEEPEST} levels deep')
+
+
+def _inside(value):
+  return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def cache_folder(name: str) -> pathlib.Path | None:

@@ -3,10 +3,10 @@
 A router, sublayer, optimizer or seqio task may be registered in the user's own file: a config file,
 a file or module that `--imports` names, the module of `data.task`. `config.json` remembers the
 first two with a fingerprint, so that every program that opens the run imports them again. Opening a
-shared folder must not run its code, though: what a run names, and not the user's command line or
-program, is imported only if the user has run this file with this content before, or allows it by
-`--allow_imports`. What the user has run is recorded outside of runs, by an empty file for each in
-~/.local/state/moejax/imports.
+shared folder must not run its code, though: what a file names (config.json, a grid), and not the
+user's command line or program, is executed only if the user has run it with this content before, or
+allows it by `--allow_imports`. What the user has run is recorded outside of runs, by an empty file
+for each in ~/.local/state/moejax/imports.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import sys
 import traceback
 import types
 from typing import NamedTuple
+
+from moejax import files
 
 
 class Code(NamedTuple):
@@ -95,11 +97,9 @@ def of_run(entries, source):
   Raises:
     ValueError: a file is missing, or the user has not allowed it with its present content.
   """
-  for entry in entries:
-    try:
-      saved = Code(**entry)
-    except TypeError as error:
-      raise ValueError(f'{source} is damaged: imports holds {entry!r}.') from error
+  if not isinstance(entries, list):
+    raise ValueError(f'{source} is damaged: imports is {entries!r}, expected a list.')
+  for saved in (_of_entry(entry, source) for entry in entries):
     if any(saved.path == code.path or saved.sha256 == code.sha256 for code in _used.values()):
       continue
     path = (saved.name and _find(saved.name)) or saved.path
@@ -112,10 +112,24 @@ def of_run(entries, source):
       )
     code = _code(saved.name, path)
     changed = code.sha256 != saved.sha256
-    _check(code, source, 'has changed since the run was trained' if changed else '')
-    if changed:
-      print(f'note: {code.path} has changed since {source} was written.', file=sys.stderr)
-    _run(code)
+    with _findable(code):
+      _check(code, source, 'has changed since the run was trained' if changed else '')
+      _check_module(code.name, source)
+      if changed:
+        print(f'note: {code.path} has changed since {source} was written.', file=sys.stderr)
+      with _from_source():
+        _run(code)
+
+
+def _of_entry(entry, source):
+  """The Code of an entry of `remembered`."""
+  try:
+    code = Code(**entry)
+    if all(isinstance(text, str) for text in code) and '\0' not in code.path:
+      return code
+  except TypeError:
+    pass
+  raise ValueError(f'{source} is damaged: imports holds {entry!r}.')
 
 
 def name_task(task, source: str | pathlib.Path = ''):
@@ -128,14 +142,43 @@ def of_task(module):
   """Imports the module of a task.
 
   Raises:
-    ValueError: there is none, or only a run names it and the user has not allowed it.
+    ValueError: it is no name of a module, or only a run names it and the user has not allowed it.
+    ModuleNotFoundError: there is none.
   """
-  source, path = _tasks.get(module), _find(module)
-  if source and path and module not in sys.modules:
-    _check(_code(module, path), source)
-  importlib.import_module(module)
-  if path:
-    _allow(_code(module, path))
+  if not all(name.isidentifier() for name in module.split('.')):
+    raise ValueError(f'data.task: {module!r} is no name of a module.')
+  if source := _tasks.get(module):
+    _check_module(module, source)
+  with _from_source() if source else contextlib.nullcontext():
+    importlib.import_module(module)
+  _allow(*_codes(module))
+
+
+def check_task(task, source):
+  """Raises ValueError if `data.task`, which the file `source` names, is of code to be allowed."""
+  _check_module(task.rpartition(':')[0], source)
+
+
+def check_file(path, source):
+  """Raises ValueError if the user has not run the file `path`, which the file `source` names.
+
+  Its content is that of the user if the user allows it now.
+  """
+  code = _code('', path)
+  _check(code, source)
+  _allow(code)
+
+
+def allow_file(path):
+  """Notes that the user runs this file, but not that runs need it."""
+  _allow(_code('', path))
+
+
+def _check_module(module, source):
+  """`_check` of all that importing a module would execute."""
+  for code in _codes(module):
+    if code.name not in sys.modules:
+      _check(code, source)
 
 
 def _check(code, source, why=''):
@@ -147,16 +190,37 @@ def _check(code, source, why=''):
     )
 
 
+@contextlib.contextmanager
+def _findable(code):
+  """A context, and all after it unless it fails, in which the module of a Code is found."""
+  path, before = pathlib.Path(code.path), list(sys.path)
+  if code.name and not _find(code.name):  # the run was trained in another folder
+    above = code.name.count('.') + (path.stem == '__init__')
+    sys.path += map(str, path.parents[above : above + 1])
+  try:
+    yield
+  except BaseException:
+    sys.path[:] = before
+    raise
+
+
+@contextlib.contextmanager
+def _from_source():
+  """A context in which bytecode beside a file, which need not be that of the file, is not read."""
+  before, sys.pycache_prefix = sys.pycache_prefix, str(files.cache_folder('bytecode') or os.devnull)
+  try:
+    yield
+  finally:
+    sys.pycache_prefix = before
+
+
 def _run(code):
   """Imports it; a file under a name of its own."""
   try:
-    if not code.name:
-      _execute(code)
-    else:
-      if not _find(code.name):  # the run was trained in another folder
-        path = pathlib.Path(code.path)
-        sys.path.append(str(path.parents[code.name.count('.') + (path.stem == '__init__')]))
+    if code.name:
       importlib.import_module(code.name)
+    else:
+      _execute(code)
   except ImportError as error:
     raise ValueError(
       f'cannot import {code.path}: {error}. Set PYTHONPATH to the folder of what is missing.'
@@ -187,7 +251,12 @@ def _execute(code):
 
 def _note(code):
   _used[code.path] = code
-  _allow(code)
+  if not _allow(code, *_codes(code.name)):
+    print(
+      f'warning: {_record(code).parent} cannot be written: opening this run will need '
+      '--allow_imports.',
+      file=sys.stderr,
+    )
 
 
 def _code(name, path):
@@ -197,33 +266,44 @@ def _code(name, path):
 
 def _find(module):
   """The file of a module, or None. Imports nothing, not even the packages it is in."""
-  names, places = module.split('.'), None
-  origin = None
+  return next((code.path for code in _codes(module) if code.name == module), None)
+
+
+def _codes(module):
+  """What importing a module executes: the packages it is in, from the outermost, and the module.
+
+  [] if there is none. Imports nothing.
+  """
+  names, places, found = module.split('.'), None, []
+  if not all(name.isidentifier() for name in names):
+    return []
   for number in range(1, len(names) + 1):
+    if number > 1 and places is None:  # of a module that is no package
+      return []
     full = '.'.join(names[:number])
     specs = (finder.find_spec(full, places) for finder in sys.meta_path)
     spec = next(filter(None, specs), None)
     if spec is None:
-      return None
-    origin, places = spec.origin, spec.submodule_search_locations
-  return origin and str(pathlib.Path(origin).resolve())
+      return []
+    if spec.has_location and spec.origin and os.path.isfile(spec.origin):
+      found.append(_code(full, spec.origin))
+    places = spec.submodule_search_locations
+  return found
 
 
 def _record(code):
   """The file that exists if the user has run this code."""
   state = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-  key = hashlib.sha256(f'{code.path}\n{code.sha256}'.encode()).hexdigest()
+  key = hashlib.sha256(f'{code.path}\n{code.sha256}'.encode('utf-8', 'surrogateescape')).hexdigest()
   return pathlib.Path(state, 'moejax', 'imports', key)
 
 
-def _allow(code):
-  record = _record(code)
+def _allow(*codes):
+  """Records that the user has run this code; whether that could be written."""
   try:
-    record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    record.touch()
-  except OSError as error:
-    print(
-      f'warning: {record.parent} cannot be written ({error.strerror}): opening this run will need '
-      '--allow_imports.',
-      file=sys.stderr,
-    )
+    for record in map(_record, codes):
+      record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+      record.touch()
+  except OSError:
+    return False
+  return True

@@ -109,9 +109,7 @@ def read(workdir, flag='--workdir'):
     saved = checkpoint.read_metadata(checkpoint_dir(workdir), step)['config']
     print(f'note: {error} Until then, the config of checkpoint {step} is used.', file=sys.stderr)
   imports.of_run(saved.get('imports', []), path)
-  config = from_saved(saved, path)
-  imports.name_task(config.data.task, path)
-  return config
+  return from_saved(saved, path)
 
 
 def read_json(path):
@@ -126,8 +124,8 @@ def read_json(path):
 def parse_json(content, source):
   """The JSON object in `content`, the bytes or text of the file `source`."""
   try:
-    saved = json.loads(content.decode() if isinstance(content, bytes) else content)
-  except (ValueError, RecursionError) as error:
+    saved = files.parse_json(content)
+  except ValueError as error:
     raise ValueError(f'{source} is damaged ({error}). Copy it again, or take a backup.') from error
   if not isinstance(saved, dict):
     raise ValueError(f'{source} is damaged: it must hold an object, {{...}}.')
@@ -175,6 +173,7 @@ def from_saved(saved, source):
     raise ValueError('\n'.join(f'{source}: {problem}' for problem in problems))
   config = config_lib.baseline()
   config.update_from_flattened_dict(values)
+  imports.name_task(config.data.task, source)
   return config
 
 

@@ -87,7 +87,6 @@ def test_a_config_file_that_registers_nothing_is_not_remembered(tmp_path):
   (tmp_path / 'plain.py').write_text(CONFIG.replace("'own'", "'expert_choice'"))
   run_folder.write(moejax.get_config(f'{tmp_path}/plain.py:debug'), tmp_path / 'run')
   assert 'imports' not in run_folder.read_json(tmp_path / 'run/config.json')
-  assert not (tmp_path / 'state').exists()
 
 
 def test_a_shared_folder_runs_no_code_unless_it_is_allowed(run, own, tmp_path, monkeypatch):

@@ -46,6 +46,10 @@ def open_splits(config: config_lib.DataConfig) -> dict[str, Split]:
 
   Raises ValueError if there is none, or no network.
   """
+  if (
+    config.task.partition(':')[0] == 'pandas'
+  ):  # no dataset: `datasets` would read pickles of the working directory
+    raise ValueError("data.task: 'pandas': pickles can run code, and are not read.")
   try:
     datasets = importlib.import_module('datasets')
   except ModuleNotFoundError as error:

@@ -169,6 +169,7 @@ def _modules() -> SimpleNamespace:
       for kind in ('GPU', 'TPU'):
         with contextlib.suppress(RuntimeError):  # they are already initialised
           tf.config.set_visible_devices([], kind)
+      _import_no_features(tfds.features.FeatureConnector)
   except ModuleNotFoundError as error:
     raise ValueError(
       f"data.source: 'seqio' needs the package {error.name}: pip install 'moejax[seqio]'; or write "
@@ -176,6 +177,24 @@ def _modules() -> SimpleNamespace:
       "data.source='tokens' here."
     ) from error
   return SimpleNamespace(seqio=seqio, tf=tf, tfds=tfds)
+
+
+def _import_no_features(connector) -> None:
+  """Makes tensorflow-datasets import nothing that the features.json of a corpus names."""
+  find = connector.cls_from_name
+
+  def find_imported(name):
+    if (
+      name.startswith('tensorflow_datasets.core.features.')
+      or name in connector._registered_features
+    ):
+      return find(name)
+    raise ValueError(
+      f'data.tfds_data_dir: the features.json of the corpus would import {name}. If it is of your '
+      'own, import it in the module of data.task (MODULE:TASK).'
+    )
+
+  connector.cls_from_name = staticmethod(find_imported)
 
 
 @contextlib.contextmanager

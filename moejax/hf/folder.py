@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from moejax import checkpoint, differences
+from moejax import checkpoint, differences, files
 
 _INDEX = 'model.safetensors.index.json'
 _LARGEST_FILE = 5 * 10**9  # bytes, as transformers writes them
@@ -49,7 +49,7 @@ def read_options(folder):
   if not path.exists():
     raise ValueError(f'cannot read {path}: {folder} holds no model of transformers.')
   with checkpoint.one_line_errors(f'cannot read {path}'):
-    options = json.loads(path.read_bytes())
+    options = files.parse_json(path.read_bytes())
   if not isinstance(options, dict):
     raise ValueError(f'cannot read {path}: it must hold an object, {{...}}.')
   return options
@@ -122,9 +122,10 @@ def _files(folder):
   index = folder / _INDEX
   if index.exists():
     with checkpoint.one_line_errors(f'cannot read {index}'):
-      return [
-        folder / n for n in sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
-      ]
+      names = sorted({str(n) for n in files.parse_json(index.read_bytes())['weight_map'].values()})
+    if outside := [name for name in names if name != pathlib.PurePath(name).name]:
+      raise ValueError(f'cannot read {index}: {outside[0]!r} is no name of a file in its folder.')
+    return [folder / name for name in names]
   if not (folder / 'model.safetensors').exists():
     raise ValueError(
       f'{folder} has no model.safetensors. A pytorch_model.bin cannot be read without PyTorch; '

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import math
 import pathlib
+import re
+from typing import Any
 
-from moejax import files, runner
+from moejax import cli, config as config_lib, files, imports, runner
 from moejax.scaling_laws import laws
 
 
@@ -225,31 +226,61 @@ def read(path):
     ValueError: the file does not exist or is not a grid.
   """
   try:
-    cells = [_cell(entry) for entry in json.loads(pathlib.Path(path).read_text('utf-8'))]
+    entries = files.parse_json(pathlib.Path(path).read_bytes())
   except FileNotFoundError as error:
     raise ValueError(f'--grid={path}: file not found; `grid` writes it.') from error
+  except ValueError as error:
+    raise ValueError(f'--grid={path} is not valid: {error}.') from error
+  if not isinstance(entries, list):
+    raise ValueError(f'--grid={path} is not valid: expected a list, [...].')
+  return [cell_of(entry, f'--grid={path}') for entry in entries]
+
+
+_NUMBERS = [f.name for f in dataclasses.fields(Cell) if f.type in (int, float)]
+_MOST = 1e40  # more is a mistake, and too much for a float
+
+
+def cell_of(entry: Any, source: str) -> Cell:
+  """The Cell that a file holds as JSON; older versions wrote a command in place of fields.
+
+  Args:
+    entry: what the file holds.
+    source: the file, for errors.
+
+  Raises:
+    ValueError: it is no cell, or would run code that the user has not run before nor allows.
+  """
+  try:
+    entry = dict(entry)
+    if 'command' in entry:
+      entry['config'], entry['fields'] = runner.arguments_of(str(entry.pop('command')))
+    cell = Cell(**entry)
   except (TypeError, ValueError) as error:
-    raise ValueError(f'--grid={path} is not a valid grid file: {error}.') from error
-  for cell in cells:
-    name = cell.name
-    if not isinstance(name, str) or not name or name.startswith('.') or '/' in name:
-      raise ValueError(f'--grid={path}: name = {name!r}: expected a folder name.')
-    if not isinstance(cell.config, str):
-      raise ValueError(f'--grid={path}, {name}: config = {cell.config!r}: expected a string.')
-    if not isinstance(cell.fields, dict) or not all(
-      isinstance(text, str) for text in cell.fields.values()
-    ):
-      raise ValueError(f'--grid={path}, {name}: fields = {cell.fields!r}: expected texts by field.')
-    for field in ('steps', 'params', 'flops'):
-      if not isinstance(value := getattr(cell, field), int | float) or not 0 < value < math.inf:
-        raise ValueError(f'--grid={path}, {name}: {field} = {value!r}: expected a number above 0.')
-  return cells
+    raise ValueError(f'{source} is not valid: {error}.') from error
+  if problem := _problem(cell):
+    raise ValueError(f'{source}, {cell.name}: {problem}.')
+  cli.check_config(f'--config={cell.config}', source)
+  imports.check_task(cell.fields.get('data.task', ''), source)
+  return cell
 
 
-def _cell(entry):
-  """The Cell of an entry of a grid file; older versions wrote a command."""
-  entry = dict(entry)
-  if 'command' in entry:
-    command = entry.pop('command')
-    entry['config'], entry['fields'] = runner.arguments_of(str(command))
-  return Cell(**entry)
+def _problem(cell):
+  """What is wrong with the values of a cell, or ''. They become words of a command."""
+  if not isinstance(cell.name, str) or not re.fullmatch(r'\w[\w.+=,-]*', cell.name):
+    return f'name = {cell.name!r}: expected a folder name of letters, digits and _ . + = , -'
+  if not isinstance(cell.config, str):
+    return f'config = {cell.config!r}: expected a string'
+  if not isinstance(cell.fields, dict):
+    return f'fields = {cell.fields!r}: expected texts by field'
+  known = config_lib.flat_fields()
+  for field, value in cell.fields.items():
+    if field not in known or not isinstance(value, str):
+      return f'fields: {field} = {value!r}: expected a field of the config and its text'
+  for name in _NUMBERS:
+    value = getattr(cell, name)
+    least = 0 if name == 'granularity' else 1  # 0: dense
+    if type(value) not in (int, float) or not least <= value < _MOST:
+      return f'{name} = {value!r}: expected a number from {least}'
+  if type(cell.predicted_loss) not in (int, float, type(None)):
+    return f'predicted_loss = {cell.predicted_loss!r}: expected a number or null'
+  return ''

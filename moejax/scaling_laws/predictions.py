@@ -131,7 +131,7 @@ def judge(path, paths, page):
   runs = _runs(paths)
   rows, missing = [], []
   for entry in record['predictions']:
-    cell = grid.Cell(**entry['cell'])
+    cell = entry['cell']
     wanted = runner.settings_of(cell)
     same = [run for run in runs if set(runner.differences(run.config, wanted)) <= {'train.seed'}]
     if same:
@@ -148,20 +148,22 @@ def judge(path, paths, page):
 
 def _read(path):
   try:
-    record = json.loads(pathlib.Path(path).read_text('utf-8'))
-    for name in ('fit_sha256', 'commit', 'date'):
-      record[name]
-    for entry in record['predictions']:
-      grid.Cell(**entry['cell'])
-      if not entry['low'] <= entry['loss'] <= entry['high']:
+    record = files.parse_json(pathlib.Path(path).read_bytes())
+    record |= {name: str(record[name] or 'unknown') for name in ('fit_sha256', 'commit', 'date')}
+    entries = [dict(entry) for entry in record['predictions']]
+    for entry in entries:
+      _ = entry['cell'], entry['fitted']
+      if not -math.inf < entry['low'] <= entry['loss'] <= entry['high'] < math.inf:
         raise ValueError(f'{entry["low"]} to {entry["high"]} does not cover {entry["loss"]}')
   except FileNotFoundError as error:
     raise ValueError(
       f'--predictions={path}: file not found; `grid --coefficients=FIT.json` writes it.'
     ) from error
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'--predictions={path} is not a file of predictions: {error!r}.') from error
-  return record
+  cells = [grid.cell_of(entry['cell'], f'--predictions={path}') for entry in entries]
+  named = [entry | {'cell': cell} for entry, cell in zip(entries, cells, strict=True)]
+  return record | {'predictions': named}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _row(record, entry, cell, runs):
     verdict = 'hit' if entry['low'] <= measured.value <= entry['high'] else '**miss**'
   values = (
     record['date'][:10],
-    _short_commit(record['commit'] or 'unknown'),
+    _short_commit(record['commit']),
     record['fit_sha256'][:10],
     cell.name,
     short(cell.params),

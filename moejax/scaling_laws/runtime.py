@@ -64,7 +64,11 @@ def _of_reports(path):
     for report in [content] if 'step_seconds' in content else content.values():
       if report['fits']:
         words = shlex.split(report['command'])
-        model = cli.config_of([word for word in words if word.startswith('--config')]).model
+        arguments = [word for word in words if word.startswith('--config')]
+        for argument in arguments:
+          if argument.startswith('--config='):
+            cli.check_config(argument, f'--runtime={path}')
+        model = cli.config_of(arguments).model
         yield from _speed(report['topology'], model, report['tokens'] / report['step_seconds'])
   except FileNotFoundError as error:
     raise ValueError(f'--runtime={path}: file not found; expected runs or reports.') from error

@@ -1,3 +1,4 @@
+import json
 import pathlib
 import subprocess
 import sys
@@ -404,3 +405,17 @@ data.make_loader(data.DataConfig(**{vars(config)!r}), 'train').batch(0)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout == ''
   assert done.stderr == ''
+
+
+def test_the_features_of_a_corpus_import_nothing(tmp_path):
+  tfds = seqio_loader._modules().tfds
+  feature = {'type': 'tensorflow_datasets.core.features.text_feature.Text', 'content': {}}
+  content = {'text': feature, 'other': {'type': 'antigravity.Text', 'content': {}}}
+  features = {'type': 'tensorflow_datasets.core.features.features_dict.FeaturesDict'}
+  (tmp_path / 'features.json').write_text(json.dumps(features | {'content': content}))
+  with pytest.raises(ValueError, match=r'tfds_data_dir: .* would import antigravity\.Text\.'):
+    tfds.features.FeatureConnector.from_config(str(tmp_path))
+  assert 'antigravity' not in sys.modules
+  del content['other']
+  (tmp_path / 'features.json').write_text(json.dumps(features | {'content': content}))
+  assert 'text' in tfds.features.FeatureConnector.from_config(str(tmp_path))

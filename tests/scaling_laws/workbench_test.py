@@ -191,12 +191,15 @@ def test_sizes_of_the_laptop_grid_share_a_base_shape(preset):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda cell: cell.pop('steps'), 'is not a valid grid file: .*steps'),
-    (lambda cell: cell.update(rate=1), 'is not a valid grid file: .*rate'),
+    (lambda cell: cell.pop('steps'), 'is not valid: .*steps'),
+    (lambda cell: cell.update(rate=1), 'is not valid: .*rate'),
     (lambda cell: cell.update(steps='many'), "d32x2-dense-75: steps = 'many': expected a number"),
-    (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number above 0'),
+    (lambda cell: cell.update(flops=float('nan')), 'flops = nan: expected a number from 1'),
     (lambda cell: cell.update(config=None), 'config = None: expected a string'),
-    (lambda cell: cell.update(fields={'train.steps': 4}), 'fields = .*: expected texts by field'),
+    (
+      lambda cell: cell.update(fields={'train.steps': 4}),
+      'fields: train.steps = 4: expected a field .* its text',
+    ),
     (lambda cell: cell.update(command='true'), 'expected a command python -m moejax.main'),
     (lambda cell: cell.update(name='../a'), "name = '../a': expected a folder name"),
   ],
@@ -227,7 +230,7 @@ def test_grids_of_older_versions_have_commands(tmp_path):
 def test_files_that_are_not_grids(tmp_path, content):
   path = tmp_path / 'grid.json'
   path.write_bytes(content)
-  with pytest.raises(ValueError, match='grid.json is not a valid grid file'):
+  with pytest.raises(ValueError, match='grid.json is not valid'):
     grid.read(path)
 
 
