@@ -85,9 +85,9 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 def exit_code(error):
   """Prints an error as one message and returns the exit code; re-raises it if it is a bug.
 
-  A ValueError that this package raises is a mistake of the user, a RuntimeError a failure, whose
-  attribute `exit_code` may say which; both carry a message for the user. Errors of other code, C
-  code included, are bugs: they keep their traceback, and the exit code is FAILED as well.
+  A ValueError that this package raises is a mistake of the user, a RuntimeError a failure, unless
+  an attribute `exit_code` says otherwise; both carry a message for the user. Errors of other code,
+  C code included, are bugs: they keep their traceback, and the exit code is FAILED as well.
   """
   if isinstance(error, KeyboardInterrupt):
     return fail('interrupted; run the same command again', INTERRUPTED)
@@ -95,8 +95,8 @@ def exit_code(error):
     name = error.filename2 or error.filename
     return fail(f'{name}: {error.strerror}' if name else error.strerror, FAILED)
   if isinstance(error, ValueError | RuntimeError) and _is_raised_here(error):
-    failed = getattr(error, 'exit_code', FAILED)
-    return fail(str(error), USAGE if isinstance(error, ValueError) else failed)
+    default = USAGE if isinstance(error, ValueError) else FAILED
+    return fail(str(error), getattr(error, 'exit_code', default))
   raise error
 
 

@@ -47,7 +47,8 @@ def write(config: data.DataConfig, directory: str | os.PathLike) -> dict[str, An
   Returns:
     The index: `tokenizer` (relative to the directory), `tokenizer_fingerprint`, `vocab_size`,
     `dtype`, `source`, `fingerprint` (of the corpus) and `splits`, which gives `documents`,
-    `tokens`, `bytes` (0 if the text is unknown) and `max_id` for each split.
+    `tokens`, `bytes` (0 if the text is unknown), `max_id` and `crc32` (of the checksums) for each
+    split.
 
   Raises:
     ValueError: the directory exists, or the source cannot be read.
@@ -68,14 +69,13 @@ def _write_into(directory, config, tokenizer) -> dict[str, Any]:
   digest = hashlib.sha256()
   encode = _encode_task if config.source == 'seqio' else corpus.encode
   documents = encode(config, tokenizer, digest)
-  dtype = token_files.dtype_for(tokenizer.vocab_size)
-  splits = token_files.write_splits(directory, documents, dtype)
+  splits = token_files.write_splits(directory, documents, tokenizer.vocab_size)
   index = {
     'format': token_files.FORMAT,
     'tokenizer': _copy_tokenizer(config.tokenizer, tokenizer, directory),
     'tokenizer_fingerprint': tokenizer.fingerprint,
     'vocab_size': tokenizer.vocab_size,
-    'dtype': dtype.str,
+    'dtype': token_files.dtype_for(tokenizer.vocab_size).str,
     'source': {key: getattr(config, key) for key in _WHERE},
     'fingerprint': digest.hexdigest()[:16],
     'splits': splits,

@@ -52,3 +52,11 @@ def test_of_checkpoints(tmp_path):
     returned, complete = checkpoint.measure(tmp_path, 1 + flushed, {'w': np.zeros(8)}, flushed)
     assert 0 < returned < complete
   assert (tmp_path / '1' / 'manifest.json').exists()
+
+
+def test_of_tokens(tmp_path):
+  import tokens
+
+  ids, open_file = tokens.write(tmp_path, 4096)
+  for is_checked, source in ((False, ids), (True, ids), (True, open_file())):
+    assert tokens.measure(source, np.arange(4).reshape(2, 2), 1024, is_checked) >= 0

@@ -61,6 +61,11 @@ except ValueError:
       'error: nan\n',
     ),
     (
+      _error_of("from moejax.data.blocks import DamagedData; raise DamagedData('id 9')"),
+      exit_codes.FAILS_AGAIN,
+      'error: id 9\n',
+    ),
+    (
       _error_of("from moejax.checkpoint import SaveFailed; raise SaveFailed('full')"),
       exit_codes.RESUMABLE,
       'error: full\n',

@@ -9,6 +9,7 @@ import numpy as np
 
 from moejax.data import (
   batch as batch_lib,
+  blocks,
   config as config_lib,
   corpus,
   python_files,
@@ -85,7 +86,7 @@ class TokenLoader:
       raise ValueError(f'data.files: no text for the {split} split; add more text.')
     self._is_train = split == 'train'
     if not self._is_train and config.validation_files:
-      self._tokens = np.append(self._tokens.dtype.type(self.tokenizer.eos_id), self._tokens)
+      self._tokens = np.append(self._tokens.dtype.type(self.tokenizer.eos_id), self._tokens[:])
     elif len(self._tokens) <= size * length:
       raise ValueError(
         f'data.batch_size: the {split} split has {len(self._tokens)} tokens, but one batch of '
@@ -104,12 +105,12 @@ class TokenLoader:
 
   def batch(self, step: int) -> batch_lib.Batch:
     """Returns this process's sequences of the global batch of any step."""
-    places, length, eos_id = step * self._size + self._in_batch, self._length, self.tokenizer.eos_id
+    places, length = step * self._size + self._in_batch, self._length
     if self._is_train:
-      return batch_lib.cut(self._tokens, self._shuffled(places), length, eos_id)
+      return batch_lib.cut(self._tokens, self._shuffled(places), length, self.tokenizer)
     if step >= self.num_batches:
       return batch_lib.padding(len(places), length)
-    return batch_lib.validation(self._tokens, places, self._size, length, eos_id)
+    return batch_lib.validation(self._tokens, places, self._size, length, self.tokenizer)
 
   def save(self, directory: pathlib.Path) -> None:
     """Nothing to write: the step is the position."""
@@ -127,36 +128,36 @@ class TokenLoader:
     return indices
 
 
-def _map_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
+def _open_tokens(config, tokenizer, split) -> tuple[np.ndarray | blocks.TokenFile, str]:
   """`_read_tokens` of token files."""
   index = token_files.read_index(config.files, tokenizer)
   if not config.validation_files:
-    return token_files.read(config.files, index, split), index['fingerprint']
+    return token_files.open_split(index, split), index.fingerprint
   other = token_files.read_index(config.validation_files, tokenizer)
-  fingerprint = batch_lib.fingerprint(index['fingerprint'], other['fingerprint'])
+  fingerprint = batch_lib.fingerprint(index.fingerprint, other.fingerprint)
   if split == 'train':
-    return token_files.read(config.files, index, split), fingerprint
-  parts = [token_files.read(config.validation_files, other, part) for part in corpus.SPLITS]
+    return token_files.open_split(index, split), fingerprint
+  parts = [token_files.open_split(other, part)[:] for part in corpus.SPLITS]
   return np.concatenate(parts), fingerprint
 
 
-def _map_environment(config, tokenizer, split) -> tuple[np.ndarray, str]:
+def _open_environment(config, tokenizer, split) -> tuple[np.ndarray | blocks.TokenFile, str]:
   """`_read_tokens` of Python files, which are many and change rarely: their tokens are kept."""
   paths = (path for _, path in python_files.environment())
   if folder := token_files.kept(config, tokenizer, paths):
     config = dataclasses.replace(config, source='tokens', files=folder)
-    return _map_tokens(config, tokenizer, split)
+    return _open_tokens(config, tokenizer, split)
   return _read_tokens(config, tokenizer, split)
 
 
 def _read_tokens(config, tokenizer, split) -> tuple[np.ndarray, str]:
   """Returns the tokens of a split, and the fingerprint of the whole corpus."""
   digest, tokens = hashlib.sha256(), bytearray()  # which grows in place
-  dtype = token_files.dtype_for(tokenizer.vocab_size)
   for _, ids, _ in corpus.encode(config, tokenizer, digest, splits=(split,)):
-    tokens += ids.astype(dtype).tobytes()
+    tokens += token_files.to_bytes(ids, tokenizer.vocab_size)
+  dtype = token_files.dtype_for(tokenizer.vocab_size)
   return np.frombuffer(tokens, dtype), digest.hexdigest()[:16]
 
 
 # Where a split's tokens come from, of sources that are not read as text every time.
-_READERS = {'tokens': _map_tokens, 'environment': _map_environment}
+_READERS = {'tokens': _open_tokens, 'environment': _open_environment}

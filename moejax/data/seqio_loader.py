@@ -85,6 +85,9 @@ class SeqioLoader:
     """Returns a batch of seqio as one of ours."""
     inputs = features['decoder_input_tokens'].numpy()
     targets = features['decoder_target_tokens'].numpy()
+    length = self._sequence_length
+    place = lambda i: f'data.task: {self._task!r}: token {i % length} of sequence {i // length}'
+    batch_lib.check_ids(targets, self.tokenizer.vocab_size + self._offset, place)
     if self._offset:  # 0 begins a segment and fills up a sequence
       inputs = np.where(inputs == 0, np.int32(self.tokenizer.eos_id), inputs - 1)
       targets = np.maximum(targets - 1, 0)

@@ -77,14 +77,14 @@ class StreamLoader:
       )
     while self._tokens is None or self._number < number:
       self._advance()
-    first, length, eos_id = step_in_block * self._size, self._length, self.tokenizer.eos_id
+    first, length = step_in_block * self._size, self._length
     places = first + self._in_batch
     if self._is_train:
       places = permute(places, self._batches * self._size, (self._seed, number))
-      return batch_lib.cut(self._tokens, places, length, eos_id)
+      return batch_lib.cut(self._tokens, places, length, self.tokenizer)
     if first >= batch_lib.num_sequences(self._tokens, length):
       return batch_lib.padding(len(places), length)
-    return batch_lib.validation(self._tokens, places, self._size, length, eos_id)
+    return batch_lib.validation(self._tokens, places, self._size, length, self.tokenizer)
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes where the block of the last batch begins; it is the same for all processes."""

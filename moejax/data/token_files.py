@@ -1,11 +1,14 @@
-"""A corpus as flat files of token ids, written by moejax.tokenize and memory-mapped.
+"""A corpus as flat files of token ids, written by moejax.tokenize.
 
 A directory holds train.bin and validation.bin (ids of all documents, little-endian uint16 or
-uint32, each document closed by its end-of-document id), index.json, and the files of the tokenizer,
-if any. Reading needs only numpy.
+uint32, each document closed by its end-of-document id), train.crc32 and validation.crc32 (checksums
+of their blocks: moejax.data.blocks), index.json, and the files of the tokenizer, if any. Reading
+needs only numpy. Folders of format 1, which had no checksums, are still read.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,13 +18,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from moejax import files
-from moejax.data import config as config_lib, corpus, tokenizer as tokenizer_lib
+from moejax.data import (
+  batch as batch_lib,
+  blocks,
+  config as config_lib,
+  corpus,
+  tokenizer as tokenizer_lib,
+)
 
 INDEX = 'index.json'
-FORMAT = 1
+FORMAT = 2
+_DTYPES = {np.dtype(code).str: np.dtype(code) for code in ('<u2', '<u4')}
 _KEPT = 3  # folders of `kept`
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """What the index of a folder says."""
+
+  folder: pathlib.Path
+  dtype: np.dtype
+  fingerprint: str  # of the corpus
+  num_tokens: dict[str, int]  # by split
+  crc32s: dict[str, int | None]  # of the checksums, by split; None: of format 1, without
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -29,7 +51,13 @@ def dtype_for(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
+def to_bytes(ids: np.ndarray, vocab_size: int) -> bytes:
+  """Returns int32 ids in the dtype for a vocabulary; raises DamagedData for an id beyond it."""
+  batch_lib.check_ids(ids, vocab_size, lambda i: f'data: token {i} of a document')
+  return ids.astype(dtype_for(vocab_size)).tobytes()
+
+
+def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
   """Returns the index of the token files in a folder, checked against the tokenizer.
 
   Raises ValueError if there is none, or if it was written with another tokenizer.
@@ -42,16 +70,22 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any
       f'but there is no {path.resolve()}.'
     )
   with _explain_damage(path):
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_bytes())
     version = index['format']
-  if version != FORMAT:
+  if version not in (1, FORMAT):
     raise ValueError(
-      f'data.files: {path} has format {version!r}, expected {FORMAT}; write it again.'
+      f'data.files: {path} has format {str(version)[:20]}, expected {FORMAT}; write it again.'
     )
   with _explain_damage(path):
-    _ = np.dtype(index['dtype']), index['fingerprint']
-    splits = [index['splits'][split] for split in corpus.SPLITS]
-    max_id, _ = max((int(split['max_id']), int(split['tokens'])) for split in splits)
+    splits = {split: index['splits'][split] for split in corpus.SPLITS}
+    number = lambda name: {split: _number(splits[split], name) for split in splits}
+    max_id, num_tokens = max(number('max_id').values()), number('tokens')
+    crc32s = number('crc32') if version == FORMAT else dict.fromkeys(splits)
+    if index['dtype'] not in _DTYPES:
+      raise ValueError(f'dtype is {index["dtype"]!r}, expected one of {", ".join(_DTYPES)}')
+    result = Index(
+      directory, _DTYPES[index['dtype']], str(index['fingerprint']), num_tokens, crc32s
+    )
     written_with = index['tokenizer_fingerprint']
     remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   if max_id >= tokenizer.vocab_size:
@@ -63,31 +97,70 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any
     raise ValueError(
       f'data.tokenizer: the files in {directory} were written with another tokenizer; {remedy}.'
     )
-  return index
+  if version != FORMAT:
+    _say_unchecked(path)
+  return result
+
+
+def _number(entry: dict[str, Any], name: str) -> int:
+  if type(entry[name]) is not int or entry[name] < 0:
+    raise ValueError(f'{name} is {str(entry[name])[:20]!r}, expected a number')
+  return entry[name]
+
+
+@functools.cache
+def _say_unchecked(path: pathlib.Path) -> None:
+  logging.warning(
+    'data.files: %s is of an earlier version and has no checksums: sizes and ids are checked, but '
+    'damage that leaves ids of the vocabulary is not noticed. Write it again to have it checked.',
+    path,
+  )
+
+
+@contextlib.contextmanager
+def _explain_damage(path):
+  try:
+    yield
+  except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    what = f'no {error}' if isinstance(error, KeyError) else error
+    raise ValueError(f'data.files: {path} is damaged: {what}; copy it again.') from error
+
+
+def open_split(index: Index, split: str) -> blocks.TokenFile:
+  """Opens the tokens of a split.
+
+  Raises ValueError if the file is missing or not as long as the index says.
+  """
+  path = index.folder / f'{split}.bin'
+  return blocks.TokenFile(path, index.dtype, index.num_tokens[split], index.crc32s[split])
 
 
 def write_splits(
-  directory: pathlib.Path, documents: Iterable[tuple[str, np.ndarray, int]], dtype: np.dtype
+  directory: pathlib.Path, documents: Iterable[tuple[str, np.ndarray, int]], vocab_size: int
 ) -> dict[str, dict[str, int]]:
   """Writes the files of both splits, and returns `splits` of their index.
 
   Args:
     directory: where to write.
     documents: as `corpus.encode` yields them.
-    dtype: from `dtype_for`.
+    vocab_size: number of ids of the tokenizer.
+
+  Raises DamagedData if a document has an id beyond the vocabulary.
   """
   zeros = {'documents': 0, 'tokens': 0, 'bytes': 0, 'max_id': 0}
   splits = {split: dict(zeros) for split in corpus.SPLITS}
   with contextlib.ExitStack() as stack:
-    outputs = {s: stack.enter_context(open(directory / f'{s}.bin', 'wb')) for s in splits}
+    outputs = {
+      s: stack.enter_context(blocks.BlockWriter(directory / f'{s}.bin')) for s in corpus.SPLITS
+    }
     for split, ids, num_bytes in documents:
-      outputs[split].write(ids.astype(dtype).tobytes())
+      outputs[split].write(to_bytes(ids, vocab_size))
       counts = splits[split]
       counts['documents'] += 1
       counts['tokens'] += len(ids)
       counts['bytes'] += num_bytes
       counts['max_id'] = max(counts['max_id'], int(ids.max()))
-  return splits
+  return {split: counts | {'crc32': outputs[split].crc32} for split, counts in splits.items()}
 
 
 def kept(
@@ -124,36 +197,9 @@ def kept(
 
 
 def _write_kept(directory, config, tokenizer) -> None:
-  digest, dtype = hashlib.sha256(), dtype_for(tokenizer.vocab_size)
-  splits = write_splits(directory, corpus.encode(config, tokenizer, digest), dtype)
-  index = {'format': FORMAT, 'dtype': dtype.str, 'splits': splits}
+  digest, vocab_size = hashlib.sha256(), tokenizer.vocab_size
+  splits = write_splits(directory, corpus.encode(config, tokenizer, digest), vocab_size)
+  index = {'format': FORMAT, 'dtype': dtype_for(vocab_size).str, 'splits': splits}
   index |= {'tokenizer': config.tokenizer, 'tokenizer_fingerprint': tokenizer.fingerprint}
   index |= {'fingerprint': digest.hexdigest()[:16]}
   (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n')
-
-
-@contextlib.contextmanager
-def _explain_damage(path):
-  try:
-    yield
-  except (KeyError, TypeError, ValueError) as error:
-    what = f'no {error}' if isinstance(error, KeyError) else error
-    raise ValueError(f'data.files: {path} is damaged: {what}; copy it again.') from error
-
-
-def read(folder: str, index: dict[str, Any], split: str) -> np.ndarray:
-  """Maps the tokens of a split into memory, uint16 or uint32 [n].
-
-  Raises ValueError if the file is missing or not as long as the index says.
-  """
-  path = pathlib.Path(folder).expanduser() / f'{split}.bin'
-  dtype, num_tokens = np.dtype(index['dtype']), index['splits'][split]['tokens']
-  num_bytes = path.stat().st_size if path.is_file() else 0
-  if num_bytes != num_tokens * dtype.itemsize:
-    raise ValueError(
-      f'data.files: {path} has {num_bytes} bytes, its index says {num_tokens * dtype.itemsize}; '
-      'copy it again.'
-    )
-  if not num_tokens:  # an empty file cannot be mapped
-    return np.zeros(0, dtype)
-  return np.memmap(path, dtype, mode='r')

@@ -12,7 +12,7 @@ import pytest
 from absl import logging
 
 from moejax import data, tokenize
-from moejax.data import corpus, python_files, token_files, tokenizer as tokenizer_lib
+from moejax.data import blocks, corpus, python_files, token_files, tokenizer as tokenizer_lib
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('pyarrow.parquet')
@@ -436,7 +436,7 @@ def test_the_tokens_of_the_environment_are_kept_until_a_file_changes(
     for step in range(3):
       batches = [loader.batch(step)['targets'].tolist() for loader in loaders]
       assert batches[0] == batches[1] == batches[2]
-  assert isinstance(again['train']._tokens, np.memmap)
+  assert isinstance(again['train']._tokens, blocks.TokenFile)
   written = make_config(source='tokens', files=str(tmp_path / 'code'))
   tokenize.write(config, written.files)
   assert data.make_loader(written, 'train').fingerprint == again['train'].fingerprint

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import data, tokenize
-from moejax.data import corpus, loader, tokenizer as tokenizer_lib
+from moejax.data import blocks, corpus, loader, tokenizer as tokenizer_lib
 
 
 @pytest.fixture
@@ -64,6 +64,13 @@ def _check_documents(batch, eos_id=1):
       segment, position = segment + begins, 0 if begins else position + 1
       assert batch['segments'][b, i] == segment
       assert batch['positions'][b, i] == position
+
+
+def test_ids_beyond_the_vocabulary_stop_a_run(config):
+  read = data.make_loader(config, 'train')
+  read.tokenizer.vocab_size = 50
+  with pytest.raises(blocks.DamagedData, match=r'data: token \d+ of the text has id .* 0 to 49'):
+    read.batch(0)
 
 
 def test_segments_and_positions_are_of_documents(make_config, tmp_path, sentencepiece_file):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import data, tokenize, tokenizer as tokenizer_program
-from moejax.data import seqio_loader, token_files, tokenizer as tokenizer_lib
+from moejax.data import blocks, seqio_loader, token_files, tokenizer as tokenizer_lib
 
 # TensorFlow's own dependencies warn about each other.
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings('ignore')]
@@ -148,6 +148,14 @@ def test_format_of_a_batch(config):
     for number in range(1, segments.max() + 1):
       found = positions[segments == number]
       np.testing.assert_array_equal(found, np.arange(len(found)))
+
+
+def test_ids_beyond_the_vocabulary_stop_a_run(config):
+  loader = data.make_loader(config, 'train')
+  loader.tokenizer.vocab_size = 50
+  message = r"data\.task: 'c4_en': token \d+ of sequence \d has id .* ids 0 to 49"
+  with pytest.raises(blocks.DamagedData, match=message):
+    loader.batch(0)
 
 
 def test_saved_position_continues_exactly(config, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax import data, tokenize
-from moejax.data import corpus, hf_datasets, stream_loader
+from moejax.data import blocks, corpus, hf_datasets, stream_loader
 
 datasets = pytest.importorskip('datasets')
 
@@ -110,6 +110,13 @@ def test_an_epoch_has_every_document_once(config):
   expected = np.bincount(everything + 3, minlength=259)
   assert (counts[3:] <= expected[3:]).all() and (expected - counts)[3:].sum() < 12 * 7
   assert counts[1] in range(75, 81)
+
+
+def test_ids_beyond_the_vocabulary_stop_a_run(config):
+  loader = data.make_loader(config, 'train')
+  loader.tokenizer.vocab_size = 50
+  with pytest.raises(blocks.DamagedData, match=r'data: token \d+ of the text has id .* 0 to 49'):
+    loader.batch(0)
 
 
 def test_processes_share_one_global_batch(config):
