@@ -51,7 +51,7 @@ def compile_step(config, topology: topologies.Topology):
       compiled_evaluation, error = _compile(lowered)
     needed = needed or error and f'evaluation: {error}'
     if compiled_evaluation:
-      evaluation = max(evaluation, memory['optimizer'] + _peak_bytes(compiled_evaluation))
+      evaluation = max(evaluation, memory['optimizer'] + peak_bytes(compiled_evaluation))
   compile_seconds = time.monotonic() - started
   fits = not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory
   better = None if fits else _better_mesh(choice, topology)
@@ -103,7 +103,7 @@ def _memory(state, mesh, saved, compiled):
   memory = {**estimate.state_bytes(state, mesh), 'saved activations': saved}
   if compiled:
     total = memory['parameters'] + memory['optimizer']
-    memory['temporaries'] = max(0.0, _peak_bytes(compiled) - total - saved)
+    memory['temporaries'] = max(0.0, peak_bytes(compiled) - total - saved)
   return memory
 
 
@@ -186,7 +186,8 @@ def _compile(lowered):
   return None, f'the compiler rejects this mesh: {reason}'
 
 
-def _peak_bytes(compiled):
+def peak_bytes(compiled):
+  """The most memory that a compiled program holds at once, arguments and results included."""
   memory = compiled.memory_analysis()
   peak = getattr(memory, 'peak_memory_in_bytes', 0)
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

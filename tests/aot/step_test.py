@@ -71,7 +71,7 @@ def test_fits_means_training_and_evaluation(machine, monkeypatch):
   assert state < report.evaluation < sum(report.memory.values())  # same microbatch as in training
   assert f'{report_lib.size(report.evaluation)}, separately' in report.describe()
   peaks = iter([0, 20 * 2**30, 0])  # of training, evaluation, and dropless evaluation
-  monkeypatch.setattr(step, '_peak_bytes', lambda compiled: next(peaks))
+  monkeypatch.setattr(step, 'peak_bytes', lambda compiled: next(peaks))
   assert not step.compile_step(config, machine).fits
 
 
