@@ -40,6 +40,7 @@ from moejax.exit_codes import RESUMABLE
 _AT_ONCE = 1 << 28  # bytes of arrays that are read back at a time
 _LARGEST = 1 << 32  # larger arrays are not read back: their hosts may not have room for all shards
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
+_DTYPES = ('float32', 'bfloat16', 'float64', 'int32', 'uint32', 'int64', 'bool')  # that we save
 # Failures of a disk that may pass, unlike a folder that cannot be written.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
@@ -329,7 +330,11 @@ class Checkpoints:
   def _stored(self, step):
     """Shapes and dtypes of the arrays of a step, by name."""
     described: Any = self._checkpointer.handler.metadata(epath.Path(self._state(step)))
-    return by_name(described.tree)
+    stored = by_name(described.tree)
+    for name, leaf in stored.items():
+      if str(getattr(leaf, 'dtype', None)) not in _DTYPES:
+        raise ValueError(f'{name} is no array of {", ".join(_DTYPES)}')
+    return stored
 
   def _load(self, step, abstract, prefix, config):
     """The arrays of `abstract`, which must be all that the step holds under `prefix`."""
@@ -414,7 +419,10 @@ def read_metadata(directory, step: int) -> dict:
   """The metadata given to `Checkpoints.save`; ValueError if they cannot be read."""
   path = pathlib.Path(directory) / str(step) / 'metadata.json'
   with one_line_errors(f'cannot read {path}'):
-    return json.loads(path.read_text())
+    metadata = files.parse_json(path.read_bytes())
+    if not isinstance(metadata, dict):
+      raise ValueError('expected an object, {...}')
+  return metadata
 
 
 def give(directory, step: int, other, changes: dict) -> None:

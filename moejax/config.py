@@ -25,7 +25,7 @@ class TrainConfig(fields.Section):
 
   PATH = 'train'
 
-  steps: int = default(5200, 'length of the run', minimum=1)
+  steps: int = default(5200, 'length of the run', minimum=1, maximum=10**8)
   seed: int = default(0, 'of initialisation and noise', minimum=0, maximum=fields.MAX_SEED)
   log_interval: int = default(10, 'steps between log lines', minimum=1)
   eval_interval: int = default(250, 'steps between evaluations', minimum=1)

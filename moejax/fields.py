@@ -21,6 +21,8 @@ import yaml
 
 from moejax import text
 
+# Of a number without a maximum: sizes, steps and arrays have 32 bits.
+_MOST = {int: 2**31 - 1, float: 1e38}
 MAX_SEED = 2**32 - 1  # JAX keys take 32 bits and silently truncate the rest
 OF_OWN = 'If it is of your own, --imports=FILE imports it.'  # of a table that code may add to
 _KINDS = {
@@ -205,7 +207,7 @@ def checked(name, f, value: Any):
   """A value converted to the field's type; raises ValueError, naming it `name`, if invalid."""
   if is_section(f):
     return value if isinstance(value, f.type) else make(f.type, value)
-  if f.type is float and type(value) is int:
+  if f.type is float and type(value) is int and abs(value) < 10**300:
     value = float(value)
   if f.type is tuple:
     value = tuples(value)
@@ -218,8 +220,15 @@ def checked(name, f, value: Any):
       own = f' {OF_OWN}' if isinstance(choices, dict) else ''
       raise ValueError(f'{name} must be {allowed(f)}; got {chosen!r}{hint}{own}')
   if not all(_HOLDS[relation](value, bound) for relation, bound in f.metadata['bounds'].items()):
-    raise ValueError(f'{name} must be {allowed(f)}, got {value}.')
+    raise ValueError(f'{name} must be {allowed(f)}, got {shown(value)}.')
+  if 'at most' not in f.metadata['bounds'] and f.type in _MOST and value > _MOST[f.type]:
+    raise ValueError(f'{name} must be at most {_MOST[f.type]}, got {shown(value)}.')
   return value
+
+
+def shown(number):
+  """A number for a message; Python writes none of thousands of digits."""
+  return str(number) if abs(number) < 10**300 else 'one of more than 300 digits'
 
 
 def read(name, f, written):
@@ -230,7 +239,7 @@ def read(name, f, written):
   """
   try:
     value = _READERS[f.type](written)
-  except (KeyError, SyntaxError, ValueError):
+  except (KeyError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
     value = written  # for the error message
   return checked(name, f, value)
 

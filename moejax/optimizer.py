@@ -62,7 +62,9 @@ class OptimizerConfig(Section):
   clip_norm: float = default(0.5, 'of the gradient of all parameters together', above=0)
   balance_bias_rate: float = default(1e-3, 'step of the biases that balance routers', minimum=0)
   anneal_from: int = default(0, 'step at which temperatures start to anneal to 0', minimum=0)
-  accumulation: int = default(1, 'microbatches of a batch; MoT groups lie within one', minimum=1)
+  accumulation: int = default(
+    1, 'microbatches of a batch; MoT groups lie within one', minimum=1, maximum=10**5
+  )
 
 
 class Schedules(NamedTuple):

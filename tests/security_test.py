@@ -7,9 +7,10 @@ import py_compile
 import sys
 
 import pytest
+from flax import traverse_util
 
 import moejax
-from moejax import cli, data, hf, imports, run_folder
+from moejax import cli, config as config_lib, data, fields, hf, imports, run_folder, sharding, step
 from moejax.data import hf_datasets
 from moejax.hf import folder
 from moejax.scaling_laws import grid, predictions, runtime
@@ -190,3 +191,64 @@ def test_json_that_is_nested_deeply_is_one_sentence(tmp_path):
     (tmp_path / 'config.json').write_text('{"model":' + '[' * depth + ']' * depth + '}')
     with pytest.raises(ValueError, match='config.json is damaged .nested more than 100 levels'):
       run_folder.read(tmp_path)
+
+
+@pytest.mark.parametrize('number', [10**12, 10**400])
+def test_no_integer_of_a_config_is_that_large(number):
+  for name, field in config_lib.flat_fields().items():
+    if field.type is int:
+      with pytest.raises(ValueError, match=f'^{name} must be .*at most'):
+        fields.checked(name, field, number)
+
+
+_MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'model.d_model': 2**30, 'model.d_ff': 2**30},
+      'model: it would have .* parameters, more than',
+    ),
+    ({'model.vocab_size': _MOST, 'model.d_model': 2**24}, 'model: it would have'),
+    (
+      {'model.moe.expansion_rate': _MOST, 'model.moe.capacity_factor': 0, 'model.d_ff': 2**20},
+      'model: it would have',
+    ),
+    ({'data.batch_size': 2**16, 'data.sequence_length': 2**16}, '4294967296 tokens of a step'),
+    ({'model.blocks': ((('mlp',), 10**12),)}, 'model.blocks: expected at most 10000 sublayers'),
+    ({'model.blocks': ((('mlp',), 10**400),)}, 'more than 300 digits'),
+    ({'model.blocks': ((('mlp',), 100),) * 101}, 'got 10100'),
+    ({'model.blocks': (('+'.join(['mlp'] * 101), 100),)}, 'model.blocks'),
+    ({'optimizer.peak_lr': 1e39}, r'optimizer.peak_lr must be at most 1e\+38'),
+    ({'optimizer.peak_lr': 10**400}, 'optimizer.peak_lr must be a finite number'),
+    ({'train.profile_steps': f'1:{10**18}'}, 'profile_steps'),
+    ({'train.profile_steps': '1:' + '9' * 5000}, 'profile_steps'),
+    ({'model.base': 'd_model=' + '9' * 5000}, 'model.base'),
+  ],
+)
+def test_large_numbers_of_a_config_are_one_error(changes, message):
+  """Without an endless loop or a large allocation before."""
+  saved = traverse_util.flatten_dict(moejax.get_config('moe:debug').to_dict(), sep='.') | changes
+  with pytest.raises(ValueError, match=message):
+    config_lib.resolve(
+      run_folder.from_saved(traverse_util.unflatten_dict(saved, sep='.'), 'config.json')
+    )
+
+
+def test_a_model_larger_than_the_memory_is_one_error():
+  config = moejax.get_config('dense:debug')
+  config.update_from_flattened_dict({'model.d_model': 2**20, 'model.d_ff': 2**20})
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1))
+  with pytest.raises(ValueError, match='the model: its arrays take .* GiB, and this machine has'):
+    sharding.abstract(step.fresh_state(config_lib.resolve(config)), mesh)
+
+
+@pytest.mark.parametrize(
+  'text', ['(' * 10_000, '-' * 100_000 + '1', '{[]: 1}', '[' * 500, '1e9' * 9]
+)
+def test_texts_of_tuples_are_one_error(text):
+  field = config_lib.flat_fields()['model.blocks']
+  with pytest.raises(ValueError, match='model.blocks'):
+    fields.read('model.blocks', field, text)

@@ -4,6 +4,7 @@ import dataclasses
 
 from moejax.fields import MAX_SEED, Section, default
 
+_MOST_TOKENS = 2**31 - 1  # of a step, which are counted in 32 bits
 SOURCES = ('stdlib', 'environment', 'text', 'jsonl', 'parquet', 'datasets', 'tokens', 'seqio')
 _READS_FILES = ('text', 'jsonl', 'parquet', 'tokens')
 
@@ -43,6 +44,11 @@ class DataConfig(Section):
     return self.batch_size * self.sequence_length
 
   def conflicts(self):
+    if self.tokens_per_step > _MOST_TOKENS:
+      yield (
+        f'data.batch_size * data.sequence_length = {self.tokens_per_step} tokens of a step; at '
+        f'most {_MOST_TOKENS} are possible.'
+      )
     if self.source in _READS_FILES and not self.files:
       what = 'a directory written by moejax.tokenize' if self.source == 'tokens' else 'a glob'
       yield f'data.files: data.source={self.source!r} needs {what}, got none.'

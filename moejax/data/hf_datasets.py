@@ -46,9 +46,8 @@ def open_splits(config: config_lib.DataConfig) -> dict[str, Split]:
 
   Raises ValueError if there is none, or no network.
   """
-  if (
-    config.task.partition(':')[0] == 'pandas'
-  ):  # no dataset: `datasets` would read pickles of the working directory
+  name, _, subset = config.task.partition(':')
+  if name == 'pandas':  # no dataset: the library would read pickles of the working directory
     raise ValueError("data.task: 'pandas': pickles can run code, and are not read.")
   try:
     datasets = importlib.import_module('datasets')
@@ -56,7 +55,6 @@ def open_splits(config: config_lib.DataConfig) -> dict[str, Split]:
     raise ValueError(
       f"data.source: 'datasets' needs the package {error.name}: pip install 'moejax[datasets]'."
     ) from error
-  name, _, subset = config.task.partition(':')
   folder = pathlib.Path(name).expanduser()
   with _clear_errors(
     f'cannot open {config.task!r}',

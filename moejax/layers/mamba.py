@@ -33,9 +33,9 @@ class MambaConfig(Section):
 
   PATH = 'model.mamba'
 
-  expand: float = default(2.0, 'channels per unit of d_model', above=0)
-  state_size: int = default(16, 'states per channel', minimum=1)
-  conv_width: int = default(4, 'positions that its convolution sees', minimum=2)
+  expand: float = default(2.0, 'channels per unit of d_model', above=0, maximum=1024)
+  state_size: int = default(16, 'states per channel', minimum=1, maximum=1024)
+  conv_width: int = default(4, 'positions that its convolution sees', minimum=2, maximum=256)
   moe_in: str = default('conv+gate+out', 'projections with experts in the sublayer moe_in_mamba')
 
   @property

@@ -42,7 +42,9 @@ class MoEConfig(Section):
   expansion_rate: int = default(8, 'parameters of experts over those of a dense layer', minimum=1)
   granularity: int = default(1, 'divides the width of experts, multiplies their number', minimum=1)
   experts_per_token: int = default(0, '0: granularity, for the FLOPs of a dense layer', minimum=0)
-  capacity_factor: float = default(1.25, 'slots over mean load; 0: no token is dropped', minimum=0)
+  capacity_factor: float = default(
+    1.25, 'slots over mean load; 0: no token is dropped', minimum=0, maximum=10**6
+  )
   group_size: int = default(8, 'sequences that are routed together', minimum=1)
   group_by: str = default(
     'auto',

@@ -1,6 +1,7 @@
 """Shardings of the train state and of the batch, and transfers to and from the devices."""
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from moejax import parameters
 from moejax.sharding import rules
 from moejax.sharding.mesh import BATCH
+from moejax.text import size
 
 
 def replicated(mesh):
@@ -28,13 +30,29 @@ def state_shardings(abstract_state, mesh):
 
 
 def abstract(make, mesh):
-  """Shapes, dtypes and shardings of what `make()` returns, without running it."""
+  """Shapes, dtypes and shardings of what `make()` returns, without running it.
+
+  Raises:
+    ValueError: on CPUs, it is larger than the memory of all hosts.
+  """
   tree = jax.eval_shape(make)
+  _check_memory(tree, mesh)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     tree,
     state_shardings(tree, mesh),
   )
+
+
+def _check_memory(tree, mesh):
+  """An accelerator refuses what it has no memory for; an operating system ends some program."""
+  if mesh.devices.flat[0].platform == 'cpu':
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
+    if needed > memory:
+      raise ValueError(
+        f'the model: its arrays take {size(needed)}, and this machine has {size(memory)} of memory.'
+      )
 
 
 def abstract_batch(data_config, mesh):
