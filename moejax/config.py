@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from moejax import fields, optimizer, profiling, schedule
+from moejax import fields, flops, optimizer, profiling, schedule
 from moejax.data import DataConfig, Tokenizer, make_tokenizer
 from moejax.fields import default
 from moejax.layers import common, moe
@@ -15,8 +15,10 @@ from moejax.layers.mot import MoTConfig
 from moejax.model_config import SUBLAYERS, ModelConfig
 from moejax.optimizer import OptimizerConfig
 from moejax.sharding import MeshConfig, batch_shards, process_part
-from moejax.text import did_you_mean
+from moejax.text import did_you_mean, short
 from moejax.trackers import TRACKERS
+
+_MOST_PARAMS = 10**14  # more is a mistake, and fails in JAX's own arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,13 @@ def _model_config(section, data_config, tokenizer):
       f'model.vocab_size = {model.vocab_size} is smaller than the {needed} ids of data.tokenizer = '
       f'{data_config.tokenizer!r}. Raise it, or set 0 for as many as needed.'
     )
-  return dataclasses.replace(model, vocab_size=model.vocab_size or needed)
+  model = dataclasses.replace(model, vocab_size=model.vocab_size or needed)
+  if (total := flops.param_counts(model)['total']) > _MOST_PARAMS:
+    raise ValueError(
+      f'model: it would have {short(total)} parameters, more than {short(_MOST_PARAMS)}. Lower '
+      'model.d_model, model.d_ff, model.vocab_size, the number of experts or model.blocks.'
+    )
+  return model
 
 
 def batch_problems(data_config, model, optimizer):

@@ -10,7 +10,7 @@ import math
 
 import jax.numpy as jnp
 
-from moejax import fields, flops, parameterization
+from moejax import fields, parameterization
 from moejax.fields import Section, default, section, shown
 from moejax.layers import common
 from moejax.layers.attention import AttentionSublayer
@@ -21,7 +21,7 @@ from moejax.layers.moe_in_mamba import MoEInMambaSublayer
 from moejax.layers.mot import MoTConfig, MoTSublayer
 from moejax.layers.sublayer import Sublayer
 from moejax.remat import REMAT
-from moejax.text import did_you_mean, short, split_values
+from moejax.text import did_you_mean, split_values
 
 # Name in `model.blocks` -> `layers.sublayer.Sublayer`, which makes the module and describes it. The
 # module has `__call__(x_BLD, tokens) -> (y_BLD, aux)`, and for decoding `init_state(batch_size,
@@ -41,9 +41,7 @@ SUBLAYERS: dict[str, type[Sublayer]] = {
 }
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
-# More is a mistake, and would take forever to check or fail in JAX's own arithmetic.
-_MOST_SUBLAYERS = 10_000
-_MOST_PARAMS = 10**14
+_MOST_SUBLAYERS = 10_000  # more is a mistake, and would take forever to check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,16 +184,7 @@ class ModelConfig(Section):
     yield from block_problems
     if not block_problems:
       problems = [problem for sublayer in self.used for problem in sublayer.problems()]
-      yield from problems or self._size_problems() or self._base_problems()
-
-  def _size_problems(self):
-    total = flops.param_counts(self)['total']
-    if total <= _MOST_PARAMS:
-      return []
-    return [
-      f'model: it would have {short(total)} parameters, more than {short(_MOST_PARAMS)}. Lower '
-      'model.d_model, model.d_ff, model.vocab_size, the number of experts or model.blocks.'
-    ]
+      yield from problems or self._base_problems()
 
   def _base_problems(self):
     if not self.base:

@@ -299,3 +299,14 @@ def test_links_between_pages_lead_somewhere():
         headings = re.findall(r'^#+ (.*)', (page.parent / path).read_text(), re.M)
         slugs = [re.sub(r'[^\w -]', '', h).strip().lower().replace(' ', '-') for h in headings]
         assert anchor in slugs, f'{page.name}: {target}'
+
+
+@pytest.mark.parametrize('page', ['reliability.md', 'security.md'])
+def test_the_tests_that_a_page_names_exist(page):
+  """`file_test.py`: `test_one`, `test_the_beginning_of_several_…`."""
+  file = None
+  for name in re.findall(r'`([\w/]+_test\.py|test_\w+…?)`', (DOCS / page).read_text()):
+    if name.endswith('.py'):
+      (file,) = [*(ROOT / 'tests').glob(f'**/{name}')]
+    else:
+      assert file and re.search(rf'^def {name.rstrip("…")}', file.read_text(), re.M), name

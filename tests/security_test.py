@@ -6,11 +6,23 @@ import pathlib
 import py_compile
 import sys
 
+import numpy as np
 import pytest
 from flax import traverse_util
 
 import moejax
-from moejax import cli, config as config_lib, data, fields, hf, imports, run_folder, sharding, step
+from moejax import (
+  checkpoint,
+  cli,
+  config as config_lib,
+  data,
+  fields,
+  hf,
+  imports,
+  run_folder,
+  sharding,
+  step,
+)
 from moejax.data import hf_datasets
 from moejax.hf import folder
 from moejax.scaling_laws import grid, predictions, runtime
@@ -252,3 +264,10 @@ def test_texts_of_tuples_are_one_error(text):
   field = config_lib.flat_fields()['model.blocks']
   with pytest.raises(ValueError, match='model.blocks'):
     fields.read('model.blocks', field, text)
+
+
+def test_a_checkpoint_of_other_dtypes_is_refused(tmp_path):
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(1, {'params': {'w': np.zeros(2, np.float16)}}, None, {})
+  with pytest.raises(RuntimeError, match=r'params/w is no array of float32, bfloat16'):
+    saved.close()
