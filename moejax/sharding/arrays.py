@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from moejax import parameters
 from moejax.sharding import rules
 from moejax.sharding.mesh import BATCH
-from moejax.text import size
 
 
 def replicated(mesh):
@@ -51,7 +50,8 @@ def _check_memory(tree, mesh):
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
     if needed > memory:
       raise ValueError(
-        f'the model: its arrays take {size(needed)}, and this machine has {size(memory)} of memory.'
+        f'the model: its arrays take {needed / 2**30:,.0f} GiB, more than the memory of '
+        f'{memory / 2**30:,.0f} GiB.'
       )
 
 
