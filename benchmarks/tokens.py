@@ -26,10 +26,6 @@ from absl import app, flags
 
 from moejax.data import batch as batch_lib, blocks
 
-_FOLDER = flags.DEFINE_string('folder', '.', 'On the disk to measure.')
-_MEGABYTES = flags.DEFINE_integer('megabytes', 256, 'Size of the token file.')
-_LENGTH = flags.DEFINE_integer('length', 1024, 'Tokens of a sequence.')
-_ROUNDS = flags.DEFINE_integer('rounds', 15, 'How often each is measured.')
 _BATCHES = 32  # of a round
 _TOKENS = 65_536  # of a batch
 TOKENIZER: Any = SimpleNamespace(vocab_size=50_260, eos_id=1)
@@ -58,12 +54,13 @@ def measure(tokens, rows, length, is_checked):
 
 
 def main(_):
-  length, size, results = _LENGTH.value, _TOKENS // _LENGTH.value, {}
-  with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
-    ids, open_file = write(folder, _MEGABYTES.value * 2**19)
+  values = flags.FLAGS
+  length, size, results = values.length, _TOKENS // values.length, {}
+  with tempfile.TemporaryDirectory(dir=values.folder) as folder:
+    ids, open_file = write(folder, values.megabytes * 2**19)
     mapped, again = np.memmap(pathlib.Path(folder, 'train.bin'), '<u2', 'r'), open_file()
     again[:]
-    for number in range(_ROUNDS.value + 1):  # the first warms up
+    for number in range(values.rounds + 1):  # the first warms up
       places = np.random.default_rng(number).permutation(len(ids) * 2 // blocks.BLOCK)
       rows = (places * (blocks.BLOCK // 2 // length))[: _BATCHES * size].reshape(_BATCHES, size)
       cases = [('memory', ids, False), ('memory', ids, True), ('mapped', mapped, False)]
@@ -81,4 +78,8 @@ def main(_):
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('folder', '.', 'On the disk to measure.')
+  flags.DEFINE_integer('megabytes', 256, 'Size of the token file.')
+  flags.DEFINE_integer('length', 1024, 'Tokens of a sequence.')
+  flags.DEFINE_integer('rounds', 15, 'How often each is measured.')
   app.run(main)
