@@ -79,7 +79,7 @@ def main(_):
 
 if __name__ == '__main__':
   flags.DEFINE_string('folder', '.', 'On the disk to measure.')
-  flags.DEFINE_integer('megabytes', 256, 'Size of the token file.')
+  flags.DEFINE_integer('megabytes', 256, 'Size of the token file.', lower_bound=128)
   flags.DEFINE_integer('length', 1024, 'Tokens of a sequence.')
   flags.DEFINE_integer('rounds', 15, 'How often each is measured.')
   app.run(main)

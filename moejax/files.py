@@ -22,7 +22,7 @@ _DEEPEST = 100  # levels of JSON; nothing of ours has ten, and Python recurses i
 def parse_json(content: str | bytes) -> Any:
   """What JSON says; ValueError if it is damaged, or nested so deeply that nobody meant it."""
   try:
-    value = json.loads(content.decode() if isinstance(content, bytes) else content)
+    value = json.loads(content.decode('utf-8-sig') if isinstance(content, bytes) else content)
   except RecursionError:
     value = None
   else:

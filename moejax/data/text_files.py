@@ -153,7 +153,7 @@ def text_of(value: Any, field: str, place: str) -> bytes:
 
 def _parquet_texts(path: pathlib.Path, field: str) -> Iterator[tuple[str, bytes]]:
   pyarrow = _pyarrow('a Parquet file', path)
-  with _clear_errors(path, pyarrow.ArrowException), open(path, 'rb') as raw:
+  with _clear_errors(path, pyarrow.ArrowException, UnicodeDecodeError), open(path, 'rb') as raw:
     if raw.read(4) != b'PAR1':
       raise ValueError(
         f"data.files: {path} is not a Parquet file; data.source='jsonl' reads JSON lines, 'text' "

@@ -70,7 +70,7 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
       f'but there is no {path.resolve()}.'
     )
   with _explain_damage(path):
-    index = json.loads(path.read_bytes())
+    index = files.parse_json(path.read_bytes())
     version = index['format']
   if version not in (1, FORMAT):
     raise ValueError(
@@ -121,7 +121,7 @@ def _say_unchecked(path: pathlib.Path) -> None:
 def _explain_damage(path):
   try:
     yield
-  except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+  except (KeyError, TypeError, ValueError) as error:
     what = f'no {error}' if isinstance(error, KeyError) else error
     raise ValueError(f'data.files: {path} is damaged: {what}; copy it again.') from error
 

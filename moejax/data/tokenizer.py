@@ -151,15 +151,13 @@ class SentencePieceTokenizer(Tokenizer):
     self.vocab_size = processor.get_piece_size() + self.shift
     self.path, self.model = path, model
     self.fingerprint = _fingerprint(b'sentencepiece', model)
+    self._bytes = [b''] * self.shift + [
+      self._piece_bytes(i) for i in range(processor.get_piece_size())
+    ]
 
   def encode_bytes(self, data: bytes) -> np.ndarray:
     ids = np.asarray(self._processor.encode(data.decode('utf-8', 'replace')), np.int32)
     return np.where(ids == self._processor.unk_id(), UNK_ID, ids + self.shift).astype(np.int32)
-
-  @functools.cached_property
-  def _bytes(self) -> list[bytes]:
-    number = self._processor.get_piece_size()
-    return [b''] * self.shift + [self._piece_bytes(i) for i in range(number)]
 
   def _piece_bytes(self, i: int) -> bytes:
     piece = self._processor.id_to_piece(i)
@@ -288,6 +286,9 @@ def _tokenizer_named(name: str, eos_id: int) -> Tokenizer:
     return SentencePieceTokenizer(paths[0])
   except (ValueError, OSError) as error:
     raise ValueError(f'data.tokenizer: cannot use {name!r}: {error}.') from error
+  except (LookupError, TypeError, AttributeError) as error:  # of content that is of other types
+    what = f'{type(error).__name__}: {error}'
+    raise ValueError(f'data.tokenizer: cannot use {name!r}, it is damaged: {what}.') from error
 
 
 def _from_json(paths: Sequence[pathlib.Path], eos_id: int) -> JsonTokenizer:

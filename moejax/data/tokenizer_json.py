@@ -25,7 +25,6 @@ _CONFIG = 'tokenizer_config.json'
 _COMPANIONS = ('special_tokens_map.json', 'chat_template.jinja')
 _USUAL_ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|eos|>')
 _NO_TEXT = '\ufdd0'  # a code point that is no character
-_MAX_IDS = 2**24  # beyond any real vocabulary: larger ids are typing errors
 
 
 def read(path: pathlib.Path, merges: pathlib.Path | None = None) -> dict[str, Any]:
@@ -43,18 +42,29 @@ def read(path: pathlib.Path, merges: pathlib.Path | None = None) -> dict[str, An
     vocabulary(spec)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f'{path.name} is no tokenizer.json: expected an object with "model" and "added_tokens"'
+      f'{path.name} is no tokenizer.json: expected an object with "model" and "added_tokens" '
+      f'({type(error).__name__}: {error})'
     ) from error
   model = spec['model'] | ({'dropout': None} if 'dropout' in spec['model'] else {})
   return spec | {'model': model, 'truncation': None, 'padding': None}
 
 
 def vocabulary(spec: dict[str, Any]) -> dict[str, int]:
-  """Returns all tokens and their ids."""
+  """Returns all tokens and their ids; ValueError if they are not such."""
   vocab = spec['model']['vocab']
   if not isinstance(vocab, dict):  # Unigram
     vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-  return vocab | {token['content']: token['id'] for token in spec['added_tokens']}
+  return _checked(vocab | {token['content']: token['id'] for token in spec['added_tokens']})
+
+
+def _checked(vocab: dict[str, int]) -> dict[str, int]:
+  """Returns a vocabulary whose ids leave few gaps: arrays over all ids are about as large."""
+  if not all(isinstance(token, str) and type(i) is int for token, i in vocab.items()):
+    raise ValueError('expected tokens and their ids')
+  limit = 2**16 + 16 * len(vocab)
+  if wrong := [i for i in vocab.values() if not 0 <= i < limit]:
+    raise ValueError(f'expected ids from 0 to {limit - 1} for {len(vocab)} tokens, got {wrong[0]}')
+  return vocab
 
 
 def gpt2(vocab: bytes, merges: bytes, first_id: int) -> dict[str, Any]:
@@ -249,7 +259,7 @@ def end_of_text(path: pathlib.Path, spec: dict[str, Any]) -> int:
   for name in (_CONFIG, 'special_tokens_map.json'):
     token = _field(path.parent / name, 'eos_token')
     token = token.get('content') if isinstance(token, dict) else token
-    if token in vocab:
+    if isinstance(token, str) and token in vocab:
       return vocab[token]
   for name in ('generation_config.json', 'config.json'):
     ids = _field(path.parent / name, 'eos_token_id')
@@ -274,8 +284,8 @@ def _field(path: pathlib.Path, name: str) -> Any:
 
 def _json(path: pathlib.Path) -> Any:
   try:
-    return json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
+    return files.parse_json(path.read_bytes())
+  except ValueError as error:
     raise ValueError(f'{path.name} is not JSON ({error})') from error
 
 
@@ -299,17 +309,18 @@ def copy_companions(path: pathlib.Path, directory: pathlib.Path) -> None:
       shutil.copyfile(path.parent / name, directory / name)
   if (path.parent / _CONFIG).is_file():
     own, written = _json(path.parent / _CONFIG), _json(directory / _CONFIG)
+    own = own if isinstance(own, dict) else {}
     config = own | {'eos_token': written['eos_token']}
     files.write(directory / _CONFIG, json.dumps(config, ensure_ascii=False, indent=2) + '\n')
 
 
 def _gpt2_vocabulary(vocab: bytes) -> dict[str, int]:
   """Returns the content of vocab.json; raises ValueError if it is not {token: id}."""
-  ids = json.loads(vocab)
-  if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
+  ids = files.parse_json(vocab)
+  if not isinstance(ids, dict) or not ids:
     raise ValueError('vocab.json: expected an object of tokens and their ids')
-  if len(set(ids.values())) < len(ids) or not all(0 <= i < _MAX_IDS for i in ids.values()):
-    raise ValueError(f'vocab.json: expected unique ids from 0 to {_MAX_IDS - 1}')
+  if len({*_checked(ids).values()}) < len(ids):
+    raise ValueError('vocab.json: expected unique ids')
   return ids
 
 
