@@ -33,7 +33,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from moejax import files, manifest
+from moejax import files, group, manifest
 from moejax.differences import by_name, changed_fields, differences, misfit
 from moejax.exit_codes import RESUMABLE
 
@@ -298,6 +298,7 @@ class Checkpoints:
       saved = [s for s in manifest.steps(self._directory) if s <= step]
       self._delete_all_but([*saved[-self._keep :], self._always])
     self._has_saved = True
+    group.note_save()
 
   def _delete_all_but(self, steps):
     for folder in self._directory.iterdir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dis
+import functools
 import inspect
 import os
 import pathlib
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moejax import compilation_cache, imports, signals
+from moejax import compilation_cache, group, imports, signals
 from moejax.exit_codes import FAILED, OK, RESUMABLE, USAGE
 from moejax.text import did_you_mean, duration
 
@@ -40,6 +41,11 @@ _PROCESS_FLAGS = (
   ),
   (flags.DEFINE_integer, 'num_processes', 'Number of processes, with --coordinator_address.'),
   (flags.DEFINE_integer, 'process_id', 'Index of this process, from 0.'),
+  (
+    functools.partial(flags.DEFINE_integer, lower_bound=1),
+    'join_timeout',
+    'Seconds in which all processes join; default: 60.',
+  ),
 )
 
 
@@ -68,12 +74,15 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
     compilation_cache.enable()
     try:
       if takes_arguments:
-        return main(argv[1:])
-      if takes_overrides:
-        return main(overrides)
-      return main(flags.FLAGS.config) if needs_config else main()
-    except (Exception, KeyboardInterrupt) as error:
-      return exit_code(error)
+        code = main(argv[1:])
+      elif takes_overrides:
+        code = main(overrides)
+      else:
+        code = main(flags.FLAGS.config) if needs_config else main()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+      return group.fail(error, exit_code)
+    group.leave()
+    return code
 
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
@@ -191,8 +200,9 @@ def join_processes():
   from moejax import distributed  # importing JAX takes seconds
 
   args = flags.FLAGS
+  given = args.coordinator_address, args.num_processes, args.process_id
   with waiting_for('joining the other processes'):
-    distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    distributed.initialize(*given, args.join_timeout or group.TIMEOUT)
 
 
 def path(text):

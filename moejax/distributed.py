@@ -4,8 +4,6 @@ Every process runs the same program on its own devices, reads its own sequences 
 takes part in every collective. Only process 0 prints, and writes everything except checkpoints.
 """
 
-import ctypes
-import functools
 import inspect
 import os
 import signal
@@ -13,59 +11,70 @@ import sys
 from typing import Any
 
 import jax
+from jax._src import clusters
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import multihost_utils
 
-from moejax import signals
+from moejax import group, signals
 
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which jax ends the other processes
 _SHUTDOWN_TIMEOUT = 30  # seconds that a process waits for the others before it exits
-_NOT_JOINED = (
-  "the other processes of this run did not join this one (see jax's message above). Start the same "
-  'command on all hosts (see docs/launch.md).'
-)
 _STOPPING = 'stopping after this step, to save; a second Ctrl-C ends the program at once'
-_LOST = (
-  "the run has lost a process (see jax's message above and that process's log), so this one exits "
-  'too. Run the same command on all hosts to resume from the last checkpoint.'
-)
 
 
-def initialize(coordinator_address=None, num_processes=None, process_id=None):
+def initialize(
+  coordinator_address=None, num_processes=None, process_id=None, join_timeout=group.TIMEOUT
+):
   """Joins this process to its run; call it before any other use of jax.
 
-  When a process dies, all others exit within a minute, with a message and a nonzero exit code, so
-  that a launcher can restart them.
+  When a process dies, fails or hangs, all others end within a minute, with a message that names it
+  and a nonzero exit code, so that a launcher can restart them.
 
   Args:
     coordinator_address: HOST:PORT of process 0, or None: jax looks for a TPU slice, a SLURM step of
       several tasks, or Open MPI; without any of them, the run has one process.
     num_processes: number of processes; None if `coordinator_address` is.
     process_id: index of this process, from 0; None if `coordinator_address` is.
+    join_timeout: seconds in which all processes join.
 
   Raises:
-    ValueError: some of the three are missing or invalid.
+    ValueError: some of the three are missing or invalid, or do not fit those of other processes.
+    RuntimeError: processes are missing.
   """
-  timeouts = {'heartbeat_timeout_seconds': _HEARTBEAT_TIMEOUT}
-  if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
-    timeouts['shutdown_timeout_seconds'] = _SHUTDOWN_TIMEOUT  # jax 0.7 always waits 5 minutes
-  join: Any = functools.partial(jax.distributed.initialize, **timeouts)
-  given = (coordinator_address, num_processes, process_id)
+  given: Any = (coordinator_address, num_processes, process_id)
   if any(value is not None for value in given):
     _check(*given)
-    _on_abort_print(_NOT_JOINED)
-    join(*given)
-  elif _is_single_process():
+  elif _is_single_process() or None in (given := _detect(join_timeout)):
     return
-  else:
-    _on_abort_print(_NOT_JOINED)
-    try:
-      join()
-    except ValueError:  # jax detected no cluster
-      ctypes.CDLL(None).signal(signal.SIGABRT, None)
-      return
-  _on_abort_print(_LOST)
-  if not is_process_0():
+  _, number, index = given
+  if number > 1:
+    group.join(*given, timeout=join_timeout)
+  _explain_aborts()
+  timeouts: dict[str, Any] = {'heartbeat_timeout_seconds': _HEARTBEAT_TIMEOUT}
+  if 'shutdown_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
+    timeouts['shutdown_timeout_seconds'] = _SHUTDOWN_TIMEOUT  # jax 0.7 always waits 5 minutes
+  jax.distributed.initialize(*given, initialization_timeout=group.TIMEOUT, **timeouts)
+  if index:
     sys.stdout = open(os.devnull, 'w')
+
+
+def _detect(timeout):
+  """The address, number and index that jax finds for itself, or None for each."""
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+  return detect(address, None, None, None, None, int(timeout))[:3]
+
+
+def _explain_aborts():
+  """Has jax abort when it misses heartbeats, which `group` explains.
+
+  Without any callback, jax before 0.10 ends the process by `_exit`, after which nothing can come.
+  No version can pass an argument to a callback in Python, which is an abort as well.
+  """
+  group.explain_aborts()
+  connect, last_word = _jax.get_distributed_runtime_client, lambda _: os.abort()
+  client = lambda *args, **options: connect(*args, missed_heartbeat_callback=last_word, **options)
+  _jax.get_distributed_runtime_client = client
 
 
 def _is_single_process():
@@ -80,19 +89,6 @@ def _is_single_process():
     in_a_shell = sys.stdin is not None and sys.stdin.isatty()  # a task of srun has no terminal
     return in_a_shell or os.environ.get('SLURM_STEP_NUM_TASKS', '1') == '1'
   return False
-
-
-def _on_abort_print(message):
-  """Sets what to print when jax aborts because of another process; Python cannot catch that."""
-  global _on_abort  # the C library keeps no reference
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def _on_abort(number):
-    del number
-    os.write(2, f'error: {message}\n'.encode())
-    os._exit(1)
-
-  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _check(address, num_processes, process_id):

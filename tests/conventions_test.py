@@ -39,6 +39,7 @@ RANKS = (
     'signals',
     'text',
     'trackers',
+    'group',
   ),
   ('ops', 'sharding'),
   ('layers', 'muon'),

@@ -13,8 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
 
-from moejax import cli, distributed, metrics, run_folder
+from moejax import cli, distributed, group, metrics, run_folder
 from moejax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,7 +31,7 @@ CHANGES = {
   'train.sample_length': 4,
 }
 # Like main, but a dead process is noticed sooner.
-PROGRAM = 'from moejax import distributed, main; distributed._HEARTBEAT_TIMEOUT = 5; main.run()'
+PROGRAM = 'from moejax import distributed, main; distributed._HEARTBEAT_TIMEOUT = 10; main.run()'
 
 
 class Processes:
@@ -64,6 +65,9 @@ class Processes:
 
   def output(self, process=0):
     return self.logs[process].read_text(errors='replace')
+
+  def last_line(self, process=0):
+    return self.output(process).splitlines()[-1]
 
   def wait_for(self, pattern):
     """Waits until process 0 has printed something."""
@@ -110,10 +114,10 @@ def test_two_processes_interrupted_and_killed_match_one(alone, tmp_path):
 
   with Processes(tmp_path / 'killed', 2, workdir) as run:
     run.wait_for(r'step +24/60')
-    run.processes[1].kill()
-    assert run.codes() == [cli.FAILED, -signal.SIGKILL], run.output()
+    run.processes[0].kill()
     assert 'resuming from step' in run.output()
-    assert 'error: the run has lost a process' in run.output().splitlines()[-1]
+    assert run.codes() == [-signal.SIGKILL, cli.INTERRUPTED], run.output(1)
+    assert re.match('error: .* lost process 0 on .*, which died', run.last_line(1))
 
   with Processes(tmp_path / 'resumed', 1, workdir) as run:  # another number of processes
     assert run.codes() == [cli.OK], run.output()
@@ -144,20 +148,58 @@ def test_incomplete_or_invalid_flags_are_rejected(given, message):
     distributed.initialize(*given)
 
 
-def test_without_a_cluster_a_run_has_one_process(monkeypatch):
-  asked = []
+class Cluster(clusters.ClusterEnv):
+  """A cluster of two hosts, which jax detects if it `is_here`."""
 
-  def nothing_found(**timeouts):
-    asked.append(timeouts)
-    raise ValueError('coordinator_address should be defined.')
+  is_here = False
 
-  monkeypatch.setattr(jax.distributed, 'initialize', nothing_found)
+  @classmethod
+  def is_env_present(cls):
+    return cls.is_here
+
+  @classmethod
+  def get_coordinator_address(cls, timeout_secs, override_coordinator_port):
+    return 'host:1'
+
+  @classmethod
+  def get_process_count(cls):
+    return 2
+
+  @classmethod
+  def get_process_id(cls):
+    return 0
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """What `initialize` joins: calls of `group.join` and of jax, with their arguments."""
+  calls = []
+  monkeypatch.setattr(group, 'join', lambda *given, timeout: calls.append((*given, timeout)))
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda *given, **rest: calls.append((given, rest))
+  )
+  monkeypatch.setattr(distributed, '_explain_aborts', lambda: None)
+  for name in [n for n in os.environ if n.startswith(('SLURM_', 'OMPI_'))]:
+    monkeypatch.delenv(name)
+  return calls
+
+
+def test_without_a_cluster_a_run_has_one_process(joined):
   distributed.initialize()
-  assert len(asked) == 1 and asked[0]['heartbeat_timeout_seconds'] < 60
+  assert not joined
+
+
+def test_the_processes_of_a_cluster_join(joined, monkeypatch):
+  monkeypatch.setattr(Cluster, 'is_here', True)
+  distributed.initialize(join_timeout=7)
+  of_group, (of_jax, timeouts) = joined
+  assert of_group == ('host:1', 2, 0, 7) and of_jax == ('host:1', 2, 0)
+  assert timeouts['heartbeat_timeout_seconds'] < 60
 
 
 SLURM_STEP = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
-OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:1'}
+OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:1', 'OMPI_COMM_WORLD_RANK': '0'}
+OPEN_MPI |= {'OMPI_COMM_WORLD_LOCAL_RANK': '0'}
 
 
 @pytest.mark.parametrize(
@@ -173,13 +215,11 @@ OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:1'}
     ({**SLURM_STEP, **OPEN_MPI, 'OMPI_COMM_WORLD_SIZE': '2'}, False, False),
   ],
 )
-def test_only_processes_of_one_step_wait_for_each_other(monkeypatch, environment, terminal, alone):
-  joined = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: joined.append(1))
+def test_only_processes_of_one_step_wait_for_each_other(
+  monkeypatch, joined, environment, terminal, alone
+):
+  monkeypatch.setattr(Cluster, 'is_here', True)
   monkeypatch.setattr(sys.stdin, 'isatty', lambda: terminal, raising=False)
-  monkeypatch.setattr(distributed, '_on_abort_print', lambda message: None)
-  for name in [n for n in os.environ if n.startswith(('SLURM_', 'OMPI_'))]:
-    monkeypatch.delenv(name)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   distributed.initialize()
