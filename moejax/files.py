@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from moejax import lease
+
 _NO_FLUSH = {
   errno.EINVAL,
   errno.ENOSYS,
@@ -60,12 +62,14 @@ def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   Missing parent folders are created. On an error, what was written is deleted. After a power cut at
   any time, `path` is what it was before, or all of what was written.
   """
+  lease.check()
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # keeps the suffix: savefig reads it
   try:
     yield temporary
     flush(temporary)
+    lease.check()
     temporary.replace(path)
     _flush_one(path.parent)
   except BaseException as error:

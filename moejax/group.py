@@ -29,6 +29,7 @@ _PATIENCE = 2.0  # seconds in which the cause of an error shows, or the same err
 _ENDING = 'This one ends too; run the same command on all hosts to resume from the last checkpoint.'
 _HERE = socket.gethostname()
 
+_ending = threading.Lock()
 _group = None  # of this process, if the run has several
 
 
@@ -245,6 +246,7 @@ class _Group:
 
 
 def _exit(text, code):
+  _ending.acquire()  # for good: the first thread that gets here has the last word
   signals.say(f'error: {text}')
   os._exit(code)
 
@@ -281,6 +283,13 @@ def fail(error, explain) -> int:
   _group.tell(failed=what, code=code)
   sys.stdout.flush()
   os._exit(code)  # jax would wait for the others, which wait for this one
+
+
+def end_all(text: str, code: int) -> None:
+  """Ends all processes at once, for a reason that only this one knows."""
+  if _group:
+    _group.tell(failed=f'process {_group.index} on {_HERE}: {text}', code=code)
+  _exit(text, code)
 
 
 def explain_aborts() -> None:

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from moejax import files
+from moejax import files, lease
 from moejax.exit_codes import FAILS_AGAIN
 from moejax.trackers import Trackers
 
@@ -63,6 +63,7 @@ class MetricsWriter:
 
   def _append(self, finish=lambda file: None):
     """Appends what is not written yet; a failure only prints a warning, once."""
+    lease.check()
     try:
       while self._unwritten:
         self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

@@ -1,13 +1,9 @@
-"""The folder of a run: its lock, its config, what may change on resuming, opening it."""
+"""The folder of a run: its lease, its config, what may change on resuming, opening it."""
 
 import contextlib
-import datetime
-import fcntl
 import functools
 import json
-import os
 import pathlib
-import socket
 import sys
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from moejax import (
   fields,
   files,
   imports,
+  lease,
   manifest,
   metrics,
   model as model_lib,
@@ -36,46 +33,30 @@ from moejax.differences import changed_fields
 
 @contextlib.contextmanager
 def lock(workdir):
-  """A context in which no other run writes to this folder.
-
-  Process 0 holds a lock of the operating system, which is released however the process ends.
+  """A context in which no other run writes to this folder; process 0 holds its `lease`.
 
   Raises:
-    ValueError: another program holds the lock, or the folder cannot be written.
+    ValueError: another program holds the folder, or it cannot be written.
   """
-  path = pathlib.Path(workdir) / 'lock'
+  workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
-    holder = _take(path, stack) if jax.process_index() == 0 else ''
+    holder = ''
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(lease.held(workdir))
+      except lease.Held as held:
+        holder = str(held)
+      except OSError as error:
+        raise ValueError(
+          f'workdir: cannot write to {workdir}: {error.strerror}. Give --workdir a folder that can '
+          'be written.'
+        ) from error
     if multihost_utils.broadcast_one_to_all(np.int32(bool(holder))):
       raise ValueError(
         f'--workdir={workdir}: {holder or "another program"} is training there. Wait for it, or '
         'choose another folder.'
       )
     yield
-
-
-def _take(path, stack):
-  """Locks a file until `stack` is closed and returns '', or returns who holds the lock."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(path.open('a+'))
-  except OSError as error:
-    raise ValueError(
-      f'workdir: cannot write to {path.parent}: {error.strerror}. Give --workdir a folder that can '
-      'be written.'
-    ) from error
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    return file.read() or 'another program'
-  except OSError as error:  # some shared disks have no locks
-    print(f'warning: {path} cannot be locked ({error.strerror}): run one program at a time there.')
-  now = f'{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}'
-  file.truncate(0)
-  file.write(f'process {os.getpid()} on {socket.gethostname()}, since {now},')
-  file.flush()
-  return ''
 
 
 def write(config, workdir, corpus=None):

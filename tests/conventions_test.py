@@ -40,6 +40,7 @@ RANKS = (
     'text',
     'trackers',
     'group',
+    'lease',
   ),
   ('ops', 'sharding'),
   ('layers', 'muon'),

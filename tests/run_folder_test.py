@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -160,30 +159,13 @@ def test_a_folder_in_place_of_the_file(tmp_path):
     run_folder.read(tmp_path / 'nothing')
 
 
-HOLD = """
-import pathlib, sys
-from moejax import run_folder
-with run_folder.lock(pathlib.Path(sys.argv[1])):
-  print('locked', flush=True)
-  sys.stdin.read()
-"""
-
-
 def test_one_program_trains_in_a_folder(tmp_path):
   folder = tmp_path / 'new' / 'run'
-  command = [sys.executable, '-c', HOLD, str(folder)]
-  pipe = subprocess.PIPE
-  with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
-    assert process.stdout.readline() == 'locked\n'
-    with pytest.raises(
-      ValueError, match=f'run: process {process.pid} on .*, since 20.* is training'
-    ):
+  with run_folder.lock(folder):
+    holder = f'process {os.getpid()} on .*, since 20.* ago\\) is training there. Wait for it'
+    with pytest.raises(ValueError, match=f'^--workdir={folder}: {holder}'):
       with run_folder.lock(folder):
         pass
-    process.kill()
-  for _ in range(2):  # a dead process holds nothing, and neither does one that is done
-    with run_folder.lock(folder):
-      pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -118,8 +118,8 @@ def test_a_finished_run_leaves_everything_it_learnt(finished):
 
 
 def _files(folder):
-  """What every file of a run holds; the lock is of whoever came last."""
-  paths = (path for path in folder.rglob('*') if path.is_file() and path.name != 'lock')
+  """What every file of a run holds; the lease is of whoever came last."""
+  paths = (path for path in folder.rglob('*') if path.is_file() and path.parent.name != 'lease')
   return {path: path.read_bytes() for path in paths}
 
 
