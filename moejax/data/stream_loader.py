@@ -96,16 +96,23 @@ class StreamLoader:
   def load(self, directory: pathlib.Path) -> None:
     """Restores the position that `save` wrote.
 
-    Raises ValueError if nothing was saved there, or by a run with other data.
+    Raises ValueError if nothing was saved there, or by a run with other data, or if it is damaged.
     """
     path = directory / _FILE
     if not path.is_file():
       raise ValueError(f'the checkpoint has no position in a stream ({path} is missing).')
-    state = json.loads(path.read_text())
+    try:
+      state = files.parse_json(path.read_bytes())
+      saved = {key: state[key] for key in self._identity}
+      block, position = state['block'], Position(**state['position'])
+      if not all(type(number) is int and number >= 0 for number in (block, *position)):
+        raise ValueError('expected numbers')
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}).') from error
     for key, value in self._identity.items():
-      if state[key] != value:
-        raise ValueError(f'data.task: the saved position has {key} {state[key]}, this run {value}.')
-    self._start(state['block'], Position(**state['position']))
+      if saved[key] != value:
+        raise ValueError(f'data.task: the saved position has {key} {saved[key]}, this run {value}.')
+    self._start(block, position)
 
   def _start(self, number: int, position: Position) -> None:
     """Goes to a block, which begins at a position."""
@@ -134,6 +141,8 @@ class StreamLoader:
     for document in self._documents(position):
       pending.append(document)
       total += len(document[1])
+      if used >= total:
+        raise ValueError(f'data.task: the saved position, {position}, is not in the data.')
       while total - used > size:
         tokens = np.concatenate([ids for _, ids in pending])[used : used + size + 1]
         yield pending[0][0]._replace(token=used), tokens

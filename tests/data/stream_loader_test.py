@@ -260,3 +260,22 @@ def test_what_cannot_be_opened(make_config, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(ValueError, match=r'needs the package datasets: pip install'):
     open_task('owner/name')
+
+
+def test_a_damaged_position_is_refused(config, tmp_path):
+  loader = data.make_loader(config, 'train')
+  loader.save(tmp_path)
+  path = tmp_path / 'stream.json'
+  state = json.loads(path.read_text())
+  numbers = state['position']
+  damaged = ['[]', '{}', '{"', '[' * 10_000, json.dumps(state | {'block': -1})]
+  damaged += [json.dumps(state | {'position': numbers | {'x': 1}})]
+  damaged += [json.dumps(state | {'position': numbers | {'document': n}}) for n in (-1, '3', 0.5)]
+  for content in damaged:
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r'stream\.json is damaged'):
+      loader.load(tmp_path)
+  path.write_text(json.dumps(state | {'position': numbers | {'token': 10**12}}))
+  loader.load(tmp_path)
+  with pytest.raises(ValueError, match=r'the saved position, .* is not in the data'):
+    loader.batch(0)

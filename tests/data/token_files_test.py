@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -124,17 +125,22 @@ def test_damaged_directories(make_config, written, tmp_path):
       data.make_loader(config, 'validation')
 
 
-@pytest.fixture
-def large(make_config, tmp_path):
-  """A directory of byte tokens in several blocks, of text without repetition."""
-  (tmp_path / 'texts').mkdir()
+@pytest.fixture(scope='module')
+def several_blocks(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('large')
   for i in range(40):
     text = np.random.default_rng(i).integers(97, 123, 10_000, np.uint8).tobytes()
-    (tmp_path / 'texts' / f'{i}.txt').write_bytes(text)
-  tokenize.write(make_config(source='text', files=f'{tmp_path}/texts/*'), tmp_path / 'tokens')
-  for path in (tmp_path / 'tokens').iterdir():
+    (folder / f'{i}.txt').write_bytes(text)
+  tokenize.write(data.DataConfig(source='text', files=f'{folder}/*'), folder / 'tokens')
+  for path in (folder / 'tokens').iterdir():
     os.utime(path, (0, 0))  # its clock may tick only every few milliseconds
-  return tmp_path / 'tokens'
+  return folder / 'tokens'
+
+
+@pytest.fixture
+def large(several_blocks, tmp_path):
+  """A directory of byte tokens in several blocks, of text without repetition."""
+  return shutil.copytree(several_blocks, tmp_path / 'tokens')
 
 
 def _as_before_checksums(folder):
