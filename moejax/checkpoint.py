@@ -33,7 +33,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from moejax import files, group, manifest
+from moejax import buckets, files, group, manifest
 from moejax.differences import by_name, changed_fields, differences, misfit
 from moejax.exit_codes import RESUMABLE
 
@@ -58,16 +58,16 @@ class Checkpoints:
   """
 
   def __init__(self, directory, keep: int = 3, always: int = 0):
-    """Opens a folder, which need not exist yet, on a disk that all processes share.
+    """Opens a folder, which need not exist yet, in a bucket or on a disk that all processes share.
 
     `keep`: how many of the newest steps to keep. `always`: a step to keep beside them.
     """
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory = files.absolute(directory)
     self._link = _link(self._directory)
     self._keep, self._always = keep, always
     logging.get_absl_logger().addFilter(_is_worth_showing)
     sys.unraisablehook = _report_unraisable
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **_options(directory))
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save in progress
     self._has_saved = False
@@ -84,11 +84,10 @@ class Checkpoints:
       RuntimeError: its disk fails, or has no space for the checkpoints.
     """
     try:
-      self._directory.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self._directory)
       if jax.process_index() == 0:
         self._delete_all_but(manifest.steps(self._directory))
-      with tempfile.NamedTemporaryFile(dir=self._directory) as probe:
-        probe.write(bytes(1 << 16))  # more than fits on a nearly full disk
+      files.try_to_write(self._directory)
     except OSError as error:
       kind = RuntimeError if error.errno in _PASSING else ValueError
       raise kind(
@@ -97,7 +96,7 @@ class Checkpoints:
       ) from error
     most = self._keep + bool(self._always) + 1
     more = min(saves, max(1, most - len(manifest.steps(self._directory))))
-    free = shutil.disk_usage(self._directory).free
+    free = files.free_bytes(self._directory)
     if free < more * num_bytes:
       raise RuntimeError(
         f'workdir: {more} more checkpoints of {num_bytes / 1e6:.1f} MB will be on the disk of '
@@ -131,10 +130,9 @@ class Checkpoints:
       if jax.process_index() == 0:
         manifest.begin(folder)
       multihost_utils.sync_global_devices(f'checkpoint {step}: folder cleared')
-      data = folder / 'data'
-      data.mkdir(parents=True, exist_ok=True)
-      if loader is not None:
-        loader.save(data)
+      with files.to_fill(folder / 'data') as data:
+        if loader is not None:
+          loader.save(data)
       if jax.process_index() == 0:
         (folder / 'metadata.json').write_text(json.dumps(metadata))  # flushed by the commit
       arrays = by_name(state)
@@ -201,7 +199,7 @@ class Checkpoints:
     If a running training deletes that step meanwhile, a newer one is read.
     """
     while (step := self.latest_step()) is not None:
-      is_deleted = lambda step=step: not (self._folder(step) / 'metadata.json').exists()
+      is_deleted = lambda step=step: not files.exists(self._folder(step) / 'metadata.json')
       try:
         result = read(step)
       except ValueError:
@@ -233,7 +231,8 @@ class Checkpoints:
     """
     state = self._load(step, abstract_state, '', config)
     if loader is not None:
-      loader.load(self._folder(step) / 'data')
+      with files.on_disk(self._folder(step) / 'data') as data:
+        loader.load(data)
     return state
 
   def restore_params(self, step: int, abstract_params, config: dict | None = None):
@@ -275,11 +274,11 @@ class Checkpoints:
     """Whether every process sees a file that process 0 writes."""
     mark = self._directory / 'shared'
     if jax.process_index() == 0:
-      mark.touch()
+      files.write(mark, '')
     multihost_utils.sync_global_devices('checkpoints: mark written')
-    seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    seen = multihost_utils.process_allgather(np.int32(files.exists(mark)))
     if jax.process_index() == 0:
-      mark.unlink()
+      files.delete(mark)
     return seen.all()
 
   def _problem(self, step):
@@ -301,13 +300,13 @@ class Checkpoints:
     group.note_save()
 
   def _delete_all_but(self, steps):
-    for folder in self._directory.iterdir():
-      if manifest.is_step(folder.name) and int(folder.name) not in steps:
-        manifest.delete(folder)
+    for name in files.children(self._directory):
+      if manifest.is_step(name) and int(name) not in steps:
+        manifest.delete(self._directory / name)
 
   def _check_written(self, step, written):
     """Raises ValueError unless the arrays of a step can be read, and are those given to `save`."""
-    if not (self._folder(step) / manifest.ARRAYS).exists():
+    if not files.exists(self._folder(step) / manifest.ARRAYS):
       raise ValueError('its arrays do not read back: there is no list of them')
     if lines := differences(self._stored(step), written):
       raise ValueError(f'its arrays do not read back: {lines[0]}')
@@ -403,6 +402,8 @@ def _report_unraisable(unraisable):
 def _link(directory):
   """The directory itself, or a link to it if orbax would take its path for another, or for none."""
   path = str(directory)
+  if buckets.is_bucket(path):
+    return directory
   if path.isprintable() and not set('*?[\\') & set(path) and ':/' not in path:
     return directory
   link = pathlib.Path(tempfile.mkdtemp(prefix='moejax-')) / 'checkpoints'
@@ -410,17 +411,25 @@ def _link(directory):
   return link
 
 
+def _options(directory):
+  """Of orbax's checkpointer; in a bucket it must not rename what it has written."""
+  if not buckets.is_bucket(directory):
+    return {}
+  buckets.let_orbax_write_s3()
+  return {'temporary_path_class': ocp.path.atomicity.CommitFileTemporaryPath}
+
+
 def exists(directory, step: int | None = None) -> bool:
   """Whether a step, or any, was saved completely; its files may have been damaged since."""
-  saved = manifest.steps(pathlib.Path(directory))
+  saved = manifest.steps(files.path(directory))
   return bool(saved) if step is None else step in saved
 
 
 def read_metadata(directory, step: int) -> dict:
   """The metadata given to `Checkpoints.save`; ValueError if they cannot be read."""
-  path = pathlib.Path(directory) / str(step) / 'metadata.json'
+  path = files.path(directory) / str(step) / 'metadata.json'
   with one_line_errors(f'cannot read {path}'):
-    metadata = files.parse_json(path.read_bytes())
+    metadata = files.parse_json(files.read(path))
     if not isinstance(metadata, dict):
       raise ValueError('expected an object, {...}')
   return metadata
@@ -439,15 +448,30 @@ def give(directory, step: int, other, changes: dict) -> None:
     ValueError: the step is missing or damaged.
     OSError: `other` cannot be written; it has no new step.
   """
-  source, target = pathlib.Path(directory, str(step)), pathlib.Path(other, str(step))
+  source, target = files.path(directory) / str(step), files.path(other) / str(step)
   if problem := manifest.problem(source):
     raise ValueError(f'checkpoint {source}: {problem}')
   metadata, entries = read_metadata(directory, step) | changes, manifest.read(source)
-  with files.atomic_output(target) as unfinished:
-    shutil.copytree(source, unfinished, copy_function=_share)
+  with _unfinished(target) as unfinished:
+    if buckets.is_bucket(source) or buckets.is_bucket(target):
+      for name in entries:
+        files.copy(source / name, unfinished / name)
+    else:
+      shutil.copytree(source, unfinished, copy_function=_share)
     files.write(unfinished / 'metadata.json', json.dumps(metadata))
     manifest.write(unfinished, entries | manifest.checksums(unfinished, ['metadata.json']))
   files.flush_name(target)
+
+
+@contextlib.contextmanager
+def _unfinished(target):
+  """A folder that becomes the step `target` at the end, or itself: the manifest tells."""
+  if buckets.is_bucket(target):
+    manifest.begin(target)
+    yield target
+  else:
+    with files.atomic_output(target) as unfinished:
+      yield unfinished
 
 
 def _share(source, target):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moejax import compilation_cache, group, imports, signals
+from moejax import buckets, compilation_cache, group, imports, signals
 from moejax.exit_codes import FAILED, OK, RESUMABLE, USAGE
 from moejax.text import did_you_mean, duration
 
@@ -205,17 +205,20 @@ def join_processes():
     distributed.initialize(*given, args.join_timeout or group.TIMEOUT)
 
 
-def path(text):
-  """The local path that a flag or an argument names, with `~` expanded.
+def path(text, bucket=False):
+  """The path that a flag or an argument names, with `~` expanded; `bucket`: it may be in one.
 
   Raises:
     ValueError: the path is empty, in a bucket, or in the home of an unknown user.
   """
   if not text:
     raise ValueError('expected a path, got nothing.')
+  if bucket and buckets.is_bucket(text):
+    return str(buckets.path(text))
   if '://' in text:
+    expected = 'a local path, or one in gs:// or s3://,' if bucket else 'a local path,'
     raise ValueError(
-      f'expected a local path, got {text}. Mount the bucket, as launch/tpu_run.sh does (see '
+      f'expected {expected} got {text}. Mount the bucket, as launch/tpu_run.sh does (see '
       'docs/launch.md).'
     )
   expanded = os.path.expanduser(text)
@@ -227,25 +230,34 @@ def path(text):
 class _PathParser(flags.ArgumentParser):
   syntactic_help = 'a path'
 
+  def __init__(self, bucket=False):
+    super().__init__()
+    self._bucket = bucket
+
   def parse(self, argument):
-    return path(argument)
+    return path(argument, self._bucket)
 
 
 class _PathsParser(flags.ListParser):
+  def __init__(self, bucket=False):
+    super().__init__()
+    self._bucket = bucket
+
   def parse(self, argument):
-    return [path(item) for item in ([''] if argument == '' else super().parse(argument))]
+    items = [''] if argument == '' else super().parse(argument)
+    return [path(item, self._bucket) for item in items]
 
 
-def define_path(name, default, meaning, required=False):
-  """Defines a flag that holds a path."""
-  serializer = flags.ArgumentSerializer()
-  flags.DEFINE(_PathParser(), name, default, meaning, serializer=serializer, required=required)
+def define_path(name, default, meaning, required=False, bucket=False):
+  """Defines a flag that holds a path; `bucket`: it may be in one."""
+  serializer, parser = flags.ArgumentSerializer(), _PathParser(bucket)
+  flags.DEFINE(parser, name, default, meaning, serializer=serializer, required=required)
 
 
-def define_paths(name, default, meaning, required=False):
-  """Defines a flag that holds a comma-separated list of paths."""
-  serializer = flags.ListSerializer(',')
-  flags.DEFINE(_PathsParser(), name, default, meaning, serializer=serializer, required=required)
+def define_paths(name, default, meaning, required=False, bucket=False):
+  """Defines a flag that holds a comma-separated list of paths; `bucket`: they may be in one."""
+  serializer, parser = flags.ListSerializer(','), _PathsParser(bucket)
+  flags.DEFINE(parser, name, default, meaning, serializer=serializer, required=required)
 
 
 def integers(flag, texts) -> list[int]:

@@ -79,7 +79,9 @@ class MoejaxLM(TemplateLM):
         f'--model_args: expected workdir, mode, group_size or SECTION.FIELD, got {unknown[0]!r}.'
       )
     overrides = {name: str(value) for name, value in overrides.items()}
-    run_config, self._step, self._params, self._mesh = load_run(cli.path(str(workdir)), overrides)
+    run_config, self._step, self._params, self._mesh = load_run(
+      cli.path(str(workdir), bucket=True), overrides
+    )
     self._workdir, self._mode = str(workdir), mode
     self._tokenizer = run_config.tokenizer
     model = decoding(run_config.model, mode, group_size)

@@ -347,7 +347,7 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  cli.define_path('workdir', None, 'Folder of the run to evaluate.', required=True)
+  cli.define_path('workdir', None, 'Folder of the run to evaluate.', required=True, bucket=True)
   cli.define_path(
     'files',
     None,

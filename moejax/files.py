@@ -1,15 +1,22 @@
-"""Atomic, durable writing of files and folders; the cache folder; JSON of other people."""
+"""Files and folders, of the disk and of buckets; the cache folder; JSON of other people.
+
+Files are written atomically and durably. A path is a `pathlib.Path`, or in a bucket an epath.Path,
+which has the same names, parents and `/`; what is done with the files of a run goes through here.
+"""
 
 import contextlib
 import errno
 import json
+import math
 import os
 import pathlib
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from moejax import lease
+from moejax import buckets, lease
 
 _NO_FLUSH = {
   errno.EINVAL,
@@ -55,14 +62,120 @@ def cache_folder(name: str) -> pathlib.Path | None:
   return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
+def path(name: str | os.PathLike) -> Any:
+  """The path of a file or folder, in a bucket or not.
+
+  Raises:
+    ValueError: it cannot be in a bucket, or a package for that is missing.
+  """
+  return buckets.path(os.fspath(name)) if buckets.is_bucket(name) else pathlib.Path(name)
+
+
+def absolute(name: str | os.PathLike) -> Any:
+  """`path`, independent of the working directory."""
+  return path(name) if buckets.is_bucket(name) else pathlib.Path(name).absolute()
+
+
+def real(path) -> Any:
+  """`absolute`, without links."""
+  return path if buckets.is_bucket(path) else path.resolve()
+
+
+def read(path) -> bytes:
+  """The content of a file."""
+  return buckets.read(path) if buckets.is_bucket(path) else pathlib.Path(path).read_bytes()
+
+
+def chunks(path) -> Iterator[bytes]:
+  """The content of a file, part by part."""
+  if buckets.is_bucket(path):
+    yield from buckets.chunks(path)
+    return
+  with path.open('rb') as file:
+    while chunk := file.read(1 << 20):
+      yield chunk
+
+
+def exists(path) -> bool:
+  """Whether there is such a file or folder; a folder of a bucket is one with a file in it."""
+  return buckets.exists(path) if buckets.is_bucket(path) else pathlib.Path(path).exists()
+
+
+def names(folder) -> set[str]:
+  """The files in a folder and those below, by their names relative to it."""
+  if buckets.is_bucket(folder):
+    return buckets.names(folder)
+  # Not rglob, which fails if a folder vanishes meanwhile.
+  paths = (pathlib.Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+  return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+
+
+def children(folder) -> set[str]:
+  """The names of files and folders in a folder; none if it does not exist."""
+  if buckets.is_bucket(folder):
+    return buckets.children(folder)
+  return {path.name for path in folder.glob('*')}
+
+
+def delete(path) -> None:
+  """Deletes a file, or a folder with all that can be deleted in it."""
+  if buckets.is_bucket(path):
+    buckets.delete(path)
+  elif path.is_file():
+    path.unlink()
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def make_folder(path) -> None:
+  """Creates a folder and those above it; a bucket needs none."""
+  if not buckets.is_bucket(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def append(path) -> Any:
+  """Opens a file to append to it, without a buffer."""
+  return buckets.Growing(path) if buckets.is_bucket(path) else path.open('ab', buffering=0)
+
+
+def sync(file) -> None:
+  """Waits until the disk, or the bucket, has all that was written to a file of `append`."""
+  if isinstance(file, buckets.Growing):
+    file.sync()
+  else:
+    os.fsync(file)
+
+
+def try_to_write(folder) -> None:
+  """Raises OSError or RuntimeError unless files can be written in a folder."""
+  if buckets.is_bucket(folder):
+    probe = folder / f'probe-{uuid.uuid4()}'
+    buckets.write(probe, b'')
+    buckets.delete(probe)
+    return
+  with tempfile.NamedTemporaryFile(dir=folder) as probe:
+    probe.write(bytes(1 << 16))  # more than fits on a nearly full disk
+
+
+def free_bytes(folder) -> float:
+  """How many bytes can still be written to a folder."""
+  return math.inf if buckets.is_bucket(folder) else shutil.disk_usage(folder).free
+
+
 @contextlib.contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path for a file or folder, which is renamed to `path` at the end.
 
   Missing parent folders are created. On an error, what was written is deleted. After a power cut at
-  any time, `path` is what it was before, or all of what was written.
+  any time, `path` is what it was before, or all of what was written. In a bucket, that holds for
+  every file of a folder alone.
   """
   lease.check()
+  if buckets.is_bucket(path):
+    with tempfile.TemporaryDirectory() as folder:
+      yield (temporary := pathlib.Path(folder, os.path.basename(path)))
+      upload(temporary, path)
+    return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # keeps the suffix: savefig reads it
@@ -85,20 +198,70 @@ def atomic_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
   """Writes a file atomically, text as UTF-8, replacing an existing one."""
+  content = content.encode() if isinstance(content, str) else content
+  if buckets.is_bucket(path):
+    lease.check()
+    return buckets.write(path, content)
   with atomic_output(path) as temporary:
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.write_bytes(content)
 
 
-def flush(path: pathlib.Path) -> None:
-  """Waits until the disk has a file, or a folder and all that is in it."""
+def upload(source: pathlib.Path, target) -> None:
+  """Copies a file of this disk, or a folder and all in it, to a bucket."""
+  if source.is_file():
+    buckets.upload(source, target)
+  for name in sorted(names(source)):
+    buckets.upload(source / name, target / name)
+
+
+def copy(source, target) -> None:
+  """Copies a file; one of the two is in a bucket."""
+  if buckets.is_bucket(source) and buckets.is_bucket(target):
+    return buckets.copy(source, target)
+  if buckets.is_bucket(target):
+    return buckets.upload(source, target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  buckets.download(source, target)
+
+
+@contextlib.contextmanager
+def to_fill(folder) -> Iterator[pathlib.Path]:
+  """A folder of the disk whose files `folder` has at the end: itself, or a temporary one."""
+  if not buckets.is_bucket(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    yield pathlib.Path(temporary)
+    upload(pathlib.Path(temporary), folder)
+
+
+@contextlib.contextmanager
+def on_disk(folder) -> Iterator[pathlib.Path]:
+  """A folder of the disk with the files of a folder: itself, or a temporary copy of a bucket's."""
+  if not buckets.is_bucket(folder):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    for name in buckets.names(folder):
+      copy(folder / name, pathlib.Path(temporary, name))
+    yield pathlib.Path(temporary)
+
+
+def flush(path) -> None:
+  """Waits until the disk has a file, or a folder and all that is in it; a bucket has it at once."""
+  if buckets.is_bucket(path):
+    return
   if path.is_dir():
     for child in path.iterdir():
       flush(child)
   _flush_one(path)
 
 
-def flush_name(path: pathlib.Path) -> None:
+def flush_name(path) -> None:
   """Waits until the disk has the name of a file or folder, and those of the folders above it."""
+  if buckets.is_bucket(path):
+    return
   for folder in path.resolve().parents:
     with contextlib.suppress(PermissionError):  # no folder of ours
       _flush_one(folder)

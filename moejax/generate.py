@@ -284,7 +284,9 @@ def main(overrides):
 
 def _define_flags():
   cli.define_process_flags()
-  cli.define_path('workdir', None, 'Folder of the run to generate from.', required=True)
+  cli.define_path(
+    'workdir', None, 'Folder of the run to generate from.', required=True, bucket=True
+  )
   flags.DEFINE_multi_string(
     'prompt',
     None,

@@ -16,7 +16,6 @@ that resumes; what a dying process did after its last log line is not known.
 
 import json
 import math
-import pathlib
 import time
 
 from moejax import files, metrics, text
@@ -77,7 +76,7 @@ class Ledger:
   def write(self, workdir, step: int) -> None:
     """Writes `goodput.json` of a run at `step`."""
     content = json.dumps({'step': step, 'seconds': self.seconds}, indent=2)
-    files.write(pathlib.Path(workdir) / _FILE, content + '\n')
+    files.write(files.path(workdir) / _FILE, content + '\n')
 
   def describe(self) -> str:
     """One line: the fraction of the time spent in training steps, and the other phases."""
@@ -93,7 +92,7 @@ class Ledger:
 def _read(workdir):
   """(step, seconds by phase) of `goodput.json`; (0, {}) if it is missing or unreadable."""
   try:
-    entry = json.loads((pathlib.Path(workdir) / _FILE).read_text())
+    entry = json.loads(files.read(files.path(workdir) / _FILE))
     step, seconds = int(entry['step']), {phase: float(entry['seconds'][phase]) for phase in PHASES}
   except (KeyError, OSError, RecursionError, TypeError, ValueError):
     return 0, {}

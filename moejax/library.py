@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from moejax import (
   config as config_lib,
   decode,
   evaluate,
+  files,
   generate,
   imports,
   model as model_lib,
@@ -74,7 +74,7 @@ def fit(config: Any, workdir: str | os.PathLike) -> 'Run':
     KeyboardInterrupt: after Ctrl-C or SIGTERM, with everything saved: the same call resumes.
   """
   config = get_config(config) if isinstance(config, str) else config
-  workdir = pathlib.Path(cli.path(os.fspath(workdir))).absolute()
+  workdir = files.absolute(cli.path(os.fspath(workdir), bucket=True))
   if train.train(config, workdir) == cli.INTERRUPTED:
     raise KeyboardInterrupt(f'saved in {workdir}; the same call resumes it')
   return load(workdir)
@@ -92,7 +92,7 @@ def load(workdir: str | os.PathLike, allow_imports: bool = False) -> 'Run':
     ValueError: there is no run or no checkpoint, its tokenizer is missing, or its code is not
       allowed.
   """
-  workdir = cli.path(os.fspath(workdir))
+  workdir = cli.path(os.fspath(workdir), bucket=True)
   with imports.allowed(allow_imports):
     run_config, step, params, mesh = run_folder.load_run(workdir)
     config = run_folder.read(workdir)

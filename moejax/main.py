@@ -18,9 +18,9 @@ import sys
 from absl import flags
 
 import moejax
-from moejax import cli
+from moejax import cli, files
 
-cli.define_path('workdir', None, 'Folder of the run; by default a new one in runs/.')
+cli.define_path('workdir', None, 'Folder of the run; by default a new one in runs/.', bucket=True)
 cli.define_process_flags()
 _PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print the config as YAML, with what it means and implies, and stop.'
@@ -36,7 +36,7 @@ def main(config):
 
   workdir = flags.FLAGS.workdir
   with contextlib.nullcontext(workdir) if workdir else _new_folder() as folder:
-    code = train.train(config, pathlib.Path(folder).absolute(), began=moejax.STARTED)
+    code = train.train(config, files.absolute(folder), began=moejax.STARTED)
   if code == cli.INTERRUPTED:
     cli.say_how_to_resume(*([] if workdir else [f'--workdir={folder}']))
   return code

@@ -15,12 +15,10 @@ step while a run may delete it has read a whole one if metadata.json is still th
 import concurrent.futures
 import contextlib
 import json
-import os
 import pathlib
-import shutil
 import zlib
 
-from moejax import files
+from moejax import buckets, files
 
 _NAME = 'manifest.json'
 ARRAYS = 'state/manifest.ocdbt'  # of all processes, merged
@@ -52,7 +50,7 @@ def read(folder: pathlib.Path) -> dict:
     ValueError: there is no manifest, or it is damaged.
   """
   try:
-    manifest = json.loads((folder / _NAME).read_bytes())
+    manifest = json.loads(files.read(folder / _NAME))
     entries = manifest.get('files')
     is_sealed = isinstance(entries, dict)
     is_right = not is_sealed or manifest.get('crc32') == _crc32(entries)
@@ -97,13 +95,13 @@ def is_unverifiable(folder: pathlib.Path) -> bool:
   That is its manifest; or the list of arrays, which versions before 2026-11 forgot, without a word,
   in folders with * ? [ in their path.
   """
-  if not (folder / 'metadata.json').exists() or not (folder / 'state').is_dir():
+  if not files.exists(folder / 'metadata.json') or not (folder / 'state').is_dir():
     return False
   try:
     read(folder)
   except ValueError:
     return True
-  return not (folder / ARRAYS).exists()
+  return not buckets.is_bucket(folder) and not files.exists(folder / ARRAYS)
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -120,7 +118,7 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def _numbers(directory):
-  return sorted(int(path.name) for path in directory.glob('*') if is_step(path.name))
+  return sorted(int(name) for name in files.children(directory) if is_step(name))
 
 
 def is_step(name: str) -> bool:
@@ -131,9 +129,9 @@ def is_step(name: str) -> bool:
 def was_saved(folder: pathlib.Path) -> bool:
   """Whether a step was saved completely; its files may have been damaged since."""
   try:
-    return (folder / _NAME).read_bytes() != _UNFINISHED
+    return files.read(folder / _NAME) != _UNFINISHED
   except OSError:
-    return (folder / 'state').exists()  # its name is given when all arrays are written
+    return files.exists(folder / 'state')  # its name is given when all arrays are written
 
 
 def newest(
@@ -160,11 +158,11 @@ def newest(
 
 def delete(folder: pathlib.Path) -> None:
   """Deletes a step, or whatever is in its place."""
-  if folder.is_file():
-    folder.unlink()
   with contextlib.suppress(OSError):
-    (folder / 'metadata.json').unlink()
-  shutil.rmtree(folder, ignore_errors=True)
+    files.delete(folder / 'metadata.json')
+  for part in ('state', 'data'):  # a save that is not finished is marked so until the end
+    files.delete(folder / part)
+  files.delete(folder)
 
 
 def checksums(folder, names) -> dict:
@@ -175,9 +173,8 @@ def checksums(folder, names) -> dict:
 
 def _checksum(path):
   size = crc = 0
-  with path.open('rb') as file:
-    while chunk := file.read(1 << 20):
-      size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+  for chunk in files.chunks(path):
+    size, crc = size + len(chunk), zlib.crc32(chunk, crc)
   return {'size': size, 'crc32': crc}
 
 
@@ -187,6 +184,4 @@ def _crc32(entries):
 
 def _names(folder):
   """The files of a step, but for its manifest."""
-  # Not rglob, which fails if a folder vanishes meanwhile.
-  paths = (pathlib.Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-  return {p.relative_to(folder).as_posix() for p in paths if p.is_file()} - {_NAME}
+  return files.names(folder) - {_NAME}

@@ -6,14 +6,12 @@ per step. Non-finite numbers are null, because JSON has no NaN.
 
 import json
 import math
-import os
-import pathlib
 import time
 
 import jax
 import numpy as np
 
-from moejax import files, lease
+from moejax import buckets, files, lease
 from moejax.exit_codes import FAILS_AGAIN
 from moejax.trackers import Trackers
 
@@ -36,7 +34,7 @@ class MetricsWriter:
     if damaged:
       print(f'note: {workdir}/{_FILE} is damaged; {damaged} lines that cannot be read are dropped')
     copy(workdir, workdir, start_step)
-    self._file = (pathlib.Path(workdir) / _FILE).open('ab', buffering=0)
+    self._file = files.append(files.path(workdir) / _FILE)
     self._unwritten, self._has_warned = b'', False
     self._trackers = Trackers(trackers, workdir, config or {}, start_step)
 
@@ -52,7 +50,8 @@ class MetricsWriter:
 
   def sync(self) -> None:
     """Waits until the lines are on the disk, before a checkpoint that must not outlive them."""
-    self._append(os.fsync)
+    self._append(files.sync)
+    self._trackers.sync()
 
   def close(self) -> None:
     """Closes the file and the trackers."""
@@ -68,9 +67,10 @@ class MetricsWriter:
       while self._unwritten:
         self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
       finish(self._file)
-    except OSError as error:
+    except (OSError, buckets.Failed) as error:
       if not self._has_warned:
-        print(f'warning: {self._file.name}: {error.strerror}; lines are kept to be written later')
+        why = getattr(error, 'strerror', None) or error
+        print(f'warning: {self._file.name}: {why}; lines are kept to be written later')
       self._has_warned = True
 
 
@@ -101,10 +101,10 @@ def read_metrics(workdir) -> list[dict]:
 
 def _read(workdir):
   """The entries of all intact lines, and the number of damaged ones."""
-  path = pathlib.Path(workdir) / _FILE
-  if not path.exists():
+  path = files.path(workdir) / _FILE
+  if not files.exists(path):
     return [], 0
-  *lines, last = path.read_text(errors='replace').split('\n')
+  *lines, last = files.read(path).decode(errors='replace').split('\n')
   entries = [_entry(line) for line in lines]
   intact = [entry for entry in entries if entry]
   return intact, len(entries) - len(intact) + bool(last)  # which is incomplete
@@ -126,7 +126,7 @@ def copy(workdir, other, step: int) -> None:
   """Writes the lines of a run until a step to the folder `other`; of step 0, none."""
   first = step + 1 if step else 0
   kept = [entry for entry in read_metrics(workdir) if entry['step'] < first]
-  files.write(pathlib.Path(other) / _FILE, ''.join(map(_line, kept)))
+  files.write(files.path(other) / _FILE, ''.join(map(_line, kept)))
 
 
 def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:

@@ -1,8 +1,11 @@
 """Profiler traces of chosen steps, for Perfetto and XProf."""
 
+import contextlib
 import re
 
 import jax
+
+from moejax import files
 
 
 def parse(text: str) -> range:
@@ -23,14 +26,14 @@ class Profiler:
   """Traces those of the steps that this process trains into a folder; to be closed."""
 
   def __init__(self, steps: range, folder):
-    self._steps, self._folder = steps, folder
+    self._steps, self._folder, self._writing = steps, folder, contextlib.ExitStack()
     self._first = self._last = None  # steps that are in the trace; None: no trace is being taken
 
   def step(self, number: int):
     """A context in which step `number` is dispatched; it has this number in the trace."""
     if number in self._steps:
       if self._first is None:
-        jax.profiler.start_trace(str(self._folder))
+        jax.profiler.start_trace(str(self._writing.enter_context(files.to_fill(self._folder))))
         self._first = number
       self._last = number
     return jax.profiler.StepTraceAnnotation('train', step_num=number)
@@ -44,6 +47,7 @@ class Profiler:
     if self._first is None:
       return
     jax.profiler.stop_trace()
+    self._writing.close()
     print(
       f'profile of steps {self._first} to {self._last}: open {self._folder}/plugins/profile/*/'
       '*.trace.json.gz in https://ui.perfetto.dev, or run pip install tensorboard xprof and '

@@ -217,7 +217,7 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  cli.define_path('workdir', None, 'Folder of the run.', required=True)
+  cli.define_path('workdir', None, 'Folder of the run.', required=True, bucket=True)
   flags.DEFINE_integer('step', None, 'The step to run again, from 1.', lower_bound=1)
   flags.mark_flag_as_required('step')
   cli.run(main, needs_config=False, takes_overrides=True)

@@ -228,7 +228,7 @@ def read_summary(workdir) -> dict:
 
 def _summary(workdir) -> dict | None:
   try:
-    summary = json.loads((pathlib.Path(workdir) / 'summary.json').read_text())
+    summary = json.loads(files.read(files.path(workdir) / 'summary.json'))
   except (OSError, RecursionError, ValueError):
     return None
   return summary if isinstance(summary, dict) else None
@@ -248,4 +248,4 @@ def has_finished(workdir) -> bool:
 def write_summary(workdir, summary: dict) -> None:
   """Writes summary.json atomically."""
   content = json.dumps(metrics.plain(summary), indent=2, sort_keys=True, allow_nan=False)
-  files.write(pathlib.Path(workdir) / 'summary.json', content + '\n')
+  files.write(files.path(workdir) / 'summary.json', content + '\n')

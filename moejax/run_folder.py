@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from moejax import (
+  buckets,
   checkpoint,
   cli,
   config as config_lib,
@@ -33,15 +33,18 @@ from moejax.differences import changed_fields
 
 @contextlib.contextmanager
 def lock(workdir):
-  """A context in which no other run writes to this folder; process 0 holds its `lease`.
+  """A context in which no other run writes to this folder; process 0 holds its `lease`. A bucket
+  has none.
 
   Raises:
     ValueError: another program holds the folder, or it cannot be written.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   with contextlib.ExitStack() as stack:
     holder = ''
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and buckets.is_bucket(workdir):
+      print('note: a bucket has no locks: train with one program at a time in this folder')
+    elif jax.process_index() == 0:
       try:
         stack.enter_context(lease.held(workdir))
       except lease.Held as held:
@@ -63,7 +66,7 @@ def write(config, workdir, corpus=None):
   """Writes `config.json` for `read`; the fingerprint `corpus` is there for people only."""
   of_own = {'imports': code} if (code := imports.remembered()) else {}
   text = json.dumps({'corpus': corpus, **of_own, **config.to_dict()}, indent=2)
-  files.write(pathlib.Path(workdir) / 'config.json', text)
+  files.write(files.path(workdir) / 'config.json', text)
 
 
 def read(workdir, flag='--workdir'):
@@ -78,14 +81,14 @@ def read(workdir, flag='--workdir'):
     ValueError: there is no run in `workdir`, this version cannot read its config, or the code is
       missing or not allowed.
   """
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
+  path = files.path(workdir) / 'config.json'
+  if not files.exists(path):
     raise ValueError(f'{flag}={workdir} holds no run: {path} does not exist.')
   try:
     saved = read_json(path)
   except ValueError as error:
     step, _ = manifest.newest(checkpoint_dir(workdir))
-    if step is None or not path.is_file():
+    if step is None or path.is_dir():
       raise
     saved = checkpoint.read_metadata(checkpoint_dir(workdir), step)['config']
     print(f'note: {error} Until then, the config of checkpoint {step} is used.', file=sys.stderr)
@@ -96,7 +99,7 @@ def read(workdir, flag='--workdir'):
 def read_json(path):
   """The object in a JSON file of a run; ValueError if it cannot be read or is not an object."""
   try:
-    content = pathlib.Path(path).read_bytes()
+    content = files.read(path)
   except OSError as error:
     raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
   return parse_json(content, path)
@@ -160,7 +163,7 @@ def from_saved(saved, source):
 
 def checkpoint_dir(workdir):
   """The folder of a run's checkpoints."""
-  return pathlib.Path(workdir) / 'checkpoints'
+  return files.path(workdir) / 'checkpoints'
 
 
 def checkpoints(workdir, run_config):
@@ -194,7 +197,7 @@ def fork(source, step, config, workdir):
     ValueError: the checkpoint is missing or damaged.
     OSError: `workdir` cannot be written.
   """
-  source, workdir = pathlib.Path(source), pathlib.Path(workdir)
+  source, workdir = files.path(source), files.path(workdir)
   taken = checkpoint_dir(source)
   write(config, workdir, checkpoint.read_metadata(taken, step).get('corpus'))
   metrics.copy(source, workdir, step)
@@ -212,7 +215,7 @@ RESUMABLE_FIELDS |= {f'data.{name}' for name in _TEXT_FIELDS}
 
 def check_same_run(config, workdir):
   """Raises ValueError if `workdir` holds a run with another model or other data."""
-  if (pathlib.Path(workdir) / 'config.json').exists():
+  if files.exists(files.path(workdir) / 'config.json'):
     what = f'--workdir={workdir} holds a run with another configuration'
     _check_unchanged(read(workdir), config, ('model.', 'data.'), what)
 

@@ -14,6 +14,7 @@ from moejax import (
   config as config_lib,
   data,
   estimate,
+  files,
   flops,
   goodput,
   imports,
@@ -191,7 +192,7 @@ def is_finished(run):
   """Whether an earlier process trained all steps and wrote the summary."""
   steps = run.run_config.train.steps
   summary = report.read_summary(run.workdir)
-  if run.step == steps and not summary and (run.workdir / 'summary.json').exists():
+  if run.step == steps and not summary and files.exists(run.workdir / 'summary.json'):
     print('note: summary.json is damaged, and is written again')
   return run.step == steps == summary.get('steps') and report.is_finished(summary)
 

@@ -10,13 +10,12 @@ import contextlib
 import importlib.util
 import math
 import os
-import pathlib
 import secrets
 import sys
 import time
 from typing import Any
 
-from moejax import files
+from moejax import buckets, files
 
 
 @contextlib.contextmanager
@@ -48,7 +47,9 @@ class TensorBoard:
     del config
     proto: Any = event_pb2
     self._scalar, self._event = summary.scalar, proto.Event
-    prefix = str(pathlib.Path(workdir) / 'events')  # short runs would share a file name
+    self._workdir, self._writing = files.path(workdir), contextlib.ExitStack()
+    self._folder = self._writing.enter_context(files.to_fill(self._workdir))
+    prefix = str(self._folder / 'events')  # short runs would share a file name
     self._events = event_file_writer.EventsWriter(prefix, f'.{start_step}')
     first = start_step + 1 if start_step else 0  # TensorBoard drops what an earlier process wrote
     self._write(first, session_log=proto.SessionLog(status=proto.SessionLog.START))
@@ -63,8 +64,13 @@ class TensorBoard:
   def _write(self, step, **content):
     self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
 
+  def sync(self):
+    if buckets.is_bucket(self._workdir):
+      files.upload(self._folder, self._workdir)
+
   def close(self):
     self._events.close()
+    self._writing.close()
 
 
 class WandB:
@@ -80,15 +86,15 @@ class WandB:
     del start_step
     import wandb
 
-    workdir = pathlib.Path(workdir)
+    workdir = files.path(workdir)
     path = workdir / 'wandb_id'
-    if not path.exists():
+    if not files.exists(path):
       files.write(path, secrets.token_hex(4))
     offline = os.environ.get('WANDB_MODE') == 'offline'  # uploads of one id become one run there
     self._run = wandb.init(
-      id=path.read_text(),
+      id=files.read(path).decode(),
       resume=None if offline else 'allow',
-      dir=workdir,
+      dir=None if buckets.is_bucket(workdir) else workdir,
       project=os.environ.get('WANDB_PROJECT', 'moejax'),
       name=os.environ.get('WANDB_NAME', workdir.name),
       config=config,
@@ -129,6 +135,12 @@ class Trackers:
     for name, tracker in list(self._trackers.items()):
       with self._guarded(name):
         tracker.write(step, metrics)
+
+  def sync(self) -> None:
+    """Writes what they keep only in memory or on this disk."""
+    for name, tracker in list(self._trackers.items()):
+      with self._guarded(name):
+        getattr(tracker, 'sync', lambda: None)()
 
   def close(self) -> None:
     """Closes them, once."""

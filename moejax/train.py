@@ -7,7 +7,6 @@ step. Only states that are finite and have a finite loss are saved.
 import contextlib
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import jax
 
 from moejax import (
   cli,
+  files,
   goodput,
   metrics as metrics_lib,
   profiling,
@@ -58,7 +58,7 @@ def train(
     RuntimeError: there is no room for checkpoints, or one cannot be saved.
   """
   ledger = goodput.Ledger(began)
-  run = prepare(config, pathlib.Path(workdir))
+  run = prepare(config, files.path(workdir))
   run.ledger, run.origin = ledger, origin
   with (
     jax.set_mesh(run.mesh),

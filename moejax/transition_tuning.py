@@ -12,7 +12,6 @@ at the cost of a sparse model. `--router=mot` keeps mixing, in groups of another
 import contextlib
 import functools
 import json
-import pathlib
 import re
 from typing import Any
 
@@ -24,6 +23,7 @@ from absl import flags
 from moejax import (
   cli,
   config as config_lib,
+  files,
   metrics,
   optimizer as optimizer_lib,
   run_folder,
@@ -182,7 +182,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
   Returns:
     An exit code, as `train.train`.
   """
-  folder, workdir = pathlib.Path(folder).absolute(), pathlib.Path(workdir).absolute()
+  folder, workdir = files.absolute(folder), files.absolute(workdir)
   source = run_folder.open_run(folder, flag='--from')
   with contextlib.closing(source.checkpoints):
     config: Any = source.config.copy_and_resolve_references()
@@ -220,8 +220,10 @@ def main(overrides):
 
 if __name__ == '__main__':
   cli.define_process_flags()
-  cli.define_path('from', None, 'Folder of the Mixture-of-Tokens run to start from.', required=True)
-  cli.define_path('workdir', None, 'Folder of the new run.', required=True)
+  cli.define_path(
+    'from', None, 'Folder of the Mixture-of-Tokens run to start from.', required=True, bucket=True
+  )
+  cli.define_path('workdir', None, 'Folder of the new run.', required=True, bucket=True)
   flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'The router that the controller becomes.')
   flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
   for name, meaning in (

@@ -12,7 +12,7 @@ import pathlib
 
 from absl import flags
 
-from moejax import cli, manifest, run_folder
+from moejax import cli, files, manifest, run_folder
 from moejax.checkpoint import Checkpoints, one_line_errors
 from moejax.text import size, table
 
@@ -69,7 +69,7 @@ def _describe(directory, step, why):
 
 
 def main():
-  workdir = pathlib.Path(flags.FLAGS.workdir)
+  workdir = files.path(flags.FLAGS.workdir)
   directory, step = run_folder.checkpoint_dir(workdir), flags.FLAGS.accept
   if step is not None:
     with run_folder.lock(workdir):
@@ -82,6 +82,6 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.define_path('workdir', None, 'Folder of the run.', required=True)
+  cli.define_path('workdir', None, 'Folder of the run.', required=True, bucket=True)
   flags.DEFINE_integer('accept', None, 'A step to use although it has no manifest.', lower_bound=0)
   cli.run(main, needs_config=False)

@@ -206,7 +206,7 @@ PATHS = {
 }
 
 
-def test_every_program_has_help_and_refuses_a_bucket(go):
+def test_every_program_has_help_and_refuses_other_urls(go):
   for program, paths in PATHS.items():
     code, output = go(*program.split(), '--help')
     assert code == 0 and f'python -m moejax.{program} ' in output, f'{program}: {output}'
@@ -214,7 +214,7 @@ def test_every_program_has_help_and_refuses_a_bucket(go):
     assert output.count('--config.SECTION.FIELD=VALUE: ') <= 1, program
     for name in paths:
       others = [f'--{other}=x' for other in paths if other != name]
-      code, output = go(*program.split(), *others, f'--{name}=gs://bucket/x')
+      code, output = go(*program.split(), *others, f'--{name}=az://bucket/x')
       assert code == 2 and 'expected a local path' in output, f'{program}: {output}'
   code, output = go('scaling_laws', '--help')
   assert code == 0 and re.search('^  fit +Fits a law to runs.$', output, re.M)

@@ -3,9 +3,7 @@
 `compare` is the program as a function; `runs`, `speedup` and `table` are its parts.
 """
 
-import pathlib
-
-from moejax import report
+from moejax import files, report
 from moejax.compare import plot, table
 from moejax.compare.explain import notes
 from moejax.compare.runs import models, read
@@ -37,7 +35,7 @@ def compare(folders, output):
 
 def tabulate(runs, output):
   """`compare` for runs that `read` returned."""
-  output = pathlib.Path(output)
+  output = files.path(output)
   if output.suffix not in FORMATS:
     raise ValueError(f'--output={output}: expected a name that ends in {", ".join(FORMATS)}.')
   found = models(runs)

@@ -19,7 +19,13 @@ def main():
 
 if __name__ == '__main__':
   cli.define_paths(
-    'runs', None, 'Folders of runs, or folders of such; separated by commas.', required=True
+    'runs',
+    None,
+    'Folders of runs, or folders of such; separated by commas.',
+    required=True,
+    bucket=True,
   )
-  cli.define_path('output', 'compare.png', 'The plot to write; the table is beside it as .csv.')
+  cli.define_path(
+    'output', 'compare.png', 'The plot to write; the table is beside it as .csv.', bucket=True
+  )
   cli.run(main, needs_config=False)

@@ -6,7 +6,7 @@ import shlex
 
 import numpy as np
 
-from moejax import report, seeds
+from moejax import buckets, report, seeds
 from moejax.compare import runs as runs_lib, speedup
 from moejax.compare.runs import SEEDS, Model, Run
 
@@ -125,7 +125,7 @@ def _missing(models):
 def _command(baseline: Model) -> str:
   """Trains the baseline for longer, with all its seeds."""
   folder = baseline.runs[0].folder
-  if folder.is_relative_to(here := pathlib.Path.cwd()):
+  if not buckets.is_bucket(folder) and folder.is_relative_to(here := pathlib.Path.cwd()):
     folder = folder.relative_to(here)
   steps = baseline.runs[0].fields['train.steps']
   lengths = ','.join(str(round(times * steps)) for times in LONGER)

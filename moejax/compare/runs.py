@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
-from moejax import config as config_lib, metrics, report, run_folder
+from moejax import config as config_lib, files, metrics, report, run_folder
 
 SEEDS = ('train.seed', 'data.seed')
 _STEPS = 'train.steps'
@@ -100,8 +100,8 @@ def read(folders) -> list[Run]:
     ValueError: a folder holds no run with a checkpoint and an evaluation, or the runs are on
       different data.
   """
-  folders = [run for folder in folders for run in _runs_in(pathlib.Path(folder).absolute())]
-  folders = list({f.resolve(): f for f in reversed(folders)}.values())[::-1]
+  folders = [run for folder in folders for run in _runs_in(files.absolute(folder))]
+  folders = list({files.real(f): f for f in reversed(folders)}.values())[::-1]
   names = {folder: _name(folder, folders) for folder in folders}
   summaries = {folder: _summary(folder) for folder in folders}
   corpora = {folder: (s['corpus'], s['tokenizer']) for folder, s in summaries.items()}
@@ -115,9 +115,10 @@ def read(folders) -> list[Run]:
 
 def _runs_in(folder):
   """The folder, or its subfolders with a run if it has none itself."""
-  if (folder / 'summary.json').exists():
+  if files.exists(folder / 'summary.json'):
     return [folder]
-  inside = sorted(path.parent for path in folder.glob('*/summary.json'))
+  inside = [folder / name for name in sorted(files.children(folder))]
+  inside = [run for run in inside if files.exists(run / 'summary.json')]
   return inside or [folder]  # `_summary` says what is missing
 
 
@@ -132,10 +133,10 @@ def _name(run, runs):
 
 def _summary(run):
   path = run / 'summary.json'
-  if not path.exists():
+  if not files.exists(path):
     raise ValueError(f'--runs: {run} holds no run with a checkpoint: {path} does not exist.')
   try:
-    summary = json.loads(path.read_text())
+    summary = json.loads(files.read(path))
     for entry in (
       summary['parameters']['total'],
       summary['parameters']['active'],

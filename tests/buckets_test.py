@@ -1,0 +1,224 @@
+"""Runs in gs:// and s3://: what folders do holds there, after kills and damage too."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import buckets as buckets_lib, checkpoint, cli, files, manifest, metrics
+from moejax.checkpoint import Checkpoints
+from tests import buckets
+
+STATE = {'params': {'w': jnp.arange(24.0).reshape(6, 4)}, 'step': jnp.int32(3)}
+ABSTRACT = jax.tree.map(
+  lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), STATE
+)
+
+
+class Counter:
+  """A loader with a state."""
+
+  def __init__(self, count=0):
+    self.count = count
+
+  def save(self, directory):
+    (directory / 'count').write_text(str(self.count))
+
+  def load(self, directory):
+    self.count = int((directory / 'count').read_text())
+
+
+@pytest.fixture(scope='module')
+def services():
+  with pytest.MonkeyPatch.context() as patch, buckets.gcs(patch) as gcs, buckets.s3(patch):
+    yield gcs
+
+
+@pytest.fixture(params=['gs', 's3'])
+def folder(request, services, tmp_path, monkeypatch):
+  """A new folder of a bucket; nothing is written to this disk."""
+  monkeypatch.chdir(tmp_path)
+  yield files.path(f'{request.param}://bucket/{tmp_path.name}')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def opened():
+  """`opened(folder)` returns Checkpoints, closed at the end."""
+  found = []
+
+  def open_(folder, keep=3):
+    found.append(Checkpoints(folder, keep))
+    return found[-1]
+
+  yield open_
+  for one in found:
+    one.close()
+
+
+def test_paths_in_buckets(monkeypatch):
+  assert not buckets_lib.is_bucket('gs:/x') and not buckets_lib.is_bucket('runs/gs://x')
+  assert files.path('gs:/x') == pathlib.Path('gs:/x')
+  for text in ('gs://', 's3:///run', 'gs://bucket/lr[3e-4]', 'gs://b/a*', 'gs://b/a/../c'):
+    with pytest.raises(ValueError, match='expected .*://BUCKET/FOLDER without any of'):
+      cli.path(text, bucket=True)
+  with pytest.raises(ValueError, match='expected a local path, or one in gs:// or s3://, got az:'):
+    cli.path('az://bucket/run', bucket=True)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"in a bucket: pip install 'moejax\[gcs\]', or mount"):
+    cli.path('gs://bucket/run', bucket=True)
+
+
+def test_files(folder, tmp_path_factory):
+  path = folder / 'a' / 'text'
+  assert not files.exists(path) and not files.children(folder) and not files.names(folder)
+  files.write(path, 'é\n')
+  files.write(folder / 'b', b'1' * 100)
+  assert files.read(path).decode() == 'é\n' and b''.join(files.chunks(path)) == files.read(path)
+  assert files.exists(folder / 'a') and files.children(folder) == {'a', 'b'}
+  assert files.names(folder) == {'a/text', 'b'} and files.names(folder / 'a') == {'text'}
+  with files.atomic_output(folder / 'plot.png') as temporary:
+    assert temporary.suffix == '.png'
+    temporary.write_text('2')
+  with pytest.raises(KeyboardInterrupt), files.atomic_output(folder / 'b') as temporary:
+    temporary.write_text('half')
+    raise KeyboardInterrupt
+  with files.to_fill(folder / 'new') as disk:
+    files.write(disk / 'c' / 'd', '3')
+  with files.on_disk(folder) as disk:
+    assert (disk / 'b').read_bytes() == b'1' * 100 and (disk / 'new' / 'c' / 'd').exists()
+  files.copy(folder / 'new' / 'c' / 'd', folder / 'e')
+  assert files.read(folder / 'e') == b'3' and files.read(folder / 'plot.png') == b'2'
+  files.delete(folder / 'a')
+  files.delete(folder / 'b')
+  files.delete(folder / 'b')
+  assert files.children(folder) == {'e', 'new', 'plot.png'}
+  with pytest.raises(FileNotFoundError):
+    files.read(path)
+  missing = files.path(str(folder).replace('//bucket', '//none'))
+  with pytest.raises(ValueError, match='there is no bucket none'):
+    files.write(missing / 'x', '')
+
+
+def test_a_service_that_fails_is_no_missing_file(monkeypatch):
+  folder = buckets_lib.path('gs://bucket/run')
+
+  def fail(protocol):
+    raise ConnectionError('Connection\nreset')
+
+  monkeypatch.setattr('fsspec.filesystem', fail)
+  for use in (files.exists, files.names, files.children, files.read, manifest.steps):
+    with pytest.raises(buckets_lib.Failed, match='the storage service failed: Connection reset'):
+      use(folder)
+
+
+def save(checkpoints, step, count=0):
+  state = STATE | {'step': jnp.int32(step)}
+  checkpoints.save(step, state, Counter(count), {'config': {}, 'corpus': 'abc'})
+  checkpoints.wait()
+
+
+def test_checkpoints_are_saved_restored_and_deleted(folder, opened):
+  checkpoints = opened(folder, keep=1)
+  checkpoints.check_writable(1000)
+  for step in (3, 6):
+    save(checkpoints, step, step)
+  assert files.children(folder) == {'6'} and not [n for n in files.names(folder) if 'tmp' in n]
+  checkpoints, loader = opened(folder), Counter()
+  assert checkpoints.latest_step() == 6 and checkpoints.metadata(6)['corpus'] == 'abc'
+  restored = checkpoints.restore(6, ABSTRACT, loader)
+  np.testing.assert_array_equal(restored['params']['w'], STATE['params']['w'])
+  assert restored['step'] == 6 and loader.count == 6
+  checkpoint.give(folder, 6, folder / 'other', {'corpus': 'def'})
+  assert opened(folder / 'other').metadata(6)['corpus'] == 'def'
+  assert not manifest.problem(folder / 'other' / '6')
+
+
+def test_damaged_objects_are_noticed(services, opened):
+  folder = files.path('gs://bucket/damaged')
+  checkpoints = opened(folder)
+  save(checkpoints, 3)
+  save(checkpoints, 6)
+  arrays = max(name for name in files.names(folder / '6') if '/d/' in name)
+  for name, damage in (
+    (arrays, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    (arrays, lambda content: content[:-1]),
+    (arrays, None),
+    ('manifest.json', lambda content: content.replace(b'3', b'4', 1)),
+    ('manifest.json', None),
+  ):
+    content = files.read(folder / '6' / name)
+    files.delete(folder / '6' / name)
+    if damage:
+      files.write(folder / '6' / name, damage(content))
+    assert checkpoints.latest_step() == 3
+    with pytest.raises(ValueError, match='6 is damaged'):
+      checkpoints.restore(6, ABSTRACT)
+    files.write(folder / '6' / name, content)
+  assert checkpoints.latest_step() == 6
+
+
+def test_a_kill_between_any_two_requests_leaves_an_intact_step(services, opened, monkeypatch):
+  """All writes and deletions of a save that deletes an older step are repeated, one by one."""
+  folder = files.path('gs://bucket/killed')
+  checkpoints = opened(folder, keep=1)
+  checkpoints.check_writable(1000)
+  save(checkpoints, 3)
+  for name in files.names(folder):
+    files.write(folder.with_name('replayed') / name, files.read(folder / name))
+  requests, create, delete = [], services.create_file, services.delete_file
+
+  def recorded_create(bucket, name, content, *args):
+    requests.append((name, content))
+    return create(bucket, name, content, *args)
+
+  def recorded_delete(bucket, name):
+    requests.append((name, None))
+    return delete(bucket, name)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(services, 'create_file', recorded_create)
+    patch.setattr(services, 'delete_file', recorded_delete)
+    save(checkpoints, 6)
+  assert len(requests) > 20
+  replayed, seen = files.path('gs://bucket/replayed'), []
+  for number, (name, content) in enumerate(requests):
+    path = replayed / name.removeprefix('killed/')
+    files.delete(path) if content is None else files.write(path, content)
+    if number % 3 and not name.endswith('.json'):
+      continue  # to save time
+    seen.append(manifest.newest(replayed))
+    assert seen[-1] in ((3, {}), (6, {}))
+  steps = [step for step, _ in seen]
+  assert steps == sorted(steps) and steps[-1] == 6  # never back
+  again = opened(replayed)
+  again.check_writable(1000)
+  assert again.latest_step() == 6 and int(again.restore(6, ABSTRACT)['step']) == 6
+
+
+def test_lines_of_metrics_are_there_once_after_a_kill(folder, monkeypatch, capsys):
+  writer = metrics.MetricsWriter(folder, 0)
+  for step in (1, 2, 3):
+    writer.write(step, {'loss': step / 2})
+    if step == 2:
+      writer.sync()  # and a checkpoint
+  assert [entry['step'] for entry in metrics.read_metrics(folder)] == [1, 2]
+  writer = metrics.MetricsWriter(folder, 2)  # the first one was killed
+  with monkeypatch.context() as patch:
+    patch.setattr(buckets_lib, 'write', fail_to_write)
+    patch.setattr(buckets_lib, '_SECONDS', -1)
+    writer.write(3, {'loss': 1.5})
+    writer.sync()
+    writer.write(4, {'loss': 2})
+  assert capsys.readouterr().out.count('it fails; lines are kept to be written later') == 1
+  writer.close()
+  lines = files.read(folder / 'metrics.jsonl').decode().splitlines()
+  assert list(map(json.loads, lines)) == [{'step': i, 'loss': i / 2} for i in (1, 2, 3, 4)]
+
+
+def fail_to_write(path, content):
+  raise buckets_lib.Failed('it fails')
