@@ -67,7 +67,9 @@ class Checkpoints:
     self._keep, self._always = keep, always
     logging.get_absl_logger().addFilter(_is_worth_showing)
     sys.unraisablehook = _report_unraisable
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **_options(directory))
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(), temporary_path_class=_temporary_path_class(directory)
+    )
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # step and future of the save in progress
     self._has_saved = False
@@ -411,12 +413,12 @@ def _link(directory):
   return link
 
 
-def _options(directory):
-  """Of orbax's checkpointer; in a bucket it must not rename what it has written."""
+def _temporary_path_class(directory):
+  """How orbax makes a folder appear as a whole; in a bucket it must not rename one."""
   if not buckets.is_bucket(directory):
-    return {}
+    return None
   buckets.let_orbax_write_s3()
-  return {'temporary_path_class': ocp.path.atomicity.CommitFileTemporaryPath}
+  return ocp.path.atomicity.CommitFileTemporaryPath
 
 
 def exists(directory, step: int | None = None) -> bool:

@@ -19,17 +19,16 @@ from moejax import buckets, files
 
 
 @contextlib.contextmanager
-def _hidden(package):
-  """A context in which a package that is not imported yet seems not to be installed."""
-  hides = package not in sys.modules
+def _hidden(*packages):
+  """A context in which packages that are not imported yet seem not to be installed."""
   modules: dict[str, Any] = sys.modules
-  if hides:
-    modules[package] = None
+  hidden = dict.fromkeys(name for name in packages if name not in modules)
+  modules.update(hidden)
   try:
     yield
   finally:
-    if hides:
-      del modules[package]
+    for name in hidden:
+      del modules[name]
 
 
 class TensorBoard:
@@ -40,7 +39,8 @@ class TensorBoard:
   """
 
   def __init__(self, workdir, config, start_step):
-    with _hidden('torch'):  # it would import PyTorch, which takes a second, for tensors
+    # It would import them, which takes seconds, for tensors and events in buckets.
+    with _hidden('torch', 'boto3', 'google.cloud.storage'):
       from tensorboardX import event_file_writer, summary
       from tensorboardX.proto import event_pb2
 
