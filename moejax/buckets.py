@@ -54,14 +54,14 @@ def path(text: str) -> Any:
 @functools.cache
 def _configure():
   """Tells the libraries that others, TensorStore among them, write to the same folders."""
-  import fsspec
   from etils.epath import gpath
+  from fsspec import config
 
   os.environ.setdefault('EPATH_USE_TF', 'false')  # TensorFlow knows gs:// alone
   tf_is_installed: Any = gpath._is_tf_installed
   tf_is_installed.cache_clear()  # local paths have asked, too
   for name in ('gcs', 's3'):
-    fsspec.config.conf.setdefault(name, {}).setdefault('use_listings_cache', False)
+    config.conf.setdefault(name, {}).setdefault('use_listings_cache', False)
 
 
 class Failed(RuntimeError):
