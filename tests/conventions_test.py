@@ -28,6 +28,7 @@ RANKS = (
     'exit_codes',
     'differences',
     'fields',
+    'buckets',
     'files',
     'imports',
     'hardware',
