@@ -42,7 +42,8 @@ def main(arguments):
   if results is None:
     print('error: no results: the process that uses the device ended at once', file=sys.stderr)
     return 1
-  print(results.path.with_suffix('.md'))
+  page = results.path.with_suffix('.md')
+  print(page.read_text(), page, sep='\n')
   return 0
 
 

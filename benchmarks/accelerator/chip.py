@@ -59,13 +59,13 @@ def _matmul(size, dtype, precision, limits):
   product = functools.partial(jnp.matmul, precision=precision)
   limit = dtype if (dtype, precision) != ('float32', None) else 'float32 by default'
   specified = limits.peak if dtype == 'bfloat16' else None
-  return _row(limits, timing.Program(product, x, y), limit, 2 * size**3, specified)
+  return _row(limits, timing.program(product, x, y), limit, 2 * size**3, specified)
 
 
 def _copy(numbers, limits):
   x = jax.random.normal(jax.random.key(0), (numbers,))
   specified = limits.chip.memory_bandwidth if limits.chip else None
-  return _row(limits, timing.Program(jnp.negative, x), 'bytes', 2 * x.nbytes, specified)
+  return _row(limits, timing.program(jnp.negative, x), 'bytes', 2 * x.nbytes, specified)
 
 
 def _exponentials(numbers, limits):
@@ -75,7 +75,7 @@ def _exponentials(numbers, limits):
     return x
 
   x = jax.random.uniform(jax.random.key(0), (numbers,))
-  return _row(limits, timing.Program(chain, x), 'exps', _CHAIN * numbers, None)
+  return _row(limits, timing.program(chain, x), 'exps', _CHAIN * numbers, None)
 
 
 def _row(limits, program, limit, number, specified):
@@ -92,12 +92,12 @@ def _turn(limits):
   def loop(turns, x):
     return jax.lax.fori_loop(0, turns, lambda i, x: x.at[i % 8].add(x[(i + 1) % 8]), x)
 
-  program = timing.Program(loop, jnp.int32(_TURNS), jnp.zeros((8, 1024)))
+  program = timing.program(loop, jnp.int32(_TURNS), jnp.zeros((8, 1024)))
   time = timing.Time(*(t / _TURNS for t in program.time(tables.seconds(limits.tiny, 0.5))))
   return {'seconds': time.median, 'time': time} | program.costs()
 
 
 def _call(limits):
-  program = timing.Program(lambda x: x + 1, jnp.float32(0))
+  program = timing.program(lambda x: x + 1, jnp.float32(0))
   time = program.time(tables.seconds(limits.tiny, 0.5))
   return {'seconds': time.median, 'time': time} | program.costs()

@@ -58,7 +58,7 @@ def _ours(make, form, passes, sizes, limits):
   function = op.forms[form]
   if passes == 'with gradients':
     function = timing.with_gradients(function, op.differentiated)
-  program = timing.Program(function, *jax.jit(op.args)())
+  program = timing.program(function, *jax.jit(op.args)())
   time = program.time(tables.seconds(limits.tiny, 0.3))
   return _row(time, op.work(passes), limits) | program.costs()
 

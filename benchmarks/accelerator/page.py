@@ -36,11 +36,18 @@ def _head(content):
   return '\n'.join(lines)
 
 
+def _table(part, rows):
+  try:
+    return part.table(rows)
+  except Exception as error:  # the numbers are in the JSON file
+    return f'No table: {type(error).__name__}: {error}.'
+
+
 def _section(part, cases, rows):
   lines = [f'## {part.TITLE}', '', part.ABOUT, '']
   good = [row for row in rows if 'error' not in row]
   if good:
-    lines += [part.table(good), '']
+    lines += [_table(part, good), '']
   failed = [[row['case'], f'{row["took"]:.1f}', row['error']] for row in rows if 'error' in row]
   if failed:
     lines += [tables.markdown(['failed', 'after s', 'error'], failed), '']

@@ -9,7 +9,7 @@ import time
 # Parts in the order of their worth, and their shares of the time. What one does not use, the next
 # ones have.
 SHARES = {'chip': 1, 'values': 4, 'steps': 9, 'ops': 4, 'profile': 2, 'decoding': 2}
-_LEAST_LIMIT = 45.0  # seconds that a case may take in any part: most of it compiles
+_LEAST_LIMIT = 60.0  # seconds that a case may take in any part: most of it compiles
 
 
 @dataclasses.dataclass(frozen=True)

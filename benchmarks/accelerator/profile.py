@@ -57,8 +57,12 @@ def _case(name, family, tiny, limits):
         metrics = training()
       jax.block_until_ready(metrics)
     (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
-    found = kernels(jax.profiler.ProfileData.from_file(str(path)))
-  return summarize(list(itertools.chain(*found)))
+    trace = jax.profiler.ProfileData.from_file(str(path))
+    found = list(itertools.chain(*kernels(trace)))
+  if not found:
+    lines = [f'{plane.name}: {line.name}' for plane in trace.planes for line in plane.lines]
+    raise RuntimeError(f'the profile has no kernels, but {lines}')
+  return summarize(found)
 
 
 def kernels(profile):
@@ -101,8 +105,6 @@ def _alone(events):
 
 def summarize(found):
   """A row: of some Kernels, those with the most time, per step."""
-  if not found:
-    raise RuntimeError('the profile has no kernels')
   seconds, count = collections.Counter(), collections.Counter()
   for kernel in found:
     seconds[kernel.name] += kernel.alone / 1e9 / _STEPS

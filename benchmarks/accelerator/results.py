@@ -52,7 +52,7 @@ class Results:
     files.write(self.path.with_suffix('.md'), page.render(self.content))
 
   def _write_numbers(self):
-    files.write(self.path, json.dumps(self.content, indent=1))
+    files.write(self.path, json.dumps(self.content, indent=1, default=float))
 
 
 def versions():

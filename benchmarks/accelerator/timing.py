@@ -57,16 +57,15 @@ def _timed(call, wait, calls):
 
 
 class Program:
-  """A function compiled for its arguments.
+  """What `lower()` returns, compiled, and the arguments it is called with.
 
   `compile_seconds`: from tracing to a program. `cached`: whether the compiler was spared.
   `peak_bytes`: of memory, arguments and results included, as the compiler says.
   """
 
-  def __init__(self, function, *args, lower=None):
+  def __init__(self, lower, args=()):
     hits, start = len(_HITS), time.perf_counter()
-    lowered = lower() if lower else jax.jit(function).lower(*args)
-    self.compiled = lowered.compile()
+    self.compiled = lower().compile()
     self.compile_seconds = time.perf_counter() - start
     self.cached = len(_HITS) > hits
     self.peak_bytes = peak_bytes(self.compiled)
@@ -82,6 +81,11 @@ class Program:
     """What a row says of compiling."""
     names = ('compile_seconds', 'cached', 'peak_bytes')
     return {name: getattr(self, name) for name in names}
+
+
+def program(function, *args):
+  """The Program of a function of these arguments."""
+  return Program(lambda: jax.jit(function).lower(*args), args)
 
 
 def with_gradients(function, num_args):

@@ -1,5 +1,6 @@
 """Goes through parts and cases within their times; what fails becomes a row."""
 
+import functools
 import gc
 import multiprocessing
 import re
@@ -28,8 +29,7 @@ def work(plan):
     content |= {'versions': versions(), 'tiny': plan.tiny, 'rows': [], 'cases': {}}
     results = Results(path, content)
   for part in plan.parts:
-    cases = parts.PARTS[part].cases(plan.tiny)
-    cases = {name: case for name, case in cases.items() if re.search(plan.only, name)}
+    cases = _cases(part, plan)
     results.content['cases'][part] = list(cases)
     for name, case in cases.items():
       if results.has(part, name):
@@ -42,6 +42,19 @@ def work(plan):
   results.content['finished'] = True
   results.write()
   return results
+
+
+def _cases(part, plan):
+  """Those to be measured; if they cannot be made, one that says why."""
+  try:
+    found = parts.PARTS[part].cases(plan.tiny)
+  except Exception as error:
+    return {'cases': functools.partial(_raise, error)}
+  return {name: case for name, case in found.items() if re.search(plan.only, name)}
+
+
+def _raise(error, limits):
+  raise error
 
 
 def attempt(case, limits):
