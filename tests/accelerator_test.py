@@ -19,6 +19,7 @@ from benchmarks.accelerator import (
   parts,
   plan as plan_lib,
   profile,
+  steps,
   supervisor,
   timing,
   values,
@@ -31,9 +32,8 @@ from tests import accelerator_workers
 FAST = hardware.Chip(flops=1e14, memory_bandwidth=1e12)
 CASES = [
   *('selective scan', 'feed-forward', 'plan of expert choice', 'grouped matmul, tiled'),
-  *('dense 1024 25M', 'Switch 32E 25M'),
   *('grouped matmul: equal groups, forward', 'dispatch: ours, with gradients'),
-  *('dense 1024 25M, batch 1',),
+  *('dense 1024 25M', 'dense 1024 25M, batch 1'),
   *('copy', 'matmul bfloat16'),
 ]
 
@@ -83,19 +83,41 @@ def test_values(measured):
 
 @pytest.mark.heavy
 def test_steps(measured):
-  rows = _rows(measured, 'steps')
-  dense, sparse = rows['dense 1024 25M'], rows['Switch 32E 25M']
-  for name, row in rows.items():
-    config = models.families()[name].run_config(tiny=True)
-    expected = flops.training_flops_per_token(config.model, config.data.sequence_length)['model']
-    assert row['flops_per_token'] == expected
-    assert row['tokens_per_second'] == pytest.approx(row['tokens'] / row['time'][0])
-    assert 0 < row['mfu'] == pytest.approx(expected * row['tokens_per_second'] / FAST.flops)
-    assert row['mfu'] < 1 and row['of_matmul'] == row['mfu']
-    assert math.isfinite(row['loss']) and not row['skipped']
-    assert row['peak_bytes'] > 3 * 4 * row['params']  # parameters and two moments
-  assert sparse['flops_ratio'] == 1
-  assert sparse['time_ratio'] == dense['tokens_per_second'] / sparse['tokens_per_second']
+  (row,) = _rows(measured, 'steps').values()
+  config = models.families()['dense 1024 25M'].run_config(tiny=True)
+  expected = flops.training_flops_per_token(config.model, config.data.sequence_length)['model']
+  assert row['flops_per_token'] == expected
+  assert row['tokens_per_second'] == pytest.approx(row['tokens'] / row['time'][0])
+  assert row['mfu'] == pytest.approx(expected * row['tokens_per_second'] / FAST.flops)
+  assert 0 < row['mfu'] < 1 and row['of_matmul'] == row['mfu']
+  assert math.isfinite(row['loss']) and not row['skipped']
+  assert row['peak_bytes'] > 3 * 4 * row['params']  # parameters and two moments
+
+
+class _Instant(models.Training):
+  """A step that is not compiled."""
+
+  def __init__(self, family, tiny):
+    self.run_config = family.run_config(tiny)
+    self.program = types.SimpleNamespace(costs=dict)
+
+  def __call__(self):
+    return {'loss': 1.0, 'skipped': 0.0}
+
+
+def test_models_are_compared_with_the_dense_one_of_their_context(monkeypatch):
+  monkeypatch.setattr(models, 'Training', _Instant)
+  rows = []
+  content = {'rows': rows, 'tiny': True, 'chip': 'NVIDIA H100'}
+  found = limits.Limits(types.SimpleNamespace(content=content, rows=rows))
+  for name in ('dense 1024 25M', 'Switch 32E 25M', 'MoE-Mamba 25M', 'MoT 32E/1 25M'):
+    rows.append({'part': 'steps', 'case': name} | steps.cases(tiny=True)[name](found))
+  dense, sparse, mamba, mixing = rows
+  assert sparse['flops_ratio'] == 1 < mamba['flops_ratio']
+  assert mamba['time_ratio'] == dense['tokens_per_second'] / mamba['tokens_per_second']
+  assert mamba['flops_ratio'] == mamba['flops_per_token'] / dense['flops_per_token']
+  assert mixing['baseline'] == 'dense 256 25M' and mixing['time_ratio'] is None
+  assert sparse['active_params'] < sparse['params']
 
 
 @pytest.mark.heavy
@@ -107,8 +129,7 @@ def test_ops(measured):
 
 @pytest.mark.heavy
 def test_profile(measured):
-  rows = _rows(measured, 'profile')
-  for row in rows.values():
+  for row in _rows(measured, 'profile').values():
     shares = [kernel['share'] for kernel in row['kernels']]
     assert len(shares) == 10 and sorted(shares, reverse=True) == shares
     assert 0 < sum(shares) <= 1 and 0 <= row['gap'] < 1
