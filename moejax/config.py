@@ -29,6 +29,9 @@ class TrainConfig(fields.Section):
 
   steps: int = default(5200, 'length of the run', minimum=1, maximum=10**8)
   seed: int = default(0, 'of initialisation and noise', minimum=0, maximum=fields.MAX_SEED)
+  deterministic: bool = default(
+    False, 'the same bits on GPUs in every run (slower): docs/reliability.md'
+  )
   log_interval: int = default(10, 'steps between log lines', minimum=1)
   eval_interval: int = default(250, 'steps between evaluations', minimum=1)
   eval_batches: int = default(32, 'batches per evaluation during training', minimum=1)

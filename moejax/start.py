@@ -13,6 +13,7 @@ from moejax import (
   cli,
   config as config_lib,
   data,
+  determinism,
   estimate,
   files,
   flops,
@@ -103,6 +104,8 @@ def prepare(config, workdir):
   """A Run whose config, mesh and data are checked; nothing is written."""
   run_config = config_lib.resolve(config)
   imports.name_task(run_config.data.task)
+  if run_config.train.deterministic:
+    determinism.require()
   with cli.waiting_for('initialising the devices'):
     run_config = estimate.placed(run_config, jax.devices())
     mesh = sharding.make_mesh(run_config.mesh)

@@ -25,6 +25,7 @@ RANKS = (
   (
     '',
     'compilation_cache',
+    'determinism',
     'exit_codes',
     'differences',
     'fields',
