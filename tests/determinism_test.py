@@ -1,9 +1,12 @@
-"""What `train.deterministic` sets and refuses."""
+"""The same bits after a kill, in every family; what `train.deterministic` sets and refuses."""
 
+import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -13,6 +16,10 @@ from moejax import determinism
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAG = '--xla_gpu_deterministic_ops'
+QUICKLY = os.environ.get('XLA_FLAGS', '')  # as all tests compile
+FAMILIES = [
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
+]
 # Prints the environment when a run first asks for devices, and whether XLA takes it.
 STARTS = """
 import os, jax
@@ -76,3 +83,32 @@ def test_gpus_that_have_started_need_it_from_outside(environment):
   environment.delenv('XLA_FLAGS')
   determinism.require()
   assert 'XLA_FLAGS' not in os.environ
+
+
+def _trains(action, folder, names, **options):
+  command = [sys.executable, '-m', 'tests.trains', action, str(folder), *names]
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '8'}
+  environment['XLA_FLAGS'] = QUICKLY
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+  'names',
+  [
+    # Between them, all sublayers: attention, MoT, Mamba and experts.
+    pytest.param(['mot:8', 'moe_mamba:8'], marks=pytest.mark.heavy),
+    pytest.param([f'{name}:{n}' for name in FAMILIES for n in (1, 8)], marks=pytest.mark.slow),
+  ],
+  ids=['two', 'all'],
+)
+def test_models_that_are_killed_end_with_the_same_bits(tmp_path, names):
+  with _trains('train', tmp_path, names) as process:
+    for _ in range(3):
+      assert process.stdout.readline()
+    time.sleep(random.random())
+    process.kill()
+  with _trains('resume', tmp_path, names) as process:
+    found = json.loads(process.stdout.read().splitlines()[-1])
+  assert found.keys() == {*names}
+  for saved, differences in found.values():
+    assert saved >= 2 and not differences
