@@ -26,4 +26,6 @@ def get_config(arg=None):
   c.model.moe.group_size = 16 if laptop else 256
   c.model.moe.balance_loss = 0.0
   c.model.moe.output_norm = True
+  if laptop:
+    c.optimizer.peak_lr = variants.LAPTOP_SPARSE_LR
   return variants.shrink(c) if arg.debug else c

@@ -40,6 +40,8 @@ def get_config(arg=None):
   if not arg.dense:
     ((_, blocks),) = c.model.blocks
     c.model.blocks = ((('attention', 'moe'), blocks),)
+    if arg.size == 'laptop':
+      c.optimizer.peak_lr = variants.LAPTOP_SPARSE_LR
   c.model.moe.expansion_rate = arg.experts or c.model.moe.expansion_rate
   c.model.moe.experts_per_token = arg.top_k or (2 if arg.mixtral else 1)
   for name in like:

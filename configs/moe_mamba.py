@@ -46,7 +46,9 @@ def get_config(arg=None):
   )
   c = variants.moe_mamba_run(arg.size)
   c.model.positions = 'none'
-  if arg.size != 'laptop':
+  if arg.size == 'laptop':
+    c.optimizer.peak_lr = variants.LAPTOP_SPARSE_LR
+  else:
     c.optimizer.peak_lr = 5e-4
     c.model.moe.capacity_factor = 1.0
   if arg.every_other and not arg.inner:

@@ -32,6 +32,8 @@ SCALING_SIZES = {
   '1B': (2048, 20, 16, 2e-4),
   '3B': (3072, 26, 24, 2e-4),
 }
+# The peak learning rate of laptop models with experts, half of the dense ones' (docs/results.md).
+LAPTOP_SPARSE_LR = 6e-3
 # The runs that MoE-Mamba is compared with (arXiv:2401.04081, tables 5 and 6):
 # name: d_model, blocks, heads, peak learning rate of Transformer-MoE, batch, steps. 3M is our own
 # miniature, trained on the billion tokens of the paper's ablations.
