@@ -78,7 +78,7 @@ def from_safetensors(path, workdir, tokenizer=None):
       f'{path} has no config in its metadata. Expected a file that to_safetensors wrote; from_hf '
       'reads models of transformers.'
     )
-  config = run_folder.from_saved(run_folder.parse_json(metadata['config'], path), path)
+  config = run_folder.from_saved(run_folder.parse_json(metadata.get('config', ''), path), path)
   if tokenizer:
     config.update_from_flattened_dict({'data.tokenizer': tokenizer})
   run_config = config_lib.resolve(config)

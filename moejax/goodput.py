@@ -94,7 +94,7 @@ def _read(workdir):
   try:
     entry = json.loads(files.read(files.path(workdir) / _FILE))
     step, seconds = int(entry['step']), {phase: float(entry['seconds'][phase]) for phase in PHASES}
-  except (KeyError, OSError, RecursionError, TypeError, ValueError):
+  except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError):
     return 0, {}
   good = all(math.isfinite(value) and value >= 0 for value in seconds.values())
   return (step, seconds) if good else (0, {})

@@ -123,7 +123,7 @@ def _numbers(directory):
 
 def is_step(name: str) -> bool:
   """Whether a folder has the name of a step; 06, which somebody renamed, is none."""
-  return name.isdecimal() and str(int(name)) == name
+  return name.isdecimal() and str(int(name)) == name and int(name) < 2**31
 
 
 def was_saved(folder: pathlib.Path) -> bool:

@@ -6,6 +6,7 @@ per step. Non-finite numbers are null, because JSON has no NaN.
 
 import json
 import math
+import sys
 import time
 
 import jax
@@ -116,10 +117,15 @@ def _entry(line):
     entry = json.loads(line)
   except (RecursionError, ValueError):
     return None
-  if not isinstance(entry, dict) or not isinstance(entry.get('step'), int):
+  if not isinstance(entry, dict) or type(step := entry.get('step')) is not int:
     return None
-  numbers = all(isinstance(value, int | float | None) for value in entry.values())
-  return entry if numbers else None
+  numbers = all(value is None or is_number(value) for value in entry.values())
+  return entry if numbers and 0 <= step < 2**31 else None
+
+
+def is_number(value) -> bool:
+  """Whether what JSON holds is a finite number, as large as a float can be."""
+  return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def copy(workdir, other, step: int) -> None:
@@ -131,8 +137,12 @@ def copy(workdir, other, step: int) -> None:
 
 def loss_curve(workdir, name: str = 'loss') -> list[tuple[int, float]]:
   """(step, value) of one metric, where it was measured and finite."""
-  entries = read_metrics(workdir)
-  return [(entry['step'], entry[name]) for entry in entries if entry.get(name) is not None]
+  curve = []
+  for entry in read_metrics(workdir):
+    is_later = not curve or entry['step'] > curve[-1][0]  # else the file is not of a run
+    if entry.get(name) is not None and is_later:
+      curve.append((entry['step'], entry[name]))
+  return curve
 
 
 def over_steps(curve) -> list[tuple[int, int, float]]:

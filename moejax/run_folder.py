@@ -90,7 +90,9 @@ def read(workdir, flag='--workdir'):
     step, _ = manifest.newest(checkpoint_dir(workdir))
     if step is None or path.is_dir():
       raise
-    saved = checkpoint.read_metadata(checkpoint_dir(workdir), step)['config']
+    saved = checkpoint.read_metadata(checkpoint_dir(workdir), step).get('config')
+    if not isinstance(saved, dict):
+      raise
     print(f'note: {error} Until then, the config of checkpoint {step} is used.', file=sys.stderr)
   imports.of_run(saved.get('imports', []), path)
   return from_saved(saved, path)
@@ -174,9 +176,9 @@ def checkpoints(workdir, run_config):
 
 def check_tokenizer(metadata, tokenizer):
   """Raises ValueError if the metadata of a checkpoint name another tokenizer."""
-  if metadata['tokenizer'] != tokenizer.fingerprint:
+  if (saved := metadata.get('tokenizer')) != tokenizer.fingerprint:
     raise ValueError(
-      f'data.tokenizer: the checkpoint was trained with tokenizer {metadata["tokenizer"]}, but the '
+      f'data.tokenizer: the checkpoint was trained with tokenizer {saved}, but the '
       f'config names one with fingerprint {tokenizer.fingerprint}. Give the original file.'
     )
 

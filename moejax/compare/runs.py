@@ -136,24 +136,40 @@ def _summary(run):
   if not files.exists(path):
     raise ValueError(f'--runs: {run} holds no run with a checkpoint: {path} does not exist.')
   try:
-    summary = json.loads(files.read(path))
-    for entry in (
+    summary = files.parse_json(files.read(path))
+    per_token = summary['flops_per_token']
+    for number in (
       summary['parameters']['total'],
       summary['parameters']['active'],
-      summary['flops_per_token']['model'],
+      per_token['model'],
+      per_token.get('total', 1),
       summary['tokens_seen'],
       summary['seconds'],
     ):
-      float(entry)
-    dict(summary.get('config') or {})
+      _check(number, metrics.is_number(number) and number >= 0)
+    _check(summary['tokens_seen'], summary['tokens_seen'] > 0)
+    for part, names in (('validation', ('loss',)), ('training', ('clipped', 'loss'))):
+      numbers = dict(summary.get(part) or {})
+      for number in map(numbers.get, names):
+        _check(number, number is None or metrics.is_number(number))
+    dict(summary.get('origin') or {})
+    for name, value in flatten_dict(dict(summary.get('config') or {}), sep='.').items():
+      _check(value, type(value) is int or not (name.endswith('_steps') or name in (_STEPS, *SEEDS)))
+    for entry in summary.get('history') or ():
+      json.dumps(entry['from_step']), dict(entry['changes'])
     hash((summary['corpus'], summary['tokenizer']))  # what `read` does with them
     if not report.is_finished(summary):
-      int(summary['config']['train']['steps'])
-  except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+      _ = summary['config']['train']['steps']
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
     raise ValueError(
       f'--runs: {path} is incomplete or from another version ({error!r}).'
     ) from error
   return summary
+
+
+def _check(number, is_right):
+  if not is_right:
+    raise ValueError(f'{number!r} is not the number that is expected there')
 
 
 def _run(folder, name, summary):

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from moejax import cli, files, report, run_folder, runner
+from moejax import cli, files, metrics, report, run_folder, runner
 from moejax.reproduce import design as design_lib, law
 from moejax.reproduce.design import Design
 from moejax.transfer import search
@@ -31,7 +31,8 @@ def read_rates(design: Design, workdir: pathlib.Path) -> dict[str, dict]:
   path = workdir / 'rates.json'
   found = run_folder.read_json(path) if path.exists() else {}
   for name, entry in found.items():
-    if not isinstance(entry, dict) or not {'rate', 'tried'} <= entry.keys():
+    known = isinstance(entry, dict) and isinstance(entry.get('tried'), dict)
+    if not known or not metrics.is_number(entry.get('rate')):
       raise ValueError(f'{path}: {name}: expected its rate and those that were tried, got {entry}.')
   single = {m.name: {'rate': m.rates[0], 'tried': {}} for m in design.models if len(m.rates) == 1}
   return found | single

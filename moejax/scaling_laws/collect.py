@@ -32,6 +32,7 @@ _COLUMNS = [field.name for field in dataclasses.fields(Run)]
 _REQUIRED = ('params', 'tokens', 'granularity', 'loss')
 _INSTEAD = {'params': 'active_params', 'granularity': 'experts'}  # of a required column
 _PARAMS = ('params', 'active_params')
+_MOST = 1e40  # of any number; more is a mistake, whose square is no float
 _WEIGHTS = ('attention', 'mlp', 'experts')  # kinds of parameters that N of the law counts
 
 
@@ -90,7 +91,7 @@ def _read(path, expansion_rate):
       yield folder.name, from_summary(folder.name, fields)
     except KeyError as error:
       raise ValueError(f'{summary} has no field {error}, which fitting needs.') from error
-    except (AttributeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, TypeError) as error:
       raise ValueError(f'{summary} is not a valid run summary: {error}.') from error
     except ValueError as error:
       raise ValueError(f'{summary}: {error}.') from error
@@ -105,14 +106,16 @@ def from_summary(name, summary):
   model, by_kind = summary['config']['model'], summary['parameters']['by_kind']
   sublayers = {sublayer for pattern, _ in model['blocks'] for sublayer in pattern}
   if sublayers == {'attention', 'moe'}:
-    granularity, expansion_rate = model['moe']['granularity'], model['moe']['expansion_rate']
+    granularity = _granularity(model['moe']['granularity'])
+    expansion_rate = _expansion_rate(granularity, model['moe']['expansion_rate'], 0)
   elif sublayers == {'attention', 'mlp'}:
     granularity, expansion_rate = laws.DENSE, 1
   else:
     return f'its sublayers are {", ".join(sorted(sublayers))}: expected attention with mlp or moe'
-  d_model, blocks = model['d_model'], sum(repeats for _, repeats in model['blocks'])
+  d_model = _positive('d_model', model['d_model'])
+  blocks = _positive('blocks', sum(repeats for _, repeats in model['blocks']))
   tokens = _positive('tokens_seen', summary['tokens_seen'])
-  weights = {kind: by_kind.get(kind, 0) for kind in _WEIGHTS}
+  weights = {kind: by_kind.get(kind) and _positive(kind, by_kind[kind]) or 0 for kind in _WEIGHTS}
   config = json.dumps(summary['config'], sort_keys=True)
   return Run(
     name=name,
@@ -136,7 +139,7 @@ def _read_table(path, expansion_rate):
       if any(row.values()):  # spreadsheets write empty lines of commas
         name = row.get('name') or f'{path.name}:{rows.line_num}'
         yield name, _from_row(name, row, expansion_rate)
-  except (ValueError, csv.Error) as error:
+  except (ArithmeticError, ValueError, csv.Error) as error:
     raise ValueError(f'{path}, line {max(1, rows.line_num)}: {error}.') from error
   if rows.line_num < 2:
     raise ValueError(f'{path} has no rows below the header.')
@@ -197,6 +200,8 @@ def _number(value):
     number = math.nan if isinstance(value, bool) else float(value)
   except (OverflowError, TypeError, ValueError):
     return math.nan
+  if abs(number) > _MOST:
+    return math.inf
   return int(number) if number.is_integer() else number
 
 

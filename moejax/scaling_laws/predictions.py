@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from moejax import files, report as run_report, run_folder, runner, seeds
+from moejax import files, metrics, report as run_report, run_folder, runner, seeds
 from moejax.scaling_laws import fit as fit_lib, grid, laws, report
 from moejax.text import short, utc
 
@@ -53,8 +53,9 @@ def write(cells, coefficients, path, command):
     raise ValueError(
       f'{path} exists, and predictions are written once: choose another --output for new ones.'
     )
-  fits = json.loads(content)
-  entries = [_predict(cell, fits, coefficients) for cell in cells if cell.predicted_loss]
+  with report.reading(coefficients):
+    fits = files.parse_json(content)
+    entries = [_predict(cell, fits, coefficients) for cell in cells if cell.predicted_loss]
   record = {
     'fit': str(coefficients),
     'fit_sha256': hashlib.sha256(content).hexdigest(),
@@ -189,15 +190,16 @@ def _runs(paths):
         continue
       fields = run_folder.read_json(summary)
       if run_report.is_finished(fields):
-        loss = (fields.get('validation') or {}).get('loss')
+        validation = fields.get('validation')
+        loss = validation.get('loss') if isinstance(validation, dict) else None
         config = runner.flat(run_folder.read(folder))
-        ended = fields.get('date') or utc(summary.stat().st_mtime)  # of older versions
+        ended = str(fields.get('date') or '') or utc(summary.stat().st_mtime)  # of older versions
         found.append(_Finished(config, _loss(loss), ended))
   return found
 
 
 def _loss(value):
-  return value if isinstance(value, float) else math.nan
+  return value if metrics.is_number(value) else math.nan
 
 
 def _row(record, entry, cell, runs):

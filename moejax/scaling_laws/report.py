@@ -1,5 +1,6 @@
 """Fitted laws as files and as text."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,6 +9,8 @@ import re
 
 from moejax import files
 from moejax.scaling_laws import collect, grid, laws
+
+_MOST = 1e15  # of a coefficient or a number of experts; more is a mistake
 
 
 def save(fits, path):
@@ -36,32 +39,48 @@ def load(name):
   """
   if name in laws.PUBLISHED:
     return laws.PUBLISHED[name]
-  try:
-    found = {}
-    for rate, one in json.loads(pathlib.Path(name).read_text('utf-8')).items():
+  found = {}
+  with reading(name):
+    for rate, one in files.parse_json(pathlib.Path(name).read_bytes()).items():
       coefficients = _coefficients(one['coefficients'])
       if isinstance(coefficients, laws.Joint):
         found |= {rate: coefficients.at(rate) for rate in _numbers_of_experts(one)}
-      else:
+      elif 1 <= float(rate) < _MOST:
         found[float(rate)] = coefficients
-    return found
+      else:
+        raise ValueError(f'expansion rate {rate}')
+    if not found:
+      raise ValueError('it holds no law')
+  return found
+
+
+@contextlib.contextmanager
+def reading(name):
+  """A context in which the file `name` of `save` is read: one error for whatever is wrong in it."""
+  try:
+    yield
   except OSError as error:
     raise ValueError(
       f'--coefficients={name}: expected {" or ".join(laws.PUBLISHED)}, or a fit.json.'
     ) from error
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
     raise ValueError(f'--coefficients={name} is not a valid fit.json: {error!r}.') from error
 
 
 def _coefficients(fields):
+  kind = laws.Joint if 'delta' in fields else laws.Coefficients
   for name, value in fields.items():
-    if value is not None and not math.isfinite(value):
+    if value is None and name in kind._field_defaults:
+      continue
+    if type(value) not in (int, float) or not -_MOST < value < _MOST:
       raise ValueError(f'{name} = {value}')
-  return (laws.Joint if 'delta' in fields else laws.Coefficients)(**fields)
+  return kind(**fields)
 
 
 def _numbers_of_experts(one):
   fitted = one['expansion_rates']
+  if not all(type(rate) in (int, float) and 1 <= rate < _MOST for rate in fitted):
+    raise ValueError(f'expansion_rates = {fitted}')
   return sorted({*fitted, *(2**i for i in range(int(math.log2(max(fitted))) + 1))})
 
 

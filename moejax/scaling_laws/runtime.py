@@ -5,7 +5,6 @@ many FLOPs of the laws a machine does per second at a granularity. It is measure
 moejax.aot, whose steps are lower bounds.
 """
 
-import json
 import math
 import pathlib
 import shlex
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from moejax import cli, run_folder
+from moejax import cli, files, metrics, run_folder
 from moejax.scaling_laws import laws, optimal
 
 
@@ -51,31 +50,35 @@ def _of_runs(path):
   for folder in [path, *sorted(path.glob('*'))]:
     if not ((folder / 'config.json').exists() and (folder / 'metrics.jsonl').exists()):
       continue
-    lines = (folder / 'metrics.jsonl').read_text('utf-8').splitlines()
-    rates = [json.loads(line).get('tokens_per_second') for line in lines if line]
+    rates = [line.get('tokens_per_second') for line in metrics.read_metrics(folder)]
     if rates := [rate for rate in rates if rate]:
       tokens_per_second = float(np.median(rates[1:] or rates))
       yield from _speed('the runs', run_folder.read(folder).model, tokens_per_second)
 
 
 def _of_reports(path):
+  found = []  # machine, arguments, tokens per second
   try:
-    content = json.loads(path.read_text('utf-8'))
+    content = files.parse_json(path.read_bytes())
     for report in [content] if 'step_seconds' in content else content.values():
       if report['fits']:
         words = shlex.split(report['command'])
+        tokens_per_second = report['tokens'] / report['step_seconds']
+        if not 0 < tokens_per_second < math.inf:
+          raise ValueError(f'{tokens_per_second} tokens per second')
         arguments = [word for word in words if word.startswith('--config')]
-        for argument in arguments:
-          if argument.startswith('--config='):
-            cli.check_config(argument, f'--runtime={path}')
-        model = cli.config_of(arguments).model
-        yield from _speed(report['topology'], model, report['tokens'] / report['step_seconds'])
+        found.append((str(report['topology']), arguments, tokens_per_second))
   except FileNotFoundError as error:
     raise ValueError(f'--runtime={path}: file not found; expected runs or reports.') from error
-  except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+  except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f'--runtime={path} is neither a folder of runs nor reports of moejax.aot --json: {error!r}.'
     ) from error
+  for machine, arguments, tokens_per_second in found:
+    for argument in arguments:
+      if argument.startswith('--config='):
+        cli.check_config(argument, f'--runtime={path}')
+    yield from _speed(machine, cli.config_of(arguments).model, tokens_per_second)
 
 
 def _speed(machine, model, tokens_per_second):

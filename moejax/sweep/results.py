@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax import config as config_lib, fields as fields_lib, files, report, runner, seeds, text
+from moejax import (
+  config as config_lib,
+  fields as fields_lib,
+  files,
+  metrics,
+  report,
+  runner,
+  seeds,
+  text,
+)
 
 _SEED = 'train.seed'
 
@@ -33,7 +42,9 @@ def summaries(cells, workdir) -> dict[str, dict]:
 
 
 def _loss(summary):
-  return summary.get('validation', {}).get('loss')
+  validation = summary.get('validation')
+  loss = validation.get('loss') if isinstance(validation, dict) else None
+  return loss if metrics.is_number(loss) else None
 
 
 def groups(cells, found) -> list[Group]:
