@@ -153,8 +153,9 @@ def _summary(run):
       for number in map(numbers.get, names):
         _check(number, number is None or metrics.is_number(number))
     dict(summary.get('origin') or {})
+    known = config_lib.flat_fields()
     for name, value in flatten_dict(dict(summary.get('config') or {}), sep='.').items():
-      _check(value, type(value) is int or not (name.endswith('_steps') or name in (_STEPS, *SEEDS)))
+      _check(value, name not in known or known[name].type is not int or type(value) is int)
     for entry in summary.get('history') or ():
       json.dumps(entry['from_step']), dict(entry['changes'])
     hash((summary['corpus'], summary['tokenizer']))  # what `read` does with them

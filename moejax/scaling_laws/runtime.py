@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from moejax import cli, files, metrics, run_folder
+from moejax import cli, fields, files, metrics, run_folder
+from moejax.model_config import ModelConfig
 from moejax.scaling_laws import laws, optimal
 
 
@@ -53,7 +54,7 @@ def _of_runs(path):
     rates = [line.get('tokens_per_second') for line in metrics.read_metrics(folder)]
     if rates := [rate for rate in rates if rate]:
       tokens_per_second = float(np.median(rates[1:] or rates))
-      yield from _speed('the runs', run_folder.read(folder).model, tokens_per_second)
+      yield from _speed('the runs', run_folder.read(folder), tokens_per_second)
 
 
 def _of_reports(path):
@@ -78,11 +79,12 @@ def _of_reports(path):
     for argument in arguments:
       if argument.startswith('--config='):
         cli.check_config(argument, f'--runtime={path}')
-    yield from _speed(machine, cli.config_of(arguments).model, tokens_per_second)
+    yield from _speed(machine, cli.config_of(arguments), tokens_per_second)
 
 
-def _speed(machine, model, tokens_per_second):
+def _speed(machine, config, tokens_per_second):
   """Yields the speed, if the laws are of such a model."""
+  model = fields.make(ModelConfig, {**config.model, 'max_length': config.data.sequence_length})
   sublayers = {sublayer for pattern, _ in model.blocks for sublayer in pattern}
   granularity, rate = model.moe.granularity, model.moe.expansion_rate
   if sublayers == {'attention', 'mlp'}:
