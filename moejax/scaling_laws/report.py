@@ -74,6 +74,8 @@ def _coefficients(fields):
       continue
     if type(value) not in (int, float) or not -_MOST < value < _MOST:
       raise ValueError(f'{name} = {value}')
+  if kind is laws.Coefficients and (fields.get('g') is None) != (fields.get('gamma') is None):
+    raise ValueError('g without gamma, or gamma without g')
   return kind(**fields)
 
 
