@@ -77,7 +77,8 @@ def test_speeds_of_runs(tmp_path):
       {},
       *({'tokens_per_second': speed + i} for i in (-1, 0, 1)),
     ]
-    (folder / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in rates))
+    lines = (json.dumps({'step': step} | line) + '\n' for step, line in enumerate(rates))
+    (folder / 'metrics.jsonl').write_text(''.join(lines))
   (tmp_path / 'empty').mkdir()
   coarse, fine = runtime.read([tmp_path])
   model = config.model
