@@ -207,7 +207,7 @@ def checked(name, f, value: Any):
   """A value converted to the field's type; raises ValueError, naming it `name`, if invalid."""
   if is_section(f):
     return value if isinstance(value, f.type) else make(f.type, value)
-  if f.type is float and type(value) is int and abs(value) < 10**300:
+  if (f.type, type(value)) == (float, int) and abs(value) < 10**300:
     value = float(value)
   if f.type is tuple:
     value = tuples(value)

@@ -157,7 +157,7 @@ def _summary(run):
     for name, value in flatten_dict(dict(summary.get('config') or {}), sep='.').items():
       _check(value, name not in known or known[name].type is not int or type(value) is int)
     for entry in summary.get('history') or ():
-      json.dumps(entry['from_step']), dict(entry['changes'])
+      _ = json.dumps(entry['from_step']), dict(entry['changes'])
     hash((summary['corpus'], summary['tokenizer']))  # what `read` does with them
     if not report.is_finished(summary):
       _ = summary['config']['train']['steps']

@@ -199,7 +199,7 @@ def _runs(paths):
 
 
 def _loss(value):
-  return value if metrics.is_number(value) else math.nan
+  return float(value) if metrics.is_number(value) else math.nan
 
 
 def _row(record, entry, cell, runs):

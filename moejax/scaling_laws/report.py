@@ -72,7 +72,7 @@ def _coefficients(fields):
   for name, value in fields.items():
     if value is None and name in kind._field_defaults:
       continue
-    if type(value) not in (int, float) or not -_MOST < value < _MOST:
+    if not isinstance(value, int | float) or not -_MOST < value < _MOST:
       raise ValueError(f'{name} = {value}')
   if kind is laws.Coefficients and (fields.get('g') is None) != (fields.get('gamma') is None):
     raise ValueError('g without gamma, or gamma without g')
