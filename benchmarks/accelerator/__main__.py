@@ -11,6 +11,7 @@ chip, which are written after every case. docs/accelerator.md says how to read t
 import argparse
 import pathlib
 import re
+import shlex
 import sys
 
 from benchmarks.accelerator import plan as plan_lib, supervisor
@@ -36,7 +37,7 @@ def main(arguments):
     args.parts,
     args.only,
     args.tiny,
-    command=' '.join(['python -m benchmarks.accelerator', *arguments]),
+    command=shlex.join(['python', '-m', 'benchmarks.accelerator', *arguments]),
   )
   results = supervisor.run(plan)
   if results is None:
