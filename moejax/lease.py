@@ -108,7 +108,7 @@ def _wait_until_free(path):
     if not holder or age > _EXPIRY or (is_here and not _runs(holder.get('process'))):
       return
     if is_here or first not in (None, renewed):
-      raise Held(f'{_description(holder)} (last sign of life {duration(max(age, 0))} ago)')
+      raise Held(f'{_description(holder)} last heard of {duration(max(age, 0))} ago,')
     if first is None:
       first = renewed
       print(

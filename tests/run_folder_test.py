@@ -162,7 +162,7 @@ def test_a_folder_in_place_of_the_file(tmp_path):
 def test_one_program_trains_in_a_folder(tmp_path):
   folder = tmp_path / 'new' / 'run'
   with run_folder.lock(folder):
-    holder = f'process {os.getpid()} on .*, since 20.* ago\\) is training there. Wait for it'
+    holder = f'process {os.getpid()} on .*, since 20.* ago, is training there. Wait for it'
     with pytest.raises(ValueError, match=f'^--workdir={folder}: {holder}'):
       with run_folder.lock(folder):
         pass
