@@ -87,3 +87,13 @@ def test_headers_of_safetensors_are_not_believed(header, length, tmp_path):
   size = struct.pack('<Q', len(header) if length is None else length)
   path.write_bytes(size + header + np.zeros(1, '<f4').tobytes())
   _refused(lambda: convert._read(path), r'cannot read .*model\.safetensors as safetensors')
+
+
+def test_a_text_that_a_tokenizer_cannot_encode(tmp_path):
+  spec = hostile_files._unigram()
+  spec['model']['unk_id'] = None
+  tokenizer_json.write(tmp_path, spec, eos_id=1)
+  tokenizer = data.make_tokenizer(data.DataConfig(tokenizer=str(tmp_path)))
+  assert len(tokenizer.encode('the'))
+  with pytest.raises(ValueError, match=r'data\.tokenizer: it cannot encode a text: .*unk_id'):
+    tokenizer.encode('é')

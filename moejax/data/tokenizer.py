@@ -219,7 +219,10 @@ class JsonTokenizer(Tokenizer):
   def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
     pieces = [list(self._pieces(data.decode('utf-8', 'replace'))) for data in documents]
     joined = list(itertools.chain.from_iterable(pieces))
-    encoded = self._library.encode_batch_fast(joined, add_special_tokens=False)
+    try:
+      encoded = self._library.encode_batch_fast(joined, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more specific
+      raise ValueError(f'data.tokenizer: it cannot encode a text: {error}.') from error
     ids = (np.array(piece.ids, np.int32) for piece in encoded)
     return [np.concatenate([next(ids) for _ in some]) for some in pieces]
 
