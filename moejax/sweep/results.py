@@ -38,13 +38,12 @@ def summaries(cells, workdir) -> dict[str, dict]:
   """The summaries of the finished cells, by name."""
   done = [cell.name for cell in cells if runner.is_done(workdir, cell)]
   found = {name: report.read_summary(pathlib.Path(workdir) / name) for name in done}
-  return {name: summary for name, summary in found.items() if _loss(summary) is not None}
+  return {name: summary for name, summary in found.items() if _has_loss(summary)}
 
 
-def _loss(summary):
+def _has_loss(summary):
   validation = summary.get('validation')
-  loss = validation.get('loss') if isinstance(validation, dict) else None
-  return loss if metrics.is_number(loss) else None
+  return isinstance(validation, dict) and metrics.is_number(validation.get('loss'))
 
 
 def groups(cells, found) -> list[Group]:
@@ -61,8 +60,9 @@ def groups(cells, found) -> list[Group]:
     given = list(dict.fromkeys(cell.values[field] for cell in cells))
     order = sorted(given) if all(map(_is_number, given)) else given
     places[field] = {value: i for i, value in enumerate(order)}
+  losses = {name: summary['validation']['loss'] for name, summary in found.items()}
   return [
-    Group(dict(values), [_loss(found[c.name]) for c in members if c.name in found], len(members))
+    Group(dict(values), [losses[c.name] for c in members if c.name in losses], len(members))
     for values, members in sorted(
       by_values.items(), key=lambda item: [places[field][value] for field, value in item[0]]
     )
