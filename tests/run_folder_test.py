@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (
       {'optimizer.peak_lr': 1.0},
       6,
-      'trained with other.*\noptimizer.peak_lr: 0.012 there, 1.0 here',
+      'trained with other.*\noptimizer.peak_lr: 0.006 there, 1.0 here',
     ),
     ({'optimizer.peak_lr': 1.0}, 5, None),
     ({'train.steps': 4}, 4, 'trained with other.*\ntrain.steps: 6 there, 4 here'),

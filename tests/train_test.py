@@ -149,7 +149,7 @@ def test_a_run_ended_between_its_last_checkpoint_and_its_summary_is_finished(fin
   'changes, message',
   [
     ({'train.seed': 7, 'train.steps': 6}, 'trained with other.*\ntrain.seed: 0 there, 7 here'),
-    ({'optimizer.peak_lr': 0.5}, 'trained with other.*\noptimizer.peak_lr: 0.012 there, 0.5 h'),
+    ({'optimizer.peak_lr': 0.5}, 'trained with other.*\noptimizer.peak_lr: 0.006 there, 0.5 h'),
     ({'train.steps': 3}, r'train.steps = 3: the run in .* is at step 6 already'),
     (
       {'train.seed': 7, 'train.steps': 9},
