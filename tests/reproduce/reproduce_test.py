@@ -86,6 +86,27 @@ def test_a_tuned_model_may_be_worse_by_the_spread_of_seeds():
   assert verdict(1.1, 1.11, 1.12) == FAILS
 
 
+BEYOND = seeds.Estimate(*[math.inf] * 3)  # the longest run of the baseline
+
+
+@pytest.mark.parametrize(
+  'after, longest, verdict',
+  [
+    (seeds.Estimate(2.5, 2.3, 2.7), 3.0, HOLDS),
+    (seeds.Estimate(2.1, 1.9, 2.3), 3.0, UNSETTLED),
+    (seeds.Estimate(1.2, 1.1, 1.3), 3.0, FAILS),
+    (BEYOND, 3.0, HOLDS),
+    (BEYOND, 2.0, UNSETTLED),
+  ],
+)
+def test_a_ratio_beyond_what_was_measured_is_at_least_that(after, longest, verdict):
+  model: Any = types.SimpleNamespace(is_finished=True)
+  row = table.Row(model, after, matched=seeds.Estimate(2.0, 1.8, 2.2))
+  rows = {1: row, 2: row._replace(matched=after, span=(0.5, longest))}
+  known = types.SimpleNamespace(row=lambda baseline, name, steps: rows[steps])
+  assert criteria.judge(criteria.ratio_grows('a', 'b', 1, 2, ''), known).verdict == verdict
+
+
 def test_all_of_several_findings_must_hold():
   finding = lambda verdict: criteria.Finding(verdict, verdict)
   every = lambda *verdicts: criteria.every(map(finding, verdicts)).verdict
