@@ -320,7 +320,7 @@ def test_tokenize_writes_every_document(config, make_config, tmp_path):
     texts = _all_texts(split)
     assert index['splits'][split]['documents'] == len(texts)
     assert index['splits'][split]['bytes'] == sum(len(t.encode()) for t in texts)
-    tokens = token_files.read(str(tmp_path / 'tokens'), index, split)
+    tokens = np.fromfile(tmp_path / 'tokens' / f'{split}.bin', token_files.dtype_for(256))
     documents = np.split(tokens, np.flatnonzero(tokens == 1) + 1)[:-1]
     decoded = [tokenizer_lib.BytesTokenizer().decode(d) for d in documents]
     assert sorted(decoded) == sorted(texts)
