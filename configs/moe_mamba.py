@@ -24,8 +24,8 @@ Further variants of the paper. Its ablations train on 1B tokens:
                  evenly among projections (table 3; all layers / every other):
                  conv 3.79/3.71, gate 3.89/3.70, out 4.05/3.70, conv+gate 3.95/3.72,
                  conv+out 4.17/3.76, gate+out 4.16/3.88, conv+gate+out 4.39/3.88
-3M is our own miniature. The laptop size has 12 experts as large as a Mamba layer. Smaller models with
-more tokens per parameter show the order of table 4 (docs/results.md).
+3M is our own miniature. The laptop size has 12 experts as large as a Mamba layer. Smaller
+models with more tokens per parameter show the order of table 4 (docs/results.md).
 
 What configs/moe.py says of groups and of differences from the paper holds here too; the state of
 Mamba starts anew at every document (model.document_mask), and its recurrence is float32.
