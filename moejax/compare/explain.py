@@ -1,5 +1,6 @@
 """What the tables of a comparison mean, in words, and what is missing."""
 
+import itertools
 import math
 import pathlib
 import shlex
@@ -15,9 +16,16 @@ LONGER = (1.5, 2, 3)  # lengths of the baseline that matched schedules are measu
 
 def notes(runs: list[Run]) -> str:
   """The lines below the tables of runs that `read` returned."""
-  models = runs_lib.models(runs)
-  parts = _meaning(models), _leverages(models), _warnings(models), _missing(models)
-  return '\n'.join(line for lines in parts for line in lines)
+  return '\n'.join([*_explain(runs_lib.models(runs)), *_missing(runs_lib.models(runs))])
+
+
+def explanation(runs: list[Run]) -> str:
+  """Those of `notes` that do not say what to train next."""
+  return '\n'.join(_explain(runs_lib.models(runs)))
+
+
+def _explain(models):
+  yield from itertools.chain(_meaning(models), _leverages(models), _warnings(models))
 
 
 def _meaning(models):

@@ -6,8 +6,8 @@ import os
 import pathlib
 import platform
 
-from moejax import cli, compare, files, report as run_report
-from moejax.compare import plot, table
+from moejax import cli, files, report as run_report
+from moejax.compare import explain, plot, table
 from moejax.reproduce import figure, law, stages
 from moejax.reproduce.criteria import judge
 from moejax.reproduce.design import Claim, Design
@@ -66,7 +66,7 @@ def _comparison(title, names, results, workdir):
   if leads := figure.read(workdir / f'{title}.csv'):
     figure.write({title: leads}, workdir / f'{title}-lead.png')
     pictures.append(f'![leads]({title}-lead.png)')
-  notes = compare.notes([run for model in models for run in model.runs])
+  notes = explain.explanation([run for model in models for run in model.runs])
   text = f'```\n{table.describe(rows)}\n\n{notes}\n```'
   return '\n\n'.join([f'## {title}', *pictures, text])
 
