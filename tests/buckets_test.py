@@ -105,6 +105,7 @@ def test_files(folder, tmp_path_factory):
 
 
 def test_a_service_that_fails_is_no_missing_file(monkeypatch):
+  pytest.importorskip('gcsfs', reason='gcsfs is not installed')
   folder = buckets_lib.path('gs://bucket/run')
 
   def fail(protocol):

@@ -158,7 +158,7 @@ class Cluster(clusters.ClusterEnv):
     return cls.is_here
 
   @classmethod
-  def get_coordinator_address(cls, timeout_secs, override_coordinator_port):
+  def get_coordinator_address(cls, timeout_secs, override_coordinator_port=None):
     return 'host:1'
 
   @classmethod
@@ -198,6 +198,7 @@ def test_the_processes_of_a_cluster_join(joined, monkeypatch):
 
 
 SLURM_STEP = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
+SLURM_STEP |= {'SLURM_STEP_NODELIST': 'host'}
 OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:1', 'OMPI_COMM_WORLD_RANK': '0'}
 OPEN_MPI |= {'OMPI_COMM_WORLD_LOCAL_RANK': '0'}
 

@@ -342,7 +342,10 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'moe_experts_per_token': 7}, 'a token cannot choose 7 of 6 experts'),
     ({'moe_granularity': 5}, 'granularity = 5 must divide model.d_ff = 24'),
     ({'moe_capacity_factor': 0.01}, 'fewer than 1. Raise group_size'),
-    ({'moe_capacity_factor': -1.0}, 'capacity_factor must be at least 0, got -1'),
+    (
+      {'moe_capacity_factor': -1.0},
+      'capacity_factor must be at least 0 and at most 1000000, got -1',
+    ),
     ({'moe_group_size': 0}, 'model.moe.group_size must be at least 1'),
     ({'moe_scores': 'softmax_over_tokens'}, 'one of softmax, sigmoid with .* token_choice'),
     (
