@@ -16,7 +16,8 @@ LONGER = (1.5, 2, 3)  # lengths of the baseline that matched schedules are measu
 
 def notes(runs: list[Run]) -> str:
   """The lines below the tables of runs that `read` returned."""
-  return '\n'.join([*_explain(runs_lib.models(runs)), *_missing(runs_lib.models(runs))])
+  models = runs_lib.models(runs)
+  return '\n'.join([*_explain(models), *_missing(models)])
 
 
 def explanation(runs: list[Run]) -> str:
@@ -25,7 +26,7 @@ def explanation(runs: list[Run]) -> str:
 
 
 def _explain(models):
-  yield from itertools.chain(_meaning(models), _leverages(models), _warnings(models))
+  return itertools.chain(_meaning(models), _leverages(models), _warnings(models))
 
 
 def _meaning(models):
