@@ -12,24 +12,12 @@ import pytest
 from moejax import buckets as buckets_lib, checkpoint, cli, files, manifest, metrics
 from moejax.checkpoint import Checkpoints
 from tests import buckets
+from tests.tiny import Counter
 
 STATE = {'params': {'w': jnp.arange(24.0).reshape(6, 4)}, 'step': jnp.int32(3)}
 ABSTRACT = jax.tree.map(
   lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), STATE
 )
-
-
-class Counter:
-  """A loader with a state."""
-
-  def __init__(self, count=0):
-    self.count = count
-
-  def save(self, directory):
-    (directory / 'count').write_text(str(self.count))
-
-  def load(self, directory):
-    self.count = int((directory / 'count').read_text())
 
 
 @pytest.fixture(scope='module')

@@ -22,25 +22,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from moejax import manifest
 from moejax.checkpoint import Checkpoints, SaveFailed, _parts, _Written
+from tests.tiny import Counter
 
 CONFIG = {'model': {'d_model': 16, 'blocks': [['mlp', 2]]}, 'train': {'steps': 9}}
 METADATA = {'config': CONFIG, 'corpus': 'abc'}
 OPTIMIZER = optax.chain(
   optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask={'w': True, 'b': False})
 )
-
-
-class Counter:
-  """A loader with a state: how many batches it gave."""
-
-  def __init__(self, count=0):
-    self.count = count
-
-  def save(self, directory):
-    (directory / 'p00000.count').write_text(str(self.count))
-
-  def load(self, directory):
-    self.count = int((directory / 'p00000.count').read_text())
 
 
 class Stateless:

@@ -82,3 +82,16 @@ def abstract(init):
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(init)
   )
+
+
+class Counter:
+  """A loader with a state: how many batches it gave."""
+
+  def __init__(self, count=0):
+    self.count = count
+
+  def save(self, directory):
+    (directory / 'p00000.count').write_text(str(self.count))
+
+  def load(self, directory):
+    self.count = int((directory / 'p00000.count').read_text())
