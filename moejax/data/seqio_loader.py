@@ -39,6 +39,10 @@ class SeqioLoader:
   the start of each segment (the end of document, where 0 is a token); `segments` is 0 for unfilled
   positions.
 
+  A batch consists of as many streams as the run began with processes: stream i of n packs the i-th
+  part of the task's files. With another number of processes, a process reads those streams that its
+  sequences are from; several read the same one if there are more processes than streams.
+
   A task can only be read in order, so steps must be consecutive, from 0 or from the step after the
   saved one; step 0 always restarts from the beginning. Both splits are shuffled within 4096 pieces.
   Training repeats the data forever; validation reads its split once, and fills up its last batch
@@ -47,19 +51,18 @@ class SeqioLoader:
 
   def __init__(self, config, split, part, num_parts):
     self._tf = _modules().tf
-    self._sequence_length = config.sequence_length
+    self._sequence_length, self._batch_size = config.sequence_length, config.batch_size
     self._num_sequences = config.batch_size // num_parts
-    self._file = f'seqio-{part:05d}-of-{num_parts:05d}'
+    self._first_sequence = part * self._num_sequences
     self._task, self._is_train, self._first = config.task, split == 'train', {}
     self.tokenizer = tokenizer_lib.make_tokenizer(config)
     task, name = _find_task(config, self.tokenizer)
     # seqio takes id 0 for padding; where it is a token, all ids are one larger inside of it.
     self._offset = 0 if self.tokenizer.pad_id == 0 else 1
-    self._make_dataset = functools.partial(
-      _packed, config, task, split, part, num_parts, self._offset
-    )
+    self._make_dataset = functools.partial(_packed, config, task, split, offset=self._offset)
     self.fingerprint = batch_lib.fingerprint('seqio', name, self.tokenizer.fingerprint)
     self._identity = {'fingerprint': self.fingerprint, 'sequence_length': config.sequence_length}
+    self._num_streams = num_parts
     self._restart()
 
   def batch(self, step: int) -> batch_lib.Batch:
@@ -72,14 +75,20 @@ class SeqioLoader:
         'load the saved position first.'
       )
     self._next_step += 1
-    features = next(self._iterator, None)
-    if features is None:
-      return batch_lib.padding(self._num_sequences, self._sequence_length)
-    batch = self._unpacked(features)
-    if self._is_train:
+    parts = [self._read(stream, rows) for stream, (_, rows) in self._streams.items()]
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if self._is_train or not batch['segments'].any():
       return batch
     self._first = batch if step == 0 else self._first
     return self._filled(batch)
+
+  def _read(self, stream, rows) -> batch_lib.Batch:
+    """Returns some sequences of the next batch of a stream; padding after the end of validation."""
+    iterator, _ = self._streams[stream]
+    features = next(iterator, None)
+    if features is None:
+      return batch_lib.padding(self._num_sequences, self._sequence_length)
+    return {name: values[rows] for name, values in self._unpacked(features).items()}
 
   def _unpacked(self, features) -> batch_lib.Batch:
     """Returns a batch of seqio as one of ours."""
@@ -109,15 +118,19 @@ class SeqioLoader:
     return filled | {'counted': np.repeat(counted[:, None], self._sequence_length, axis=1)}
 
   def save(self, directory: pathlib.Path) -> None:
-    """Writes this process's iterator, including its buffers, and the next step.
+    """Writes the iterators of the streams that begin here, with their buffers, and the next step.
 
     Raises ValueError for a task with an operation whose state TensorFlow cannot save; before the
     first batch, that goes unnoticed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / self._file
+    for stream, (iterator, rows) in self._streams.items():
+      if rows.start == 0:  # otherwise another process saves it
+        self._save(directory / _file(stream, self._num_streams), iterator)
+
+  def _save(self, path, iterator):
     try:
-      self._tf.train.Checkpoint(iterator=self._iterator).write(str(path))
+      self._tf.train.Checkpoint(iterator=iterator).write(str(path))
     except self._tf.errors.FailedPreconditionError as error:
       raise ValueError(
         f'data.task: a run with {self._task!r} could not resume, because TensorFlow cannot save '
@@ -129,33 +142,55 @@ class SeqioLoader:
     path.with_suffix('.json').write_text(json.dumps(state))
 
   def load(self, directory: pathlib.Path) -> None:
-    """Restores the position after the last batch before `save`.
+    """Restores the position after the last batch before `save`, by any number of processes.
 
     Raises ValueError if nothing was saved there, or by a run with other data, another sequence
-    length or another number of processes.
+    length, or streams that do not divide the batch.
     """
-    path = directory / self._file
-    if not path.with_suffix('.json').is_file():
-      saved = sorted(file.name for file in directory.glob('seqio-*.json'))
-      raise ValueError(
-        f'the checkpoint has no data position of this process ({self._file}) in {directory}, only '
-        f'{saved}; a seqio task must resume with the number of processes that saved it.'
-      )
-    state = json.loads(path.with_suffix('.json').read_text())
-    for key, value in self._identity.items():
-      if state[key] != value:
-        raise ValueError(
-          f'data: the saved position in {directory} has {key} {state[key]}, this run {value}; '
-          'a seqio task cannot resume with a different one.'
-        )
+    self._num_streams = self._saved_streams(directory)
     self._restart()
-    self._tf.train.Checkpoint(iterator=self._iterator).read(str(path)).assert_consumed()
-    self._next_step = state['next_step']
+    for stream, (iterator, _) in self._streams.items():
+      path = directory / _file(stream, self._num_streams)
+      state = json.loads(path.with_suffix('.json').read_text())
+      for key, value in self._identity.items():
+        if state[key] != value:
+          raise ValueError(
+            f'data: the saved position in {directory} has {key} {state[key]}, this run {value}; '
+            'a seqio task cannot resume with a different one.'
+          )
+      self._tf.train.Checkpoint(iterator=iterator).read(str(path)).assert_consumed()
+      self._next_step = state['next_step']
+
+  def _saved_streams(self, directory):
+    """The number of streams whose positions were saved."""
+    saved = sorted(path.stem for path in directory.glob('seqio-*.json'))
+    if not saved or saved != [_file(stream, len(saved)) for stream in range(len(saved))]:
+      raise ValueError(
+        f'the checkpoint has no data position of every stream in {directory}, only {saved}.'
+      )
+    if self._batch_size % len(saved):
+      raise ValueError(
+        f'data.batch_size: expected a multiple of {len(saved)}, the number of processes with which '
+        f'this run began to read a seqio task, got {self._batch_size}.'
+      )
+    return len(saved)
 
   def _restart(self) -> None:
-    # A new dataset: a shuffled one has a different order in each iteration.
-    self._iterator = iter(self._make_dataset())
+    # New datasets: a shuffled one has a different order in each iteration.
+    size = self._batch_size // self._num_streams
+    first, end = self._first_sequence, self._first_sequence + self._num_sequences
+    self._streams = {
+      stream: (
+        iter(self._make_dataset(stream, self._num_streams)),
+        slice(max(first - stream * size, 0), min(end - stream * size, size)),
+      )
+      for stream in range(first // size, -(-end // size))
+    }
     self._next_step = 0
+
+
+def _file(stream, num_streams):
+  return f'seqio-{stream:05d}-of-{num_streams:05d}'
 
 
 @functools.cache
@@ -308,15 +343,15 @@ def _check_vocabulary(config, task, tokenizer) -> None:
     )
 
 
-def _packed(config, task, split, part, num_parts, offset=0):
-  """Returns the dataset of one process's packed batches; it repeats forever in training.
+def _packed(config, task, split, stream, num_streams, offset=0):
+  """Returns the dataset of one stream's part of the packed batches; it repeats forever in training.
 
   All ids are larger by `offset`.
   """
   seqio, tf = _modules().seqio, _modules().tf
   length, is_train = config.sequence_length, split == 'train'
   seed = config.seed if is_train else 0
-  shard, epochs = seqio.ShardInfo(part, num_parts), None if is_train else 1
+  shard, epochs = seqio.ShardInfo(stream, num_streams), None if is_train else 1
   options = {'shuffle': is_train, 'seed': seed, 'shard_info': shard, 'num_epochs': epochs}
   dataset = _dataset(config, task, split, **options)
 
@@ -328,7 +363,7 @@ def _packed(config, task, split, part, num_parts, offset=0):
   dataset = dataset.map(pieces).unbatch().shuffle(_PIECES_TO_SHUFFLE, seed=seed)
   dataset = dataset.map(lambda ids: {'targets': ids + offset if offset else ids})
   dataset = seqio.LMFeatureConverter(pack=True)(dataset, {'targets': length})
-  dataset = dataset.batch(config.batch_size // num_parts, drop_remainder=is_train).prefetch(2)
+  dataset = dataset.batch(config.batch_size // num_streams, drop_remainder=is_train).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True
   return dataset.with_options(options)
