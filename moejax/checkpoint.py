@@ -148,6 +148,11 @@ class Checkpoints:
       )
     self._pending = step, self._background.submit(self._finish, step, written)
 
+  def last(self) -> int:
+    """The newest step, intact or not; -1 if nothing was saved."""
+    last = max(manifest.steps(self._directory), default=_NONE) if jax.process_index() == 0 else 0
+    return int(multihost_utils.broadcast_one_to_all(np.int32(last)))
+
   def latest_step(self, at_most: int | None = None) -> int | None:
     """The newest intact step, with a warning if newer ones are damaged; None if nothing was saved.
 

@@ -40,6 +40,10 @@ class TrainConfig(fields.Section):
   )
   checkpoint_interval: int = default(250, 'steps between checkpoints', minimum=1)
   keep_checkpoints: int = default(3, 'number of latest checkpoints to keep', minimum=1)
+  memory_checkpoint: int = default(
+    0, 'steps between checkpoints in memory: docs/resuming.md; 0: none', minimum=0
+  )
+  memory_folder: str = default('/dev/shm', 'for these: a folder in the memory of every host')
   max_skipped: int = default(
     10, 'updates in a row that are not finite and skipped, at which the run stops', minimum=1
   )

@@ -24,10 +24,12 @@ def rewind(run: Run) -> bool:
     print(f'going on through the spike: back at step {step} {ATTEMPTS} times already')
     return False
   run.checkpoints.discard_after(step)  # a later save would leave what exists as it is
+  if run.memory:
+    run.memory.discard_after(step)
   metadata = run.checkpoints.metadata(step)
   abstract = jax.tree.map(_abstract, run.state)
   run.state = None  # there may be no memory for two
-  run.state = restore(run, step, abstract)
+  run.state = restore(run, run.checkpoints, step, abstract)
   recall(run, step, metadata)
   begin, end = step + run.watch.passed, spike['step'] + watch.passed
   for number in range(begin, end):

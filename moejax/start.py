@@ -29,6 +29,7 @@ from moejax import (
 from moejax.checkpoint import one_line_errors
 from moejax.differences import changed_fields
 from moejax.distributed import is_process_0
+from moejax.memory_checkpoint import MemoryCheckpoints
 from moejax.step import (
   fresh_state,
   is_finite,
@@ -52,6 +53,8 @@ class Run:
   loader: Any
   eval_loader: Any
   checkpoints: Any = None
+  memory: Any = None  # a `memory_checkpoint.MemoryCheckpoints`
+  store: Any = None  # that of the two in which it found its newest checkpoint
   origin: dict | None = None  # choices that made its first state and are not in the config
   history: list = dataclasses.field(default_factory=list)  # changed fields, and from which step
   step: int = 0  # optimizer steps done
@@ -145,11 +148,11 @@ def resume(run):
     ValueError: the run cannot resume with this config, tokenizer or corpus.
   """
   run_folder.check_same_run(run.config, run.workdir)  # again, now that the folder is locked
-  step = run.checkpoints.latest_step()
+  run.store, step = newest(run)
   if step is None:
     run.ledger.resume(run.workdir, 0, {})
     return None
-  metadata = run.checkpoints.metadata(step)
+  metadata = run.store.metadata(step)
   run_folder.check_tokenizer(metadata, run.run_config.tokenizer)
   imported = metadata['corpus'] is None  # by moejax.convert, which reads no text
   if not imported and metadata['corpus'] != run.loader.fingerprint:
@@ -183,6 +186,27 @@ def resume(run):
   return step
 
 
+def in_memory(run):
+  """The checkpoints in memory of a run; None if it has none."""
+  train = run.run_config.train
+  if not train.memory_checkpoint:
+    return None
+  folder = run_folder.checkpoint_dir(run.workdir)
+  return MemoryCheckpoints(train.memory_folder, folder, run.config.to_dict(), run.mesh)
+
+
+def newest(run):
+  """Where the newest checkpoint is, and its step, None if there is none.
+
+  One in memory is taken without a look at the files of older ones.
+  """
+  held = run.memory.newest() if run.memory else None
+  if held is not None and held >= run.checkpoints.last():
+    return run.memory, held
+  step = run.checkpoints.latest_step()
+  return (run.memory, held) if held is not None and held > (step or 0) else (run.checkpoints, step)
+
+
 def recall(run, step, metadata):
   """Takes the log window and the watch from the metadata of a checkpoint."""
   with one_line_errors(f'--workdir={run.workdir}: cannot read the log window of checkpoint {step}'):
@@ -213,14 +237,16 @@ def set_up(run, step, start=None):
   train = run.run_config.train
   saves = math.ceil(train.steps / train.checkpoint_interval) - run.step // train.checkpoint_interval
   run.checkpoints.check_writable(num_bytes, saves)
+  if run.memory:
+    run.memory.begin(abstract)
   run.ledger.lap('start_up')
   page = start_page.page(run.run_config, run.mesh, abstract, run.loader, run.workdir)
   print(page, flush=True)
   run.train_step, run.now = _compile(run, abstract), make_clock(run.run_config)
   run.ledger.lap('compile')
   if step is not None:
-    print(f'resuming from step {step}')
-    run.state = restore(run, step, abstract)
+    print(f'resuming from step {step}{" in memory" * (run.store is run.memory)}')
+    run.state = restore(run, run.store, step, abstract)
   else:
     with cli.waiting_for('initialising the state'):
       run.state = start(run, abstract) if start else make_state(init, abstract)
@@ -248,11 +274,11 @@ def set_up(run, step, start=None):
   run.record('start_up')
 
 
-def restore(run, step, abstract_state):
+def restore(run, store, step, abstract_state):
   """The state of a checkpoint; the loader goes to its position."""
-  loader = run.loader if run.checkpoints.metadata(step)['corpus'] else None  # None: imported
+  loader = run.loader if store.metadata(step)['corpus'] else None  # None: imported
   with cli.waiting_for('restoring the state'):
-    state = run.checkpoints.restore(step, abstract_state, loader, run.config.to_dict())
+    state = store.restore(step, abstract_state, loader, run.config.to_dict())
   run.ledger.lap('restore')
   return state
 

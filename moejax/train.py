@@ -28,7 +28,7 @@ from moejax.metrics import Diverged
 from moejax.optimizer import shared_steps
 from moejax.results import finish, plot, summary
 from moejax.rewind import rewind
-from moejax.start import Run, is_finished, prepare, resume, set_up
+from moejax.start import Run, in_memory, is_finished, prepare, resume, set_up
 from moejax.step import eval_step, is_finite
 
 _STEPS_TO_ESTIMATE = 5  # after which the time of a run is known
@@ -65,6 +65,7 @@ def train(
     run_folder.lock(run.workdir),
     contextlib.closing(run_folder.checkpoints(run.workdir, run.run_config)) as run.checkpoints,
   ):
+    run.memory = in_memory(run)
     step = resume(run)
     if is_finished(run):
       print(f'{workdir} is already finished, at step {step}; nothing is changed')
@@ -76,17 +77,19 @@ def train(
         if start and step is None:
           run.is_evaluated = progress.evaluate(run, interrupt)
           _save(run)
-        if not (loop(run, interrupt) and finish(run, summarize, interrupt)):
+        is_done = loop(run, interrupt) and finish(run, summarize, interrupt)
+        if not is_done:
           run.checkpoints.wait()
           run.ledger.lap('checkpoint')
           plot(run)
           run.writer.close()
           run.record('other')
           print(f'interrupted at step {run.step} of {run.run_config.train.steps}; saved')
-          return cli.INTERRUPTED
+        if run.memory:
+          run.memory.clear()
+        return cli.OK if is_done else cli.INTERRUPTED
     except Diverged as diverged:
       raise Diverged(_advice(diverged, run)) from diverged
-  return cli.OK
 
 
 def loop(run: Run, interrupt):
@@ -125,14 +128,18 @@ def loop(run: Run, interrupt):
         run.ledger.lap('other')
       if run.step % train.eval_interval == 0 or last():
         run.is_evaluated = progress.evaluate(run, interrupt)
-      if is_due := run.step % train.checkpoint_interval == 0 or run.step == shared or last():
+      is_due = run.step % train.checkpoint_interval == 0 or run.step == shared or last()
+      stores = [run.checkpoints] * is_due
+      if run.memory and run.step % train.memory_checkpoint == 0 and not last():
+        stores.append(run.memory)
+      if stores:
         run.averager.read()
       if run.watch.spike and rewind(run):
         continue
       if run.watch.in_row >= train.max_skipped and not last():
         _give_up(run)
-      if is_due:
-        _save(run)
+      if stores:
+        _save(run, *stores)
       run.averager.skip(time.monotonic() - pause)
     if not last():
       run.averager.read()
@@ -172,7 +179,8 @@ def check_health(run: Run):
     raise Diverged(f'training diverged: after step {run.step} the state or its loss is not finite')
 
 
-def _save(run: Run):
+def _save(run: Run, *stores):
+  """Saves the state, by default in the folder of the run."""
   check_health(run)
   run.ledger.lap('checkpoint')
   run.writer.sync()
@@ -181,8 +189,9 @@ def _save(run: Run):
     'watch': run.watch.saved(),
     'is_evaluated': run.is_evaluated,
   }
-  run.checkpoints.save(run.step, run.state, run.loader, metadata)
-  if is_process_0():
+  for store in stores or [run.checkpoints]:
+    store.save(run.step, run.state, run.loader, metadata)
+  if is_process_0() and stores != (run.memory,):
     with run.optional('summary.json'):
       report.write_summary(run.workdir, summary(run) | {'finished': False})
   run.record('checkpoint')

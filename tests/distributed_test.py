@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from random import Random
 
 import jax
 import numpy as np
@@ -70,10 +72,11 @@ class Processes:
     return self.output(process).splitlines()[-1]
 
   def wait_for(self, pattern):
-    """Waits until process 0 has printed something."""
-    while not re.search(pattern, self.output()):
+    """Waits until process 0 has printed something, and returns the match."""
+    while not (found := re.search(pattern, self.output())):
       assert all(process.poll() is None for process in self.processes), self.output()
       time.sleep(0.01)
+    return found
 
   def codes(self):
     return [process.wait(300) for process in self.processes]
@@ -123,6 +126,55 @@ def test_two_processes_interrupted_and_killed_match_one(alone, tmp_path):
     assert run.codes() == [cli.OK], run.output()
     assert re.search('resuming from step [12]0', run.output())
   _assert_same_runs(alone, folder)
+
+
+def _in_memory(folder, every):
+  """Flags of a run in `folder` that saves in memory, and on the disk only at the end."""
+  changes = {'memory_checkpoint': every, 'memory_folder': folder, 'checkpoint_interval': 60}
+  return f'--workdir={folder}/run', *(f'--config.train.{k}={v}' for k, v in changes.items())
+
+
+def _lose_host(folder, index):
+  """Deletes what a process held in memory."""
+  (held,) = folder.glob(f'moejax-*/*/{index}')
+  shutil.rmtree(held)
+
+
+@pytest.mark.heavy
+def test_a_lost_host_costs_a_few_steps(alone, tmp_path):
+  args = _in_memory(tmp_path, 2)
+  with Processes(tmp_path / 'killed', 2, *args) as run:
+    run.wait_for(r'step +24/60')
+    run.processes[1].kill()
+    run.codes()
+  _lose_host(tmp_path, 1)
+  with Processes(tmp_path / 'resumed', 2, *args) as run:
+    assert run.codes() == [cli.OK] * 2, run.output()
+    assert re.search('resuming from step (2[2468]|30) in memory', run.output())
+  _assert_same_runs(alone, tmp_path / 'run')
+  assert not any(path.is_file() for path in tmp_path.glob('moejax-*/*/*/*'))
+
+
+@pytest.mark.slow
+def test_twenty_lost_hosts_of_four(alone, tmp_path):
+  args, generator = (*_in_memory(tmp_path, 2), '--config.train.log_interval=1'), Random(0)
+  lost = reached = step = 0
+  for number in range(21):
+    with Processes(tmp_path / str(number), 4, *args) as run:
+      if number:
+        step = int(run.wait_for('resuming from step ([0-9]+) in memory')[1])
+        print(f'process {lost} was lost at step {reached}, which cost {reached - step} steps')
+        assert 0 <= reached - step <= 2
+      if number == 20:
+        assert run.codes() == [cli.OK] * 4, run.output()
+        break
+      run.wait_for(f'step +{step + 3}/60')
+      lost = generator.randrange(4)
+      run.processes[lost].kill()
+      run.codes()
+      reached = max(map(int, re.findall('step +([0-9]+)/60', run.output())))
+    _lose_host(tmp_path, lost)
+  jax.tree.map(np.testing.assert_array_equal, *map(_params_of, (alone, tmp_path / 'run')))
 
 
 @pytest.mark.slow
