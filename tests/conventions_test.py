@@ -43,6 +43,7 @@ RANKS = (
     'trackers',
     'group',
     'lease',
+    'exchange',
   ),
   ('ops', 'sharding'),
   ('layers', 'muon'),
@@ -50,7 +51,7 @@ RANKS = (
   ('model_config',),
   ('model',),
   ('distributed', 'optimizer', 'data', 'metrics', 'report', 'eval_report', 'checkpoint', 'flops')
-  + ('hf',)
+  + ('hf', 'memory_checkpoint')
   + ('goodput', 'profiling', 'watch'),
   ('config', 'variants'),
   ('cli',),
