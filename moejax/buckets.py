@@ -82,6 +82,8 @@ def _filesystem(path):
     yield fsspec.filesystem(text.partition('://')[0]), text
   except FileNotFoundError as error:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text) from error
+  except FileExistsError:
+    raise
   except Exception as error:
     why = ' '.join(str(error).split()) or type(error).__name__
     raise Failed(f'{text}: the storage service failed: {why[:400]}') from error
@@ -107,6 +109,25 @@ def write(path, content: bytes) -> None:
       filesystem.pipe_file(name, content)
   except FileNotFoundError as error:
     raise ValueError(f'{path}: there is no bucket {os.fspath(path).split("/")[2]}.') from error
+
+
+def create(path, content: bytes) -> None:
+  """Writes a whole object; FileExistsError if it is there.
+
+  Of those who do so at once, one succeeds, as the services promise.
+  """
+  try:
+    with _filesystem(path) as (filesystem, name):
+      filesystem.pipe_file(name, content, mode='create')
+  except FileExistsError:
+    if read(path) != content:  # else a request whose answer was lost was sent again
+      raise
+
+
+def modified(path) -> float:
+  """When an object was written, in seconds, by the clock of the service."""
+  with _filesystem(path) as (filesystem, name):
+    return filesystem.modified(name).timestamp()
 
 
 def exists(path) -> bool:

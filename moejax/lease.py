@@ -5,8 +5,8 @@
 Whoever takes the folder creates the file of the next number, which only one process can, and then
 deletes those before it. So a process that was stopped for long, or cut off from a shared disk,
 finds its lease gone when it goes on, and ends before it writes. Nobody needs locks of the operating
-system, which many shared disks have not, or clocks that agree: the age of a lease is told by the
-clock of its disk.
+system, which many shared disks and buckets have not, or clocks that agree: the age of a lease is
+told by the clock of its disk or storage service. An object is touched by writing it again.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 
-from moejax import group
+from moejax import buckets, group
 from moejax.exit_codes import USAGE
 from moejax.text import duration
 
@@ -37,7 +38,7 @@ class Held(Exception):
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path):
+def held(folder):
   """A context in which no other process holds `folder`, which is made if it does not exist.
 
   Takes over from a process that has died or hangs; if it ran on another machine, that shows after
@@ -45,10 +46,11 @@ def held(folder: pathlib.Path):
 
   Raises:
     Held: another process holds the folder.
-    OSError: the folder cannot be written.
+    OSError: the folder cannot be written; buckets.Failed if it is in a bucket.
   """
   leases = folder / 'lease'
-  leases.mkdir(parents=True, exist_ok=True)
+  if not buckets.is_bucket(leases):
+    leases.mkdir(parents=True, exist_ok=True)
   lease = _Lease(_take(leases))
   _held.append(lease)
   try:
@@ -72,26 +74,27 @@ def _take(leases):
     'machine': _machine(),
     'program': _program(),
     'since': f'{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}',
+    'key': str(uuid.uuid4()),  # no two leases are the same
   }
   while True:
     last = _last(leases)
     _wait_until_free(leases / str(last))
     path = leases / str(last + 1)
     try:
-      with path.open('x') as file:
-        json.dump(holder, file)
+      _create(path, json.dumps(holder))
     except FileExistsError:  # another process was faster
       continue
     if _last(leases) > last + 1:  # others came and went, and deleted `last`, since we saw it
-      path.unlink(missing_ok=True)
+      _delete(path)
       continue
     for older in _numbers(leases) - {last + 1}:
-      (leases / str(older)).unlink(missing_ok=True)
+      _delete(leases / str(older))
     return path
 
 
 def _numbers(leases):
-  return {int(name) for name in os.listdir(leases) if name.isdecimal()}
+  names = buckets.children(leases) if buckets.is_bucket(leases) else os.listdir(leases)
+  return {int(name) for name in names if name.isdecimal()}
 
 
 def _last(leases):
@@ -116,14 +119,50 @@ def _wait_until_free(path):
         'see whether it is alive',
         flush=True,
       )
-    time.sleep(_RENEWAL / 20)
+    time.sleep(_RENEWAL / 10)
+
+
+def _create(path, content):
+  """Writes a file; FileExistsError if it is there."""
+  if buckets.is_bucket(path):
+    return buckets.create(path, content.encode())
+  with path.open('x') as file:
+    file.write(content)
+
+
+def _delete(path):
+  if buckets.is_bucket(path):
+    return buckets.delete(path)
+  path.unlink(missing_ok=True)
+
+
+def _touch(path):
+  """Makes a file one of this moment; FileNotFoundError if it is not there."""
+  if buckets.is_bucket(path):
+    return buckets.write(path, buckets.read(path))
+  os.utime(path)
+
+
+def _free(path):
+  """Says in a lease that it is free, if it is still there."""
+  if buckets.is_bucket(path):
+    return buckets.exists(path) and buckets.write(path, b'{}')
+  with path.open('r+') as file:
+    file.write('{}')
+    file.truncate()
+
+
+def _content_and_time(path):
+  if buckets.is_bucket(path):
+    return buckets.read(path), buckets.modified(path)
+  with path.open('rb') as file:  # a shared disk looks at the file anew when it is opened
+    return file.read(), os.fstat(file.fileno()).st_mtime
 
 
 def _read(path):
   """Who has a lease, {} if it is free; and when it was renewed."""
   try:
-    with path.open('rb') as file:  # a shared disk looks at the file anew when it is opened
-      content, renewed = file.read(), os.fstat(file.fileno()).st_mtime
+    content, renewed = _content_and_time(path)
   except FileNotFoundError:
     return {}, 0.0
   try:
@@ -134,7 +173,14 @@ def _read(path):
 
 
 def _now(folder):
-  """The time by the clock of a disk."""
+  """The time by the clock of a disk or a storage service."""
+  if buckets.is_bucket(folder):
+    probe = folder / f'now-{uuid.uuid4()}'
+    buckets.write(probe, b'')
+    try:
+      return buckets.modified(probe)
+    finally:
+      buckets.delete(probe)
   with tempfile.TemporaryFile(dir=folder) as probe:
     probe.write(b'.')
     probe.flush()
@@ -193,8 +239,10 @@ class _Lease:
   def _renew(self):
     now = _clock()
     try:
-      os.utime(self._path)
+      _touch(self._path)
       is_lost = _last(self._path.parent) > int(self._path.name)
+    except buckets.Failed:
+      return
     except OSError as error:
       if error.errno not in (errno.ENOENT, errno.ESTALE):
         return  # the disk fails: what is written next says so
@@ -206,9 +254,12 @@ class _Lease:
   def _end(self, silence):
     folder, leases = self._path.parent.parent, self._path.parent
     what = 'is gone'
-    if leases.exists() and (last := _last(leases)) > int(self._path.name):
-      by = _description(_read(leases / str(last))[0])
-      what = f'was taken over by {by} because nothing was heard of this one for {duration(silence)}'
+    with contextlib.suppress(OSError, buckets.Failed):
+      if (last := _last(leases)) > int(self._path.name):
+        by = _description(_read(leases / str(last))[0])
+        what = (
+          f'was taken over by {by} because nothing was heard of this one for {duration(silence)}'
+        )
     group.end_all(f'{folder} {what}. This process ends, and writes no more.', USAGE)
 
   def check(self):
@@ -217,6 +268,5 @@ class _Lease:
 
   def release(self):
     self._released.set()
-    with contextlib.suppress(OSError), self._path.open('r+') as file:
-      file.write('{}')
-      file.truncate()
+    with contextlib.suppress(OSError, buckets.Failed):
+      _free(self._path)

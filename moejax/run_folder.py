@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from moejax import (
-  buckets,
   checkpoint,
   cli,
   config as config_lib,
@@ -33,8 +32,7 @@ from moejax.differences import changed_fields
 
 @contextlib.contextmanager
 def lock(workdir):
-  """A context in which no other run writes to this folder; process 0 holds its `lease`. A bucket
-  has none.
+  """A context in which no other run writes to this folder; process 0 holds its `lease`.
 
   Raises:
     ValueError: another program holds the folder, or it cannot be written.
@@ -42,9 +40,7 @@ def lock(workdir):
   workdir = files.path(workdir)
   with contextlib.ExitStack() as stack:
     holder = ''
-    if jax.process_index() == 0 and buckets.is_bucket(workdir):
-      print('note: a bucket has no locks: train with one program at a time in this folder')
-    elif jax.process_index() == 0:
+    if jax.process_index() == 0:
       try:
         stack.enter_context(lease.held(workdir))
       except lease.Held as held:

@@ -1,15 +1,24 @@
 """Runs in gs:// and s3://: what folders do holds there, after kills and damage too."""
 
+import concurrent.futures
+import contextlib
 import importlib.util
 import json
+import os
 import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import buckets as buckets_lib, checkpoint, cli, files, manifest, metrics
+from moejax import buckets as buckets_lib, checkpoint, cli, files, group, lease, manifest, metrics
 from moejax.checkpoint import Checkpoints
 from tests import buckets
 from tests.tiny import Counter
@@ -187,6 +196,120 @@ def test_a_kill_between_any_two_requests_leaves_an_intact_step(services, opened,
   again = opened(replayed)
   again.check_writable(1000)
   assert again.latest_step() == 6 and int(again.restore(6, ABSTRACT)['step']) == 6
+
+
+def on_all_devices(step):
+  """A state of many arrays, whose values tell the step."""
+  types = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((jax.device_count(),), ('fsdp',), axis_types=types)
+  value = np.arange(64, dtype=np.float32).reshape(16, 4) + step
+
+  def array(*spec):
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+  return {'params': {str(i): array('fsdp') if i % 3 else array() for i in range(30)}}
+
+
+WRITER = """
+import sys
+import jax
+folder, address, index = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+from tests.buckets_test import Checkpoints, files, on_all_devices
+checkpoints = Checkpoints(files.path(folder), keep=2)
+checkpoints.check_writable(1000)
+for step in range(1, 1000):
+  checkpoints.save(step, on_all_devices(step), None, {})
+  checkpoints.wait()
+  print('saved', step, flush=True)
+"""
+
+
+@pytest.mark.heavy
+def test_two_processes_that_are_killed_leave_a_step_for_one(services, opened, tmp_path):
+  folder = files.path('gs://bucket/two')
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  environment = os.environ | {
+    'PYTHONPATH': str(pathlib.Path(__file__).parent.parent),
+    'JAX_NUM_CPU_DEVICES': '2',
+  }
+  with contextlib.ExitStack() as stack, (tmp_path / 'log').open('w+') as log:
+    processes = []
+    for index in (0, 1):
+      command = [sys.executable, '-c', WRITER, str(folder), address, str(index)]
+      process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+      )
+      processes.append(stack.enter_context(process))
+      stack.callback(process.kill)
+    was_saved = 'saved 2\n' in iter(processes[0].stdout.readline, '')
+    for process in processes:
+      process.send_signal(signal.SIGKILL)
+    log.seek(0)
+    assert was_saved, log.read()
+  checkpoints = opened(folder)
+  step = checkpoints.latest_step()
+  assert step in (2, 3)
+  expected = on_all_devices(step)
+  shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+  restored = checkpoints.restore(step, jax.tree.map(shape, expected))
+  jax.tree.map(np.testing.assert_array_equal, restored, expected)
+  checkpoints.check_writable(1000)
+  assert files.children(folder) <= {'1', '2', '3'}
+
+
+OTHER = json.dumps({'process': 5, 'host': 'b', 'machine': 'other'}).encode()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Times of leases; S3 gives times in seconds."""
+  monkeypatch.setattr(lease, '_RENEWAL', 1.0)
+  monkeypatch.setattr(lease, '_EXPIRY', 2.5)
+
+
+def take(folder):
+  with contextlib.suppress(lease.Held):
+    return lease._take(folder / 'lease')
+
+
+def test_a_folder_has_one_writer(folder, quick):
+  with lease.held(folder):
+    with pytest.raises(lease.Held, match=f'^process {os.getpid()} on .*, since 20'):
+      lease._take(folder / 'lease')
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:  # it was released
+    assert sum(map(bool, pool.map(take, [folder] * 4))) == 1
+  assert len(files.children(folder / 'lease')) == 1
+
+
+def test_a_writer_elsewhere_is_alive_as_long_as_it_renews_its_lease(folder, quick, capsys):
+  path = folder / 'lease' / '7'
+  files.write(path, OTHER)
+  renewing = threading.Timer(1.2, files.write, (path, OTHER))
+  renewing.start()
+  assert take(folder) is None
+  renewing.join()
+  assert 'process 5 on b' in capsys.readouterr().out
+  assert take(folder) == folder / 'lease' / '8'
+  assert files.children(folder / 'lease') == {'8'}
+
+
+def test_a_writer_whose_lease_was_taken_ends(folder, monkeypatch):
+  said = []
+  monkeypatch.setattr(group, 'end_all', lambda message, code: said.append(message))
+  with lease.held(folder):
+    lease._held[-1]._renew()
+    assert not said
+    files.write(folder / 'lease' / '2', OTHER)
+    lease._held[-1]._renew()
+    assert 'was taken over by process 5 on b' in said.pop()
+    files.delete(folder / 'lease')
+    lease._held[-1]._renew()
+    assert said == [f'{folder} is gone. This process ends, and writes no more.']
+  assert not files.children(folder / 'lease')
 
 
 def test_lines_of_metrics_are_there_once_after_a_kill(folder, monkeypatch, capsys):
