@@ -59,6 +59,7 @@ class ModelConfig(Section):
   d_model: int = default(32, 'width of the stream between sublayers', minimum=1)
   num_heads: int = default(2, 'of attention', minimum=1)
   num_kv_heads: int = default(0, 'of keys and values, shared by queries; 0: num_heads', minimum=0)
+  head_dim: int = default(0, 'width of a head; 0: d_model / num_heads', minimum=0)
   d_ff: int = default(128, 'hidden width of a dense feed-forward', minimum=1)
   activation: str = default(
     'relu', 'of feed-forwards and experts', choices=(*common.ACTIVATIONS, 'swiglu')
@@ -69,6 +70,7 @@ class ModelConfig(Section):
   norm: str = default('layer_norm', 'before every sublayer', choices=tuple(common.NORMS))
   norm_eps: float = default(1e-5, 'added to the variance or mean square in these norms', minimum=0)
   qk_norm: bool = default(False, 'RMS norms of all queries and of all keys, as in OLMoE')
+  qk_norm_per_head: bool = default(False, 'these norms are of each head, as in Qwen3')
   biases: bool = default(False, 'of attention and dense feed-forwards, as in GPT-2')
   final_norm: bool = default(False, 'a norm before the output projection')
   tie_embeddings: bool = default(False, 'the output projection is the embedding')
@@ -139,7 +141,7 @@ class ModelConfig(Section):
   @property
   def head_width(self):
     """Width of a head of attention."""
-    return self.d_model // self.num_heads
+    return self.head_dim or self.d_model // self.num_heads
 
   @property
   def base_model(self):
@@ -225,7 +227,7 @@ class ModelConfig(Section):
 _SIZES = tuple(
   f'{path}{name}'
   for path, names in {
-    '': ('blocks', 'd_model', 'num_heads', 'num_kv_heads', 'd_ff'),
+    '': ('blocks', 'd_model', 'num_heads', 'num_kv_heads', 'head_dim', 'd_ff'),
     'mot.': ('num_experts', 'group_size', 'expert_width'),
     'moe.': ('expansion_rate', 'granularity', 'experts_per_token', 'group_size', 'shared_width'),
     'mamba.': ('expand', 'state_size', 'conv_width'),

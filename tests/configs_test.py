@@ -22,7 +22,9 @@ pytestmark = pytest.mark.heavy
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common', 'run')
+  p.stem
+  for p in (ROOT / 'configs').glob('*.py')
+  if p.stem not in ('__init__', 'common', 'run', 'like')  # like: tests/like_test.py
 )
 
 

@@ -329,6 +329,7 @@ VARIANT = {
   'activation': 'swiglu',
   'positions': 'rope',
   'num_kv_heads': 1,
+  'head_dim': 6,
   'qk_norm': True,
   'biases': True,
   'document_mask': True,

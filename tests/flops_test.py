@@ -96,6 +96,8 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'activation': 'swiglu', 'd_ff': 10},
     {'blocks': tiny.DENSE, 'num_heads': 6, 'num_kv_heads': 2, 'qk_norm': True, 'biases': True},
     {'blocks': tiny.DENSE, 'biases': True, 'qk_norm': True, 'activation': 'swiglu'},
+    {'blocks': tiny.DENSE, 'head_dim': 7, 'biases': True, 'qk_norm': True},
+    {'blocks': tiny.DENSE, 'num_kv_heads': 1, 'qk_norm': True, 'qk_norm_per_head': True},
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},

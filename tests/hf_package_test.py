@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import dense, mamba, moe
+from configs import dense, like, mamba, moe
 from moejax import config as config_lib, convert, model as model_lib, run_folder
 from tests import hf_test
 
@@ -47,6 +47,7 @@ RUNS = {
   'mixtral': moe.get_config('debug,mixtral,top_k=3'),
   'olmoe': moe.get_config('debug,olmoe,top_k=2'),
   'mamba': mamba.get_config('debug,hf'),
+  **{f'like {name}': like.get_config(name) for name in ('olmoe', 'mixtral', 'qwen3-30b-a3b')},
 }
 RUNS['shared heads'].model.update(num_heads=4, num_kv_heads=2, rope_theta=300.0, norm_eps=1e-2)
 RUNS['gpt2 relu'].model.update(activation='relu', tie_embeddings=True)
@@ -79,6 +80,7 @@ CHANGES = {
   'llama': {'num_key_value_heads': 4, 'tie_word_embeddings': True, 'rms_norm_eps': 0.1},
   'mixtral': {'num_experts_per_tok': 1, 'num_key_value_heads': 1, 'sliding_window': 32},
   'olmoe': {'norm_topk_prob': True, 'num_key_value_heads': 4, 'num_experts_per_tok': 2},
+  'qwen3_moe': {'norm_topk_prob': False, 'num_key_value_heads': 4, 'head_dim': 2},
   'mamba': {'use_conv_bias': False, 'layer_norm_epsilon': 1e-2, 'tie_word_embeddings': False},
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import dense, fine_grained, mamba, moe, mot
+from configs import dense, fine_grained, like, mamba, moe, mot
 from moejax import config as config_lib, convert, hf, model as model_lib, run_folder
 from moejax.hf import folder as folder_lib
 from moejax.layers.common import TokenInfo
@@ -22,7 +22,7 @@ from moejax.layers.common import TokenInfo
 pytestmark = pytest.mark.heavy
 
 REFERENCE = pathlib.Path(__file__).parent / 'reference'
-NAMES = ['gpt2', 'llama', 'mixtral', 'olmoe']
+NAMES = ['gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe']
 
 
 def config(**changes):
@@ -113,7 +113,8 @@ def test_export_of_an_import_is_bitwise(imported, name, tmp_path):
   # are those of its tokenizer, as these models have none.
   changed = {'eos_token_id', 'pad_token_id'}
   changed |= {'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'n_inner', 'max_position_embeddings'}
-  changed |= {'head_dim'} if name != 'llama' else set()
+  changed |= {'head_dim'} if name in ('mixtral', 'olmoe') else set()
+  changed |= {'intermediate_size'} if name == 'qwen3_moe' else set()  # of dense layers, if any
   assert {n for n in theirs.keys() & ours.keys() if theirs[n] != ours[n]} <= changed
 
 
@@ -151,9 +152,14 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
 @pytest.mark.parametrize(
   'name, changes, message',
   [
-    ('llama', {'model_type': 'bert'}, 'one of gpt2, llama, mixtral, olmoe, mamba; got bert'),
+    (
+      'llama',
+      {'model_type': 'bert'},
+      'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba; got bert',
+    ),
     ('llama', {'attention_bias': True}, 'attention_bias = True is not supported, only False'),
-    ('llama', {'head_dim': 8}, 'head_dim = 8 .* only hidden_size / num_attention_heads = 4'),
+    ('llama', {'head_dim': 8}, r'q: checkpoint \(16, 4, 4\) vs config \(16, 4, 8\)'),
+    ('llama', {'head_dim': 5}, 'even head width, got model.head_dim = 5'),
     ('llama', {'intermediate_size': 42}, 'intermediate_size = 42 must be a multiple of 8'),
     (
       'llama',
@@ -190,14 +196,14 @@ def test_unsupported_models_are_rejected_by_name(tmp_path, name, changes, messag
 
 
 def test_all_that_is_not_supported_is_said_at_once(tmp_path):
-  folder = _folder(tmp_path, 'llama', attention_bias=True, mlp_bias=True, head_dim=2)
+  folder = _folder(tmp_path, 'llama', attention_bias=True, mlp_bias=True, sliding_window=2)
   with pytest.raises(ValueError) as error:
     convert.from_hf(config(), str(folder), tmp_path / 'run')
   lines = str(error.value).splitlines()
   assert [line.split(': ')[1].split(' = ')[0] for line in lines] == [
     'attention_bias',
     'mlp_bias',
-    'head_dim',
+    'sliding_window',
   ]
 
 
@@ -208,25 +214,33 @@ VARIANTS = [
   (moe, 'mixtral,top_k=3'),
   (moe, 'olmoe'),
   (mamba, 'hf'),
+  (like, 'olmoe'),
+  (like, 'mixtral'),
+  (like, 'qwen3-30b-a3b'),
 ]
 
 
 @pytest.mark.parametrize('module, variant', VARIANTS)
 def test_variants_of_configs_can_be_exported(module, variant):
   run_config = config_lib.resolve(module.get_config(f'debug,{variant}'))
-  assert hf.of_run(run_config).name in (variant.split(',')[0], 'mamba')
+  names = {'hf': 'mamba', 'qwen3-30b-a3b': 'qwen3_moe'}
+  name = variant.split(',')[0]
+  assert hf.of_run(run_config).name == names.get(name, name)
 
 
 @pytest.mark.parametrize(
   'module, fields',
   [
     (dense, {'positions', 'final_norm', 'biases', 'norm', 'activation'}),
-    (moe, {'norm', 'final_norm', 'activation', 'moe.renormalize', 'qk_norm'}),
+    (
+      moe,
+      {'norm', 'final_norm', 'activation', 'moe.renormalize', 'qk_norm', 'qk_norm_per_head'},
+    ),
     (mamba, {'norm', 'final_norm'}),
     (
       fine_grained,
       {'norm', 'final_norm', 'activation', 'moe.renormalize', 'qk_norm', 'moe.router'}
-      | {'moe.output_norm'},
+      | {'moe.output_norm', 'qk_norm_per_head'},
     ),
   ],
 )

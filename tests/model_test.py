@@ -336,6 +336,8 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'mot_temperature': 0.0}, 'model.mot.temperature must be positive'),
     ({'mot_num_experts': 7, 'mot_expert_width': 0}, 'must divide d_ff \\* group_size = 96'),
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),
+    ({'positions': 'rope', 'head_dim': 5}, 'even head width, got model.head_dim = 5'),
+    ({'qk_norm_per_head': True}, 'set that to True, too'),
     ({'loss_chunk': -1}, 'model.loss_chunk'),
     ({'d_ff': 0}, 'model.d_ff must be at least 1'),
     ({'moe_router': 'hash'}, 'model.moe.router must be one of token_choice, expert_choice'),

@@ -5,8 +5,11 @@ from moejax.hf.llama import LLAMA
 from moejax.hf.mamba import MAMBA
 from moejax.hf.mixtral import MIXTRAL
 from moejax.hf.olmoe import OLMOE
+from moejax.hf.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {a.name: a for a in (GPT2, LLAMA, MIXTRAL, OLMOE, MAMBA)}  # by their model_type
+ARCHITECTURES = {
+  a.name: a for a in (GPT2, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, MAMBA)
+}  # by their model_type
 
 
 def of_options(options):

@@ -59,6 +59,7 @@ GPT2 = Architecture(
     'model.biases': True,
     'model.qk_norm': False,
     'model.num_kv_heads': 0,
+    'model.head_dim': 0,
   },
   same={
     'vocab_size': 'model.vocab_size',

@@ -35,8 +35,10 @@ DEFAULTS = {
 def fields(options):
   """Our fields for attention and for the width of a gated feed-forward."""
   heads, kv_heads = options['num_attention_heads'], options['num_key_value_heads']
+  head_dim = options.get('head_dim')
   return {
     'model.num_kv_heads': 0 if kv_heads in (None, heads) else kv_heads,
+    'model.head_dim': 0 if head_dim in (None, options['hidden_size'] / heads) else head_dim,
     'model.rope_theta': float(_rope(options).get('rope_theta', options['rope_theta'])),
     'model.d_ff': options['intermediate_size'] * 3 // 2,  # ours is that of a layer without a gate
   }
@@ -47,7 +49,7 @@ def options(model, d_ff=None):
   return {
     'intermediate_size': mlp.hidden_width(d_ff or model.d_ff, model.activation),
     'num_key_value_heads': model.num_kv_heads or model.num_heads,
-    'head_dim': model.d_model // model.num_heads,
+    'head_dim': model.head_width,
     'max_position_embeddings': model.max_length,
     'rope_theta': model.rope_theta,  # before transformers 5
     'rope_parameters': {'rope_type': 'default', 'rope_theta': model.rope_theta},
@@ -57,12 +59,6 @@ def options(model, d_ff=None):
 
 def unsupported(options, length):
   """Yields what this family has in transformers and not here."""
-  width = options['hidden_size'] // options['num_attention_heads']
-  if options.get('head_dim') not in (None, width):
-    yield (
-      f'head_dim = {options["head_dim"]} is not supported, only hidden_size / num_attention_heads '
-      f'= {width}.'
-    )
   if not options.get('intermediate_size') or options['intermediate_size'] % 8:
     yield f'intermediate_size = {options.get("intermediate_size")} must be a multiple of 8.'
   kind = _rope(options).get('rope_type', _rope(options).get('type', 'default'))

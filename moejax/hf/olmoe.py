@@ -4,7 +4,8 @@ from moejax.hf import llama, mixtral
 from moejax.hf.architecture import Architecture, row
 
 
-def _rows(model):
+def rows(model):
+  """Rows of a layer; those of Qwen3 have the same names."""
   yield from mixtral.rows(model, 'mlp', 'gate_proj', 'up_proj', 'down_proj')
   for name in 'qk':
     ours = f'attention.layer.{name}_norm.scale'
@@ -16,7 +17,9 @@ OLMOE = Architecture(
   class_name='OlmoeForCausalLM',
   config='configs/moe.py:olmoe',
   layer=('attention', 'moe'),
-  needs=llama.NEEDS | mixtral.NEEDS | {'model.qk_norm': True},
+  needs=llama.NEEDS
+  | mixtral.NEEDS
+  | {'model.qk_norm': True, 'model.qk_norm_per_head': False, 'model.head_dim': 0},
   same=llama.SAME | {'norm_topk_prob': 'model.moe.renormalize'},
   only=llama.ONLY | {'clip_qkv': None},
   defaults=llama.DEFAULTS
@@ -33,5 +36,5 @@ OLMOE = Architecture(
   options=lambda m: mixtral.options(m, 'num_experts'),
   unsupported=lambda o, length: mixtral.unsupported(o, length, 'num_experts'),
   top=llama.top,
-  rows=_rows,
+  rows=rows,
 )

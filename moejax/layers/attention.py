@@ -25,14 +25,15 @@ class Attention(nnx.Module):
   `document_mask` its own document, at its own and earlier positions. `aux` is empty.
 
   Args:
-    d_model, num_heads: width D and heads H, each P = D / H wide.
+    d_model, num_heads: width D and heads H.
+    head_dim: width P of a head; 0: D / H.
     num_kv_heads: heads J of keys and values, which groups of H / J queries share
       (arXiv:2305.13245); 0: as many as `num_heads`.
     rope: whether positions are rotary (arXiv:2104.09864), halves paired, with base `rope_theta`.
     document_mask: see above.
     biases: whether all four projections have one.
     qk_norm: root-mean-square norms over all queries and over all keys of a token, before positions,
-      with `norm_eps`.
+      with `norm_eps`; with `qk_norm_per_head` over those of each head, which share their scale.
     score_scale: factor of the scores, besides 1/sqrt(P).
     init, rngs: make the parameters.
   """
@@ -43,32 +44,36 @@ class Attention(nnx.Module):
     d_model,
     num_heads,
     num_kv_heads=0,
+    head_dim=0,
     rope=True,
     rope_theta=10_000.0,
     document_mask=False,
     biases=False,
     qk_norm=False,
+    qk_norm_per_head=False,
     norm_eps=1e-5,
     score_scale=1.0,
     init='truncated_normal',
     rngs,
   ):
-    fields.check(_problems(d_model, num_heads, num_kv_heads, rope))
+    fields.check(_problems(d_model, num_heads, num_kv_heads, head_dim, rope))
     init = common.initializer(init)
-    head_width, kv_heads = d_model // num_heads, num_kv_heads or num_heads
+    head_width, kv_heads = head_dim or d_model // num_heads, num_kv_heads or num_heads
     shapes = {'qkv': (3, num_heads, head_width)}
     if kv_heads < num_heads:
       shapes = {'q': (num_heads, head_width), 'kv': (2, kv_heads, head_width)}
     for name, shape in shapes.items():
       setattr(self, name, init(rngs, d_model, *shape, fan_in=d_model))
-    self.out = init(rngs, num_heads, head_width, d_model, fan_in=d_model)
+    self.out = init(rngs, num_heads, head_width, d_model, fan_in=num_heads * head_width)
     if biases:
       for name, shape in shapes.items():
         setattr(self, f'{name}_bias', nnx.Param(jnp.zeros(shape, init.dtype)))
       self.out_bias = nnx.Param(jnp.zeros(d_model, init.dtype))
     if qk_norm:
-      self.q_norm = common.RMSNorm(d_model, init.dtype, norm_eps)
-      self.k_norm = common.RMSNorm(kv_heads * head_width, init.dtype, norm_eps)
+      normed = (1, 1) if qk_norm_per_head else (num_heads, kv_heads)
+      self.q_norm, self.k_norm = (
+        common.RMSNorm(heads * head_width, init.dtype, norm_eps) for heads in normed
+      )
     self.projections = tuple(shapes)
     self.cached = kv_heads, head_width
     self.rope = rope
@@ -82,7 +87,7 @@ class Attention(nnx.Module):
     *queries, together = (self._heads(x_BLD, name) for name in self.projections)
     q_BLHP, k_BLJP, v_BLJP = *queries, *jnp.moveaxis(together, 2, 0)
     if self.qk_norm:
-      q_BLHP, k_BLJP = _norm_all(self.q_norm, q_BLHP), _norm_all(self.k_norm, k_BLJP)
+      q_BLHP, k_BLJP = _norm_heads(self.q_norm, q_BLHP), _norm_heads(self.k_norm, k_BLJP)
     if self.rope:
       q_BLHP, k_BLJP = (rotate(x, positions_BL, self.rope_theta) for x in (q_BLHP, k_BLJP))
     return q_BLHP, k_BLJP, v_BLJP
@@ -135,9 +140,9 @@ class Attention(nnx.Module):
     return self._join(o_BLHP)[:, 0], {'k': k_BSJP, 'v': v_BSJP}
 
 
-def _norm_all(norm, x):
-  """The norm over all heads of a token."""
-  return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+def _norm_heads(norm, x):
+  """The norm over as many heads of a token at a time as it has scales for: all, or one."""
+  return norm(x.reshape(*x.shape[:2], -1, *norm.scale.shape)).reshape(x.shape)
 
 
 class AttentionSublayer(Sublayer):
@@ -149,11 +154,13 @@ class AttentionSublayer(Sublayer):
       d_model=c.d_model,
       num_heads=c.num_heads,
       num_kv_heads=c.num_kv_heads,
+      head_dim=c.head_dim,
       rope=c.positions == 'rope',
       rope_theta=c.rope_theta,
       document_mask=c.document_mask,
       biases=c.biases,
       qk_norm=c.qk_norm,
+      qk_norm_per_head=c.qk_norm_per_head,
       norm_eps=c.norm_eps,
       score_scale=parameterization.score_scale(c),
       init=init,
@@ -162,7 +169,9 @@ class AttentionSublayer(Sublayer):
 
   def problems(self):
     c = self.config
-    return _problems(c.d_model, c.num_heads, c.num_kv_heads, c.positions == 'rope')
+    yield from _problems(c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.positions == 'rope')
+    if c.qk_norm_per_head and not c.qk_norm:
+      yield 'model.qk_norm_per_head = True is of the norms of model.qk_norm: set that to True, too.'
 
   @property
   def kv_heads(self):
@@ -177,12 +186,12 @@ class AttentionSublayer(Sublayer):
 
   def cost(self, length):
     c = self.config
-    kv_width = self.kv_heads * (c.d_model // c.num_heads)
-    weights = 2 * c.d_model * (c.d_model + kv_width)  # query and output, key and value
-    biases = 2 * (c.d_model + kv_width) * c.biases
-    norms = (c.d_model + kv_width) * c.qk_norm
+    width, kv_width = c.num_heads * c.head_width, self.kv_heads * c.head_width
+    weights = 2 * c.d_model * (width + kv_width)  # query and output, key and value
+    biases = (width + 2 * kv_width + c.d_model) * c.biases
+    norms = (2 * c.head_width if c.qk_norm_per_head else width + kv_width) * c.qk_norm
     # q k^T, then the sum of values: [L, P] by [P, L], H times.
-    scores = 2 * 2 * length * c.d_model
+    scores = 2 * 2 * length * width
     return Cost(
       params={'attention': weights + biases, 'norm': norms},
       active=weights + biases + norms,
@@ -190,14 +199,12 @@ class AttentionSublayer(Sublayer):
     )
 
 
-def _problems(d_model, num_heads, num_kv_heads, rope):
-  if d_model % num_heads:
-    yield f'model.num_heads = {num_heads} must divide d_model = {d_model}.'
-  elif rope and d_model // num_heads % 2:
-    yield (
-      'model.positions = rope needs an even head width, got d_model / num_heads = '
-      f'{d_model // num_heads}.'
-    )
+def _problems(d_model, num_heads, num_kv_heads, head_dim, rope):
+  if d_model % num_heads and not head_dim:
+    yield f'model.num_heads = {num_heads} must divide d_model = {d_model}. Or set model.head_dim.'
+  elif rope and (width := head_dim or d_model // num_heads) % 2:
+    name = 'model.head_dim' if head_dim else 'd_model / num_heads'
+    yield f'model.positions = rope needs an even head width, got {name} = {width}.'
   if num_kv_heads and num_heads % num_kv_heads:
     yield f'model.num_kv_heads = {num_kv_heads} must divide num_heads = {num_heads}.'
 

@@ -192,4 +192,8 @@ class RMSNorm(nnx.Module):
 
 NORMS = {'layer_norm': LayerNorm, 'rms_norm': RMSNorm}
 
-ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
+  'gelu': functools.partial(jax.nn.gelu, approximate=True),
+}

@@ -61,9 +61,11 @@ def _define_plan():
   _define_number('tokens', None, 'Training tokens.')
   meaning = 'Of serving the model, such as 16GiB: also finds the best expansion rate.'
   flags.DEFINE(_SizeParser(), 'memory', None, meaning, serializer=flags.ArgumentSerializer())
-  cli.define_paths(
-    'runtime', [], 'Speeds: folders of runs or files of moejax.aot --json. Compares granularities.'
+  meaning = (
+    'Compare models by time: folders of runs, files of moejax.aot --json, v5e:16x16, h100x64.'
   )
+  cli.define_paths('runtime', [], meaning)
+  cli.define_path('chart', None, 'Of --runtime: a PNG file; beside it, all numbers as CSV.')
   flags.DEFINE_string('chip', None, 'Choose a machine with this chip: v5e, v5p, A100, H100, ...')
   _define_number('days', None, 'The machine must end in so many days, not only be large enough.', 0)
   flags.DEFINE_bool('estimate', False, 'Do not compile for it, even if libtpu is installed.')
@@ -74,7 +76,7 @@ def _define_plan():
 
 def plan():
   """Finds the best model and training duration for a budget."""
-  from moejax.scaling_laws import grid, plan as plan_lib, report, runtime
+  from moejax.scaling_laws import grid, plan as plan_lib, plots, report, runtime
 
   targets = {
     'flops': _FLAGS.flops,
@@ -88,6 +90,8 @@ def plan():
   of_chip = {'--mfu': _FLAGS.mfu, '--days': _FLAGS.days}
   if given := [name for name, value in of_chip.items() if value is not None and not _FLAGS.chip]:
     raise ValueError(f'{given[0]} is of a chip: give --chip too, such as --chip=v5e.')
+  if _FLAGS.chart and not _FLAGS.runtime:
+    raise ValueError('--chart is of --runtime: give that too, such as --runtime=v5e:16x16.')
   name = _FLAGS.coefficients or ('joint' if _FLAGS.memory else 'printed')
   coefficients = report.load(name)
   recipe = {'paper': grid.PAPER, 'laptop': grid.LAPTOP}[_FLAGS.recipe]
@@ -102,6 +106,7 @@ def plan():
     rate = min(choices, key=lambda rate: choices[rate].loss)
   else:
     rate = report.choose_rate(coefficients, _FLAGS.expansion_rate)
+  compared = coefficients if _FLAGS.expansion_rate is None else {rate: coefficients[rate]}
   result = plan_lib.make(
     coefficients,
     rate,
@@ -110,12 +115,14 @@ def plan():
     report.fitted_runs(name, rate),
     _FLAGS.chip,
     memory,
-    runtime.read(_FLAGS.runtime) if _FLAGS.runtime else (),
+    runtime.clock(_FLAGS.runtime, compared) if _FLAGS.runtime else None,
     mfu=_FLAGS.mfu,
     days=_FLAGS.days,
     compiles=not _FLAGS.estimate,
   )
   print(json.dumps(result, indent=2) if _FLAGS.json else plan_lib.describe(result))
+  if _FLAGS.chart:
+    plots.by_the_clock(result['runtime'], _FLAGS.chart)
   return cli.OK
 
 

@@ -42,17 +42,8 @@ def find(config, kind, days=None, compiles=True):
     is large enough, None.
   """
   run_config = config_lib.resolve(step.without_data(config))
-  with platform.compiling_for('tpu'):
-    estimator = estimate.Estimator(run_config)
-  for topology in topologies.of_kind(kind):
-    try:
-      choice = step.choose_mesh(run_config, topology, estimator)
-    except ValueError:  # the batch cannot be split so
-      continue
-    placed = choice.run_config
-    mesh = sharding.abstract_mesh(placed.mesh)
-    seconds = estimate.seconds(placed, mesh, topology.chip, topology.detour)
-    if not choice.fits or (days and _hours(run_config, seconds) > 24 * days):
+  for topology, choice, seconds in _fitting(run_config, topologies.of_kind(kind)):
+    if days and _hours(run_config, seconds) > 24 * days:
       continue
     memory, basis = sum(choice.memory.values()), ESTIMATED
     if compiles and topologies.can_compile(topology):
@@ -74,6 +65,27 @@ def find(config, kind, days=None, compiles=True):
       'basis': basis,
     }
   return None
+
+
+def step_seconds(config, machines):
+  """Estimated seconds of a step of a config, by topology, on those where it fits."""
+  run_config = config_lib.resolve(step.without_data(config))
+  return {topology: seconds for topology, _, seconds in _fitting(run_config, machines)}
+
+
+def _fitting(run_config, machines):
+  """Yields the topologies on which a config fits, the `estimate.Choice` there, and its seconds."""
+  with platform.compiling_for('tpu'):
+    estimator = estimate.Estimator(run_config)
+  for topology in machines:
+    try:
+      choice = step.choose_mesh(run_config, topology, estimator)
+    except ValueError:  # the batch cannot be split so
+      continue
+    if choice.fits:
+      mesh = sharding.abstract_mesh(choice.run_config.mesh)
+      seconds = estimate.seconds(choice.run_config, mesh, topology.chip, topology.detour)
+      yield topology, choice, seconds
 
 
 def _hours(run_config, seconds):

@@ -21,7 +21,7 @@ def make(
   fitted=(),
   chip=None,
   memory=None,
-  speeds=(),
+  clock=None,
   **machine_options,
 ):
   """The plan as a dict of plain values, in the units of laws.py.
@@ -35,7 +35,7 @@ def make(
     chip: such as 'v5e' or 'H100', to choose a machine and estimate hours, or None.
     memory: the bytes that serving the model may take, as laws.serving_bytes counts, or None. Its
       target is FLOPs.
-    speeds: `runtime.Speed`s, to compare granularities by the clock.
+    clock: a `runtime.Clock`, to compare models by time, or None.
     **machine_options: `mfu`, to estimate hours from the chip's peak instead, or as `machine.find`.
 
   Raises:
@@ -68,8 +68,10 @@ def make(
   if memory:
     bytes_ = laws.serving_bytes(cell.d_model, cell.blocks, expansion_rate, _vocabulary(recipe))
     result['memory'] = {'limit': memory, 'bytes': bytes_, 'experts': _compared(choices)}
-  if speeds:
-    result['runtime'] = runtime.compare(law, best, expansion_rate, speeds)
+  if clock:
+    shape = cell.d_model, cell.blocks, cell.heads
+    estimates = runtime.estimated(clock, shape, recipe, best.granularity) if clock.machines else ()
+    result['runtime'] = runtime.compare(clock.laws, best, [*clock.speeds, *estimates])
   if chip:
     result['chip'], mesh = _chip(chip, cell, best.flops, **machine_options)
     cell = _with_fields(cell, mesh)

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 from matplotlib import colormaps, ticker
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moejax import files
 from moejax.scaling_laws import laws, optimal
@@ -42,12 +43,83 @@ def plot(coefficients, expansion_rate, runs, folder):
   if runs:
     figures['residuals'] = _residuals(sparse, dense, runs)
   for name, (figure, header, rows) in figures.items():
-    with files.atomic_output(folder / f'{name}.png') as temporary:
-      figure.savefig(temporary, dpi=_DPI)
-    with files.atomic_output(folder / f'{name}.csv') as temporary:
-      with temporary.open('w', newline='') as file:
-        csv.writer(file).writerows([header, *rows])
+    _save(folder / f'{name}.png', figure, header, rows)
   return [folder / f'{name}.png' for name in figures]
+
+
+def by_the_clock(found, path):
+  """Losses for equal FLOPs and in equal time, by granularity and expansion rate: PNG and CSV.
+
+  Args:
+    found: what `runtime.compare` returns.
+    path: of the PNG file; the CSV file has the same name.
+  """
+  figure, first, rows = _figure(1.6 + 3.4 * len(found), 4.2), None, []
+  everything = [model for one in found for model in one['models']]
+  finest = max(model['granularity'] for model in everything)
+  x = 'granularity' if finest > 1 else 'expansion_rate'
+  rates = sorted({model['expansion_rate'] for model in everything})
+  colours = _colours(rates) | {1: _DENSE_COLOUR}
+  for column, one in enumerate(found, start=1):
+    axes = _axes(figure, 1, len(found), column, xscale='log', sharey=first)
+    first = first or axes
+    for models, colour in _lines(one['models'], x, colours):
+      for loss, style in (('loss_for_flops', '--'), ('loss_in_time', 'o-')):
+        axes.plot(
+          *zip(*((m[x], m[loss]) for m in models), strict=True), style, color=colour, ms=4.5
+        )
+    for best, loss, marker in (
+      ('by_flops', 'loss_for_flops', 's'),
+      ('by_clock', 'loss_in_time', 'o'),
+    ):
+      at = max(1, one[best][x]), one[best][loss]
+      axes.plot(*at, marker, color='black', ms=10, fillstyle='none', zorder=3)
+    axes.set_title(f'{one["machine"]}, {short(one["flops"])} FLOPs', fontsize='medium')
+    axes.tick_params(labelleft=axes is first)
+    _granularity_ticks(axes.xaxis, max(finest, *rates) if x == 'expansion_rate' else finest)
+    names = ('machine', 'basis', 'd_model', 'blocks', 'seconds')
+    rows += [(*(one[name] for name in names), *model.values()) for model in one['models']]
+  assert first
+  first.set_ylabel('loss (nats per token)')
+  figure.supxlabel('granularity G' if x == 'granularity' else 'expansion rate E', fontsize='medium')
+  handles = [
+    *(
+      Line2D([], [], color=colours[rate], label=_rate(rate))
+      for rate in (rates if x == 'granularity' else ())
+    ),
+    Line2D([], [], color='0.3', linestyle='--', label='equal FLOPs'),
+    Line2D([], [], color='0.3', marker='o', ms=4.5, label='equal time'),
+    Line2D([], [], color='black', marker='s', ms=9, fillstyle='none', ls='', label='best by FLOPs'),
+    Line2D([], [], color='black', marker='o', ms=9, fillstyle='none', ls='', label='best by time'),
+  ]
+  figure.legend(handles=handles, frameon=False, fontsize='small', loc='outside right upper')
+  header = (*names, *found[0]['models'][0])
+  _save(pathlib.Path(path), figure, header, rows)
+
+
+def _lines(models, x, colours):
+  """The models of every line, and its colour; a dense one, of no granularity, is a level."""
+  if x == 'expansion_rate':
+    return [(sorted(models, key=lambda model: model[x]), '0.3')]
+  finest = max(model[x] for model in models)
+  lines = {}
+  for model in models:
+    ends = (1, finest) if model[x] == laws.DENSE else (model[x],)
+    lines.setdefault(model['expansion_rate'], []).extend(model | {x: end} for end in ends)
+  return [(line, colours[rate]) for rate, line in lines.items()]
+
+
+def _rate(expansion_rate):
+  return 'dense' if expansion_rate == 1 else f'E = {expansion_rate:g}'
+
+
+def _save(path, figure, header, rows):
+  """Writes a figure, and beside it its data."""
+  with files.atomic_output(path) as temporary:
+    figure.savefig(temporary, dpi=_DPI, format='png')
+  with files.atomic_output(path.with_suffix('.csv')) as temporary:
+    with temporary.open('w', newline='') as file:
+      csv.writer(file).writerows([header, *rows])
 
 
 def _figure(width=7.5, height=5):

@@ -1,8 +1,8 @@
-"""The optimum by time: the best granularity where seconds, not FLOPs, are the budget.
+"""The optimum by time: the best model where seconds, not FLOPs, are the budget.
 
-Finer experts cost time that FLOPs do not show: moving tokens, small matmuls. A `Speed` says how
-many FLOPs of the laws a machine does per second at a granularity. It is measured by runs, or from
-moejax.aot, whose steps are lower bounds.
+More experts, and finer ones, cost time that FLOPs do not show: moving tokens, small matmuls. A
+`Speed` says how many tokens a machine trains a model on per second. It is measured by runs, or a
+bound that moejax.aot compiled, or an estimate of moejax.estimate.
 """
 
 import math
@@ -14,19 +14,71 @@ import numpy as np
 from scipy import optimize
 
 from moejax import cli, fields, files, metrics, run_folder
+from moejax.aot import topologies
 from moejax.model_config import ModelConfig
-from moejax.scaling_laws import laws, optimal
+from moejax.scaling_laws import grid, laws, machine as machine_lib, optimal
+
+# What a speed rests on, and what it leaves out, beside LEFT_OUT.
+MEASURED, COMPILED, ESTIMATED = 'measured', 'compiled', 'estimated'
+_LEFT_OUT = {
+  MEASURED: 'other work of that machine may have slowed some of these runs',
+  COMPILED: "the compiler's bounds: without norms, softmax, sorting, latencies, and as if all "
+  'overlapped (docs/pods.md)',
+  ESTIMATED: 'estimates are without all that bounds leave out, and without the memory traffic of '
+  'experts: within 12 % of the bounds for 1B active parameters and more on 64 chips and more, 1.5 '
+  'to 3 times too fast for small models on few chips',
+}
+LEFT_OUT = (
+  'FLOPs per second are those of this width at all widths, with one batch and mesh; no input, '
+  'evaluation, checkpoints, failures; losses are those of the law, in any memory'
+)
+_ROWS = 6  # of the best models, in text
 
 
 class Speed(NamedTuple):
   """Of training steps of one model on one machine."""
 
   machine: str
+  basis: str  # MEASURED, COMPILED or ESTIMATED
   d_model: int
   blocks: int
   expansion_rate: float
   granularity: int
-  flops_per_second: float  # as laws.flops_per_token counts them, of the whole machine
+  tokens_per_second: float  # of the whole machine
+
+
+class Clock(NamedTuple):
+  """What is compared by time."""
+
+  speeds: list[Speed]
+  machines: list[topologies.Topology]  # whose speeds are estimated
+  laws: dict[float, laws.Coefficients]  # by expansion rate
+
+
+def clock(sources, coefficients):
+  """The Clock of the values of --runtime.
+
+  Args:
+    sources: folders of runs, JSON files of `moejax.aot --json` or benchmarks/pods.py, and names of
+      machines as moejax.aot knows them.
+    coefficients: the laws to compare, by expansion rate.
+
+  Raises:
+    ValueError: a source is none of these, or holds no speed.
+  """
+  found = Clock([], [], coefficients)
+  for source in sources:
+    if pathlib.Path(source).exists():
+      found.speeds.extend(read([source]))
+      continue
+    try:
+      found.machines.append(topologies.parse(source))
+    except ValueError as error:
+      known = str(error).partition(': ')[2]
+      raise ValueError(
+        f'--runtime={source}: no such file or folder; as a machine {known}'
+      ) from error
+  return found
 
 
 def read(paths):
@@ -54,7 +106,7 @@ def _of_runs(path):
     rates = [line.get('tokens_per_second') for line in metrics.read_metrics(folder)]
     if rates := [rate for rate in rates if rate]:
       tokens_per_second = float(np.median(rates[1:] or rates))
-      yield from _speed('the runs', run_folder.read(folder), tokens_per_second)
+      yield from _speed('the runs', MEASURED, run_folder.read(folder), tokens_per_second)
 
 
 def _of_reports(path):
@@ -79,10 +131,10 @@ def _of_reports(path):
     for argument in arguments:
       if argument.startswith('--config='):
         cli.check_config(argument, f'--runtime={path}')
-    yield from _speed(machine, cli.config_of(arguments), tokens_per_second)
+    yield from _speed(machine, COMPILED, cli.config_of(arguments), tokens_per_second)
 
 
-def _speed(machine, config, tokens_per_second):
+def _speed(machine, basis, config, tokens_per_second):
   """Yields the speed, if the laws are of such a model."""
   model = fields.make(ModelConfig, {**config.model, 'max_length': config.data.sequence_length})
   sublayers = {sublayer for pattern, _ in model.blocks for sublayer in pattern}
@@ -92,76 +144,123 @@ def _speed(machine, config, tokens_per_second):
   elif sublayers != {'attention', 'moe'}:
     return
   blocks = sum(repeats for _, repeats in model.blocks)
-  per_token = laws.flops_per_token(model.d_model, blocks, rate, granularity)
-  yield Speed(
-    machine, model.d_model, blocks, rate, granularity, float(per_token * tokens_per_second)
-  )
+  yield Speed(machine, basis, model.d_model, blocks, rate, granularity, tokens_per_second)
 
 
-def compare(law, best, expansion_rate, speeds):
-  """The best granularity by FLOPs and by the clock, on every machine with enough speeds.
+def estimated(clock, shape, recipe, granularity):
+  """Yields the estimated Speeds of all models of a shape that the laws of a Clock compare.
+
+  Args:
+    clock: a `Clock`, of which the machines count.
+    shape: d_model, blocks, heads.
+    recipe: a `grid.Recipe`, for batch and sequences.
+    granularity: the best by FLOPs; the finest here is twice as fine, and at least 8.
+  """
+  for rate, law in clock.laws.items():
+    for finer in optimal.granularities(law, rate):
+      if finer > max(8, 2 * granularity) or 4 * shape[0] % max(finer, 1):
+        continue
+      cell = grid.make_cell(recipe, shape, rate, finer, steps=1000)
+      config = cli.config_of(cell.arguments[2:])
+      for topology, seconds in machine_lib.step_seconds(config, clock.machines).items():
+        name = f'{topology}, estimated'
+        speed = recipe.tokens_per_step / seconds
+        yield Speed(name, ESTIMATED, *shape[:2], cell.expansion_rate, finer, speed)
+
+
+def compare(coefficients, best, speeds):
+  """The best model by FLOPs and by the clock, on every machine with enough speeds.
 
   Both have the time that the one by FLOPs takes for its budget, and the widths best for them.
 
   Args:
-    law: `laws.Coefficients`.
+    coefficients: the laws to compare, by expansion rate.
     best: the `optimal.Optimum` of the plan; its FLOPs are the budget.
-    expansion_rate: of the model.
     speeds: `Speed`s; those of the size nearest to `best` count.
 
   Returns:
-    A list of dicts, one per machine: shape (d_model, blocks), speeds and losses by granularity,
-    by_flops and by_clock, excess_loss (of the one by FLOPs in equal time), and more_time (that it
-    takes for the loss that the other reaches, as a factor).
+    A list of dicts of plain values, one per machine: machine, basis, d_model, blocks, seconds (of
+    the budget), models (dicts: expansion_rate, granularity, flops_per_second as the law counts
+    them, and loss for the FLOPs and in the time of the best by FLOPs), by_flops and by_clock (two
+    of them), excess_loss (of the one by FLOPs in equal time), and more_time (that it takes for the
+    loss that the other reaches, as a factor).
 
   Raises:
-    ValueError: the law has no granularity, or no machine speeds of two granularities.
+    ValueError: no machine has speeds of two models that the laws compare.
   """
-  if law.g is None:
-    raise ValueError('--runtime compares granularities, which this law does not have.')
-  machines = sorted({speed.machine for speed in speeds})
-  found = [_on_machine(law, best, expansion_rate, machine, speeds) for machine in machines]
+  compared = [
+    speed
+    for speed in speeds
+    if (law := coefficients.get(speed.expansion_rate))
+    and (speed.granularity != laws.DENSE if law.g else speed.granularity in _only(law, speed))
+  ]
+  machines = dict.fromkeys(speed.machine for speed in compared)
+  found = [
+    _on_machine(coefficients, best, [speed for speed in compared if speed.machine == machine])
+    for machine in machines
+  ]
   if not any(found):
-    known = sorted({(speed.expansion_rate, speed.granularity) for speed in speeds})
+    rates = ', '.join(f'{rate:g}' for rate in coefficients)
+    known = sorted({_model(speed.expansion_rate, speed.granularity) for speed in speeds})
     raise ValueError(
-      f'--runtime: expected speeds of at least two granularities of expansion rate '
-      f'{expansion_rate:g}, on one machine and of one size; found '
-      + ', '.join(f'E {rate:g} G {granularity}' for rate, granularity in known)
-      + '.'
+      '--runtime: expected speeds of at least two models that the law compares (expansion rate '
+      f'{rates}), on one machine and of one size; found {", ".join(known) or "none that fits"}.'
     )
   return [one for one in found if one]
 
 
-def _on_machine(law, best, expansion_rate, machine, speeds):
-  shapes = {}  # shape -> granularity -> speed
+def _only(law, speed):
+  return optimal.granularities(law, speed.expansion_rate)
+
+
+def _on_machine(coefficients, best, speeds):
+  shapes = {}  # shape -> expansion rate, granularity -> speeds
   for speed in speeds:
-    if (speed.machine, speed.expansion_rate) == (machine, expansion_rate):
-      by_granularity = shapes.setdefault((speed.d_model, speed.blocks), {})
-      by_granularity[speed.granularity] = speed.flops_per_second
-  shapes = {shape: found for shape, found in shapes.items() if len(found) > 1}
+    models = shapes.setdefault((speed.d_model, speed.blocks), {})
+    model = speed.expansion_rate, speed.granularity
+    models.setdefault(model, []).append(speed.tokens_per_second)
+  shapes = {shape: models for shape, models in shapes.items() if len(models) > 1}
   if not shapes:
     return None
   size = math.log(best.active_params)
   shape = min(shapes, key=lambda shape: abs(math.log(laws.active_params(*shape)) - size))
-  speed = dict(sorted(shapes[shape].items()))
+  flops_per_second = {
+    (rate, granularity): float(np.median(tokens_per_second))
+    * optimal.flops_per_token(coefficients[rate], *shape, rate, granularity)
+    for (rate, granularity), tokens_per_second in sorted(shapes[shape].items())
+  }
 
-  def loss(granularity, flops):
-    return optimal.best_width(law, expansion_rate, granularity, flops).loss
+  def loss(model, flops):
+    rate, granularity = model
+    return optimal.best_width(coefficients[rate], rate, granularity, flops).loss
 
-  by_flops = min(speed, key=lambda granularity: loss(granularity, best.flops))
-  seconds = best.flops / speed[by_flops]
-  losses = {granularity: loss(granularity, seconds * speed[granularity]) for granularity in speed}
-  by_clock = min(losses, key=lambda granularity: losses[granularity])
+  of_flops = {model: loss(model, best.flops) for model in flops_per_second}
+  by_flops = min(of_flops, key=lambda model: of_flops[model])
+  seconds = best.flops / flops_per_second[by_flops]
+  of_time = {model: loss(model, seconds * speed) for model, speed in flops_per_second.items()}
+  by_clock = min(of_time, key=lambda model: of_time[model])
+  models = {
+    model: {
+      'expansion_rate': model[0],
+      'granularity': model[1],
+      'flops_per_second': flops_per_second[model],
+      'loss_for_flops': of_flops[model],
+      'loss_in_time': of_time[model],
+    }
+    for model in flops_per_second
+  }
   return {
-    'machine': machine,
-    'shape': shape,
-    'flops_per_second': speed,
-    'losses': losses,
-    'by_flops': by_flops,
-    'by_clock': by_clock,
+    'machine': speeds[0].machine,
+    'basis': speeds[0].basis,
+    'd_model': shape[0],
+    'blocks': shape[1],
+    'flops': best.flops,
     'seconds': seconds,
-    'excess_loss': losses[by_flops] - losses[by_clock],
-    'more_time': _more_time(lambda flops: loss(by_flops, flops), best.flops, losses[by_clock]),
+    'models': [*models.values()],
+    'by_flops': models[by_flops],
+    'by_clock': models[by_clock],
+    'excess_loss': of_time[by_flops] - of_time[by_clock],
+    'more_time': _more_time(lambda flops: loss(by_flops, flops), best.flops, of_time[by_clock]),
   }
 
 
@@ -178,22 +277,40 @@ def _more_time(loss, flops, target):
   return math.exp(log_factor)
 
 
+def _model(expansion_rate, granularity):
+  return 'dense' if granularity == laws.DENSE else f'E {expansion_rate:g} G {granularity}'
+
+
+def name(model):
+  """What text and chart call one of the models of `compare`."""
+  return _model(model['expansion_rate'], model['granularity'])
+
+
 def describe(found):
   """Rows of text: (name, text)."""
   for one in found:
-    d_model, blocks = one['shape']
-    fastest = max(one['flops_per_second'].values())
+    by_flops, by_clock = name(one['by_flops']), name(one['by_clock'])
     yield (
       'by FLOPs, clock',
-      f'G {one["by_flops"]} and G {one["by_clock"]} on {one["machine"]}, by steps of d_model '
-      f'{d_model}, {blocks} blocks'
+      f'{by_flops} and {by_clock} on {one["machine"]}, by steps of d_model {one["d_model"]}, '
+      f'{one["blocks"]} blocks'
       + (
-        f': G {one["by_flops"]} loses {one["excess_loss"]:.4f} nats in equal time, or takes '
+        f': {by_flops} loses {one["excess_loss"]:.4f} nats in equal time, or takes '
         f'{one["more_time"]:.2f} times as long'
-        if one['by_flops'] != one['by_clock']
+        if by_flops != by_clock
         else ''
       ),
     )
-    for granularity, loss in one['losses'].items():
-      share = one['flops_per_second'][granularity] / fastest
-      yield f'  G {granularity}', f'{100 * share:.0f} % of the speed, loss {loss:.4f}'
+    fastest = max(model['flops_per_second'] for model in one['models'])
+    models = sorted(one['models'], key=lambda model: model['loss_in_time'])
+    for model in models:
+      if model in models[:_ROWS] or model is one['by_flops']:
+        yield (
+          f'  {name(model)}',
+          f'{100 * model["flops_per_second"] / fastest:.0f} % of the speed, loss '
+          f'{model["loss_for_flops"]:.4f} by FLOPs, {model["loss_in_time"]:.4f} in equal time',
+        )
+  if found:
+    yield 'left out', LEFT_OUT
+    for basis in dict.fromkeys(one['basis'] for one in found):
+      yield '', _LEFT_OUT[basis]

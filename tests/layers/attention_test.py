@@ -30,6 +30,9 @@ EVERYTHING = dict(
   num_heads=6, num_kv_heads=2, rope=True, rope_theta=100.0, biases=True, qk_norm=True, norm_eps=0.1
 )
 
+# Heads of another width than D / H, each with its own norm.
+WIDE = EVERYTHING | dict(num_heads=3, num_kv_heads=1, head_dim=2, qk_norm_per_head=True)
+
 
 def _x(length=L):
   return jax.random.normal(jax.random.key(1), (B, length, D))
@@ -136,7 +139,7 @@ def _decode(graph, params, x_BLD, late_B):
 
 
 @pytest.mark.parametrize('late', [(0, 0, 0), (0, 2, 1)])
-@pytest.mark.parametrize('options', [{'rope': False}, {'rope': True}, EVERYTHING])
+@pytest.mark.parametrize('options', [{'rope': False}, {'rope': True}, WIDE])
 def test_steps_equal_the_forward_pass_at_every_position(options, late):
   expected = _forward(_x(), _tokens(), **options)
   got = _decode(*nnx.split(_layer(**options)), _x(), jnp.array(late))
@@ -144,16 +147,17 @@ def test_steps_equal_the_forward_pass_at_every_position(options, late):
     np.testing.assert_allclose(got[b, start:], expected[b, : L - start], rtol=1e-5, atol=1e-5)
 
 
-def test_shared_heads_biases_and_norms_are_the_definition():
+@pytest.mark.parametrize('options', [EVERYTHING, WIDE])
+def test_shared_heads_biases_and_norms_are_the_definition(options):
   """Keys and values of a head are those of many heads with equal parameters."""
-  layer = _layer(**EVERYTHING)
+  layer = _layer(**options)
   value = lambda name: np.asarray(getattr(layer, name)[...], 'float64')
   x_BLD, group = np.asarray(_x(), 'float64'), 3
   q_BLHP = np.einsum('bld,dhp->blhp', x_BLD, value('q')) + value('q_bias')
   kv = np.einsum('bld,dcjp->cbljp', x_BLD, value('kv')) + value('kv_bias')[:, None, None]
 
   def norm(x, scale):
-    flat = x.reshape(B, L, -1)
+    flat = x.reshape(B, L, -1, *scale.shape)
     mean = (flat**2).mean(-1, keepdims=True)
     return (flat / np.sqrt(mean + 0.1) * np.asarray(scale[...])).reshape(x.shape)
 
@@ -168,7 +172,7 @@ def test_shared_heads_biases_and_norms_are_the_definition():
   scores = np.exp(np.where(np.tril(np.ones((L, L))), scores, -np.inf))
   o_BLHP = np.einsum('bhls,bshp->blhp', scores / scores.sum(-1, keepdims=True), v_BLHP)
   expected = np.einsum('blhp,hpd->bld', o_BLHP, value('out')) + value('out_bias')
-  got = _forward(_x(), _tokens(), **EVERYTHING)
+  got = _forward(_x(), _tokens(), **options)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -103,3 +103,9 @@ def test_initializer_draws_anew_for_every_parameter():
   assert isinstance(first, nnx.Param)
   assert first[...].shape == (3, 7) and first[...].dtype == jnp.bfloat16
   assert not np.array_equal(first[...], second[...])
+
+
+def test_the_square_of_relu():
+  x = jnp.array([-2.0, 0.0, 3.0])
+  np.testing.assert_array_equal(common.ACTIVATIONS['relu2'](x), [0, 0, 9])
+  np.testing.assert_array_equal(jax.vmap(jax.grad(common.ACTIVATIONS['relu2']))(x), [0, 0, 6])

@@ -1,6 +1,7 @@
-"""Makes the folders hf_gpt2, hf_llama, hf_mixtral, hf_olmoe: random models of transformers.
+"""Makes the folders hf_gpt2, hf_llama, ...: random models of transformers.
 
-  python tests/reference/make_hf.py     # with torch and transformers; made by 2.13.0 and 5.24.0
+  python tests/reference/make_hf.py         # with torch and transformers; made by 2.13.0 and 5.24.0
+  python tests/reference/make_hf.py olmoe   # only this one
 
 Each holds what `save_pretrained` writes, and logits.npz: `ids` [B, L], their `logits` [B, L, V] in
 float32, and `greedy` [B, 20], the continuation of `ids` by `generate(do_sample=False)`.
@@ -8,6 +9,7 @@ float32, and `greedy` [B, 20], the continuation of `ids` by `generate(do_sample=
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -35,6 +37,14 @@ CONFIGS = {
   ),
   'olmoe': lambda: transformers.OlmoeConfig(
     **_SIZES, intermediate_size=16, num_experts=6, num_experts_per_tok=3, tie_word_embeddings=True
+  ),
+  'qwen3_moe': lambda: transformers.Qwen3MoeConfig(
+    **_SIZES,
+    head_dim=6,
+    moe_intermediate_size=16,
+    num_experts=6,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
   ),
 }
 
@@ -70,7 +80,7 @@ def logits(model, ids):
 
 
 def main():
-  for name in ('gpt2', 'llama', 'mixtral', 'olmoe'):
+  for name in sys.argv[1:] or ('gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe'):
     folder = pathlib.Path(__file__).parent / f'hf_{name}'
     model = random_model(name)
     model.save_pretrained(folder)

@@ -1,44 +1,88 @@
-"""Granularities compared by the clock."""
+"""Models compared by the clock."""
 
+import csv
 import json
 
 import pytest
 
 from moejax import cli, run_folder
-from moejax.scaling_laws import laws, optimal, runtime
+from moejax.scaling_laws import grid, laws, optimal, plots, runtime
 
-LAW = laws.PUBLISHED['printed'][64]
+PRINTED = laws.PUBLISHED['printed']
+LAW = PRINTED[64]
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections reads configs so
 
 
-def _speeds(by_granularity, machine='m', shape=(2048, 20)):
+def _speeds(flops_per_second, machine='m', shape=(2048, 20), rate=64):
+  """Speeds of models, by granularity."""
   return [
-    runtime.Speed(machine, *shape, 64, granularity, speed)
-    for granularity, speed in by_granularity.items()
+    runtime.Speed(machine, runtime.MEASURED, *shape, rate, g, speed / per_token)
+    for g, speed in flops_per_second.items()
+    for per_token in [laws.flops_per_token(*shape, rate, g)]
   ]
 
 
-def _compare(flops, speeds):
-  return runtime.compare(LAW, optimal.best(LAW, 64, flops), 64, speeds)
+def _compare(flops, speeds, coefficients=PRINTED):
+  return runtime.compare(coefficients, optimal.best(LAW, 64, flops), speeds)
+
+
+def _best(found):
+  return [
+    (found[by]['expansion_rate'], found[by]['granularity']) for by in ('by_flops', 'by_clock')
+  ]
 
 
 def test_equal_speeds_change_nothing():
   (found,) = _compare(2e20, _speeds(dict.fromkeys((4, 8, 16, 32), 1e15)))
-  assert found['by_flops'] == found['by_clock'] == 16
+  assert _best(found) == [(64, 16), (64, 16)]
   assert found['excess_loss'] == 0 and found['more_time'] == 1
   assert found['seconds'] == pytest.approx(2e5)
-  assert found['losses'][16] == pytest.approx(optimal.best(LAW, 64, 2e20).loss)
+  assert found['by_clock']['loss_in_time'] == pytest.approx(optimal.best(LAW, 64, 2e20).loss)
 
 
 def test_slow_fine_experts_lose_by_the_clock():
   (found,) = _compare(2e20, _speeds({4: 2e15, 8: 1.9e15, 16: 1e15}))
-  assert (found['by_flops'], found['by_clock']) == (16, 8)
-  assert found['losses'][8] == pytest.approx(optimal.best_width(LAW, 64, 8, 3.8e20).loss)
-  assert found['excess_loss'] == pytest.approx(found['losses'][16] - found['losses'][8])
+  assert _best(found) == [(64, 16), (64, 8)]
+  reached = found['by_clock']['loss_in_time']
+  assert reached == pytest.approx(optimal.best_width(LAW, 64, 8, 3.8e20).loss)
+  assert found['excess_loss'] == pytest.approx(found['by_flops']['loss_in_time'] - reached)
   same = optimal.best_width(LAW, 64, 16, 2e20 * found['more_time'])
-  assert same.loss == pytest.approx(found['losses'][8])
+  assert same.loss == pytest.approx(reached)
   rows = [text for _, text in runtime.describe([found])]
-  assert 'G 16 and G 8 on m' in rows[0] and rows[3].startswith('50 % of the speed')
+  assert 'E 64 G 16 and E 64 G 8 on m' in rows[0] and rows[3].startswith('50 % of the speed')
+  assert rows[-2] == runtime.LEFT_OUT
+
+
+def test_slow_experts_lose_to_fewer_and_to_none():
+  slow = _speeds({8: 1e15, 16: 1e15})
+  fewer = _speeds({4: 3e15, 8: 2e15}, rate=16)
+  (found,) = _compare(2e20, [*slow, *fewer])
+  assert _best(found) == [(64, 16), (16, 4)]
+  assert found['by_clock']['loss_in_time'] == pytest.approx(
+    optimal.best_width(PRINTED[16], 16, 4, 6e20).loss
+  )
+  dense = _speeds({laws.DENSE: 1e18}, rate=1)
+  (found,) = _compare(2e20, [*slow, *dense])
+  assert _best(found) == [(64, 16), (1, laws.DENSE)]
+  assert 'E 64 G 16 and dense on m' in [*runtime.describe([found])][0][1]
+  (found,) = _compare(2e20, [*slow, *fewer], {64: LAW})  # only these are asked for
+  assert {model['expansion_rate'] for model in found['models']} == {64}
+
+
+def test_a_law_of_experts_of_full_width_compares_their_number():
+  law = {rate: laws.PUBLISHED['joint'][rate] for rate in (1, 2, 8)}
+  speeds = [
+    *_speeds({laws.DENSE: 2e15}, rate=1),
+    *_speeds({1: 1e15, 4: 1e18}, rate=8),  # G = 4 is not in the law
+    *_speeds({1: 1e15}, rate=32),  # nor is this one
+  ]
+  (found,) = runtime.compare(law, optimal.best(law[8], 8, 1e20), speeds)
+  assert len(found['models']) == 2 and _best(found)[0] == (8, 1)
+  # FLOPs count embeddings, as in the law.
+  speed = {model['granularity']: model['flops_per_second'] for model in found['models']}
+  assert speed[1] > 1e15 and speed[1] == pytest.approx(
+    1e15 * optimal.flops_per_token(law[8], 2048, 20, 8, 1) / laws.flops_per_token(2048, 20, 8, 1)
+  )
 
 
 def test_the_nearest_size_on_each_machine():
@@ -50,21 +94,63 @@ def test_the_nearest_size_on_each_machine():
     *_speeds({8: 1e15}, machine='useless'),
   ]
   one, other = _compare(2e20, speeds)
-  assert (one['machine'], one['shape'], one['by_clock']) == ('m', (2048, 20), 16)
-  assert (other['machine'], other['shape'], other['by_clock']) == ('other', (512, 8), 8)
+  assert (one['machine'], one['d_model'], _best(one)[1]) == ('m', 2048, (64, 16))
+  assert (other['machine'], other['d_model'], _best(other)[1]) == ('other', 512, (64, 8))
+
+
+def test_the_median_of_speeds_of_one_model():
+  speeds = [s for speed in (1e15, 3e15, 9e15) for s in _speeds({8: speed, 16: 1e15})]
+  (found,) = _compare(2e20, speeds)
+  assert found['models'][0]['flops_per_second'] == pytest.approx(3e15)
 
 
 def test_a_loss_that_more_time_cannot_reach():
   (found,) = _compare(2e20, _speeds({8: 1e30, 16: 1.0}))
-  assert found['by_clock'] == 8 and found['more_time'] == float('inf')
+  assert _best(found)[1] == (64, 8) and found['more_time'] == float('inf')
 
 
 def test_nothing_to_compare():
   speeds = _speeds({8: 1e15, 16: 1e15})
-  with pytest.raises(ValueError, match='which this law does not have'):
-    runtime.compare(LAW._replace(g=None), optimal.best(LAW, 64, 2e20), 64, speeds)
-  with pytest.raises(ValueError, match='two granularities of expansion rate 64, .*E 64 G 8.$'):
-    _compare(2e20, speeds[:1])
+  with pytest.raises(ValueError, match='expansion rate 64.*found E 64 G 8.$'):
+    _compare(2e20, speeds[:1], {64: LAW})
+  with pytest.raises(ValueError, match='expansion rate 16.*found E 64 G 16, E 64 G 8.$'):
+    _compare(2e20, speeds, {16: PRINTED[16]})
+  with pytest.raises(ValueError, match='found none that fits'):
+    _compare(2e20, [])
+
+
+def test_the_chart_has_all_numbers_beside_it(tmp_path):
+  speeds = [*_speeds({8: 1e15, 16: 1e15}), *_speeds({laws.DENSE: 1e15}, rate=1)]
+  (found,) = _compare(2e20, speeds)
+  plots.by_the_clock([found, found], tmp_path / 'clock.png')
+  header, *rows = csv.reader((tmp_path / 'clock.csv').read_text().splitlines())
+  assert len(rows) == 6 and rows[:3] == rows[3:] and len({*header}) == len(header) == 10
+  assert [row[header.index('granularity')] for row in rows[:3]] == ['0', '8', '16']
+  losses = [float(row[header.index('loss_in_time')]) for row in rows[:3]]
+  assert min(losses) == pytest.approx(found['by_clock']['loss_in_time'])
+  assert (tmp_path / 'clock.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_speeds_of_a_machine_are_estimated():
+  law = {rate: laws.PUBLISHED['joint'][rate] for rate in (1, 8)}
+  clock = runtime.clock(['v5e:2x2', 'h100x8'], law)
+  assert clock.speeds == [] and [str(machine) for machine in clock.machines] == [
+    'v5e:2x2',
+    'h100x8',
+  ]
+  speeds = [*runtime.estimated(clock, (128, 2, 2), grid.LAPTOP, granularity=1)]
+  assert {(s.machine, s.expansion_rate, s.granularity) for s in speeds} == {
+    (f'{machine}, estimated', *model)
+    for machine in ('v5e:2x2', 'h100x8')
+    for model in ((1, laws.DENSE), (8, 1))
+  }
+  assert {s.basis for s in speeds} == {runtime.ESTIMATED} and min(s[-1] for s in speeds) > 0
+
+
+@pytest.mark.parametrize('source', ['none.json', 'v5e:3x3', 'tpu7x-8'])
+def test_neither_a_source_nor_a_machine(source):
+  with pytest.raises(ValueError, match=f'--runtime={source}: no such file or folder; as a machine'):
+    runtime.clock([source], PRINTED)
 
 
 def test_speeds_of_runs(tmp_path):
@@ -84,9 +170,8 @@ def test_speeds_of_runs(tmp_path):
   model = config.model
   ((_, blocks),) = model.blocks
   rate = model.moe.expansion_rate
-  per_token = laws.flops_per_token(model.d_model, blocks, rate, 4)
   assert fine == runtime.Speed(
-    'the runs', model.d_model, blocks, rate, 4, pytest.approx(500 * per_token)
+    'the runs', runtime.MEASURED, model.d_model, blocks, rate, 4, pytest.approx(500)
   )
   assert coarse.granularity == 1
   with pytest.raises(ValueError, match='no speed of a model'):
@@ -104,8 +189,7 @@ def test_speeds_of_reports(tmp_path):
   path = tmp_path / 'report.json'
   path.write_text(json.dumps(report))
   (speed,) = runtime.read([path])
-  per_token = laws.flops_per_token(256, 4, 64, 8)
-  assert speed == runtime.Speed('v5e:4x4', 256, 4, 64, 8, pytest.approx(2000 * per_token))
+  assert speed == runtime.Speed('v5e:4x4', runtime.COMPILED, 256, 4, 64, 8, pytest.approx(2000))
   table = {
     'a': report,
     'b': report | {'fits': False},
