@@ -115,6 +115,8 @@ UNAFFORDABLE = {
   r'scaling_laws run (?!.*--launch)': 'trains 75 models: tests/scaling_laws',
   r'moejax\.transfer (check|sweep)': 'trains models of several sizes: tests/transfer',
   r'moejax\.reproduce ': 'trains dozens of models: tests/reproduce',
+  r'scaling_laws plan .*--runtime=v5e': 'traces 12 models: tests/scaling_laws/runtime_test.py',
+  r'scaling_laws plan .*--runtime=runs/grid': 'needs 75 models: tests/scaling_laws',
   r'scaling_laws judge ': 'needs trained models: tests/scaling_laws/predictions_test.py',
   r'moejax\.sweep (?!.*--launch)': 'trains a dozen models: tests/sweep',
   r'compare --runs=runs/dense_seeds': 'compares what a sweep trained: tests/compare',
@@ -190,7 +192,7 @@ PATHS = {
   'convert from_safetensors': ['input', 'workdir'],
   'convert to_hf': ['workdir', 'output'],
   'convert from_hf': ['model', 'workdir'],
-  'scaling_laws plan': ['coefficients', 'runtime'],
+  'scaling_laws plan': ['coefficients', 'runtime', 'chart'],
   'scaling_laws grid': ['coefficients', 'output'],
   'scaling_laws run': ['grid'],  # its workdir may be another machine's
   'scaling_laws fit': ['output'],

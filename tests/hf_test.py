@@ -158,7 +158,7 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
       'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba; got bert',
     ),
     ('llama', {'attention_bias': True}, 'attention_bias = True is not supported, only False'),
-    ('llama', {'head_dim': 8}, r'q: checkpoint \(16, 4, 4\) vs config \(16, 4, 8\)'),
+    ('llama', {'head_dim': 8}, r'q_proj.weight: checkpoint \(16, 16\) vs config \(32, 16\)'),
     ('llama', {'head_dim': 5}, 'even head width, got model.head_dim = 5'),
     ('llama', {'intermediate_size': 42}, 'intermediate_size = 42 must be a multiple of 8'),
     (

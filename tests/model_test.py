@@ -317,7 +317,7 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'num_heads': 5}, 'model.num_heads = 5 must divide d_model = 12'),
     ({'dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
     ({'param_dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
-    ({'activation': 'silu'}, 'model.activation must be one of relu, gelu, swiglu'),
+    ({'activation': 'silu'}, 'model.activation must be one of relu, relu2, gelu, swiglu'),
     ({'blocks': ((('attention', 'mlpp'), 1),)}, "model.blocks: no sublayer 'mlpp'"),
     ({'blocks': ((('mamba+mo',), 1),)}, "model.blocks: no sublayer 'mo'"),
     ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'in+out'}, 'moe_in must be some of conv, gate'),

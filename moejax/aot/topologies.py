@@ -57,7 +57,8 @@ class Topology:
   def detour(self):
     """Time of an all-to-all of all chips over that of one link with the same bytes."""
     if self.platform == 'gpu':
-      return 1.0
+      nodes = -(-self.num_chips // _NODE)
+      return 1 + (nodes - 1) / nodes * self.chip.link / self.chip.network
     across = (n / (2 if ring else 1) for n, ring in zip(self.shape, self.wraps(), strict=True))
     return max(across) / 4
 

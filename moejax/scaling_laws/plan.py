@@ -71,7 +71,7 @@ def make(
   if clock:
     shape = cell.d_model, cell.blocks, cell.heads
     estimates = runtime.estimated(clock, shape, recipe, best.granularity) if clock.machines else ()
-    result['runtime'] = runtime.compare(clock.laws, best, [*clock.speeds, *estimates])
+    result['runtime'] = runtime.compare(clock.coefficients, best, [*clock.speeds, *estimates])
   if chip:
     result['chip'], mesh = _chip(chip, cell, best.flops, **machine_options)
     cell = _with_fields(cell, mesh)

@@ -55,6 +55,7 @@ def by_the_clock(found, path):
     path: of the PNG file; the CSV file has the same name.
   """
   figure, first, rows = _figure(1.6 + 3.4 * len(found), 4.2), None, []
+  names = ('machine', 'basis', 'd_model', 'blocks', 'seconds')
   everything = [model for one in found for model in one['models']]
   finest = max(model['granularity'] for model in everything)
   x = 'granularity' if finest > 1 else 'expansion_rate'
@@ -63,8 +64,8 @@ def by_the_clock(found, path):
   for column, one in enumerate(found, start=1):
     axes = _axes(figure, 1, len(found), column, xscale='log', sharey=first)
     first = first or axes
-    for models, colour in _lines(one['models'], x, colours):
-      for loss, style in (('loss_for_flops', '--'), ('loss_in_time', 'o-')):
+    for models, colour, marker in _lines(one['models'], x, colours):
+      for loss, style in (('loss_for_flops', '--'), ('loss_in_time', f'{marker}-')):
         axes.plot(
           *zip(*((m[x], m[loss]) for m in models), strict=True), style, color=colour, ms=4.5
         )
@@ -74,10 +75,9 @@ def by_the_clock(found, path):
     ):
       at = max(1, one[best][x]), one[best][loss]
       axes.plot(*at, marker, color='black', ms=10, fillstyle='none', zorder=3)
-    axes.set_title(f'{one["machine"]}, {short(one["flops"])} FLOPs', fontsize='medium')
+    axes.set_title(f'{one["machine"]}, {one["flops"]:.3g} FLOPs', fontsize='medium')
     axes.tick_params(labelleft=axes is first)
     _granularity_ticks(axes.xaxis, max(finest, *rates) if x == 'expansion_rate' else finest)
-    names = ('machine', 'basis', 'd_model', 'blocks', 'seconds')
     rows += [(*(one[name] for name in names), *model.values()) for model in one['models']]
   assert first
   first.set_ylabel('loss (nats per token)')
@@ -98,15 +98,15 @@ def by_the_clock(found, path):
 
 
 def _lines(models, x, colours):
-  """The models of every line, and its colour; a dense one, of no granularity, is a level."""
+  """Models, colour and marker of every line; a dense model, of no granularity, is a level."""
   if x == 'expansion_rate':
-    return [(sorted(models, key=lambda model: model[x]), '0.3')]
+    return [(sorted(models, key=lambda model: model[x]), '0.3', 'o')]
   finest = max(model[x] for model in models)
   lines = {}
   for model in models:
     ends = (1, finest) if model[x] == laws.DENSE else (model[x],)
     lines.setdefault(model['expansion_rate'], []).extend(model | {x: end} for end in ends)
-  return [(line, colours[rate]) for rate, line in lines.items()]
+  return [(line, colours[rate], '' if rate == 1 else 'o') for rate, line in lines.items()]
 
 
 def _rate(expansion_rate):

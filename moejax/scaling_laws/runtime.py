@@ -52,7 +52,7 @@ class Clock(NamedTuple):
 
   speeds: list[Speed]
   machines: list[topologies.Topology]  # whose speeds are estimated
-  laws: dict[float, laws.Coefficients]  # by expansion rate
+  coefficients: dict[float, laws.Coefficients]  # to compare, by expansion rate
 
 
 def clock(sources, coefficients):
@@ -156,7 +156,7 @@ def estimated(clock, shape, recipe, granularity):
     recipe: a `grid.Recipe`, for batch and sequences.
     granularity: the best by FLOPs; the finest here is twice as fine, and at least 8.
   """
-  for rate, law in clock.laws.items():
+  for rate, law in clock.coefficients.items():
     for finer in optimal.granularities(law, rate):
       if finer > max(8, 2 * granularity) or 4 * shape[0] % max(finer, 1):
         continue

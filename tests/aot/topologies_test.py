@@ -51,6 +51,11 @@ def test_old_slices_are_not_compiled_for():
     topologies.devices(topologies.parse('v3-8'))
 
 
+def test_an_exchange_between_nodes_of_gpus_takes_longer_than_in_one():
+  assert topologies.parse('h100x8').detour == 1
+  assert topologies.parse('h100x16').detour == 1 + 450 / 50 / 2  # half of it leaves the node
+
+
 def test_slices():
   topology = topologies.parse('v5e:16x16', slices=4)
   assert topology.num_chips == 1024

@@ -131,20 +131,19 @@ def test_the_chart_has_all_numbers_beside_it(tmp_path):
   assert (tmp_path / 'clock.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.heavy
 def test_speeds_of_a_machine_are_estimated():
-  law = {rate: laws.PUBLISHED['joint'][rate] for rate in (1, 8)}
+  law = {8: laws.PUBLISHED['joint'][8]}
   clock = runtime.clock(['v5e:2x2', 'h100x8'], law)
   assert clock.speeds == [] and [str(machine) for machine in clock.machines] == [
     'v5e:2x2',
     'h100x8',
   ]
   speeds = [*runtime.estimated(clock, (128, 2, 2), grid.LAPTOP, granularity=1)]
-  assert {(s.machine, s.expansion_rate, s.granularity) for s in speeds} == {
-    (f'{machine}, estimated', *model)
-    for machine in ('v5e:2x2', 'h100x8')
-    for model in ((1, laws.DENSE), (8, 1))
-  }
-  assert {s.basis for s in speeds} == {runtime.ESTIMATED} and min(s[-1] for s in speeds) > 0
+  assert [s[:-1] for s in speeds] == [
+    (f'{machine}, estimated', runtime.ESTIMATED, 128, 2, 8, 1) for machine in ('v5e:2x2', 'h100x8')
+  ]
+  assert 0 < speeds[0].tokens_per_second < speeds[1].tokens_per_second
 
 
 @pytest.mark.parametrize('source', ['none.json', 'v5e:3x3', 'tpu7x-8'])
