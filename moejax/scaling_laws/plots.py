@@ -54,7 +54,7 @@ def by_the_clock(found, path):
     found: what `runtime.compare` returns.
     path: of the PNG file; the CSV file has the same name.
   """
-  figure, first, rows = _figure(1.6 + 3.4 * len(found), 4.2), None, []
+  figure, first, rows = _figure(1.6 + 3.4 * len(found), 4), None, []
   names = ('machine', 'basis', 'd_model', 'blocks', 'seconds')
   everything = [model for one in found for model in one['models']]
   finest = max(model['granularity'] for model in everything)

@@ -156,16 +156,17 @@ def estimated(clock, shape, recipe, granularity):
     recipe: a `grid.Recipe`, for batch and sequences.
     granularity: the best by FLOPs; the finest here is twice as fine, and at least 8.
   """
+  d_model, blocks, _ = shape
   for rate, law in clock.coefficients.items():
     for finer in optimal.granularities(law, rate):
-      if finer > max(8, 2 * granularity) or 4 * shape[0] % max(finer, 1):
+      if finer > max(8, 2 * granularity) or 4 * d_model % max(finer, 1):
         continue
       cell = grid.make_cell(recipe, shape, rate, finer, steps=1000)
       config = cli.config_of(cell.arguments[2:])
       for topology, seconds in machine_lib.step_seconds(config, clock.machines).items():
         name = f'{topology}, estimated'
         speed = recipe.tokens_per_step / seconds
-        yield Speed(name, ESTIMATED, *shape[:2], cell.expansion_rate, finer, speed)
+        yield Speed(name, ESTIMATED, d_model, blocks, cell.expansion_rate, finer, speed)
 
 
 def compare(coefficients, best, speeds):
@@ -224,9 +225,10 @@ def _on_machine(coefficients, best, speeds):
     return None
   size = math.log(best.active_params)
   shape = min(shapes, key=lambda shape: abs(math.log(laws.active_params(*shape)) - size))
+  d_model, blocks = shape
   flops_per_second = {
     (rate, granularity): float(np.median(tokens_per_second))
-    * optimal.flops_per_token(coefficients[rate], *shape, rate, granularity)
+    * optimal.flops_per_token(coefficients[rate], d_model, blocks, rate, granularity)
     for (rate, granularity), tokens_per_second in sorted(shapes[shape].items())
   }
 
@@ -252,8 +254,8 @@ def _on_machine(coefficients, best, speeds):
   return {
     'machine': speeds[0].machine,
     'basis': speeds[0].basis,
-    'd_model': shape[0],
-    'blocks': shape[1],
+    'd_model': d_model,
+    'blocks': blocks,
     'flops': best.flops,
     'seconds': seconds,
     'models': [*models.values()],
