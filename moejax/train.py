@@ -68,6 +68,8 @@ def train(
     run.memory = in_memory(run)
     step = resume(run)
     if is_finished(run):
+      if not files.exists(run.workdir / 'loss.png'):  # it was killed before it wrote that
+        plot(run)
       print(f'{workdir} is already finished, at step {step}; nothing is changed')
       return cli.OK
     try:

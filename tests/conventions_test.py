@@ -61,7 +61,7 @@ RANKS = (
   ('progress', 'rewind'),
   ('results',),
   ('train',),
-  ('aot', 'compare', 'runner', 'scaling_laws', 'sweep', 'transfer'),
+  ('aot', 'compare', 'drill', 'runner', 'scaling_laws', 'sweep', 'transfer'),
   ('library', 'reproduce'),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}

@@ -1,0 +1,1 @@
+"""Faults on purpose, on the user's own configuration: which guarantees hold there?"""
