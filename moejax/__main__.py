@@ -21,6 +21,7 @@ PROGRAMS = {
   'replay': ('replay', 'one training step again, with norms by layer'),
   'compare': ('compare', 'a plot and a table of several runs'),
   'verify': ('verify', "checks all files of a run's checkpoints"),
+  'drill': ('drill', 'faults on purpose: what of docs/reliability.md holds here?'),
   'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),
   'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),

@@ -1,6 +1,7 @@
 """The programs that benchmarks time compile, at sizes at which there is nothing to time."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -52,6 +53,25 @@ def test_of_checkpoints(tmp_path):
     returned, complete = checkpoint.measure(tmp_path, 1 + flushed, {'w': np.zeros(8)}, flushed)
     assert 0 < returned < complete
   assert (tmp_path / '1' / 'manifest.json').exists()
+
+
+def test_of_a_soak(tmp_path):
+  import soak
+
+  seconds, noise = np.arange(400.0), np.random.default_rng(0).normal(0, 0.01, 400)
+  filling = np.where(seconds < 90, seconds / 90, 1)
+  for values, found in (
+    (np.full(400, 40), 'flat'),
+    (1000 * filling * (1 + noise), 'flat'),
+    (1000 * filling * (1 + noise) * (1 + seconds / 3000), 'grows'),
+    (1 + 50 * noise, 'cannot be told'),
+  ):
+    _, low, high = soak.growth(seconds, values)
+    assert soak.verdict(low, high) == found
+  held = soak.look(os.getpid())
+  assert held['memory_mb'] > 50 and held['open_files'] > 2 and held['threads'] >= 1
+  soak.plot([held | {'seconds': 1, 'step_seconds': 0.1}], tmp_path / 'soak.png')
+  assert (tmp_path / 'soak.png').stat().st_size > 1000
 
 
 def test_of_tokens(tmp_path):

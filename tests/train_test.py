@@ -131,6 +131,13 @@ def test_running_a_finished_run_again_changes_nothing(finished, monkeypatch):
   assert _files(finished) == before
 
 
+def test_a_plot_that_a_kill_prevented_is_made_by_the_next_start(finished, tmp_path):
+  run = shutil.copytree(finished, tmp_path / 'run')
+  (run / 'loss.png').unlink()
+  assert train.train(_debug_config(), run) == cli.OK
+  assert (run / 'loss.png').read_bytes() == (finished / 'loss.png').read_bytes()
+
+
 def test_a_run_ended_between_its_last_checkpoint_and_its_summary_is_finished(finished, tmp_path):
   run = shutil.copytree(finished, tmp_path / 'run')
   (run / 'summary.json').write_text('{"steps": 6, "tra')
