@@ -53,8 +53,9 @@ def look(process: int) -> dict[str, float]:
 
 
 def record(process: subprocess.Popen, workdir: pathlib.Path, seconds: float, interval: float):
-  """Samples of a program that trains in a folder, until it has for so long; from the first step."""
-  samples, began, seen = [], None, 0
+  """Samples of a program that trains in a folder, for so long from its first log line on."""
+  samples, began = [], None
+  seen = max([line['step'] for line in metrics.read_metrics(workdir)], default=0)
   while began is None or time.monotonic() - began < seconds:
     if process.poll() is not None:
       raise RuntimeError(f'training ended with exit code {process.returncode}: {workdir}.log')
@@ -66,6 +67,23 @@ def record(process: subprocess.Popen, workdir: pathlib.Path, seconds: float, int
       passed = {'seconds': time.monotonic() - began, 'step': seen}
       samples.append(passed | look(process.pid) | {'step_seconds': float(np.median(times))})
   return samples
+
+
+def write(samples, output: pathlib.Path) -> None:
+  """Writes soak.csv and soak.png."""
+  with open(output / 'soak.csv', 'w', newline='') as file:
+    rows = csv.DictWriter(file, samples[0].keys(), lineterminator='\n')
+    rows.writeheader()
+    rows.writerows(samples)
+  figure = Figure(figsize=(8, 8), dpi=120, layout='constrained')
+  minutes = [sample['seconds'] / 60 for sample in samples]
+  rows = figure.subplots(len(COLUMNS), sharex=True)
+  for axes, (name, label) in zip(rows, COLUMNS.items(), strict=True):
+    axes.plot(minutes, [sample[name] for sample in samples], linewidth=1)
+    axes.set(ylabel=label, ylim=(0, None))
+    axes.grid(color='0.9')
+  rows[-1].set_xlabel('minutes')
+  report.save_figure(figure, output / 'soak.png')
 
 
 def growth(seconds, values) -> tuple[float, float, float]:
@@ -88,18 +106,6 @@ def verdict(low: float, high: float) -> str:
   return 'grows' if low > 0 else 'cannot be told'
 
 
-def plot(samples, path):
-  figure = Figure(figsize=(8, 8), dpi=120, layout='constrained')
-  minutes = [sample['seconds'] / 60 for sample in samples]
-  rows = figure.subplots(len(COLUMNS), sharex=True)
-  for axes, (name, label) in zip(rows, COLUMNS.items(), strict=True):
-    axes.plot(minutes, [sample[name] for sample in samples], linewidth=1)
-    axes.set(ylabel=label, ylim=(0, None))
-    axes.grid(color='0.9')
-  rows[-1].set_xlabel('minutes')
-  report.save_figure(figure, path)
-
-
 def main(_):
   output = pathlib.Path(_FLAGS.output)
   output.mkdir(parents=True, exist_ok=True)
@@ -110,15 +116,11 @@ def main(_):
     process = subprocess.Popen([*command, f'--workdir={workdir}'], stdout=log, stderr=log)
   try:
     samples = record(process, workdir, 60 * _FLAGS.minutes, _FLAGS.interval)
+    write(samples, output)
     process.send_signal(signal.SIGTERM)
     code = process.wait(300)
   finally:
     process.kill()
-  with open(output / 'soak.csv', 'w', newline='') as file:
-    rows = csv.DictWriter(file, samples[0].keys(), lineterminator='\n')
-    rows.writeheader()
-    rows.writerows(samples)
-  plot(samples, output / 'soak.png')
   seconds, grows = [sample['seconds'] for sample in samples], code != exit_codes.RESUMABLE
   print(f'{samples[-1]["step"]} steps in {seconds[-1] / 60:.1f} minutes; exit code {code}')
   for name, label in COLUMNS.items():

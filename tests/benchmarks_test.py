@@ -70,7 +70,9 @@ def test_of_a_soak(tmp_path):
     assert soak.verdict(low, high) == found
   held = soak.look(os.getpid())
   assert held['memory_mb'] > 50 and held['open_files'] > 2 and held['threads'] >= 1
-  soak.plot([held | {'seconds': 1, 'step_seconds': 0.1}], tmp_path / 'soak.png')
+  soak.write([held | {'seconds': 1, 'step_seconds': 0.1}], tmp_path)
+  lines = (tmp_path / 'soak.csv').read_text().splitlines()
+  assert lines[0] == 'memory_mb,open_files,threads,seconds,step_seconds' and len(lines) == 2
   assert (tmp_path / 'soak.png').stat().st_size > 1000
 
 

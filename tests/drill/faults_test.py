@@ -151,7 +151,7 @@ def test_a_drill_of_a_run_and_of_one_whose_guarantee_is_broken(
     ('whole', 'kill in a save', (sys.executable, '-m')),
     ('broken', 'flipped bit', (sys.executable, '-c', BLIND)),
   ):
-    runs = Runs(tmp_path / name, arguments, 5, program)
+    runs = Runs(tmp_path / name, arguments, 60, program)
     shutil.copytree(undisturbed[0], runs.undisturbed)
     assert verdicts.drill([of[fault]], runs) == (name == 'whole')
   output = capsys.readouterr().out
