@@ -158,42 +158,41 @@ _BEFORE = 'it is noticed, and the checkpoint before is used: the same bits'
 _STOPS = 'exit code 75; the next start ends with the same bits and lines'
 
 
-def _kills(where, *injection):
+def _kills(where, done, *injection):
   attempt = functools.partial(_kill, Injection(*injection))
-  return Fault(f'kill {where}', f'SIGKILL {where}', _SAME, attempt, 2)
+  return Fault(f'kill {where}', f'SIGKILL {done}', _SAME, attempt, 2)
 
 
-def _signals(where, *injection):
+def _signals(where, done, *injection):
   attempt = functools.partial(_terminate, Injection(*injection))
-  return Fault(f'signal {where}', f'SIGTERM {where}', _STOPS, attempt, 2)
+  return Fault(f'signal {where}', f'SIGTERM {done}', _STOPS, attempt, 2)
 
 
 def _damages(name, done, change):
-  return Fault(
-    name, f'{done} in the last checkpoint', _BEFORE, functools.partial(_damage, change), 1
-  )
+  done = f'of the last checkpoint, {done}'
+  return Fault(name, done, _BEFORE, functools.partial(_damage, change), 1)
 
 
 # From what is most likely to what is least, should there not be time for all.
 FAULTS = (
-  Fault('none', 'trained once more', 'the same bits', _again, 1),
-  _kills('in a step', _STEP, 'kill', 5),
-  _kills('in a save', 'moejax.checkpoint:Checkpoints._finish', 'kill', 2),
-  _signals('in a step', _STEP, 'terminate', 3),
-  Fault('full disk', 'a save fails in the middle of its arrays', _STOPS, _fill_disk, 2),
-  _damages('flipped bit', 'one bit of the arrays', _flip_bit),
-  Fault(
-    'NaN', 'two batches of which the loss is NaN', 'they change nothing but the step', _spoil, 1
+  Fault('none', 'it is trained once more', 'the same bits', _again, 1),
+  _kills('in a step', 'while step 5 is computed', _STEP, 'kill', 5),
+  _kills(
+    'in a save', 'while the arrays are written', 'moejax.checkpoint:Checkpoints._finish', 'kill', 2
   ),
-  _kills('before a commit', _COMMIT, 'kill', 2),
-  _kills('after a commit', _COMMIT, 'kill', 2, True),
-  _kills('in an evaluation', _BATCH, 'kill', 2),
-  _signals('in an evaluation', _BATCH, 'terminate'),
-  _kills('at the start', 'moejax.train:resume', 'kill'),
-  _kills('while a plot is written', 'matplotlib.figure:Figure.savefig', 'kill', 1, True),
-  _damages('cut-off file', 'the second half of the arrays', _cut_off),
-  _damages('vanished file', 'the file of the arrays', _delete_file),
-  _damages('lost manifest', 'the manifest', _delete_manifest),
+  _signals('in a step', 'while step 3 is computed', _STEP, 'terminate', 3),
+  Fault('full disk', 'a save fails in the middle of its arrays', _STOPS, _fill_disk, 2),
+  _damages('flipped bit', 'one bit of the arrays is flipped', _flip_bit),
+  Fault('NaN', 'the loss of two batches is NaN', 'they change nothing but the step', _spoil, 1),
+  _kills('before a commit', 'when all but the manifest is written', _COMMIT, 'kill', 2),
+  _kills('after a commit', 'when the manifest is written', _COMMIT, 'kill', 2, True),
+  _kills('in an evaluation', 'at its second batch', _BATCH, 'kill', 2),
+  _signals('in an evaluation', 'at its first batch', _BATCH, 'terminate'),
+  _kills('at the start', 'when it has taken its folder', 'moejax.train:resume', 'kill'),
+  _kills('in a plot', 'while it is written', 'matplotlib.figure:Figure.savefig', 'kill', 1, True),
+  _damages('cut-off file', 'half of the arrays is cut off', _cut_off),
+  _damages('vanished file', 'the file of the arrays is deleted', _delete_file),
+  _damages('lost manifest', 'the manifest is deleted', _delete_manifest),
   Fault(
     'damaged folder',
     'config.json cut off, summary.json emptied, zeros in metrics.jsonl, no last manifest',
