@@ -12,6 +12,8 @@ other load.
   loop         one `jax.lax.scan` over positions, differentiated by JAX
   torch        the PyTorch fallback of transformers; its gradient, which takes time quadratic in
                the length, only up to 256 positions; skipped if it is not installed
+  duality      Mamba-2 of as many channels and states, in heads of 64 channels: `moejax.ops.ssd`,
+               and the gate
   floor        the bytes below at the speed of a copy of x
 
 Floor in bytes. The states stay in the cache, so per position and channel the forward pass reads x,
@@ -22,8 +24,8 @@ CPU: it computes 3 (forward) and 9 (backward) multiply-adds, and 1 and 2 exponen
 the N states.
 
 Targets on a CPU at the default shape: 0.06 of associative forward, 0.10 forward + backward; 50
-times faster than torch; temporary memory of at most twice inputs and outputs; the layer at most 3
-times its matmuls.
+times faster than torch; duality in half the time of the scan, forward + backward; temporary memory
+of at most twice inputs and outputs; the layer at most 3 times its matmuls.
 """
 
 import random
@@ -37,11 +39,12 @@ from absl import app, flags
 from flax import nnx
 
 from moejax.layers import common, mamba
-from moejax.ops import selective_scan
+from moejax.ops import selective_scan, ssd
 
 _SHAPE = flags.DEFINE_list('shape', ['4', '1024', '512'], 'Sequences, positions, channels.')
 _STATES = flags.DEFINE_integer('states', 16, 'States per channel.', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Measurement rounds.', lower_bound=1)
+_HEAD = 64  # channels
 _CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'cpu'], 'Clock: wall or CPU seconds.')
 
 
@@ -54,6 +57,15 @@ def associative(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I):
   _, states = jax.lax.associative_scan(compose, (decay, inputs), axis=1)
   y_BLI = jnp.sum(states * c_BLN[..., None], axis=2) + skip_I[None, None] * x_BLI
   return y_BLI * jax.nn.silu(gate_BLI)
+
+
+def duality(x_BLI, delta_BLH, a_H, b_BLN, c_BLN, skip_H, gate_BLI, bias_H):
+  """Mamba-2, with one group of heads."""
+  x_BLHP = x_BLI.reshape(*delta_BLH.shape, -1)
+  b_BLGN, c_BLGN = b_BLN[:, :, None], c_BLN[:, :, None]
+  chunk = ssd.CHUNKS[jax.default_backend()]
+  y_BLHP, _ = ssd.ssd(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, skip_H, bias_H, chunk=chunk)
+  return y_BLHP.reshape(x_BLI.shape) * jax.nn.silu(gate_BLI)
 
 
 def arguments(B, L, I, N):
@@ -155,6 +167,14 @@ def programs(B, L, I, N):
   for name, f in implementations.items():
     found[name, 'both'] = Program(with_gradients(f), args[0], *args)
   found |= {(name, 'both'): program for name, program in layer_programs(B, L, I, N).items()}
+  x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I = args
+  head = min(_HEAD, I)
+  of_heads = lambda v: v[..., ::head]
+  a_H = -jnp.arange(1.0, I // head + 1)
+  of_duality = x_BLI, of_heads(delta_BLI), a_H, b_BLN, c_BLN, of_heads(skip_I), gate_BLI
+  of_duality += (of_heads(bias_I),)
+  found['duality', 'forward'] = Program(duality, *of_duality)
+  found['duality', 'both'] = Program(with_gradients(duality), x_BLI, *of_duality)
   found['copy', 'forward'] = Program(lambda x_BLI: x_BLI + 1, args[0])
   found |= {('torch', kind): program for kind, program in torch_programs(args).items()}
   return found
@@ -200,6 +220,7 @@ def main(argv):
       # A copy moves two numbers per position and channel.
       f'floor {ratio(("scan", kind), ("copy", "forward")) * 2 / numbers:.1f}',
       f'temporary / (inputs + outputs) {temporary / visible:.2f}',
+      f'duality / scan {ratio(("duality", kind), ("scan", kind)):.3f}',
     )
   print(f'layer / its matmuls, both: {ratio(("layer", "both"), ("matmuls", "both")):.2f}')
 

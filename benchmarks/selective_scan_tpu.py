@@ -1,15 +1,16 @@
-"""The selective scan compiled ahead of time for a TPU: instruction counts of the kernel.
+"""The scan of Mamba and the products of Mamba-2 compiled ahead of time for a TPU, and counted.
 
   pip install -e .[tpu-aot]
   python benchmarks/selective_scan_tpu.py --topology=v5e:2x2 --dtype=bfloat16
 
-Prints two counts per 65,536 states (8 positions of 512 channels of 16 states), both from the
-compiler. Neither is a time: nothing runs, and memory stalls are not counted.
+Prints counts per 65,536 states (8 positions of 512 channels of 16 states), all from the
+compiler. None is a time: nothing runs, and memory stalls are not counted.
 
   kernel  bundles (very long instruction words, one per cycle at best) in the loops of
           `impl='tpu_kernel'`, and in the rest of a grid step
   XLA     XLA's estimated cycles of every operation of `impl='tpu'`, both passes, times the trip
           counts of the enclosing loops
+  Mamba-2 the same of `ssd.ssd`, in heads of 64 channels
 """
 
 import os
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
 
-from moejax.ops import selective_scan, selective_scan_tpu
+from moejax.ops import selective_scan, selective_scan_tpu, ssd
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'Target topology; one of its chips is used.')
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Dtype of activations.')
@@ -30,17 +31,25 @@ _SHAPE = flags.DEFINE_list(
   'shape', ['8', '2048', '1536', '16'], 'Sequences, positions, channels, states per channel.'
 )
 _UNIT = 65536
+_HEAD = 64  # channels of Mamba-2
 
 
 def compiled(impl, device):
-  """The compiled program of a scan and all its gradients."""
+  """The compiled program of a scan and all its gradients; impl 'ssd': of Mamba-2."""
   B, L, I, N = map(int, _SHAPE.value)
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.dtype(_DTYPE.value))
   wide, narrow, vector = shape(B, L, I), shape(B, L, N), shape(I)
   args = wide, wide, shape(I, N), narrow, narrow, vector, wide, vector
 
+  scan = lambda *args: selective_scan.selective_scan(*args, impl=impl)[0]
+  if impl == 'ssd':
+    H, group = I // _HEAD, shape(B, L, 1, N)
+    wide, of_head = shape(B, L, H, _HEAD), jax.ShapeDtypeStruct((H,), jnp.float32)
+    args = wide, shape(B, L, H), of_head, group, group, of_head, of_head
+    scan = lambda *args: ssd.ssd(*args, chunk=ssd.CHUNKS['tpu'])[0]
+
   def run(dy, *args):
-    y, backward = jax.vjp(lambda *a: selective_scan.selective_scan(*a, impl=impl)[0], *args)
+    y, backward = jax.vjp(scan, *args)
     return y, backward(dy)
 
   f = jax.jit(run, in_shardings=jax.sharding.SingleDeviceSharding(device))
@@ -96,8 +105,9 @@ def main(argv):
     per_chunk = _UNIT / (selective_scan_tpu.chunk_size(L) * tile * N)
     parts = ' + '.join(f'{n * per_group:.0f}' for n in loops)
     print(f'kernel, {which}: {parts} bundles in loops, {outside * per_chunk:.0f} outside')
-  cycles = estimated_cycles(compiled('tpu', device).as_text())
-  print(f'XLA, both: {cycles * _UNIT / (B * L * I * N):.0f} cycles estimated')
+  for name, impl in (('XLA', 'tpu'), ('Mamba-2', 'ssd')):
+    cycles = estimated_cycles(compiled(impl, device).as_text())
+    print(f'{name}, both: {cycles * _UNIT / (B * L * I * N):.0f} cycles estimated')
 
 
 if __name__ == '__main__':

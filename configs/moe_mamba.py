@@ -24,6 +24,8 @@ Further variants of the paper. Its ablations train on 1B tokens:
                  evenly among projections (table 3; all layers / every other):
                  conv 3.79/3.71, gate 3.89/3.70, out 4.05/3.70, conv+gate 3.95/3.72,
                  conv+out 4.17/3.76, gate+out 4.16/3.88, conv+gate+out 4.39/3.88
+  mamba2         Mamba-2 layers (arXiv:2405.21060) in place of Mamba's, with any of the variants
+                 above; not in the paper
 3M is our own miniature. The laptop size has 12 experts as large as a Mamba layer. Smaller
 models with more tokens per parameter show the order of table 4 (docs/results.md).
 
@@ -43,6 +45,7 @@ def get_config(arg=None):
     ratio='',
     inner='',
     every_other=False,
+    mamba2=False,
   )
   c = variants.moe_mamba_run(arg.size)
   c.model.positions = 'none'
@@ -57,6 +60,8 @@ def get_config(arg=None):
     _inner(c, arg)
   else:
     _outer(c, arg)
+  if arg.mamba2:
+    variants.mamba2(c, narrow=arg.size == 'laptop')
   return variants.shrink(c) if arg.debug else c
 
 

@@ -115,7 +115,7 @@ def seconds(run_config, mesh, chip, detour=1.0):
   gathers = 2 * accumulation * (fsdp - 1) / fsdp
   reductions = accumulation * (fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp
   width = 2 * model.d_model * tokens * tensor
-  blocks = sum(kind in ('moe', 'mot', 'moe_in_mamba') for kind in model.kinds)
+  blocks = sum(kind in ('moe', 'mot', 'moe_in_mamba', 'moe_in_mamba2') for kind in model.kinds)
   passes = 4 if model.remat in ('none', 'save_moe') else 6  # to experts and back; gradients; again
   exchanged = (
     detour * passes * blocks * width * min(model.moe.top_k, expert) * (expert - 1) / expert

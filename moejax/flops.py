@@ -10,8 +10,9 @@ Conventions:
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
   under token choice, dropped or not; all slots under expert choice. Routing (controller, merge and
   emit; router) is counted apart, so that MFU does not reward it.
-- Mamba counts three multiply-adds per state and one per tap of the convolution, though neither is a
-  matrix product.
+- Mamba and Mamba-2 count three multiply-adds per state and one per tap of the convolution, though
+  neither is a matrix product. That is their recurrence: the products by which Mamba-2 computes it
+  in chunks depend on the length of a chunk, and do not count.
 - Attention scores count for all pairs of positions, masked or not, as in PaLM (arXiv:2204.02311,
   Appendix B) and as XLA computes them. Programs that count the visible half report a lower MFU.
 - Embeddings are the tables of tokens and positions and the output projection. Papers that count

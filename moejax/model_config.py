@@ -15,9 +15,10 @@ from moejax.fields import Section, default, section, shown
 from moejax.layers import common
 from moejax.layers.attention import AttentionSublayer
 from moejax.layers.mamba import MambaConfig, MambaSublayer
+from moejax.layers.mamba2 import Mamba2Config, Mamba2Sublayer
 from moejax.layers.mlp import MLPSublayer
 from moejax.layers.moe import MoEConfig, MoESublayer
-from moejax.layers.moe_in_mamba import MoEInMambaSublayer
+from moejax.layers.moe_in_mamba import MoEInMamba2Sublayer, MoEInMambaSublayer
 from moejax.layers.mot import MoTConfig, MoTSublayer
 from moejax.layers.sublayer import Sublayer
 from moejax.remat import REMAT
@@ -38,6 +39,8 @@ SUBLAYERS: dict[str, type[Sublayer]] = {
   'moe': MoESublayer,
   'mamba': MambaSublayer,
   'moe_in_mamba': MoEInMambaSublayer,
+  'mamba2': Mamba2Sublayer,
+  'moe_in_mamba2': MoEInMamba2Sublayer,
 }
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
@@ -107,6 +110,7 @@ class ModelConfig(Section):
   mot: MoTConfig = section(MoTConfig, 'the Mixture-of-Tokens sublayer')
   moe: MoEConfig = section(MoEConfig, 'the sparse mixture-of-experts sublayer')
   mamba: MambaConfig = section(MambaConfig, 'the Mamba sublayer')
+  mamba2: Mamba2Config = section(Mamba2Config, 'the Mamba-2 sublayer')
 
   @property
   def sublayers(self):
@@ -231,6 +235,7 @@ _SIZES = tuple(
     'mot.': ('num_experts', 'group_size', 'expert_width'),
     'moe.': ('expansion_rate', 'granularity', 'experts_per_token', 'group_size', 'shared_width'),
     'mamba.': ('expand', 'state_size', 'conv_width'),
+    'mamba2.': ('expand', 'state_size', 'conv_width', 'head_width', 'groups'),
   }.items()
   for name in names
 )

@@ -162,6 +162,17 @@ def like(c, architecture):
   return c
 
 
+def mamba2(c, narrow=False):
+  """Replaces Mamba by Mamba-2, of as many channels; `narrow`: with small heads and few states."""
+  c.model.blocks = tuple(
+    (tuple(name.replace('mamba', 'mamba2') for name in pattern), repeats)
+    for pattern, repeats in c.model.blocks
+  )
+  c.model.mamba2.expand, c.model.mamba2.moe_in = c.model.mamba.expand, c.model.mamba.moe_in
+  if narrow:
+    c.model.mamba2.head_width = c.model.mamba2.state_size = 16
+
+
 def shrink(c):
   """Shrinks a config to run in seconds: tiny sizes, every code path, the stdlib corpus."""
   c.model.d_model, c.model.num_heads, c.model.d_ff = 16, 2, 64
@@ -170,6 +181,7 @@ def shrink(c):
   c.model.mot.num_experts, c.model.mot.group_size = 8, 4
   c.model.moe.expansion_rate, c.model.moe.group_size = 4, 4
   c.model.moe.granularity = min(c.model.moe.granularity, 2)
+  c.model.mamba2.head_width, c.model.mamba2.state_size = 8, 8
   c.data.source, c.data.tokenizer = 'stdlib', 'bytes'
   c.data.sequence_length, c.data.batch_size = 32, 16
   c.optimizer.accumulation = 2

@@ -187,6 +187,17 @@ def test_variants_of_moe_mamba(variants, size):
     assert c.model.moe.capacity_factor == 1
 
 
+def test_mamba2_takes_the_place_of_mamba():
+  c = moe_mamba.get_config('25M,ratio=4x2,mamba2')
+  assert c.model.blocks == ((('mamba2', 'moe'), 8),)
+  assert model.ModelConfig(**c.model.to_dict() | {'vocab_size': 259, 'max_length': 8})
+  assert c.model.mamba2.expand == pytest.approx(2 + 2 / 3)  # 21 heads of 64 channels
+  c = moe_mamba.get_config('debug,inner=conv+out,every_other,mamba2')
+  assert c.model.blocks == ((('mamba2', 'moe_in_mamba2'), 2),)
+  assert c.model.mamba2.moe_in == 'conv+out'
+  assert moe_mamba.get_config('parallel,mamba2').model.blocks[0][0] == ('mamba2+moe',)
+
+
 def test_sizes_of_the_moe_mamba_paper():
   c = moe_mamba.get_config('25M')
   assert c.model.blocks == ((('mamba', 'moe'), 8),)

@@ -203,7 +203,7 @@ def test_bfloat16_keeps_its_values(tmp_path, param_dtype):
     ({'use_bias': True}, 'use_bias = True is not supported, only False'),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported"),
     ({'time_step_rank': 3}, 'time_step_rank = 3 is not supported, only 2'),
-    ({'model_type': 'mamba2'}, 'model_type must be one of .*, mamba; got mamba2'),
+    ({'model_type': 'jamba'}, 'model_type must be one of .*, mamba2; got jamba'),
     ({'vocab_size': 100}, 'model.vocab_size = 100 is smaller than the 259 ids'),
     ({'expand': 3}, r'mixer.A_log: checkpoint \(40, 5\) vs config \(60, 5\)'),
     ({'num_hidden_layers': 1}, 'layers.1.mixer.A_log: only in the checkpoint'),
@@ -265,12 +265,14 @@ def test_a_name_on_the_hub(monkeypatch):
     folder.find('some/mamba')
 
 
-def test_mambas_that_transformers_cannot_express_are_rejected():
-  run_config = config_lib.resolve(_config(**{'model.mamba.expand': 1.5}))
+@pytest.mark.parametrize('kind', ['mamba', 'mamba2'])
+def test_mambas_that_transformers_cannot_express_are_rejected(kind):
+  changes = {'model.blocks': (((kind,), 2),), f'model.{kind}.expand': 1.5}
+  run_config = config_lib.resolve(_config(**changes))
   with pytest.raises(ValueError) as error:
     hf.of_run(run_config)
   problems = [line.strip() for line in str(error.value).splitlines() if ' must ' in line]
-  fields = ['norm', 'final_norm', 'mamba.expand']
+  fields = ['norm', 'final_norm', f'{kind}.expand']
   assert [p.split(' must')[0] for p in problems] == [f'model.{field}' for field in fields]
 
 

@@ -108,6 +108,7 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
     {'blocks': ((('mamba', 'mot+moe+mlp'), 2), (('mamba+moe',), 3)), 'moe_output_norm': True},
+    {'blocks': tiny.MOE_IN_MAMBA2, 'mamba2_expand': 1.5},
     {'blocks': tiny.MOE_IN_MAMBA, 'moe_output_norm': True, 'moe_balance_bias': True},
     {'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out', 'activation': 'swiglu'},
     {'blocks': tiny.MOE, 'activation': 'swiglu', 'd_ff': 20, 'moe_shared_width': 5},
@@ -160,6 +161,14 @@ def test_mamba_of_the_paper(size, width, layers, layer, millions):
   assert counts['by_kind']['mamba'] == layers * layer
   assert counts['active'] == counts['non_embedding'] == layers * (layer + 2 * width)
   assert round(counts['active'] / 1e6) == millions
+
+
+def test_mamba2_is_as_large_as_mamba():
+  kinds = {words: _paper_config(mamba, words) for words in ('25M', '25M,mamba2')}
+  old, new = (flops.param_counts(config)['non_embedding'] for config in kinds.values())
+  assert 1 < new / old < 1.02
+  old, new = (flops.forward_flops_per_token(config, 1024) for config in kinds.values())
+  assert new['mamba_scan'] == 8 * old['mamba_scan']  # 128 states instead of 16
 
 
 @pytest.mark.parametrize(

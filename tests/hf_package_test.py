@@ -47,6 +47,7 @@ RUNS = {
   'mixtral': moe.get_config('debug,mixtral,top_k=3'),
   'olmoe': moe.get_config('debug,olmoe,top_k=2'),
   'mamba': mamba.get_config('debug,hf'),
+  'mamba2': mamba.get_config('debug,hf,mamba2'),
   **{f'like {name}': like.get_config(name) for name in ('olmoe', 'mixtral', 'qwen3-30b-a3b')},
 }
 RUNS['shared heads'].model.update(num_heads=4, num_kv_heads=2, rope_theta=300.0, norm_eps=1e-2)
@@ -82,6 +83,7 @@ CHANGES = {
   'olmoe': {'norm_topk_prob': True, 'num_key_value_heads': 4, 'num_experts_per_tok': 2},
   'qwen3_moe': {'norm_topk_prob': False, 'num_key_value_heads': 4, 'head_dim': 2},
   'mamba': {'use_conv_bias': False, 'layer_norm_epsilon': 1e-2, 'tie_word_embeddings': False},
+  'mamba2': {'n_groups': 3, 'layer_norm_epsilon': 1e-2, 'tie_word_embeddings': True},
 }
 
 

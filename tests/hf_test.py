@@ -22,7 +22,7 @@ from moejax.layers.common import TokenInfo
 pytestmark = pytest.mark.heavy
 
 REFERENCE = pathlib.Path(__file__).parent / 'reference'
-NAMES = ['gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe']
+NAMES = ['gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe', 'mamba2']
 
 
 def config(**changes):
@@ -155,7 +155,7 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
     (
       'llama',
       {'model_type': 'bert'},
-      'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba; got bert',
+      'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba, mamba2; got bert',
     ),
     ('llama', {'attention_bias': True}, 'attention_bias = True is not supported, only False'),
     ('llama', {'head_dim': 8}, r'q_proj.weight: checkpoint \(16, 16\) vs config \(32, 16\)'),
@@ -186,6 +186,8 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
     ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv = 8.0 is not supported, only None'),
     ('gpt2', {'activation_function': 'gelu'}, "activation_function = 'gelu' is not supported"),
     ('gpt2', {'scale_attn_by_inverse_layer_idx': True}, 'only False'),
+    ('mamba2', {'head_dim': 8}, r'head_dim = 48 must be expand \* hidden_size = 24'),
+    ('mamba2', {'time_step_limit': [0.0, 0.1]}, r'time_step_limit = \[0.0, 0.1\] is not supported'),
   ],
 )
 def test_unsupported_models_are_rejected_by_name(tmp_path, name, changes, message):
@@ -214,6 +216,7 @@ VARIANTS = [
   (moe, 'mixtral,top_k=3'),
   (moe, 'olmoe'),
   (mamba, 'hf'),
+  (mamba, 'hf,mamba2'),
   (like, 'olmoe'),
   (like, 'mixtral'),
   (like, 'qwen3-30b-a3b'),
@@ -223,9 +226,8 @@ VARIANTS = [
 @pytest.mark.parametrize('module, variant', VARIANTS)
 def test_variants_of_configs_can_be_exported(module, variant):
   run_config = config_lib.resolve(module.get_config(f'debug,{variant}'))
-  names = {'hf': 'mamba', 'qwen3-30b-a3b': 'qwen3_moe'}
-  name = variant.split(',')[0]
-  assert hf.of_run(run_config).name == names.get(name, name)
+  names = {'hf': 'mamba', 'hf,mamba2': 'mamba2', 'qwen3-30b-a3b': 'qwen3_moe'}
+  assert hf.of_run(run_config).name == names.get(variant, variant.split(',')[0])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def _batches():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize('model', tiny.MODELS)
+@pytest.mark.parametrize('model', tiny.models(slow='moe in mamba2'))
 def test_two_hundred_steps_teach_it_to_remember(model):
   config = tiny.model_config(**tiny.MODELS[model], init_scale=1.0, d_model=24)
   optimizer = optax.adam(1e-2)

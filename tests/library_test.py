@@ -24,6 +24,7 @@ LAYERS = {
   'MixtureOfTokens': {'num_experts': 6, 'group_size': 4},
   'MixtureOfExperts': {'expansion_rate': 3, 'group_size': 4},
   'Mamba': {'state_size': 5},
+  'Mamba2': {'state_size': 5, 'head_width': 4},
   'Attention': {'num_heads': 3},
   'MLP': {'activation': 'swiglu'},
 }

@@ -138,6 +138,7 @@ MATRICES = {
   'mot': 'qkv out w_in w_out controller',
   'token choice': 'qkv out w_in w_out router',
   'moe in mamba': 'w_in w_gate w_select w_delta w_out router',
+  'moe in mamba2': 'w_in w_gate w_bc w_delta w_out router',
 }
 
 

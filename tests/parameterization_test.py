@@ -50,7 +50,7 @@ def _two_steps(model):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize('name', tiny.MODELS)
+@pytest.mark.parametrize('name', tiny.models(slow='moe in mamba2'))
 def test_at_the_base_shape_all_are_the_same_bit_for_bit(name):
   standard, *others = (
     _two_steps(tiny.model_config(**tiny.MODELS[name], parameterization=parameterization))
@@ -81,6 +81,16 @@ def test_twice_the_width_of_mamba():
   assert _find(scales, '_mamba/layer/w_select') == (1, 1 / 2, 1 / 2)  # rank and states, as many
   for name in ('a_log', 'skip', 'conv_kernel', 'conv_bias', 'delta_bias'):
     assert _find(scales, f'_mamba/layer/{name}') == (1, 1, 1)
+
+
+def test_twice_the_width_of_mamba2():
+  """Twice the heads; as many states, which are no input of a product."""
+  scales = _scales(blocks=((('mamba2', 'mlp'), 2),), base='d_model=6,d_ff=12')
+  for name in ('w_in', 'w_gate', 'w_delta', 'w_out'):
+    assert _find(scales, f'_mamba2/layer/{name}') == pytest.approx((1, 1 / 2, 2**-0.5))
+  assert _find(scales, '_mamba2/layer/w_bc')[:2] == pytest.approx((1, 1 / 2))
+  for name in ('log_rate', 'skip', 'bc_kernel', 'bc_bias', 'delta_bias', 'norm_scale'):
+    assert _find(scales, f'_mamba2/layer/{name}') == (1, 1, 1)
 
 
 def test_a_tied_embedding_is_as_large_as_in_the_base_shape():

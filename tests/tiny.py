@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax import step as step_lib
 from moejax.fields import baseline
@@ -19,6 +20,7 @@ MOE = ((('attention', 'moe'), 2),)
 MAMBA = ((('mamba', 'mlp'), 2),)
 MOE_MAMBA = ((('mamba', 'moe'), 2),)
 MOE_IN_MAMBA = ((('mamba+moe', 'moe_in_mamba'), 1),)
+MOE_IN_MAMBA2 = ((('mamba2+moe', 'moe_in_mamba2'), 1),)
 # Changes to `model_config`, by kind of model.
 MODELS = {
   'dense': {'blocks': DENSE},
@@ -28,7 +30,13 @@ MODELS = {
   'mamba': {'blocks': MAMBA},
   'moe mamba': {'blocks': MOE_MAMBA},
   'moe in mamba': {'blocks': MOE_IN_MAMBA, 'mamba_moe_in': 'conv+out'},
+  'moe in mamba2': {'blocks': MOE_IN_MAMBA2, 'mamba2_moe_in': 'conv+out'},
 }
+
+
+def models(slow):
+  """Names of MODELS for a test that is slow for one of them, as like another."""
+  return [pytest.param(m, marks=[pytest.mark.slow] * (m == slow)) for m in MODELS]
 
 
 def model_config(**changes):
@@ -39,9 +47,10 @@ def model_config(**changes):
   fields['mot'] |= {'num_experts': E, 'group_size': M, 'expert_width': 16}
   fields['moe'] |= {'expansion_rate': E // 2, 'granularity': 2, 'group_size': M}
   fields['mamba'] |= {'state_size': 5, 'conv_width': 3}
+  fields['mamba2'] |= {'state_size': 5, 'conv_width': 3, 'head_width': 4}
   for name, value in changes.items():
     section, _, field = name.partition('_')
-    if section in ('mot', 'moe', 'mamba') and field:
+    if section in ('mot', 'moe', 'mamba', 'mamba2') and field:
       fields[section][field] = value
     else:
       fields[name] = value

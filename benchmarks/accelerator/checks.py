@@ -20,6 +20,7 @@ from moejax.ops import (
   routing,
   sampling,
   selective_scan,
+  ssd,
 )
 
 
@@ -91,6 +92,23 @@ def _scan(impl, rng, s):
   return Check(
     of(scan, impl), of(scan, 'reference'), (x, delta, gate, b, c), parameters, (reset_BL,)
   )
+
+
+def _ssd(rng, s):
+  x, delta = _normal(rng, s.B, s.L, s.H, s.I // s.H), _normal(rng, s.B, s.L, s.H)
+  b, c = (_normal(rng, s.B, s.L, 1, s.N) for _ in range(2))
+  state = _normal(rng, s.B, s.H, s.N, s.I // s.H)
+  a_H = -np.arange(1, s.H + 1, dtype=np.float32)
+  reset_BL = _documents(rng, s)[1] == 0
+  reset_BL[::2, 0] = False  # goes on from the given state
+
+  def run(form, x, delta, b, c, a, skip, bias, state, reset):
+    return form(x, delta, a, b, c, skip, bias, state_BHNP=state, reset_BL=reset)
+
+  chunked = functools.partial(ssd.ssd, chunk=ssd.CHUNKS[jax.default_backend()])
+  of = functools.partial
+  parameters = a_H, _normal(rng, s.H), _normal(rng, s.H) - 4, state
+  return Check(of(run, chunked), of(run, ssd.recurrence), (x, delta, b, c), parameters, (reset_BL,))
 
 
 def _grouped(impl, rng, s):
@@ -300,6 +318,7 @@ _DROPLESS = lambda rng, s: _token_choice(rng, s, capacity=None)
 _RAGGED = lambda rng, s: _token_choice(rng, s, **_capacity(s), ragged=True)
 _CHECKS = {
   'selective scan': _of(_scan, None),
+  'state-space duality': _ssd,
   'attention, documents': _of(_layer, _of(_attention, document_mask=True)),
   'attention, causal': _of(_layer, _attention),
   'layer of experts, capacity': _of(_layer, _experts),
@@ -309,6 +328,7 @@ _CHECKS = {
   ),
   'Mixture of Tokens': _of(_layer, _mot),
   'Mamba': _of(_layer, lambda s: layers.Mamba(d_model=s.D, rngs=nnx.Rngs(0))),
+  'Mamba-2': _of(_layer, lambda s: layers.Mamba2(d_model=s.D, head_width=8, rngs=nnx.Rngs(0))),
   'feed-forward': _of(
     _layer, lambda s: layers.MLP(d_model=s.D, d_ff=s.F, rngs=nnx.Rngs(0), **_SMOOTH)
   ),

@@ -83,6 +83,7 @@ def families():
   for size, of_laws, _, expansion in _SIZES:
     fine = f'token choice 64E k=8 dropless {size}'
     found |= {
+      f'Mamba-2 {size}': _family(_LONG, mamba, f'{size},mamba2', size),
       f'Switch 32E dropless {size}': _family(_LONG, moe, size, size, **_NO_DROPS),
       **choice(size, of_laws, expansion, 1),
       **choice(size, of_laws, expansion, 4),

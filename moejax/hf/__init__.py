@@ -3,13 +3,13 @@
 from moejax.hf.gpt2 import GPT2
 from moejax.hf.llama import LLAMA
 from moejax.hf.mamba import MAMBA
+from moejax.hf.mamba2 import MAMBA2
 from moejax.hf.mixtral import MIXTRAL
 from moejax.hf.olmoe import OLMOE
 from moejax.hf.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {
-  a.name: a for a in (GPT2, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, MAMBA)
-}  # by their model_type
+_ALL = GPT2, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, MAMBA, MAMBA2
+ARCHITECTURES = {a.name: a for a in _ALL}  # by their model_type
 
 
 def of_options(options):

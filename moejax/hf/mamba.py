@@ -7,7 +7,7 @@ Hugging Face's hub end in -hf.
 from moejax.hf.architecture import INPUT, SAME, Architecture, Layout, row
 from moejax.layers import mamba
 
-_KERNEL = Layout(lambda kernel_WI: kernel_WI.T[:, None], lambda kernel, _: kernel[:, 0].T)
+KERNEL = Layout(lambda kernel_WI: kernel_WI.T[:, None], lambda kernel, _: kernel[:, 0].T)
 
 
 def _unsupported(options, length):
@@ -22,7 +22,8 @@ def _inexpressible(model):
     yield f'model.mamba.expand must be an integer, got {model.mamba.expand}.'
 
 
-def _top(model):
+def top(model):
+  """Rows outside of layers, of both Mambas."""
   yield row('backbone.embeddings.weight', 'embedding')
   yield row('backbone.norm_f.weight', 'final_norm.scale')
   if not model.tie_embeddings:
@@ -34,7 +35,7 @@ def _rows(model):
   for theirs, ours, layout in (
     ('norm.weight', ('norm.scale',), SAME),
     ('mixer.in_proj.weight', ('layer.w_in', 'layer.w_gate'), INPUT),
-    ('mixer.conv1d.weight', ('layer.conv_kernel',), _KERNEL),
+    ('mixer.conv1d.weight', ('layer.conv_kernel',), KERNEL),
     ('mixer.conv1d.bias', ('layer.conv_bias',), SAME),
     ('mixer.x_proj.weight', ('layer.w_select',), INPUT),
     ('mixer.dt_proj.weight', ('layer.w_delta',), INPUT),
@@ -86,7 +87,7 @@ MAMBA = Architecture(
   },
   unsupported=_unsupported,
   inexpressible=_inexpressible,
-  top=_top,
+  top=top,
   rows=_rows,
   renamed=(r'^backbone\.embedding\.', 'backbone.embeddings.'),
   zero=r'\.conv1d\.bias$',  # with `use_conv_bias` = False

@@ -16,6 +16,7 @@ fit together raise ValueError.
 from moejax.layers.attention import Attention
 from moejax.layers.common import Initializer, TokenInfo
 from moejax.layers.mamba import Mamba, MambaConfig
+from moejax.layers.mamba2 import Mamba2, Mamba2Config
 from moejax.layers.mlp import MLP
 from moejax.layers.moe import MixtureOfExperts, MoEConfig
 from moejax.layers.mot import MixtureOfTokens, MoTConfig
@@ -25,6 +26,8 @@ __all__ = [
   'Attention',
   'Initializer',
   'Mamba',
+  'Mamba2',
+  'Mamba2Config',
   'MambaConfig',
   'MixtureOfExperts',
   'MixtureOfTokens',

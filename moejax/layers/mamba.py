@@ -1,6 +1,7 @@
 """The Mamba layer: a gated recurrence whose coefficients depend on the token."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -60,7 +61,38 @@ class MambaConfig(Section):
       )
 
 
-class Mamba(nnx.Module):
+class Recurrent(nnx.Module):
+  """What Mamba layers share: the passes of a layer, some of whose projections may be experts.
+
+  `d_model` is theirs, and `_forward(x_BLD, tokens, through, valid_BL=None)`: y_BLD, and if
+  `valid_BL` says which positions are no padding, the state after them. `through(experts, x)` is
+  what experts make of x, in `project`.
+  """
+
+  d_model: int
+
+  def __call__(self, x_BLD, tokens=None):
+    tokens = tokens or common.unpadded(x_BLD, self.d_model)
+    auxes = []
+
+    def through(experts, x):
+      y, aux = experts(x, tokens.for_part(len(auxes)))
+      auxes.append(aux)
+      return y
+
+    y_BLD, _ = self._forward(x_BLD, tokens, through)
+    return y_BLD, common.join_aux(auxes)
+
+  def prefill(self, x_BLD, tokens):
+    """The forward pass: y_BLD, and the state after the last token, before any padding."""
+    through = lambda experts, x: experts.prefill(x, tokens)[0]
+    return self._forward(x_BLD, tokens, through, valid_BL=tokens.segments > 0)
+
+  def _forward(self, x_BLD, tokens, through, valid_BL=None):
+    raise NotImplementedError
+
+
+class Mamba(Recurrent):
   """Mamba (arXiv:2312.00752, Figure 3), initialised as in github.com/state-spaces/mamba.
 
   Input and output x_BLD, any float dtype; convolution, step sizes and state in float32. Sees its
@@ -84,12 +116,7 @@ class Mamba(nnx.Module):
     N, W, dtype = config.state_size, config.conv_width, common.initializer(init).dtype
     init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
 
-    def projection(name):
-      d_in, d_out = config.projections(d_model)[name]
-      if experts and name in config.sparse_projections:
-        return experts(d_in, d_out)
-      return init(rngs, d_in, d_out, fan_in=d_in)
-
+    projection = functools.partial(make_projection, config, d_model, init, rngs, experts)
     self.d_model = d_model
     self.w_in = projection('conv')
     self.w_gate = projection('gate')
@@ -97,45 +124,25 @@ class Mamba(nnx.Module):
     self.conv_bias = init(rngs, I, fan_in=W)
     self.w_select = init(rngs, I, R + 2 * N, fan_in=I)
     self.w_delta = init(rngs, R, I, fan_in=R)
-    self.delta_bias = nnx.Param(_delta_bias(rngs.params(), I).astype(dtype))
+    self.delta_bias = nnx.Param(initial_delta_bias(rngs.params(), I).astype(dtype))
     self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], (I, 1)))
     self.skip = nnx.Param(jnp.ones(I, dtype))
     self.w_out = projection('out')
 
-  def __call__(self, x_BLD, tokens=None):
-    tokens = tokens or common.unpadded(x_BLD, self.d_model)
-    auxes = []
-
-    def through(experts, x):
-      y, aux = experts(x, tokens.for_part(len(auxes)))
-      auxes.append(aux)
-      return y
-
-    y_BLD, _ = self._forward(x_BLD, tokens, through)
-    return y_BLD, common.join_aux(auxes)
-
-  def prefill(self, x_BLD, tokens):
-    """The forward pass: y_BLD, and the state after the last token, before any padding."""
-    through = lambda experts, x: experts.prefill(x, tokens)[0]
-    return self._forward(x_BLD, tokens, through, valid_BL=tokens.segments > 0)
-
   def _forward(self, x_BLD, tokens, through, valid_BL=None):
-    """y_BLD, and if `valid_BL` says which positions are no padding, the state after them."""
     W = self.conv_kernel.shape[0]
-    u_BLI = _project(self.w_in, x_BLD, through)
-    gate_BLI = _project(self.w_gate, x_BLD, through)
+    u_BLI = project(self.w_in, x_BLD, through)
+    gate_BLI = project(self.w_gate, x_BLD, through)
     padded = jnp.pad(u_BLI, ((0, 0), (W - 1, 0), (0, 0)))
-    x_BLI = self._convolve(padded, tokens.positions)
+    x_BLI = convolve(padded, self.conv_kernel, self.conv_bias, tokens.positions)
     x_BLI, delta_BLI, *others = self._coefficients(x_BLI, gate_BLI)
     if valid_BL is not None:  # a step of size softplus(-inf) = 0 leaves the state as it is
       delta_BLI = jnp.where(valid_BL[..., None], delta_BLI, -jnp.inf)
     y_BLI, state_BNI = sharded_scan(x_BLI, delta_BLI, *others, reset_BL=tokens.positions == 0)
-    y_BLD = _project(self.w_out, y_BLI, through)
+    y_BLD = project(self.w_out, y_BLI, through)
     if valid_BL is None:
       return y_BLD, {}
-    newest = valid_BL.sum(axis=1)[:, None] + jnp.arange(W - 1)[None]
-    window = jnp.take_along_axis(padded, newest[..., None], axis=1)
-    return y_BLD, {'window': window, 'scan': state_BNI}
+    return y_BLD, {'window': newest(padded, valid_BL, W - 1), 'scan': state_BNI}
 
   def init_state(self, batch_size, max_length, dtype):
     """Zeros: the last W - 1 inputs of the convolution, and the state of the scan."""
@@ -150,18 +157,14 @@ class Mamba(nnx.Module):
   def step(self, x_BD, state, tokens):
     """One position for every sequence."""
     through = lambda experts, x: experts.step(x, {}, tokens)[0]
-    u_BI = _project(self.w_in, x_BD, through)
-    gate_BI = _project(self.w_gate, x_BD, through)
+    u_BI = project(self.w_in, x_BD, through)
+    gate_BI = project(self.w_gate, x_BD, through)
     window = jnp.concatenate([state['window'], u_BI[:, None]], axis=1)
-    x_BI = self._convolve(window, tokens.positions[:, None])[:, 0]
+    x_BI = convolve(window, self.conv_kernel, self.conv_bias, tokens.positions[:, None])[:, 0]
     y_BI, state_BNI = selective_scan.step(
       *self._coefficients(x_BI, gate_BI), state['scan'], tokens.positions == 0
     )
-    return _project(self.w_out, y_BI, through), {'window': window[:, 1:], 'scan': state_BNI}
-
-  def _convolve(self, padded, positions_BL):
-    y_BLI = causal_convolution(padded, self.conv_kernel[...], self.conv_bias[...], positions_BL)
-    return jax.nn.silu(y_BLI).astype(padded.dtype)
+    return project(self.w_out, y_BI, through), {'window': window[:, 1:], 'scan': state_BNI}
 
   def _coefficients(self, x, gate):
     """Arguments of the scan: x and what depends on it, [..., I]."""
@@ -201,8 +204,9 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
 class MambaSublayer(Sublayer):
   """`mamba` in `model.blocks`."""
 
-  def make(self, init, rngs):
-    return Mamba(self.config.mamba, d_model=self.config.d_model, init=init, rngs=rngs)
+  def make(self, init, rngs, experts=None):
+    c = self.config
+    return Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs, experts=experts)
 
   def problems(self):
     return self.config.mamba.problems(self.config.d_model)
@@ -233,7 +237,15 @@ class MambaSublayer(Sublayer):
     )
 
 
-def _project(w, x, through):
+def make_projection(config, d_model, init, rngs, experts, name):
+  """One of `config.projections`: a matrix, or experts."""
+  d_in, d_out = config.projections(d_model)[name]
+  if experts and name in config.sparse_projections:
+    return experts(d_in, d_out)
+  return init(rngs, d_in, d_out, fan_in=d_in)
+
+
+def project(w, x, through):
   """x times a matrix, or `through(w, x)` if w is experts."""
   return through(w, x) if isinstance(w, nnx.Module) else x @ w[...].astype(x.dtype)
 
@@ -241,6 +253,12 @@ def _project(w, x, through):
 def delta_rank(d_model):
   """R, the rank of the map from tokens to step sizes."""
   return math.ceil(d_model / 16)
+
+
+def convolve(padded, kernel, bias, positions_BL):
+  """silu of `causal_convolution`, in the dtype of its input."""
+  y_BLI = causal_convolution(padded, kernel[...], bias[...], positions_BL)
+  return jax.nn.silu(y_BLI).astype(padded.dtype)
 
 
 def causal_convolution(padded, kernel_WI, bias_I, positions_BL):
@@ -268,7 +286,13 @@ def causal_convolution(padded, kernel_WI, bias_I, positions_BL):
   return y_BLI
 
 
-def _delta_bias(key, channels):
+def newest(padded, valid_BL, number):
+  """[B, number, I]: of [B, number + L, I], the last of what comes before the padding."""
+  last = valid_BL.sum(axis=1)[:, None] + jnp.arange(number)[None]
+  return jnp.take_along_axis(padded, last[..., None], axis=1)
+
+
+def initial_delta_bias(key, channels):
   """The inverse softplus of the initial step sizes."""
   low, high = math.log(MIN_STEP), math.log(MAX_STEP)
   dt_I = jnp.exp(jax.random.uniform(key, (channels,), minval=low, maxval=high))

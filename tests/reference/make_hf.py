@@ -23,6 +23,16 @@ CONFIGS = {
   'mamba': lambda: transformers.MambaConfig(
     hidden_size=20, state_size=5, num_hidden_layers=2, **_SHARED
   ),
+  'mamba2': lambda: transformers.Mamba2Config(
+    hidden_size=12,
+    state_size=5,
+    num_heads=6,
+    head_dim=4,
+    n_groups=2,
+    chunk_size=4,
+    num_hidden_layers=2,
+    **_SHARED,
+  ),
   'gpt2': lambda: transformers.GPT2Config(
     n_embd=12, n_layer=2, n_head=3, n_positions=32, **_SHARED
   ),
@@ -57,7 +67,7 @@ def random_model(name, seed=0, **changes):
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
     # Mamba's recurrence is only stable near its initial values.
-    for parameter in () if name == 'mamba' else model.parameters():
+    for parameter in () if name.startswith('mamba') else model.parameters():
       spread = 0.2 if parameter.ndim == 1 else 0.4
       parameter.copy_(
         (parameter if parameter.ndim == 1 else 0) + spread * torch.randn_like(parameter)
@@ -80,7 +90,7 @@ def logits(model, ids):
 
 
 def main():
-  for name in sys.argv[1:] or ('gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe'):
+  for name in sys.argv[1:] or ('gpt2', 'llama', 'mixtral', 'olmoe', 'qwen3_moe', 'mamba2'):
     folder = pathlib.Path(__file__).parent / f'hf_{name}'
     model = random_model(name)
     model.save_pretrained(folder)
