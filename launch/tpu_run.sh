@@ -9,7 +9,8 @@
 #
 # Types are v2-, v3-, v4-, v5litepod- (or v5e-), v5p- and v6e-N, or shapes: v5e:4x4. All other flags
 # are passed to python -m moejax.main. Before it requests the slice, it checks here that the config
-# is valid, its files exist and a step fits into memory. Buckets (gs://) are mounted on the hosts.
+# is valid, its files exist and a step fits into memory. Buckets (gs://) that flags other than
+# --workdir name are mounted on the hosts.
 #   --project=P       of the slice; default: gcloud's own
 #   --spot            cheaper, but may be preempted at any time
 #   --keep            do not delete the slice at the end
@@ -79,7 +80,7 @@ preflight() {
   for flag in "${args[@]}"; do
     if [[ $flag == --config[.=]* ]]; then configs+=("$flag"); fi
   done
-  # Hosts see buckets as folders.
+  # Buckets are not looked into here, and need no package.
   "$python" -m moejax.main "${args[@]//gs:\/\///gs/}" --only_check_args || exit 2
   if ((estimate)); then configs+=(--estimate); fi
   found=$("$python" -m moejax.preflight --topology="$type" "${configs[@]}") || exit 2

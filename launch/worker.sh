@@ -23,7 +23,7 @@ install() {
   # Images of older generations have a Python that is too old.
   [[ -x $RUN/venv/bin/python ]] || uv venv --quiet --python 3.12 "$RUN/venv"
   uv pip install --quiet --python "$RUN/venv/bin/python" \
-    --constraint "$CODE/constraints/newest.txt" --editable "${CODE}[tpu,seqio]"
+    --constraint "$CODE/constraints/newest.txt" --editable "${CODE}[tpu,gcs,seqio]"
 }
 
 # Mounts a bucket as a folder, without caching: the hosts must see each other's files at once.
@@ -51,8 +51,10 @@ start() {
   flock --nonblock 9 || return 0
   local flag flags=()
   for flag in "$@"; do
-    # tensorflow-datasets reads buckets itself. A flag may name several, as in gpt2:gs://BUCKET/gpt2.
-    while [[ $flag =~ (^|[=:,])gs://([^/,]+) && $flag != --config.data.tfds_data_dir=* ]]; do
+    # The program and tensorflow-datasets write and read these in buckets themselves. Other flags may
+    # name several, as in gpt2:gs://BUCKET/gpt2.
+    while [[ $flag =~ (^|[=:,])gs://([^/,]+) && $flag != --workdir=* &&
+      $flag != --config.data.tfds_data_dir=* ]]; do
       mount_bucket "${BASH_REMATCH[2]}" 9>&- # a mount outlives the run
       flag=${flag/gs:\/\//$BUCKETS/}
     done

@@ -130,6 +130,18 @@ def modified(path) -> float:
     return filesystem.modified(name).timestamp()
 
 
+def status(path) -> tuple[int, float] | None:
+  """The bytes of an object, and when it was written; None if there is none."""
+  try:
+    with _filesystem(path) as (filesystem, name):
+      info = filesystem.info(name)
+  except FileNotFoundError:
+    return None
+  if info['type'] != 'file':
+    return None
+  return info['size'], (info.get('mtime') or info['LastModified']).timestamp()
+
+
 def exists(path) -> bool:
   """Whether there is an object, or one in the folder."""
   try:
@@ -147,6 +159,14 @@ def names(folder) -> set[str]:
     found = filesystem.find(name)
   start = name.partition('://')[2].rstrip('/') + '/'
   return {path.removeprefix(start) for path in found if path.startswith(start)} - {''}
+
+
+def glob(pattern: str) -> list[str]:
+  """The objects that match a pattern of *, ?, [...] and **, as texts."""
+  with _filesystem(pattern) as (filesystem, name):
+    found = filesystem.glob(name, detail=True)
+  scheme = pattern.partition('://')[0]
+  return [f'{scheme}://{name}' for name, info in found.items() if info['type'] == 'file']
 
 
 def children(folder) -> set[str]:

@@ -4,8 +4,10 @@ Files are written atomically and durably. A path is a `pathlib.Path`, or in a bu
 which has the same names, parents and `/`; what is done with the files of a run goes through here.
 """
 
+import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -13,7 +15,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from moejax import buckets, lease
@@ -99,6 +101,18 @@ def chunks(path) -> Iterator[bytes]:
 def exists(path) -> bool:
   """Whether there is such a file or folder; a folder of a bucket is one with a file in it."""
   return buckets.exists(path) if buckets.is_bucket(path) else pathlib.Path(path).exists()
+
+
+def is_file(path) -> bool:
+  """Whether there is a file of this name."""
+  if buckets.is_bucket(path):
+    return buckets.status(path) is not None
+  return pathlib.Path(path).is_file()
+
+
+def modified(path) -> float:
+  """When a file was written, in seconds."""
+  return buckets.modified(path) if buckets.is_bucket(path) else path.stat().st_mtime
 
 
 def names(folder) -> set[str]:
@@ -210,7 +224,8 @@ def upload(source: pathlib.Path, target) -> None:
   """Copies a file of this disk, or a folder and all in it, to a bucket."""
   if source.is_file():
     buckets.upload(source, target)
-  for name in sorted(names(source)):
+  is_last = lambda name: name.endswith('.json')  # an index, which says what there is
+  for name in sorted(sorted(names(source)), key=is_last):
     buckets.upload(source / name, target / name)
 
 
@@ -246,6 +261,62 @@ def on_disk(folder) -> Iterator[pathlib.Path]:
     for name in buckets.names(folder):
       copy(folder / name, pathlib.Path(temporary, name))
     yield pathlib.Path(temporary)
+
+
+def fetched(folder, names: Collection[str]) -> pathlib.Path:
+  """A folder of the disk that has some files of a folder: itself, or a copy of a bucket's.
+
+  Copies are kept in the user's cache folder, and made again when an object has changed.
+
+  Args:
+    folder: in a bucket or not.
+    names: of files, relative to it; those that do not exist are left out.
+
+  Raises:
+    ValueError: the copies cannot be written.
+  """
+  if not buckets.is_bucket(folder):
+    return folder
+  if not (cache := cache_folder('buckets')):
+    raise ValueError(
+      f'{folder}: files of a bucket are copied to the cache folder, and there is none; set '
+      'XDG_CACHE_HOME to one that can be written.'
+    )
+  copy = cache.joinpath(*str(folder).replace('://', '/').split('/'))
+  with (cache / 'lock').open('w') as lock, concurrent.futures.ThreadPoolExecutor() as pool:
+    with contextlib.suppress(OSError):  # some shared disks have no locks: files are copied twice
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    statuses = pool.map(lambda name: buckets.status(folder / name), names)
+    wanted = {}
+    for name, status in zip(names, statuses, strict=True):
+      if status is None:
+        (copy / name).unlink(missing_ok=True)
+      elif not _is_copy(copy / name, *status):
+        wanted[name] = status
+    size, free = sum(size for size, _ in wanted.values()), free_bytes(cache)
+    if size > free:
+      raise ValueError(
+        f'{folder}: {size / 1e6:.1f} MB are to be copied to {copy}, whose disk has only '
+        f'{free / 1e6:.1f} MB left. Make room, or set XDG_CACHE_HOME to a folder of another disk.'
+      )
+    for _ in pool.map(lambda name: _fetch(folder / name, copy / name, wanted[name][1]), wanted):
+      pass
+  return copy
+
+
+def _fetch(source, target, time):
+  with atomic_output(target) as temporary:
+    buckets.download(source, temporary)
+    os.utime(temporary, (time, time))
+
+
+def _is_copy(path, size, time):
+  """Whether a file is a copy of an object of this size and time."""
+  try:
+    known = path.stat()
+  except FileNotFoundError:
+    return False
+  return known.st_size == size and abs(known.st_mtime - time) < 1e-3
 
 
 def flush(path) -> None:

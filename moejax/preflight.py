@@ -102,11 +102,7 @@ def _check_section(section):
   from moejax import fields
   from moejax.data import DataConfig
 
-  as_mounted = {
-    name: value.replace('gs://', '/gs/') if isinstance(value, str) else value
-    for name, value in section.items()
-  }
-  fields.make(DataConfig, as_mounted)
+  fields.make(DataConfig, section)
 
 
 # Memory.

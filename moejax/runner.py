@@ -16,17 +16,21 @@ import shlex
 import subprocess
 import sys
 import threading
+import urllib.parse
 from typing import NamedTuple
 
 import tqdm
 from flax.traverse_util import flatten_dict
 
 from moejax import (
+  buckets,
   checkpoint,
   cli,
   config as config_lib,
   exit_codes,
+  files,
   imports,
+  lease,
   metrics,
   optimizer,
   report,
@@ -35,6 +39,7 @@ from moejax import (
 )
 
 _POLL_SECONDS = 0.5
+_BUCKET_SECONDS = 10  # between two looks at runs in a bucket
 _MOST_STARTS = 3  # of a cell that fails, by one call of `run`
 _FAILS_AGAIN = (cli.USAGE, exit_codes.FAILS_AGAIN)
 _PROCESS_BYTES = 1 << 30  # of a training process, without its model
@@ -96,6 +101,8 @@ def arguments_of(command):
 def run(cells, workdir):
   """Trains the unfinished cells, each in a process with the workdir `workdir`/NAME.
 
+  `workdir` is a folder, or in a bucket; `log` says where the logs are.
+
   On CPUs, cores and half of the memory limit how many cells run at a time; on accelerators it is
   one, because a process takes the whole accelerator. Interrupted cells resume from their
   checkpoints. A cell that fails does not stop the others, and is started again unless its exit
@@ -109,11 +116,11 @@ def run(cells, workdir):
     ValueError: another program is training in `workdir`, a run there has a cell's name but another
       config, or two cells have the same name or config.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   settings = {cell.name: settings_of(cell) for cell in cells}
   _check_distinct(cells, settings)
   _check_same_runs(settings, workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  files.make_folder(workdir)
   sources = _sources(cells, settings)
   if any(sources.values()):
     print(_describe_sources(cells, sources), flush=True)
@@ -125,12 +132,34 @@ def run(cells, workdir):
     cli.say_how_to_resume()
     return cli.INTERRUPTED
   for name in failed:
-    print(f'{name} failed: see the end of {workdir / name}.log', file=sys.stderr)
+    print(f'{name} failed: see the end of {log(workdir, name)}', file=sys.stderr)
   done = sum(is_done(workdir, cell) for cell in cells)
   print(f'{done} of {len(cells)} cells are done, in {workdir}')
   if failed and set(failed.values()) <= set(_FAILS_AGAIN):
     return exit_codes.FAILS_AGAIN
   return cli.FAILED if failed else cli.OK
+
+
+def log(workdir, name) -> pathlib.Path:
+  """Where the cell of this name writes its log: a bucket's are in the user's cache folder.
+
+  Raises:
+    ValueError: there is no cache folder.
+  """
+  return _local(workdir) / f'{name}.log'
+
+
+def _local(workdir):
+  """The folder of the disk for what is not written to a bucket: logs, and the lock."""
+  if not buckets.is_bucket(workdir):
+    return workdir
+  folder = files.cache_folder('grids/' + urllib.parse.quote(str(workdir), safe=''))
+  if folder is None:
+    raise ValueError(
+      f'--workdir={workdir}: there is no folder for the logs of a grid in a bucket; set '
+      'XDG_CACHE_HOME to one that can be written.'
+    )
+  return folder
 
 
 class _Source(NamedTuple):
@@ -204,9 +233,10 @@ def _check_distinct(cells, settings):
 def _check_same_runs(settings, workdir):
   problems = []
   for name, wanted in settings.items():
-    if (workdir / name / 'summary.json').exists() and not (workdir / name / 'config.json').exists():
+    has = {file: files.exists(workdir / name / file) for file in ('config.json', 'summary.json')}
+    if has['summary.json'] and not has['config.json']:
       problems.append(f'{name}: it has a summary.json but no config.json')
-    elif (workdir / name / 'config.json').exists():
+    elif has['config.json']:
       found = flat(run_folder.read(workdir / name))
       problems += [
         f'{name}: {field} = {found.get(field)!r} in the folder, {wanted.get(field)!r} in the grid'
@@ -241,8 +271,12 @@ def is_done(workdir, cell) -> bool:
 
 @contextlib.contextmanager
 def _lock(workdir):
-  """Held by this program and its training processes, so that orphans of a killed one count."""
-  with (workdir / 'lock').open('w') as file:
+  """Held by this program and its training processes, so that orphans of a killed one count.
+
+  A bucket has a lease too, for programs on other machines.
+  """
+  with contextlib.ExitStack() as stack:
+    file = stack.enter_context((_local(workdir) / 'lock').open('w'))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -250,6 +284,13 @@ def _lock(workdir):
         f'--workdir={workdir}: another program is training cells there, or the training processes '
         'of a killed one are still running. Wait for them or stop them.'
       ) from error
+    if buckets.is_bucket(workdir):
+      try:
+        stack.enter_context(lease.held(workdir))
+      except lease.Held as held:
+        raise ValueError(
+          f'--workdir={workdir}: {held} is training cells there. Wait for it or stop it.'
+        ) from held
     yield file
 
 
@@ -270,6 +311,8 @@ class _Scheduler:
     self.running = {}  # process -> cell
     self.failed = {}  # name -> exit code
     self.starts = collections.Counter()
+    self.progress = {cell.name: self._progress(cell) for cell in cells}
+    self.seconds = _BUCKET_SECONDS if buckets.is_bucket(workdir) else _POLL_SECONDS
     self.cores = os.cpu_count() or 1
     on_cpu = bool(self.waiting) and _backend() == 'cpu'
     self.most = min(self.cores, len(self.waiting)) if on_cpu else 1
@@ -285,7 +328,7 @@ class _Scheduler:
         while (cell := next(filter(self._is_ready, self.waiting), None)) and self._fits(cell):
           self.waiting.remove(cell)
           self._start(cell)
-        stop.wait(_POLL_SECONDS)
+        stop.wait(self.seconds)
         self._reap()
         bar.set_postfix_str(self._describe(), refresh=False)
         bar.update(self._flops() - bar.n)
@@ -333,11 +376,11 @@ class _Scheduler:
         print(f'note: {cell.name} is trained from its first step: {error}', file=sys.stderr)
     # JAX reads NPROC as the number of cores: concurrent cells are faster on separate cores.
     environment = os.environ | {'NPROC': str(self.cores // max(self.most, 1))}
-    with (self.workdir / f'{cell.name}.log').open('a') as log:
+    with log(self.workdir, cell.name).open('a') as output:
       process = subprocess.Popen(
         [sys.executable, *cell.arguments, f'--workdir={self.workdir / cell.name}'],
         stdin=subprocess.DEVNULL,
-        stdout=log,
+        stdout=output,
         stderr=subprocess.STDOUT,
         env=environment,
         pass_fds=[self.lock.fileno()],
@@ -349,6 +392,7 @@ class _Scheduler:
   def _reap(self):
     for process in [p for p in self.running if p.poll() is not None]:
       cell = self.running.pop(process)
+      self.progress[cell.name] = self._progress(cell)
       code, starts = process.returncode, self.starts[cell.name]
       if code and code not in _FAILS_AGAIN and starts < _MOST_STARTS:
         print(f'note: {cell.name} ended with code {code} and is started again', file=sys.stderr)
@@ -357,7 +401,8 @@ class _Scheduler:
         self.failed[cell.name] = code
 
   def _flops(self):
-    return sum(self._own_flops(cell) * self._progress(cell) for cell in self.cells)
+    self.progress |= {cell.name: self._progress(cell) for cell in self.running.values()}
+    return sum(self._own_flops(cell) * self.progress[cell.name] for cell in self.cells)
 
   def _own_flops(self, cell):
     """Of the steps that no other cell trains for it."""

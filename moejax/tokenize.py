@@ -31,7 +31,7 @@ def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
     f'{split["tokens"]} tokens of {split["documents"]} documents for {name}'
     for name, split in index['splits'].items()
   )
-  tokenizer = tokenizer_lib.tokenizer_in(index['tokenizer'], pathlib.Path(output))
+  tokenizer = tokenizer_lib.tokenizer_in(index['tokenizer'], files.path(output))
   fields = {'source': 'tokens', 'files': output, 'tokenizer': tokenizer}
   flags = shlex.join(f'--config.data.{name}={value}' for name, value in fields.items())
   return f'Wrote {output}: {counts}. Read them with {flags}'
@@ -39,6 +39,8 @@ def tokenize(config: data.DataConfig, output: str | os.PathLike) -> str:
 
 def write(config: data.DataConfig, directory: str | os.PathLike) -> dict[str, Any]:
   """Tokenises both splits of a source into a new directory, renamed into place when complete.
+
+  In a bucket, the index is written last.
 
   Args:
     config: what to read and how to encode it; any source but 'tokens'.
@@ -56,8 +58,8 @@ def write(config: data.DataConfig, directory: str | os.PathLike) -> dict[str, An
   """
   if config.source == 'tokens':
     raise ValueError("data.source: 'tokens' is already tokenised; use the source of the text.")
-  directory = pathlib.Path(directory).expanduser()
-  if directory.exists():
+  directory = files.path(os.path.expanduser(directory))
+  if files.exists(directory):
     raise ValueError(f'--output: {directory} already exists; remove it or choose another name.')
   tokenizer = tokenizer_lib.make_tokenizer(config)
   with files.atomic_output(directory) as temporary:
@@ -118,5 +120,6 @@ def main(config):
 
 
 if __name__ == '__main__':
-  cli.define_path('output', None, 'The directory to write; must not exist.', required=True)
+  meaning = 'The directory to write; must not exist.'
+  cli.define_path('output', None, meaning, required=True, bucket=True)
   cli.run(main)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,8 +19,24 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import buckets as buckets_lib, checkpoint, cli, files, group, lease, manifest, metrics
+from moejax import (
+  buckets as buckets_lib,
+  checkpoint,
+  cli,
+  data,
+  files,
+  group,
+  lease,
+  manifest,
+  metrics,
+  report,
+  run_folder,
+  runner,
+  tokenize,
+)
 from moejax.checkpoint import Checkpoints
+from moejax.data import tokenizer as tokenizer_lib
+from moejax.scaling_laws import collect, grid
 from tests import buckets
 from tests.tiny import Counter
 
@@ -310,6 +327,109 @@ def test_a_writer_whose_lease_was_taken_ends(folder, monkeypatch):
     lease._held[-1]._renew()
     assert said == [f'{folder} is gone. This process ends, and writes no more.']
   assert not files.children(folder / 'lease')
+
+
+def cell(steps):
+  fields = {'train.steps': str(steps)}
+  size = {'d_model': 16, 'blocks': 2, 'heads': 2, 'expansion_rate': 1, 'granularity': 0}
+  return grid.Cell(
+    name=f'steps-{steps}', config='configs/dense.py:debug', fields=fields, steps=steps,
+    tokens=512 * steps, params=6144, active_params=6144, flops=1e6 * steps, **size,
+  )  # fmt: skip
+
+
+def test_a_grid(folder, monkeypatch, tmp_path_factory, capsys):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+  monkeypatch.setattr(runner, '_BUCKET_SECONDS', 0.01)
+  monkeypatch.setattr(runner, '_backend', lambda: 'cpu')
+  codes = [65, 0]
+
+  class Process:
+    """A run of a cell that ends at once, without training."""
+
+    def __init__(self, command, stdout, **options):
+      flags = dict(flag.split('=', 1) for flag in command[3:])
+      of_cell = cell(int(flags['--config.train.steps']))
+      workdir = files.path(flags['--workdir'])
+      assert workdir == folder / of_cell.name
+      if self.poll():
+        return
+      config = cli.config_of(of_cell.arguments[2:])
+      run_folder.write(config, workdir)
+      validation = {'loss': 3.0}
+      report.write_summary(
+        workdir,
+        {'finished': True, 'config': config.to_dict(), 'tokens_seen': 7, 'validation': validation}
+        | {'parameters': {'by_kind': {'mlp': 10}}},
+      )
+
+    def poll(self):
+      return self.returncode
+
+    returncode = property(lambda self: codes[0] if codes else 0)
+
+  monkeypatch.setattr(subprocess, 'Popen', Process)
+  cells = [cell(2), cell(4)]
+  assert runner.run(cells[:1], folder) == 65
+  log = runner.log(folder, 'steps-2')
+  assert log.exists() and f'steps-2 failed: see the end of {log}' in capsys.readouterr().err
+  codes.clear()
+  assert runner.run(cells, folder) == cli.OK
+  runs, excluded = collect.collect([folder])
+  assert [run.name for run in runs] == ['steps-2', 'steps-4'] and not excluded
+  with runner._lock(folder):
+    with pytest.raises(ValueError, match='another program is training cells there'):
+      runner.run(cells, folder)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('elsewhere')))
+    with pytest.raises(ValueError, match=f'process {os.getpid()} on .* is training cells there'):
+      runner.run(cells, folder)
+
+
+def test_token_files_and_tokenizers(folder, monkeypatch, tmp_path_factory):
+  cache = tmp_path_factory.mktemp('cache')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
+  for number in range(40):
+    files.write(folder / 'texts' / f'{number}.txt', f'text {number}\n' * 9)
+  files.write(folder / 'texts' / 'other', 'no text')
+  tokenizer_lib.BytesTokenizer().save_pretrained(local := tmp_path_factory.mktemp('bytes'))
+  files.upload(local, folder / 'bytes')
+  config = data.DataConfig(
+    source='text',
+    files=f'{folder}/texts/*.txt',
+    tokenizer=f'{folder}/bytes',
+    sequence_length=8,
+    batch_size=4,
+  )
+  load = lambda of: data.make_loader(of, 'train')
+  said = tokenize.tokenize(config, str(folder / 'tokens'))
+  assert f'--config.data.tokenizer={folder}/tokens/tokenizer' in said
+  with pytest.raises(ValueError, match='already exists'):
+    tokenize.tokenize(config, str(folder / 'tokens'))
+  of_tokens = dataclasses.replace(
+    config, source='tokens', files=f'{folder}/tokens', tokenizer=f'{folder}/tokens/tokenizer'
+  )
+  assert load(config).fingerprint == load(of_tokens).fingerprint
+  np.testing.assert_array_equal(load(config).batch(0)['inputs'], load(of_tokens).batch(0)['inputs'])
+  copies = [path for path in cache.rglob('*') if path.suffix == '.bin']
+  assert len(copies) == 2
+  written = [path.stat().st_ino for path in copies]
+  load(of_tokens)
+  assert written == [path.stat().st_ino for path in copies]  # not copied again
+  name = 'tokens/train.bin'
+  content = files.read(folder / name)
+  files.write(folder / name, content[:-1] + b'\7')
+  with pytest.raises(ValueError, match='was changed after it was written'):
+    for step in range(load(of_tokens).num_batches):
+      load(of_tokens).batch(step)
+  files.delete(folder / name)
+  with pytest.raises(ValueError, match='has 0 bytes, its index says'):
+    load(of_tokens)
+  monkeypatch.setattr(files, 'free_bytes', lambda folder: 1)
+  files.write(folder / name, content)
+  with pytest.raises(ValueError, match='MB are to be copied to .* Make room'):
+    load(of_tokens)
+  with pytest.raises(ValueError, match='no file matches'):
+    load(dataclasses.replace(config, files=f'{folder}/none/*.txt'))
 
 
 def test_lines_of_metrics_are_there_once_after_a_kill(folder, monkeypatch, capsys):

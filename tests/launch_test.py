@@ -301,16 +301,21 @@ def host(tmp_path):
 
 @pytest.mark.parametrize('code', [0, 2, 65, 75])
 def test_a_host_runs_once_and_passes_on_the_exit_code(host, code):
-  flags = ['--workdir=gs://bucket/a b', '--config.data.tfds_data_dir=gs://other/tfds']
+  flags = [
+    '--workdir=gs://bucket/a b',
+    '--config.data.files=gs://texts/a b',
+    '--config.data.tfds_data_dir=gs://other/tfds',
+  ]
   for _ in range(2):  # gcloud may repeat a command
     assert host('start', *flags).returncode == 0
   (host.home / 'go').write_text(str(code))
   followed = host('follow')
   assert followed.returncode == code, followed.stderr
-  workdir = f'--workdir={host.home}/gs/bucket/a b'
-  assert followed.stdout.splitlines() == ['-u', '-m', 'moejax.main', workdir, flags[1]]
+  mounted = f'--config.data.files={host.home}/gs/texts/a b'
+  expected = ['-u', '-m', 'moejax.main', flags[0], mounted, flags[2]]
+  assert followed.stdout.splitlines() == expected
   (mount,) = (host.home / 'mounts').read_text().splitlines()
-  assert mount.endswith(f' bucket {host.home}/gs/bucket')
+  assert mount.endswith(f' texts {host.home}/gs/texts')
 
 
 def test_buckets_anywhere_in_a_flag_become_folders(host):

@@ -10,7 +10,16 @@ import time
 import jax
 import numpy as np
 
-from moejax import cli, config as config_lib, data, estimate, flops, sharding, step as step_lib
+from moejax import (
+  buckets,
+  cli,
+  config as config_lib,
+  data,
+  estimate,
+  flops,
+  sharding,
+  step as step_lib,
+)
 from moejax.aot import hlo, topologies
 from moejax.aot.report import Exchange, Report
 from moejax.data import tokenizer
@@ -154,17 +163,18 @@ def without_data(config):
 
 
 def known_vocab_size(name: str) -> int:
-  """The vocabulary size of a tokenizer whose files may be missing.
+  """The vocabulary size of a tokenizer whose files may be missing; none is read from a bucket.
 
   Raises:
     ValueError: the size is known only from a file that is missing.
   """
-  if all(path.is_file() for path in tokenizer.tokenizer_files(name)):
+  in_bucket = buckets.is_bucket(name.removeprefix(tokenizer.GPT2_PREFIX))
+  if not in_bucket and all(path.is_file() for path in tokenizer.tokenizer_files(name)):
     return data.make_tokenizer(data.DataConfig(tokenizer=name)).vocab_size
   if name.startswith(tokenizer.GPT2_PREFIX):
     return 50257 + tokenizer.NUM_SPECIAL  # the published vocabulary
   raise ValueError(
-    f'data.tokenizer = {name!r} is missing and its vocabulary size unknown; set model.vocab_size.'
+    f'data.tokenizer = {name!r} is not here and its vocabulary size unknown; set model.vocab_size.'
   )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moejax import buckets
 from moejax.fields import MAX_SEED, Section, default
 
 _MOST_TOKENS = 2**31 - 1  # of a step, which are counted in 32 bits
@@ -63,10 +64,11 @@ class DataConfig(Section):
         'validation text; leave it empty.'
       )
     for name in ('files', 'validation_files', 'tokenizer'):
-      if '://' in getattr(self, name):
+      value = getattr(self, name)
+      if '://' in value and not buckets.is_bucket(value.removeprefix('gpt2:')):
         yield (
-          f'data.{name}: expected a local path, got {getattr(self, name)!r}. Mount the bucket, as '
-          'launch/tpu_run.sh does (see docs/launch.md).'
+          f'data.{name}: expected a local path, or one in gs:// or s3://, got {value!r}. Mount the '
+          'bucket (see docs/launch.md).'
         )
     if self.source in ('jsonl', 'parquet', 'datasets') and not self.field:
       yield 'data.field: expected the name of the field that holds the text.'

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
+from moejax import buckets, files
 from moejax.data import tokenizer as tokenizer_lib
 
 
@@ -52,6 +53,8 @@ def matching(pattern: str, option: str) -> tuple[pathlib.Path, list[str]]:
 
   Every file is listed once, however many links lead to it: by its real path, if that matches.
   """
+  if buckets.is_bucket(pattern):
+    return _matching_in_bucket(pattern, option)
   pattern = os.path.abspath(os.path.expanduser(pattern))
   root, wild = _parts(pattern)
   paths = _glob(os.path.join(glob.escape(str(root)), wild)) if wild else [pattern]
@@ -62,6 +65,19 @@ def matching(pattern: str, option: str) -> tuple[pathlib.Path, list[str]]:
   if not names:
     raise ValueError(f'{option}: no file matches {pattern!r}: {_describe(pattern, root)}.')
   return root, names
+
+
+def _matching_in_bucket(pattern: str, option: str) -> tuple[pathlib.Path, list[str]]:
+  """`matching`, of copies of the files."""
+  fixed = pattern[: match.start()] if (match := re.search(r'[*?[]', pattern)) else pattern
+  root = files.path(fixed.rpartition('/')[0])
+  start = f'{root}/'
+  if not (found := sorted(buckets.glob(pattern))):
+    raise ValueError(
+      f'{option}: no file matches {pattern!r}; for all in a folder, write FOLDER/**.'
+    )
+  names = [path.removeprefix(start) for path in found]
+  return files.fetched(root, names), names
 
 
 def _describe(pattern: str, root: pathlib.Path) -> str:
@@ -113,11 +129,11 @@ def _folders(top: str) -> Iterator[str]:
       pending += [path for path in paths if os.path.islink(path)]
 
 
-def _one_per_file(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+def _one_per_file(root: pathlib.Path, paths: list[pathlib.Path]) -> list[str]:
   """Returns sorted paths relative to `root`, one per file, preferably without links."""
   real_path = functools.cache(os.path.realpath)  # of folders; resolved once
   name_of = {}
-  for path in files:
+  for path in paths:
     name, status = path.relative_to(root).as_posix(), path.stat()
     real = os.path.join(real_path(path.parent), path.name)
     real = os.path.realpath(real) if os.path.islink(real) else real

@@ -39,7 +39,7 @@ _KEPT = 3  # folders of `kept`
 class Index:
   """What the index of a folder says."""
 
-  folder: pathlib.Path
+  folder: pathlib.Path  # on this disk
   dtype: np.dtype
   fingerprint: str  # of the corpus
   num_tokens: dict[str, int]  # by split
@@ -62,15 +62,15 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
 
   Raises ValueError if there is none, or if it was written with another tokenizer.
   """
-  directory = pathlib.Path(folder).expanduser()
+  directory = files.path(os.path.expanduser(folder))
   path = directory / INDEX
-  if not path.is_file():
+  if not files.is_file(path):
     raise ValueError(
       f'data.files: expected a directory written by python -m moejax.tokenize, '
-      f'but there is no {path.resolve()}.'
+      f'but there is no {files.real(path)}.'
     )
   with _explain_damage(path):
-    index = files.parse_json(path.read_bytes())
+    index = files.parse_json(files.read(path))
     version = index['format']
   if version not in (1, FORMAT):
     raise ValueError(
@@ -83,9 +83,7 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
     crc32s = number('crc32') if version == FORMAT else dict.fromkeys(splits)
     if index['dtype'] not in _DTYPES:
       raise ValueError(f'dtype is {index["dtype"]!r}, expected one of {", ".join(_DTYPES)}')
-    result = Index(
-      directory, _DTYPES[index['dtype']], str(index['fingerprint']), num_tokens, crc32s
-    )
+    dtype, fingerprint = _DTYPES[index['dtype']], str(index['fingerprint'])
     written_with = index['tokenizer_fingerprint']
     remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   if max_id >= tokenizer.vocab_size:
@@ -99,7 +97,8 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
     )
   if version != FORMAT:
     _say_unchecked(path)
-  return result
+  names = [f'{split}{suffix}' for split in corpus.SPLITS for suffix in ('.bin', '.crc32')]
+  return Index(files.fetched(directory, names), dtype, fingerprint, num_tokens, crc32s)
 
 
 def _number(entry: dict[str, Any], name: str) -> int:

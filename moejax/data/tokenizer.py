@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax import buckets, files
 from moejax.data import tokenizer_json
 from moejax.data.tokenizer_json import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, gpt2_alphabet
 
@@ -28,6 +29,7 @@ _KINDS = (
 )
 _BOUNDARY = re.compile(r'(?<=[A-Za-z])(?=\n)')
 _PIECE = 2**16  # characters
+_SUFFIXES = ('.json', '.txt', '.model')  # of files that a tokenizer may need
 
 
 class Tokenizer:
@@ -306,7 +308,7 @@ def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
   """Returns the files that a `data.tokenizer` value names; none for 'bytes'."""
   if name == 'bytes':
     return ()
-  path = pathlib.Path(name.removeprefix(GPT2_PREFIX)).expanduser()
+  path = _on_disk(name.removeprefix(GPT2_PREFIX))
   gpt2_files = tuple(path / file for file in tokenizer_json.GPT2_FILES)
   if name.startswith(GPT2_PREFIX):
     return gpt2_files
@@ -316,7 +318,17 @@ def tokenizer_files(name: str) -> tuple[pathlib.Path, ...]:
   return gpt2_files if gpt2_files[0].is_file() and not own.is_file() else (own,)
 
 
-def tokenizer_in(name: str, directory: pathlib.Path) -> str:
+def _on_disk(name: str) -> pathlib.Path:
+  """The path of a tokenizer, or of its copy if it is in a bucket."""
+  if not buckets.is_bucket(name):
+    return pathlib.Path(name).expanduser()
+  path = files.path(name)
+  if names := [n for n in files.children(path) if n.endswith(_SUFFIXES) and n != path.name]:
+    return files.fetched(path, names)
+  return files.fetched(path.parent, [path.name]) / path.name
+
+
+def tokenizer_in(name: str, directory) -> str:
   """Returns the `data.tokenizer` value of files in a directory; `name` is relative to it."""
   if name == 'bytes':
     return name

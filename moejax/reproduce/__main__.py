@@ -8,11 +8,10 @@ python -m moejax.reproduce figure
 
 import importlib
 import os
-import pathlib
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, files
 
 _FLAGS = flags.FLAGS
 
@@ -24,7 +23,8 @@ def _define():
   flags.DEFINE_bool('quick', False, 'A quarter of an hour on two cores, for the sign only.')
   flags.DEFINE_bool('report', False, 'Train nothing; report on the runs that are finished.')
   flags.DEFINE_string('chip', 'H100', 'For --scale=paper: such as v5e, v5p, H100.')
-  cli.define_path('workdir', None, 'Folder of runs and report; default: reproduce/CLAIM.')
+  meaning = 'Folder of runs and report; default: reproduce/CLAIM.'
+  cli.define_path('workdir', None, meaning, bucket=True)
 
 
 def _claim(name):
@@ -44,10 +44,10 @@ def _reproduce(name):
     return cli.OK
   design = claim.design(scale, quick, design_lib.UNIT)
   form = '_quick' if quick else '' if scale == 'laptop' else f'_{scale}'
-  workdir = pathlib.Path(_FLAGS.workdir or f'reproduce/{name}{form}').absolute()
+  workdir = files.absolute(_FLAGS.workdir or f'reproduce/{name}{form}')
   code = cli.OK
   if _FLAGS.report:
-    if not workdir.is_dir():
+    if not files.exists(workdir):
       raise ValueError(f'--report: {workdir} does not exist; leave out --report to train.')
   else:
     print(design_lib.describe_cost(design, scale, os.cpu_count() or 1), flush=True)
@@ -76,14 +76,15 @@ _CLAIMS = (mot, fine_grained, moe_mamba)
 
 
 def _define_figure():
-  cli.define_path('folder', 'reproduce', 'Folder with a report of every claim, in a folder CLAIM.')
+  meaning = 'Folder with a report of every claim, in a folder CLAIM.'
+  cli.define_path('folder', 'reproduce', meaning, bucket=True)
 
 
 def figure():
   """Draws the leads of all three claims beside each other, from their reports."""
   from moejax.reproduce import figure as figure_lib
 
-  folder, panels = pathlib.Path(_FLAGS.folder), {}
+  folder, panels = files.path(_FLAGS.folder), {}
   for claim in _CLAIMS:
     title, comparison = _claim(claim.__name__).panel
     panels[title] = figure_lib.read(folder / claim.__name__ / f'{comparison}.csv')

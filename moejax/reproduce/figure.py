@@ -1,9 +1,10 @@
 """Leads over a baseline against tokens per active parameter, from the CSV files of reports."""
 
 import csv
+import io
 import pathlib
 
-from moejax import report, seeds
+from moejax import files, report, seeds
 
 Leads = dict[str, list[tuple[float, seeds.Estimate]]]  # the points of a model, by its name
 
@@ -14,12 +15,12 @@ def read(path: pathlib.Path) -> Leads:
   Raises:
     ValueError: there is no such file.
   """
-  if not path.exists():
+  if not files.exists(path):
     raise ValueError(
       f'{path} does not exist; python -m moejax.reproduce {path.parent.name} makes it.'
     )
-  with path.open(newline='') as file:
-    rows = [row for row in csv.DictReader(file) if row['lead']]
+  table = io.StringIO(files.read(path).decode(), newline='')
+  rows = [row for row in csv.DictReader(table) if row['lead']]
   leads = {}
   for row in rows:
     lead = seeds.Estimate(*(float(row[f'lead{end}'] or 'nan') for end in ('', '_low', '_high')))

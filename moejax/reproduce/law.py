@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from moejax import cli, config as config_lib, runner, seeds
+from moejax import cli, config as config_lib, files, runner, seeds
 from moejax.reproduce import design as design_lib
 from moejax.reproduce.criteria import Criterion, Finding, Missing, every, verdict
 from moejax.scaling_laws import collect, fit, grid, laws, predictions, report as law_report
@@ -17,7 +17,7 @@ _TIMES = 2  # the most that the error of a prediction may be of the error of the
 
 def predict(design: design_lib.Design, rates: dict[str, float], workdir: pathlib.Path) -> None:
   """Fits the law to the finished runs, and writes down what it predicts; does so once."""
-  if (workdir / _PREDICTIONS).exists():
+  if files.exists(workdir / _PREDICTIONS):
     return
   cells = {
     is_predicted: [
@@ -66,7 +66,7 @@ def _law_cell(cell, law) -> grid.Cell:
 
 def describe(workdir: pathlib.Path) -> list[str]:
   """Lines of the report: the fit, and the predictions beside what was measured."""
-  if not (workdir / _PREDICTIONS).exists():
+  if not files.exists(workdir / _PREDICTIONS):
     return []
   rows, _, missing = predictions.judge(
     workdir / _PREDICTIONS, [workdir], workdir / 'predictions.md'
@@ -86,10 +86,10 @@ def extrapolates(models: tuple[design_lib.Model, ...], paper: str) -> Criterion:
   keys = [(m.name, steps) for m in models if m.is_predicted for steps in m.steps]
 
   def check(results):
-    if not (results.workdir / _PREDICTIONS).exists():
+    if not files.exists(results.workdir / _PREDICTIONS):
       raise Missing('no predictions yet')
-    fits = json.loads((results.workdir / _FIT).read_text())
-    record = json.loads((results.workdir / _PREDICTIONS).read_text())['predictions']
+    fits = json.loads(files.read(results.workdir / _FIT))
+    record = json.loads(files.read(results.workdir / _PREDICTIONS))['predictions']
     missed = {}
     for (name, steps), entry in zip(keys, record, strict=True):
       losses = results.losses(name, steps).values()

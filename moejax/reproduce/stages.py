@@ -29,7 +29,7 @@ def read_rates(design: Design, workdir: pathlib.Path) -> dict[str, dict]:
     ValueError: rates.json is damaged.
   """
   path = workdir / 'rates.json'
-  found = run_folder.read_json(path) if path.exists() else {}
+  found = run_folder.read_json(path) if files.exists(path) else {}
   for name, entry in found.items():
     known = isinstance(entry, dict) and isinstance(entry.get('tried'), dict)
     if not known or not metrics.is_number(entry.get('rate')):

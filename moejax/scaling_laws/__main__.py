@@ -168,7 +168,8 @@ def judge(paths):
 
   if not paths:
     raise ValueError('judge needs folders of runs: judge runs/larger --predictions=FILE.')
-  rows, new, missing = predictions.judge(_FLAGS.predictions, map(cli.path, paths), _FLAGS.page)
+  folders = [cli.path(path, bucket=True) for path in paths]
+  rows, new, missing = predictions.judge(_FLAGS.predictions, folders, _FLAGS.page)
   print('\n'.join(rows))
   for name in missing:
     print(f'{name}: no finished run yet')
@@ -189,13 +190,13 @@ def _define_run():
 
 def run():
   """Trains a grid, or prints commands to train it on other machines."""
-  from moejax import runner
+  from moejax import files, runner
   from moejax.scaling_laws import grid as grid_lib
 
   seeds = cli.integers('seeds', _FLAGS.seeds)
   cells = grid_lib.with_seeds(grid_lib.read(_FLAGS.grid), seeds)
   if _FLAGS.launch is None:
-    return runner.run(cells, pathlib.Path(cli.path(_FLAGS.workdir)).absolute())
+    return runner.run(cells, files.absolute(cli.path(_FLAGS.workdir, bucket=True)))
   print('\n'.join(runner.launch_commands(cells, _FLAGS.workdir, _FLAGS.launch)))
   return cli.OK
 
@@ -223,7 +224,8 @@ def fit(paths):
 
   if not paths:
     raise ValueError('fit needs folders of runs or CSV files: fit runs/grid --output=law.')
-  runs, excluded = collect.collect(map(cli.path, paths), _FLAGS.expansion_rate or 0)
+  folders = [cli.path(path, bucket=True) for path in paths]
+  runs, excluded = collect.collect(folders, _FLAGS.expansion_rate or 0)
   names = ('c', 'starts', 'repeats', 'held_out', 'penalty')
   options: Any = {name: _FLAGS[name].value for name in names}
   fits = {}
@@ -248,7 +250,7 @@ def fit(paths):
 def _define_plot():
   _define_coefficients()
   _define_expansion_rate('of the sparse law to plot; default: the largest with coefficients')
-  cli.define_paths('runs', [], 'Runs to plot too: folders or CSV files.')
+  cli.define_paths('runs', [], 'Runs to plot too: folders or CSV files.', bucket=True)
   cli.define_path('output', 'law', 'Output folder.')
 
 

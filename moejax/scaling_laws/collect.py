@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import pathlib
 
 from moejax import files, report, run_folder
 from moejax.scaling_laws import laws
@@ -53,7 +52,7 @@ def collect(paths, expansion_rate=0.0):
       runs differ in data.
   """
   runs, excluded = [], {}
-  for path in map(pathlib.Path, paths):
+  for path in map(files.path, paths):
     for name, found in _read(path, expansion_rate):
       if isinstance(found, str):
         excluded[name] = found
@@ -68,19 +67,20 @@ def collect(paths, expansion_rate=0.0):
 
 def _read(path, expansion_rate):
   """Yields (name, Run or the reason to exclude it)."""
-  if not path.exists():
+  if not files.exists(path):
     raise ValueError(f'{path} does not exist.')
-  if not path.is_dir():
+  if files.is_file(path):
     if path.suffix.lower() != '.csv':
       raise ValueError(f'{path} is neither a folder of runs nor a .csv file.')
     yield from _read_table(path, expansion_rate)
     return
-  folders = [path] if _is_run(path) else sorted(filter(_is_run, path.glob('*')))
+  inside = [path / name for name in sorted(files.children(path))]
+  folders = [path] if _is_run(path) else [folder for folder in inside if _is_run(folder)]
   if not folders:
     raise ValueError(f'{path} holds no run: no config.json in it or its subfolders.')
   for folder in folders:
     summary = folder / 'summary.json'
-    if not summary.exists():
+    if not files.exists(summary):
       yield folder.name, 'unfinished or diverged: no summary.json'
       continue
     fields = run_folder.read_json(summary)
@@ -98,7 +98,7 @@ def _read(path, expansion_rate):
 
 
 def _is_run(folder):
-  return (folder / 'config.json').exists() or (folder / 'summary.json').exists()
+  return files.exists(folder / 'config.json') or files.exists(folder / 'summary.json')
 
 
 def from_summary(name, summary):
@@ -147,7 +147,7 @@ def _read_table(path, expansion_rate):
 
 def _text(path):
   """The text of a file, without the byte order mark that Excel writes."""
-  content = path.read_bytes()
+  content = files.read(path)
   try:
     text = content.decode('utf-8-sig')
     if '\0' not in text:

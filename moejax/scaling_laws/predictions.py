@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 import time
 from typing import Any
 
@@ -48,8 +47,8 @@ def write(cells, coefficients, path, command):
   Raises:
     ValueError: the file exists. A prediction is made once.
   """
-  path, content = pathlib.Path(path), pathlib.Path(coefficients).read_bytes()
-  if path.exists():
+  path, content = files.path(path), files.read(files.path(coefficients))
+  if files.exists(path):
     raise ValueError(
       f'{path} exists, and predictions are written once: choose another --output for new ones.'
     )
@@ -128,7 +127,7 @@ def judge(path, paths, page):
   Raises:
     ValueError: a path is missing, or not what it should be.
   """
-  record, page = _read(path), pathlib.Path(page)
+  record, page = _read(path), files.path(page)
   runs = _runs(paths)
   rows, missing = [], []
   for entry in record['predictions']:
@@ -139,7 +138,7 @@ def judge(path, paths, page):
       rows.append(_row(record, entry, cell, same))
     else:
       missing.append(cell.name)
-  text = page.read_text('utf-8') if page.exists() else _PAGE
+  text = files.read(page).decode() if files.exists(page) else _PAGE
   known = set(text.splitlines())
   new = [row for row in rows if row not in known]
   if new:
@@ -149,7 +148,7 @@ def judge(path, paths, page):
 
 def _read(path):
   try:
-    record = files.parse_json(pathlib.Path(path).read_bytes())
+    record = files.parse_json(files.read(files.path(path)))
     record |= {name: str(record[name] or 'unknown') for name in ('fit_sha256', 'commit', 'date')}
     entries = [dict(entry) for entry in record['predictions']]
     for entry in entries:
@@ -180,20 +179,20 @@ class _Finished:
 
 def _runs(paths):
   found = []
-  for path in map(pathlib.Path, paths):
-    if not path.is_dir():
+  for path in map(files.path, paths):
+    if not files.exists(path) or files.is_file(path):
       raise ValueError(f'{path} is not a folder of runs.')
-    folders = [path] if (path / 'config.json').exists() else sorted(path.glob('*'))
-    for folder in folders:
+    inside = [path / name for name in sorted(files.children(path))]
+    for folder in [path] if files.exists(path / 'config.json') else inside:
       summary = folder / 'summary.json'
-      if not (summary.exists() and (folder / 'config.json').exists()):
+      if not (files.exists(summary) and files.exists(folder / 'config.json')):
         continue
       fields = run_folder.read_json(summary)
       if run_report.is_finished(fields):
         validation = fields.get('validation')
         loss = validation.get('loss') if isinstance(validation, dict) else None
         config = runner.flat(run_folder.read(folder))
-        ended = str(fields.get('date') or '') or utc(summary.stat().st_mtime)  # of older versions
+        ended = str(fields.get('date') or '') or utc(files.modified(summary))  # of older versions
         found.append(_Finished(config, _loss(loss), ended))
   return found
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
 import re
 
 from moejax import files
@@ -41,7 +40,7 @@ def load(name):
     return laws.PUBLISHED[name]
   found = {}
   with reading(name):
-    for rate, one in files.parse_json(pathlib.Path(name).read_bytes()).items():
+    for rate, one in files.parse_json(files.read(files.path(name))).items():
       coefficients = _coefficients(one['coefficients'])
       if isinstance(coefficients, laws.Joint):
         found |= {rate: coefficients.at(rate) for rate in _numbers_of_experts(one)}
@@ -94,8 +93,8 @@ def fitted_runs(name, expansion_rate):
   if name in laws.PUBLISHED:
     runs = grid.make('paper')
   else:
-    table = pathlib.Path(name).with_name('runs.csv')
-    runs = collect.collect([table], expansion_rate)[0] if table.is_file() else []
+    table = files.path(name).with_name('runs.csv')
+    runs = collect.collect([table], expansion_rate)[0] if files.is_file(table) else []
   if law.vocabulary is not None:
     return [(run.active_params, run.tokens, 1) for run in runs]
   same = [run for run in runs if run.expansion_rate == expansion_rate]

@@ -10,15 +10,13 @@ one axis. Commas separate values, except within brackets or quotes. train.seed i
 other, over which the table averages.
 """
 
-import pathlib
-
 from absl import flags
 
 from moejax import cli
 
 
 def main(overrides):
-  from moejax import runner  # importing JAX takes seconds
+  from moejax import files, runner  # importing JAX takes seconds
   from moejax.sweep import axes as axes_lib, results
 
   args = flags.FLAGS
@@ -27,7 +25,7 @@ def main(overrides):
   if args.launch is not None:
     print('\n'.join(runner.launch_commands(cells, args.workdir, args.launch)))
     return cli.OK
-  workdir = pathlib.Path(cli.path(args.workdir)).absolute()
+  workdir = files.absolute(cli.path(args.workdir, bucket=True))
   code = runner.run(cells, workdir)
   found = results.summaries(cells, workdir)
   if found:

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ class Group(NamedTuple):
 def summaries(cells, workdir) -> dict[str, dict]:
   """The summaries of the finished cells, by name."""
   done = [cell.name for cell in cells if runner.is_done(workdir, cell)]
-  found = {name: report.read_summary(pathlib.Path(workdir) / name) for name in done}
+  found = {name: report.read_summary(workdir / name) for name in done}
   return {name: summary for name, summary in found.items() if _has_loss(summary)}
 
 

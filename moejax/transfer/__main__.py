@@ -64,7 +64,7 @@ def _define_sweep():
   flags.DEFINE_list('rates', [], 'Learning rates (optimizer.peak_lr), at least three.')
   flags.DEFINE_multi_string('grid', [], f'{_AXIS}: variants of the model, each with all sizes.')
   flags.DEFINE_integer('add', 4, 'The most rates to add to a model.', lower_bound=0)
-  cli.define_path('workdir', None, 'Folder for all runs.', required=True)
+  cli.define_path('workdir', None, 'Folder for all runs.', required=True, bucket=True)
 
 
 def sweep(overrides):
@@ -73,6 +73,7 @@ def sweep(overrides):
   The first seed sees all rates; if the best is the smallest or largest, further ones are added. The
   other seeds see the best rate and its two neighbors.
   """
+  from moejax import files
   from moejax.sweep import axes, results
   from moejax.transfer import rates as rates_lib, search
 
@@ -81,7 +82,7 @@ def sweep(overrides):
   rates = search.numbers('rates', _FLAGS.rates)
   variants = axes.parse(_FLAGS.grid, []) if _FLAGS.grid else []
   curves = search.make_curves(axis, variants, rates, seeds)
-  workdir = pathlib.Path(_FLAGS.workdir).absolute()
+  workdir = files.absolute(_FLAGS.workdir)
   make = functools.partial(search.cell, _FLAGS.config, overrides)
   code = search.search(make, curves, workdir, _FLAGS.add)
   if code == cli.OK:

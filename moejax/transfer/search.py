@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 from collections.abc import Callable
 
 from moejax import cli, report, runner
@@ -103,7 +102,7 @@ def make_curves(sizes: Axis, variants: list[Axis], rates, seeds) -> list[Curve]:
 def search(
   make: Callable[[Curve, float, int], runner.Cell],
   curves: list[Curve],
-  workdir: pathlib.Path,
+  workdir,
   most_added: int,
 ) -> int:
   """Trains until every curve has its minimum inside its rates, and all seeds around it.
@@ -158,5 +157,5 @@ def summary(cell, workdir) -> dict | None:
 
 def _diverged(cell, workdir):
   """Whether training ended with a loss that is not finite, as the cell's log then says."""
-  log = workdir / f'{cell.name}.log'
+  log = runner.log(workdir, cell.name)
   return log.exists() and _DIVERGED in log.read_text(errors='replace')
