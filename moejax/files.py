@@ -27,6 +27,7 @@ _NO_FLUSH = {
   errno.EBADF,
 }  # some shared disks, of folders
 
+_LONG = 10**8  # bytes; to copy more takes so long that it is said
 _DEEPEST = 100  # levels of JSON; nothing of ours has ten, and Python recurses into each
 
 
@@ -297,8 +298,11 @@ def fetched(folder, names: Collection[str]) -> pathlib.Path:
     if size > free:
       raise ValueError(
         f'{folder}: {size / 1e6:.1f} MB are to be copied to {copy}, whose disk has only '
-        f'{free / 1e6:.1f} MB left. Make room, or set XDG_CACHE_HOME to a folder of another disk.'
+        f'{free / 1e6:.1f} MB left. Make room, set XDG_CACHE_HOME to a folder of another disk, or '
+        'mount the bucket (see docs/launch.md).'
       )
+    if size > _LONG:
+      print(f'copying {size / 1e6:.0f} MB of {folder} to {copy}', flush=True)
     for _ in pool.map(lambda name: _fetch(folder / name, copy / name, wanted[name][1]), wanted):
       pass
   return copy

@@ -22,7 +22,7 @@ def gcs(monkeypatch):
   logging.getLogger('api').setLevel(logging.CRITICAL)
   server, storage = _gcs_server()
   with server:
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f'http://localhost:{server.server_address[1]}'
     monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
