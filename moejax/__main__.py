@@ -23,6 +23,7 @@ PROGRAMS = {
   'verify': ('verify', "checks all files of a run's checkpoints"),
   'drill': ('drill', 'faults on purpose: what of docs/reliability.md holds here?'),
   'transition_tuning': ('transition_tuning', 'a Mixture-of-Tokens run becomes a sparse one'),
+  'reroute': ('reroute', 'the losses of runs under other routers, and what repairs them'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),
   'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),
   'tokenize': ('tokenize', 'writes a corpus to token files'),

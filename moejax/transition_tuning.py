@@ -1,18 +1,18 @@
-"""Transition tuning: trains a Mixture-of-Tokens model further as a sparse one (arXiv:2310.15961).
+"""Transition tuning: trains a model with experts further under another router (arXiv:2310.15961).
 
   python -m moejax.transition_tuning --from=runs/mot --workdir=runs/tuned --router=token_choice
 
 The same experts, with the controller as their router, are trained for a tenth more steps. Steps,
-batches and, optionally, moments and learning rate continue from the Mixture-of-Tokens run; no
-parameter is initialised again. The result is an ordinary run, whose model decodes single requests
-at the cost of a sparse model. `--router=mot` keeps mixing, in groups of another size:
+batches and, optionally, moments and learning rate continue from the run; no parameter is
+initialised again. The result is an ordinary run: a Mixture-of-Tokens model that has become sparse
+decodes single requests at the cost of a sparse model. A sparse model can become a mixing one, or
+get another router; `--router=mot` of a mixing one keeps mixing, in groups of another size:
 --config.model.mot.group_size=16.
 """
 
 import contextlib
 import functools
 import json
-import re
 from typing import Any
 
 import jax
@@ -31,96 +31,14 @@ from moejax import (
   step as step_lib,
   train,
 )
-from moejax.differences import by_name
 from moejax.distributed import is_process_0
 from moejax.evaluate import evaluate
-from moejax.layers import moe
-
-ROUTERS = (*moe.ROUTERS, 'mot')
-# What sparse layers lack, so that only these values of `model.mot` can become sparse: further
-# parameters and changing temperatures.
-_PLAIN = {
-  'emit': 'same',
-  'separate_controllers': False,
-  'temperature_mode': 'fixed',
-  'expert_norm': False,
-}
-
-
-def make_sparse(config, router):
-  """Turns the ConfigDict of a Mixture-of-Tokens model into that of a sparse one, same experts.
-
-  A token gets m of k * m experts of width d_ff / m (on average with expert choice): the FLOPs of a
-  dense layer, as before.
-
-  Raises:
-    ValueError: no sparse layer has such experts.
-  """
-  model, mot = config.model, config_lib.resolve(config).model.mot
-  kinds = {kind for pattern, _ in model.blocks for kind in pattern}
-  if 'mot' not in kinds or 'moe' in kinds:
-    raise ValueError(
-      '--from: transition tuning needs a model with mot layers and without moe layers; '
-      f'model.blocks of this run has {", ".join(sorted(kinds))}.'
-    )
-  for name, plain in _PLAIN.items():
-    if getattr(mot, name) != plain:
-      raise ValueError(
-        f'--from: a sparse layer has no model.mot.{name} = {getattr(mot, name)}; only models with '
-        f'{plain} can become sparse.'
-      )
-  width = mot.width(model.d_ff)
-  if model.d_ff % width or mot.num_experts * width % model.d_ff:
-    raise ValueError(
-      f'--from: {mot.num_experts} experts of width {width} are not granularity * expansion_rate '
-      f'experts of width d_ff / granularity (model.d_ff = {model.d_ff}).'
-    )
-  model.blocks = tuple(
-    (tuple('moe' if kind == 'mot' else kind for kind in pattern), repeats)
-    for pattern, repeats in model.blocks
-  )
-  fills_slots = moe.MoEConfig(router=router).rule.fills_slots
-  model.moe.update(
-    router=router,
-    granularity=model.d_ff // width,
-    expansion_rate=mot.num_experts * width // model.d_ff,
-    experts_per_token=0,  # granularity
-    capacity_factor=1.0 if fills_slots else 1.25,
-    balance_loss=0.0 if fills_slots else 0.01,
-    group_size=mot.group_size,
-  )
-
-
-def convert(source, fresh, temperature=1.0):
-  """The train state of a Mixture-of-Tokens model as that of a sparse one.
-
-  Args:
-    source: the state, or a part of it, as a pytree of arrays.
-    fresh: a state of the sparse model; arrays that `source` lacks (an output norm, say) stay.
-    temperature: of the softmax of `source`, for the scale of the router and its moments.
-
-  Raises:
-    ValueError: an array of `source` is missing in `fresh`, or has another shape there.
-  """
-  wanted = by_name(fresh)
-  # Optimizers keep a mean of the gradients of a parameter, and one of their squares.
-  scale = {'params': 1 / temperature, 'mu': temperature, 'trace': temperature, 'nu': temperature**2}
-  taken = {}
-  for name, leaf in by_name(source).items():
-    if name not in wanted:
-      name = _sparse_name(name)
-      if name.endswith('/router'):
-        leaf = leaf * next((scale[part] for part in name.split('/') if part in scale), 1)
-    if name not in wanted or wanted[name].shape != leaf.shape:
-      place = f'is {wanted[name].shape}' if name in wanted else 'does not exist'
-      raise ValueError(f'--from: {name} is {leaf.shape} there and {place} in the new model.')
-    taken[name] = leaf.astype(wanted[name].dtype)
-  leaves = [taken.get(name, leaf) for name, leaf in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
-
-
-def _sparse_name(name):
-  return re.sub(r'(/\d+)_mot/', r'\1_moe/', name).replace('/controller', '/router')
+from moejax.same_experts import (
+  ROUTERS,
+  convert,
+  make_sparse as make_sparse,  # its place in earlier versions
+  with_router,
+)
 
 
 def fresh_moments(optimizer, params, step):
@@ -186,8 +104,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
   source = run_folder.open_run(folder, flag='--from')
   with contextlib.closing(source.checkpoints):
     config: Any = source.config.copy_and_resolve_references()
-    if router != 'mot':
-      make_sparse(config, router)
+    with_router(config, router)
     last = source.step + (steps or max(1, source.step // 10))
     begin = source.step if schedule == 'restart' else 0
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
@@ -221,10 +138,10 @@ def main(overrides):
 if __name__ == '__main__':
   cli.define_process_flags()
   cli.define_path(
-    'from', None, 'Folder of the Mixture-of-Tokens run to start from.', required=True, bucket=True
+    'from', None, 'Folder of the run with experts to start from.', required=True, bucket=True
   )
   cli.define_path('workdir', None, 'Folder of the new run.', required=True, bucket=True)
-  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'The router that the controller becomes.')
+  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'The router of the same experts.')
   flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
   for name, meaning in (
     ('optimizer', "Keep the optimizer's moments, or start with zeros."),

@@ -55,13 +55,13 @@ RANKS = (
   + ('goodput', 'profiling', 'watch'),
   ('config', 'variants'),
   ('cli',),
-  ('step', 'run_folder', 'start_page', 'estimate'),
+  ('step', 'run_folder', 'start_page', 'estimate', 'same_experts'),
   ('evaluate', 'decode', 'terminal'),
   ('generate', 'start'),
   ('progress', 'rewind'),
   ('results',),
   ('train',),
-  ('aot', 'compare', 'drill', 'runner', 'scaling_laws', 'sweep', 'transfer'),
+  ('aot', 'compare', 'drill', 'runner', 'scaling_laws', 'sweep', 'transfer', 'transition_tuning'),
   ('library', 'reproduce'),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}

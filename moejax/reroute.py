@@ -1,0 +1,197 @@
+"""What a checkpoint loses under other routers, and how many steps of training repair it.
+
+  python -m moejax.reroute --runs=runs/mot,runs/moe --output=reroute
+  python -m moejax.reroute --runs=runs/mot --routers=token_choice --steps=500 --output=reroute
+
+Every run is evaluated under every router, with the same experts and the same matrix of scores: the
+matrix of losses by router trained with and router evaluated with. With --steps, every run is also
+trained so many steps further under every router, its own included, which shows what more training
+brings by itself (`moejax.transition_tuning`); "repaired" is the first evaluation that is no worse
+than the loss before the switch. OUTPUT has the tables (reroute.csv), a plot of the losses after the
+switch (reroute.png), and the runs; the same command resumes them.
+"""
+
+import contextlib
+import csv
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from absl import flags
+
+from moejax import (
+  cli,
+  config as config_lib,
+  data,
+  files,
+  metrics,
+  model as model_lib,
+  report,
+  run_folder,
+  same_experts,
+  sharding,
+  text,
+  transition_tuning,
+)
+from moejax.compare import runs
+from moejax.distributed import is_process_0
+from moejax.evaluate import evaluate
+
+_EVALUATIONS = 20  # while a run is repaired
+
+
+class Cell(NamedTuple):
+  """A run under one router."""
+
+  run: str
+  trained: str  # the router that it was trained with
+  router: str  # the one that it is evaluated, and trained further, with
+  loss: float  # nats per token, validation; nan: it cannot have this router
+  standard_error: float
+  why_not: str = ''
+  after: float = math.nan  # the loss after further training
+  steps: int = 0  # of that
+  repaired: int | None = None  # after how many of them the loss was as before the switch
+
+
+def measure(folder, routers, num_batches=None, name=''):
+  """Yields the Cell of a run under every router, without further training.
+
+  Args:
+    folder: of the run.
+    routers: of `same_experts.ROUTERS`.
+    num_batches: of validation; None: all.
+    name: of the run; default: that of its folder.
+  """
+  source = run_folder.open_run(folder)
+  with contextlib.closing(source.checkpoints):
+    trained = same_experts.router_of(source.config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
+    params = source.checkpoints.restore_params(
+      source.step, _abstract_params(source.run_config.model, mesh), source.config.to_dict()
+    )
+  for router in routers:
+    cell = Cell(name or files.path(folder).name, trained, router, math.nan, math.nan)
+    try:
+      run_config = _rerouted(source.config, router)
+      config_lib.check_batch(run_config, mesh)
+    except ValueError as error:
+      yield cell._replace(why_not=str(error).removeprefix('--from: '))
+      continue
+    part = sharding.process_part(mesh, run_config.data.batch_size)
+    loader = data.make_loader(run_config.data, 'validation', **part)
+    with jax.set_mesh(mesh):
+      converted = _convert(source.run_config.model, run_config.model, params, mesh)
+      accumulation = run_config.optimizer.accumulation
+      result, _ = evaluate(run_config.model, converted, loader, num_batches, mesh, accumulation)
+    yield cell._replace(loss=result['loss'], standard_error=result.get('standard_error', math.nan))
+
+
+def _rerouted(config, router):
+  config = config.copy_and_resolve_references()
+  same_experts.with_router(config, router)
+  return config_lib.resolve(config)
+
+
+def _abstract_params(model, mesh):
+  return sharding.abstract(functools.partial(model_lib.init_params, model, jax.random.key(0)), mesh)
+
+
+def _convert(old, new, params, mesh):
+  abstract = {'params': _abstract_params(new, mesh)}
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  switch = lambda params: same_experts.convert(params, abstract, old.mot.temperature)
+  return jax.jit(switch, out_shardings=shardings)({'params': params})['params']
+
+
+def repair(folder, cell, output, steps):
+  """Trains a run further under the router of a Cell, in a folder of `output`.
+
+  Returns:
+    The Cell with what that brought, or None if it was interrupted.
+  """
+  workdir = files.path(output) / f'{cell.run}-{cell.router}'
+  fields = {'train.eval_interval': max(1, steps // _EVALUATIONS)}
+  if transition_tuning.tune(folder, workdir, cell.router, steps=steps, fields=fields) != cli.OK:
+    return None
+  losses = transition_tuning.report(workdir)
+  begin, before = losses['before']['step'], losses['before']['loss']
+  curve = metrics.loss_curve(workdir, 'validation/loss')
+  repaired = next((step - begin for step, loss in curve if loss <= before), None)
+  return cell._replace(after=losses['after']['loss'], steps=steps, repaired=repaired)
+
+
+def tables(cells) -> str:
+  """The matrix of losses, and what further training brought, as text."""
+  routers = list(dict.fromkeys(cell.router for cell in cells))
+  by_run = {}
+  for cell in cells:
+    by_run.setdefault((cell.run, cell.trained), {})[cell.router] = cell
+  show = lambda cell: '-' if cell.why_not else f'{cell.loss:.4f}'
+  rows = [['run', 'trained with', *routers]]
+  rows += [[*run, *(show(row[router]) for router in routers)] for run, row in by_run.items()]
+  parts = ['validation loss (nats per token), by the router that a run is evaluated with', '']
+  parts.append(text.table(rows))
+  parts += [f'{c.run} under {c.router}: {c.why_not}' for c in cells if c.why_not]
+  if trained := [cell for cell in cells if cell.steps]:
+    parts += ['', f'after {trained[0].steps} steps of training with that router', '']
+    rows = [['run', 'trained with', 'then', 'at the switch', 'after', 'repaired after']]
+    for c in trained:
+      repaired = 'not yet' if c.repaired is None else f'{c.repaired} steps'
+      rows.append([c.run, c.trained, c.router, f'{c.loss:.4f}', f'{c.after:.4f}', repaired])
+    parts.append(text.table(rows))
+  return '\n'.join(parts)
+
+
+def write(cells, output) -> None:
+  """Writes reroute.csv and, of runs that were trained further, reroute.png to a folder."""
+  output = files.path(output)
+  with files.atomic_output(output / 'reroute.csv') as path, path.open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(Cell._fields)
+    writer.writerows(cells)
+  curves = {}
+  for cell in cells:
+    if cell.steps:
+      curve = metrics.loss_curve(output / f'{cell.run}-{cell.router}', 'validation/loss')
+      label = f'{cell.run} ({cell.trained}) with {cell.router} validation'
+      curves[label] = [(step - curve[0][0], loss) for step, loss in curve]
+  if curves:
+    report.plot_losses(curves, output / 'reroute.png')
+
+
+def main():
+  args = flags.FLAGS
+  cli.join_processes()
+  for router in args.routers:
+    if router not in same_experts.ROUTERS:
+      raise ValueError(
+        f'--routers: expected some of {", ".join(same_experts.ROUTERS)}, got {router!r}'
+        f'{text.did_you_mean(router, same_experts.ROUTERS)}.'
+      )
+  cells = []
+  for run in runs.read(args.runs):
+    for cell in measure(run.folder, args.routers, args.batches or None, run.name):
+      if args.steps and not cell.why_not:
+        cell = repair(run.folder, cell, args.output, args.steps)
+        if cell is None:
+          cli.say_how_to_resume()
+          return cli.INTERRUPTED
+      cells.append(cell)
+  if is_process_0():
+    write(cells, args.output)
+    print(f'{tables(cells)}\nwritten to {args.output}: reroute.csv', flush=True)
+  return cli.OK
+
+
+if __name__ == '__main__':
+  cli.define_process_flags()
+  cli.define_paths(
+    'runs', None, 'Folders of runs with experts, or folders of such runs.', required=True
+  )
+  cli.define_path('output', None, 'Folder for the tables and the runs.', required=True)
+  flags.DEFINE_list('routers', list(same_experts.ROUTERS), 'Routers to evaluate with.')
+  flags.DEFINE_integer('steps', 0, 'Steps of further training with every router.', lower_bound=0)
+  flags.DEFINE_integer('batches', 0, 'Batches of validation; 0: all.', lower_bound=0)
+  cli.run(main, needs_config=False)
