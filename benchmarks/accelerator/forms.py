@@ -11,7 +11,14 @@ import numpy as np
 
 from benchmarks.accelerator.limits import Work
 from moejax.layers import attention
-from moejax.ops import cross_entropy, dispatch, grouped_matmul, routing, selective_scan
+from moejax.ops import (
+  cross_entropy,
+  dispatch,
+  grouped_matmul,
+  routing,
+  selective_scan,
+  softmax_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,32 +101,30 @@ def _attention(sizes):
 
   def args():
     s = jnp.asarray(segments)
-    mask = s[:, None, :, None] == s[:, None, None, :]
-    return *(_normal(seed, B, L, H, P) for seed in range(3)), mask
+    return *(_normal(seed, B, L, H, P) for seed in range(3)), s
 
-  def product(implementation, masked, q, k, v, mask):
-    return jax.nn.dot_product_attention(
-      q, k, v, mask=mask if masked else None, is_causal=True, implementation=implementation
-    )
+  def without_documents(form, q, k, v, s):
+    return form(q, k, v)
 
-  def tokamax(q, k, v, mask):
+  def tokamax(q, k, v):
     import tokamax
 
     return tokamax.dot_product_attention(q, k, v, is_causal=True)
 
-  ours = attention._implementation(jnp.bfloat16)
+  blocked = functools.partial(softmax_attention.blocked_attention, block=min(L, 512))
+  causal = {'ours': attention.attend, 'xla': softmax_attention.attention, 'blocked': blocked}
+  causal |= _if_installed('tokamax', {'tokamax': tokamax})
   found = {
-    'ours, causal': functools.partial(product, ours, False),
-    'ours, documents': functools.partial(product, ours, True),
-    'xla, causal': functools.partial(product, 'xla', False),
+    f'{name}, causal': functools.partial(without_documents, form) for name, form in causal.items()
   }
+  found |= {'ours, documents': attention.attend, 'blocked, documents': blocked}
   # The least of all forms: of the pairs within documents, at or before a position.
   pairs = sum(n * (n + 1) / 2 for row in segments for n in np.bincount(row))
   products, wide = 2 * H * P * pairs, 2 * B * L * H * P
   return Op(
     args,
     3,
-    found | _if_installed('tokamax', {'tokamax, causal': tokamax}),
+    found,
     Work(flops=2 * products, bytes=4 * wide),
     Work(flops=6 * products, bytes=11 * wide),
   )

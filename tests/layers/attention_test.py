@@ -1,6 +1,7 @@
 """Attention: against NumPy, what it sees, rotary positions, decoding with a cache."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,24 @@ def test_is_the_definition():
         score_S = np.exp(q_LP[l] @ k_LP[: l + 1].T / np.sqrt(P))
         expected[b, l] += score_S / score_S.sum() @ v_LP[: l + 1] @ out_HPD[h]
   np.testing.assert_allclose(_forward(_x(), _tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_sequences_are_computed_in_blocks(monkeypatch):
+  segments_BL = jnp.asarray(np.arange(L)[None] > np.arange(B)[:, None], 'int32')
+  tokens = common.TokenInfo(segments_BL, _tokens().positions)
+  options: Any = EVERYTHING | {'document_mask': True}
+  expected = _forward(_x(), tokens, **options)
+  blocks, form = [], attention.softmax_attention.blocked_attention
+
+  def blocked(*arrays, block, **options):
+    blocks.append(block)
+    return form(*arrays, block=block, **options)
+
+  monkeypatch.setattr(attention.softmax_attention, 'blocked_attention', blocked)
+  monkeypatch.setattr(attention, '_BLOCKS', {'cpu': 2})
+  _apply.clear_cache()
+  np.testing.assert_allclose(_forward(_x(), tokens, **options), expected, rtol=1e-5, atol=1e-5)
+  assert blocks == [2]
 
 
 @pytest.mark.parametrize('rope', [False, True])

@@ -1,0 +1,147 @@
+"""Causal attention within documents, without a score for every pair of positions in memory.
+
+The scores of 8,192 positions and 8 heads are 2 GB of float32 for one sequence and layer. The
+blocked form holds those of a block of queries and a block of keys at a time: online softmax
+(arXiv:1805.02867) in the forward pass, scores computed again in the backward pass, as in
+FlashAttention (arXiv:2205.14135, arXiv:2307.08691). Keys of later blocks are not touched at all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, implementation='xla'):
+  """Causal attention; the plain reference.
+
+  Args:
+    q_BLHP: queries, any float dtype.
+    k_BLJP, v_BLJP: keys and values, of heads that groups of H / J queries share.
+    segments_BL: int32: documents, which do not see each other; None: all is one.
+    scale: of the scores; None: 1 / sqrt(P).
+    implementation: of `jax.nn.dot_product_attention`.
+
+  Returns:
+    o_BLHP, in the dtype of the queries. The softmax is in float32 at least.
+  """
+  mask_BHLL = None
+  if segments_BL is not None:
+    mask_BHLL = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+  return jax.nn.dot_product_attention(
+    q_BLHP,
+    k_BLJP,
+    v_BLJP,
+    mask=mask_BHLL,
+    scale=scale,
+    is_causal=True,
+    implementation=implementation,
+  )
+
+
+def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, block):
+  """`attention` with scores of `block` by `block` positions in memory, per sequence and head."""
+  B, L, H, P = q_BLHP.shape
+  J = k_BLJP.shape[2]
+  scale = P**-0.5 if scale is None else scale
+  split = functools.partial(_blocks, block=block)
+  q_NBMJRP = split(q_BLHP.reshape(B, L, J, H // J, P))
+  segments_NBM = None if segments_BL is None else split(segments_BL)
+  o_NBMJRP = _attend(scale, q_NBMJRP, split(k_BLJP), split(v_BLJP), segments_NBM)
+  return jnp.moveaxis(o_NBMJRP, 0, 1).reshape(B, -1, H, P)[:, :L]
+
+
+def _blocks(a, block):
+  """[B, L, ...] -> [blocks, B, block, ...]; keys that are added come after all queries."""
+  padded = jnp.pad(a, [(0, 0), (0, -a.shape[1] % block)] + [(0, 0)] * (a.ndim - 2))
+  return jnp.moveaxis(padded.reshape(len(a), -1, block, *a.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM):
+  """N blocks of M positions; H = J * R heads."""
+  return _attend_forward(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM)[0]
+
+
+def _attend_forward(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM):
+  N, B, M, J, R, P = q_NBMJRP.shape
+  wide = _wide(q_NBMJRP)
+
+  def step(carry, pair):
+    o_NBMJRP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM = carry
+    i, j = pair
+    s_BJRMK = _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j)
+    first = j == 0
+    before_BJRM = jnp.where(first, -jnp.inf, max_BJRM)
+    max_BJRM = jnp.maximum(before_BJRM, s_BJRMK.max(-1))
+    shift_BJRM = jnp.where(max_BJRM == -jnp.inf, 0, max_BJRM)  # no key yet
+    p_BJRMK = jnp.exp(s_BJRMK - shift_BJRM[..., None])
+    kept_BJRM = jnp.exp(before_BJRM - shift_BJRM)
+    norm_BJRM = kept_BJRM * norm_BJRM + p_BJRMK.sum(-1)
+    value_BJRMP = _product('BJRMK,BKJP->BJRMP', p_BJRMK.astype(v_NBMJP.dtype), v_NBMJP[j])
+    sum_BJRMP = kept_BJRM[..., None] * sum_BJRMP + value_BJRMP
+    # The last block of keys of a row of blocks is the diagonal one, which has the last word.
+    o_BJRMP = sum_BJRMP / jnp.where(norm_BJRM == 0, 1, norm_BJRM)[..., None]
+    o_NBMJRP = o_NBMJRP.at[i].set(jnp.moveaxis(o_BJRMP, 3, 1).astype(o_NBMJRP.dtype))
+    lse_NBJRM = lse_NBJRM.at[i].set(shift_BJRM + jnp.log(norm_BJRM))
+    return (o_NBMJRP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM), None
+
+  row = jnp.zeros((B, J, R, M), wide)
+  begin = jnp.zeros_like(q_NBMJRP), jnp.zeros((N, *row.shape), wide)
+  begin += jnp.zeros((*row.shape, P), wide), row, row
+  (o_NBMJRP, lse_NBJRM, *_), _ = jax.lax.scan(step, begin, _pairs(N))
+  return o_NBMJRP, (q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM, o_NBMJRP, lse_NBJRM)
+
+
+def _attend_backward(scale, saved, do_NBMJRP):
+  q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM, o_NBMJRP, lse_NBJRM = saved
+  wide = _wide(q_NBMJRP)
+  dot_NBMJR = jnp.sum(do_NBMJRP.astype(wide) * o_NBMJRP.astype(wide), axis=-1)
+  dot_NBJRM = jnp.moveaxis(dot_NBMJR, 2, -1)
+
+  def step(carry, pair):
+    dq, dk, dv = carry
+    i, j = pair
+    s_BJRMK = _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j)
+    p_BJRMK = jnp.exp(s_BJRMK - lse_NBJRM[i][..., None])
+    do_BMJRP = do_NBMJRP[i]
+    dv = dv.at[j].add(_product('BJRMK,BMJRP->BKJP', p_BJRMK.astype(do_BMJRP.dtype), do_BMJRP))
+    dp_BJRMK = _product('BMJRP,BKJP->BJRMK', do_BMJRP, v_NBMJP[j])
+    ds_BJRMK = scale * p_BJRMK * (dp_BJRMK - dot_NBJRM[i][..., None])
+    ds_BJRMK = ds_BJRMK.astype(q_NBMJRP.dtype)
+    dq = dq.at[i].add(_product('BJRMK,BKJP->BMJRP', ds_BJRMK, k_NBMJP[j]))
+    dk = dk.at[j].add(_product('BJRMK,BMJRP->BKJP', ds_BJRMK, q_NBMJRP[i]))
+    return (dq, dk, dv), None
+
+  inputs = q_NBMJRP, k_NBMJP, v_NBMJP
+  zeros = tuple(jnp.zeros(a.shape, wide) for a in inputs)
+  gradients, _ = jax.lax.scan(step, zeros, _pairs(len(q_NBMJRP)))
+  return *(g.astype(a.dtype) for g, a in zip(gradients, inputs, strict=True)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _pairs(blocks):
+  """Indices of blocks of queries and of keys that they see, row after row."""
+  return tuple(np.tril_indices(blocks))
+
+
+def _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j):
+  """Those of a block of queries and a block of keys, -inf where a query does not see a key."""
+  s_BJRMK = scale * _product('BMJRP,BKJP->BJRMK', q_NBMJRP[i], k_NBMJP[j])
+  M = s_BJRMK.shape[-1]
+  place = jnp.arange(M)
+  seen_BMK = ((i - j) * M + place[:, None] >= place[None])[None]
+  if segments_NBM is not None:
+    seen_BMK &= segments_NBM[i][:, :, None] == segments_NBM[j][:, None]
+  return jnp.where(seen_BMK[:, None, None], s_BJRMK, -jnp.inf)
+
+
+def _product(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=_wide(a))
+
+
+def _wide(a):
+  return jnp.promote_types(a.dtype, jnp.float32)
