@@ -7,13 +7,22 @@ FlashAttention (arXiv:2205.14135, arXiv:2307.08691). Keys of later blocks are no
 """
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, implementation='xla'):
+def attention(
+  q_BLHP,
+  k_BLJP,
+  v_BLJP,
+  segments_BL=None,
+  *,
+  scale=None,
+  implementation: Literal['xla', 'cudnn'] = 'xla',
+):
   """Causal attention; the plain reference.
 
   Args:
@@ -48,7 +57,7 @@ def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, b
   split = functools.partial(_blocks, block=block)
   q_NBMJRP = split(q_BLHP.reshape(B, L, J, H // J, P))
   segments_NBM = None if segments_BL is None else split(segments_BL)
-  o_NBMJRP = _attend(scale, q_NBMJRP, split(k_BLJP), split(v_BLJP), segments_NBM)
+  o_NBMJRP: Any = _attend(scale, q_NBMJRP, split(k_BLJP), split(v_BLJP), segments_NBM)
   return jnp.moveaxis(o_NBMJRP, 0, 1).reshape(B, -1, H, P)[:, :L]
 
 
