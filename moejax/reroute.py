@@ -7,8 +7,9 @@ Every run is evaluated under every router, with the same experts and the same ma
 matrix of losses by router trained with and router evaluated with. With --steps, every run is also
 trained so many steps further under every router, its own included, which shows what more training
 brings by itself (`moejax.transition_tuning`); "repaired" is the first evaluation that is no worse
-than the loss before the switch. OUTPUT has the tables (reroute.csv), a plot of the losses after the
-switch (reroute.png), and the runs; the same command resumes them.
+than the loss before the switch. No token is dropped in evaluations, as in decoding. OUTPUT has the
+tables (reroute.csv), a plot of the losses after the switch (reroute.png), and the runs; the same
+command resumes them.
 """
 
 import contextlib
@@ -50,8 +51,10 @@ class Cell(NamedTuple):
   loss: float  # nats per token, validation; nan: it cannot have this router
   standard_error: float
   why_not: str = ''
-  after: float = math.nan  # the loss after further training
-  steps: int = 0  # of that
+  steps: int = 0  # of further training
+  before: float = math.nan  # losses before the switch, right after it, after further training, on
+  at: float = math.nan  # the batches of evaluations during training
+  after: float = math.nan
   repaired: int | None = None  # after how many of them the loss was as before the switch
 
 
@@ -85,7 +88,8 @@ def measure(folder, routers, num_batches=None, name=''):
       converted = _convert(source.run_config.model, run_config.model, params, mesh)
       accumulation = run_config.optimizer.accumulation
       result, _ = evaluate(run_config.model, converted, loader, num_batches, mesh, accumulation)
-    yield cell._replace(loss=result['loss'], standard_error=result.get('standard_error', math.nan))
+    loss = result.get('loss_dropless', result['loss'])
+    yield cell._replace(loss=loss, standard_error=result.get('standard_error', math.nan))
 
 
 def _rerouted(config, router):
@@ -115,11 +119,17 @@ def repair(folder, cell, output, steps):
   fields = {'train.eval_interval': max(1, steps // _EVALUATIONS)}
   if transition_tuning.tune(folder, workdir, cell.router, steps=steps, fields=fields) != cli.OK:
     return None
-  losses = transition_tuning.report(workdir)
-  begin, before = losses['before']['step'], losses['before']['loss']
-  curve = metrics.loss_curve(workdir, 'validation/loss')
+  begin, before = _curve(workdir, 'before')[0]
+  curve = _curve(workdir, 'validation')
   repaired = next((step - begin for step, loss in curve if loss <= before), None)
-  return cell._replace(after=losses['after']['loss'], steps=steps, repaired=repaired)
+  losses = {'before': before, 'at': curve[0][1], 'after': curve[-1][1]}
+  return cell._replace(steps=steps, repaired=repaired, **losses)
+
+
+def _curve(workdir, prefix):
+  """Losses without drops, by step."""
+  dropless = metrics.loss_curve(workdir, f'{prefix}/loss_dropless')
+  return dropless or metrics.loss_curve(workdir, f'{prefix}/loss')
 
 
 def tables(cells) -> str:
@@ -136,10 +146,11 @@ def tables(cells) -> str:
   parts += [f'{c.run} under {c.router}: {c.why_not}' for c in cells if c.why_not]
   if trained := [cell for cell in cells if cell.steps]:
     parts += ['', f'after {trained[0].steps} steps of training with that router', '']
-    rows = [['run', 'trained with', 'then', 'at the switch', 'after', 'repaired after']]
+    rows = [['run', 'trained with', 'then', 'before', 'at the switch', 'after', 'repaired after']]
     for c in trained:
       repaired = 'not yet' if c.repaired is None else f'{c.repaired} steps'
-      rows.append([c.run, c.trained, c.router, f'{c.loss:.4f}', f'{c.after:.4f}', repaired])
+      losses = (f'{loss:.4f}' for loss in (c.before, c.at, c.after))
+      rows.append([c.run, c.trained, c.router, *losses, repaired])
     parts.append(text.table(rows))
   return '\n'.join(parts)
 
@@ -154,7 +165,7 @@ def write(cells, output) -> None:
   curves = {}
   for cell in cells:
     if cell.steps:
-      curve = metrics.loss_curve(output / f'{cell.run}-{cell.router}', 'validation/loss')
+      curve = _curve(output / f'{cell.run}-{cell.router}', 'validation')
       label = f'{cell.run} ({cell.trained}) with {cell.router} validation'
       curves[label] = [(step - curve[0][0], loss) for step, loss in curve]
   if curves:
