@@ -8,8 +8,8 @@ matrix of losses by router trained with and router evaluated with. With --steps,
 trained so many steps further under every router, its own included, which shows what more training
 brings by itself (`moejax.transition_tuning`); "repaired" is the first evaluation that is no worse
 than the loss before the switch. No token is dropped in evaluations, as in decoding. OUTPUT has the
-tables (reroute.csv), a plot of the losses after the switch (reroute.png), and the runs; the same
-command resumes them.
+tables (reroute.csv), plots of the matrix (matrix.png) and of the losses after the switch
+(reroute.png), and the runs; the same command resumes them.
 """
 
 import contextlib
@@ -156,12 +156,13 @@ def tables(cells) -> str:
 
 
 def write(cells, output) -> None:
-  """Writes reroute.csv and, of runs that were trained further, reroute.png to a folder."""
+  """Writes reroute.csv, matrix.png and, of runs that were trained further, reroute.png."""
   output = files.path(output)
   with files.atomic_output(output / 'reroute.csv') as path, path.open('w', newline='') as file:
     writer = csv.writer(file)
     writer.writerow(Cell._fields)
     writer.writerows(cells)
+  report.save_figure(_figure(cells), output / 'matrix.png')
   curves = {}
   for cell in cells:
     if cell.steps:
@@ -170,6 +171,24 @@ def write(cells, output) -> None:
       curves[label] = [(step - curve[0][0], loss) for step, loss in curve]
   if curves:
     report.plot_losses(curves, output / 'reroute.png')
+
+
+def _figure(cells):
+  """The losses of all runs by router, a colour for every router that they were trained with."""
+  figure, axes = report.new_figure(
+    xlabel='evaluated with', ylabel='validation loss (nats per token)', yscale='log'
+  )
+  routers = list(dict.fromkeys(cell.router for cell in cells))
+  for i, trained in enumerate(dict.fromkeys(cell.trained for cell in cells)):
+    shown = [cell for cell in cells if cell.trained == trained and not cell.why_not]
+    places = [routers.index(cell.router) for cell in shown]
+    losses = [cell.loss for cell in shown]
+    axes.scatter(places, losses, color=f'C{i}', label=f'trained with {trained}', alpha=0.7)
+  axes.set_xticks(range(len(routers)), routers)
+  axes.yaxis.set_major_formatter('{x:g}')
+  axes.yaxis.set_minor_formatter('{x:g}')
+  axes.legend(frameon=False)
+  return figure
 
 
 def main():
@@ -192,7 +211,7 @@ def main():
       cells.append(cell)
   if is_process_0():
     write(cells, args.output)
-    print(f'{tables(cells)}\nwritten to {args.output}: reroute.csv', flush=True)
+    print(f'{tables(cells)}\nwritten to {args.output}: reroute.csv, matrix.png', flush=True)
   return cli.OK
 
 

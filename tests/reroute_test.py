@@ -111,6 +111,6 @@ def test_training_further_repairs_a_switch(runs, tmp_path, capsys):
   reroute.write(cells, tmp_path)
   rows = list(csv.DictReader((tmp_path / 'reroute.csv').read_text().splitlines()))
   assert [row['router'] for row in rows] == ['mot', 'token_choice']
-  assert (tmp_path / 'reroute.png').stat().st_size > 10_000
+  assert all((tmp_path / f'{name}.png').stat().st_size > 10_000 for name in ('matrix', 'reroute'))
   shown = reroute.tables(cells)
   assert 'after 4 steps of training' in shown and '0 steps' in shown
