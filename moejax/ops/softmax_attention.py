@@ -35,14 +35,14 @@ def attention(
   Returns:
     o_BLHP, in the dtype of the queries. The softmax is in float32 at least.
   """
-  mask_BHLL = None
+  mask = None
   if segments_BL is not None:
-    mask_BHLL = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+    mask = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
   return jax.nn.dot_product_attention(
     q_BLHP,
     k_BLJP,
     v_BLJP,
-    mask=mask_BHLL,
+    mask=mask,
     scale=scale,
     is_causal=True,
     implementation=implementation,
