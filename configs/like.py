@@ -21,7 +21,7 @@ Different from the models, besides initial values, optimizer, data and context:
   qwen3-30b-a3b    likewise 8 times; it is of a microbatch, the paper's of the whole batch
   nemotron-3-nano  the outputs of experts are not multiplied by 2.5 (routed_scaling_factor)
                    the two shared experts are one, twice as wide, as in its config.json
-                   Mamba-1 with as many channels and states takes the place of Mamba-2
+                   steps of Mamba-2 may be smaller than 0.001 (time_step_min)
 """
 
 from moejax import variants
@@ -36,9 +36,12 @@ _SHARED = {
   'model.moe.group_size': 1,
 }
 _LAYERS = ('attention', 'moe')
-_MEM = ('mamba', 'moe') * 2
+_MEM = ('mamba2', 'moe') * 2
 # M: Mamba, E: experts, *: attention; 'MEMEM*E' five times, 'MEMEMEM*E', 'ME' four times.
-_NEMOTRON = ((*_MEM, 'mamba', 'attention', 'moe'), (*_MEM, *_MEM[:2], 'mamba', 'attention', 'moe'))
+_NEMOTRON = (
+  (*_MEM, 'mamba2', 'attention', 'moe'),
+  (*_MEM, *_MEM[:2], 'mamba2', 'attention', 'moe'),
+)
 
 # Fields of each model, and those in which its miniature differs.
 MODELS = {
@@ -132,8 +135,10 @@ MODELS = {
       'model.moe.renormalize': True,
       'model.moe.balance_bias': True,
       'model.moe.balance_loss': 1e-4,
-      'model.mamba.expand': 4096 / 2688,
-      'model.mamba.state_size': 128,
+      'model.mamba2.expand': 4096 / 2688,
+      'model.mamba2.head_width': 64,
+      'model.mamba2.groups': 8,
+      'model.mamba2.state_size': 128,
     },
     {
       'model.blocks': ((_NEMOTRON[0], 1), (_MEM[:2], 1)),
@@ -141,9 +146,11 @@ MODELS = {
       'model.num_heads': 16,
       'model.num_kv_heads': 1,
       'model.head_dim': 8,
-      'model.d_ff': 58,
-      'model.moe.shared_width': 116,
-      'model.mamba.state_size': 16,
+      'model.d_ff': 56,  # not 58: torch multiplies rows of 16 bytes
+      'model.moe.shared_width': 112,
+      'model.mamba2.head_width': 8,
+      'model.mamba2.groups': 2,
+      'model.mamba2.state_size': 16,
       'optimizer.peak_lr': 3e-3,
     },
   ),
@@ -171,5 +178,5 @@ def get_config(arg=None):
 
 def _shrink(c):
   c = variants.shrink(c)
-  c.model.vocab_size, c.model.moe.experts_per_token = 0, 2
+  c.model.vocab_size, c.model.moe.experts_per_token, c.model.mamba2.groups = 0, 2, 1
   return c

@@ -48,7 +48,7 @@ RUNS = {
   'olmoe': moe.get_config('debug,olmoe,top_k=2'),
   'mamba': mamba.get_config('debug,hf'),
   'mamba2': mamba.get_config('debug,hf,mamba2'),
-  **{f'like {name}': like.get_config(name) for name in ('olmoe', 'mixtral', 'qwen3-30b-a3b')},
+  **{f'like {name}': like.get_config(name) for name in like.MODELS},
 }
 RUNS['shared heads'].model.update(num_heads=4, num_kv_heads=2, rope_theta=300.0, norm_eps=1e-2)
 RUNS['gpt2 relu'].model.update(activation='relu', tie_embeddings=True)

@@ -155,7 +155,7 @@ def test_defaults_of_older_files_and_their_rotary_options(tmp_path):
     (
       'llama',
       {'model_type': 'bert'},
-      'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba, mamba2; got bert',
+      'one of gpt2, llama, mixtral, olmoe, qwen3_moe, mamba, mamba2, nemotron_h; got bert',
     ),
     ('llama', {'attention_bias': True}, 'attention_bias = True is not supported, only False'),
     ('llama', {'head_dim': 8}, r'q_proj.weight: checkpoint \(16, 16\) vs config \(32, 16\)'),
@@ -220,6 +220,7 @@ VARIANTS = [
   (like, 'olmoe'),
   (like, 'mixtral'),
   (like, 'qwen3-30b-a3b'),
+  (like, 'nemotron-3-nano'),
 ]
 
 
@@ -227,6 +228,7 @@ VARIANTS = [
 def test_variants_of_configs_can_be_exported(module, variant):
   run_config = config_lib.resolve(module.get_config(f'debug,{variant}'))
   names = {'hf': 'mamba', 'hf,mamba2': 'mamba2', 'qwen3-30b-a3b': 'qwen3_moe'}
+  names |= {'nemotron-3-nano': 'nemotron_h'}
   assert hf.of_run(run_config).name == names.get(variant, variant.split(',')[0])
 
 

@@ -37,11 +37,11 @@ def test_the_full_size_is_the_published_one(name):
   counts = flops.param_counts(_model(f'{name},full'))
   total, active = PUBLISHED[name]
   assert counts['total'] / 1e9 == pytest.approx(total, rel=0.01)
-  assert (counts['active'] + counts['embedding']) / 1e9 == pytest.approx(active, rel=0.025)
+  assert (counts['active'] + counts['embedding']) / 1e9 == pytest.approx(active, rel=0.02)
 
 
 def test_the_order_of_nemotron_is_the_published_one():
-  letters = {'mamba': 'M', 'moe': 'E', 'attention': '*'}
+  letters = {'mamba2': 'M', 'moe': 'E', 'attention': '*'}
   order = lambda variants: ''.join(letters[kind] for kind in _model(variants).kinds)
   full = order('nemotron-3-nano,full')
   assert full == 'MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME'
@@ -62,8 +62,7 @@ def _kept(model):
     'tied': model.tie_embeddings,
     'queries per key': model.num_heads // (model.num_kv_heads or model.num_heads),
     'heads over width': model.num_heads * model.head_width / model.d_model,
-    'expert over width': model.d_ff / model.d_model,
-    'channels over width': model.mamba.expand,
+    'channels over width': model.mamba2.expand,
   }
 
 
@@ -71,6 +70,7 @@ def _kept(model):
 def test_a_miniature_keeps_the_shape(name):
   full, miniature = _model(f'{name},full'), _model(name)
   assert _kept(miniature) == _kept(full)
+  assert miniature.d_ff / miniature.d_model == pytest.approx(full.d_ff / full.d_model, rel=0.04)
   # Routers, D x E, are larger beside D x F in a narrow model.
   assert _active_share(miniature) == pytest.approx(_active_share(full), rel=0.15)
   assert flops.param_counts(miniature)['total'] < 6e6

@@ -5,10 +5,11 @@ from moejax.hf.llama import LLAMA
 from moejax.hf.mamba import MAMBA
 from moejax.hf.mamba2 import MAMBA2
 from moejax.hf.mixtral import MIXTRAL
+from moejax.hf.nemotron_h import NEMOTRON_H
 from moejax.hf.olmoe import OLMOE
 from moejax.hf.qwen3_moe import QWEN3_MOE
 
-_ALL = GPT2, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, MAMBA, MAMBA2
+_ALL = GPT2, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, MAMBA, MAMBA2, NEMOTRON_H
 ARCHITECTURES = {a.name: a for a in _ALL}  # by their model_type
 
 

@@ -82,6 +82,7 @@ class Architecture:
   class_name: str  # of transformers
   config: str  # a config of ours that makes such models
   layer: tuple[str, ...]  # our sublayers in one of their layers
+  mixed: bool = False  # each of these is a layer, in any order
   depth: str = 'num_hidden_layers'  # their option
   needs: dict[str, Any]  # our fields with one value there, or a tuple of values
   same: dict[str, str]  # their options -> our fields with the same values
@@ -127,7 +128,7 @@ class Architecture:
     chosen = {name: v[0] if isinstance(v, tuple) else v for name, v in self.needs.items()}
     chosen |= {ours: given[theirs] for theirs, ours in self.same.items()}
     chosen |= others
-    chosen['model.blocks'] = ((self.layer, given[self.depth]),)
+    chosen.setdefault('model.blocks', ((self.layer, given[self.depth]),))
     return chosen | {f'data.{name}_id': _first(given[f'{name}_token_id']) for name in _SPECIAL}
 
   def problems(self, run_config):
@@ -147,6 +148,8 @@ class Architecture:
   def fits(self, model):
     """Whether the sublayers of a ModelConfig are those of such layers."""
     kinds = [kind for names in model.sublayers for kind in names]
+    if self.mixed:
+      return {*kinds} == {*self.layer}
     return kinds == [*self.layer] * (len(kinds) // len(self.layer))
 
   def write(self, run_config):
@@ -191,6 +194,8 @@ class Architecture:
     yield from self.top(model)
     for i, prefixes in enumerate(self._layers(model)):
       for row in self.rows(model):
+        if row.ours[0].partition('.')[0] not in prefixes:  # of another kind of layer
+          continue
         theirs = tuple(name.format(i) for name in row.theirs)
         split = (name.partition('.') for name in row.ours)
         yield row._replace(
@@ -205,7 +210,7 @@ class Architecture:
       for block in range(repeats)
       for i, kind in enumerate(pattern)
     ]
-    size = len(self.layer)
+    size = 1 if self.mixed else len(self.layer)
     yield from (dict(names[i : i + size]) for i in range(0, len(names), size))
 
 

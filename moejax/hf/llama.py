@@ -86,10 +86,12 @@ def top(model):
     yield row('lm_head.weight', 'head', INPUT)
 
 
-def attention(model):
+def attention(
+  model, norm='model.layers.{}.input_layernorm.weight', block='model.layers.{}.self_attn.'
+):
   """Rows of norm and attention."""
-  yield row('model.layers.{}.input_layernorm.weight', 'attention.norm.scale')
-  q, k, v, out = (f'model.layers.{{}}.self_attn.{name}_proj.weight' for name in 'qkvo')
+  yield row(norm, 'attention.norm.scale')
+  q, k, v, out = (f'{block}{name}_proj.weight' for name in 'qkvo')
   if model.num_kv_heads in (0, model.num_heads):
     yield row((q, k, v), 'attention.layer.qkv', INPUT, axis=1)
   else:

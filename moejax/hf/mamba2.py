@@ -30,7 +30,8 @@ def _inexpressible(model):
     )
 
 
-def _rows(model):
+def rows(model):
+  """Rows of a layer."""
   del model
   for theirs, ours, layout in (
     ('norm.weight', ('norm.scale',), SAME),
@@ -95,7 +96,7 @@ MAMBA2 = Architecture(
   unsupported=_unsupported,
   inexpressible=_inexpressible,
   top=mamba.top,
-  rows=_rows,
+  rows=rows,
   renamed=mamba.MAMBA.renamed,
   zero=mamba.MAMBA.zero,
 )
