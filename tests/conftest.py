@@ -51,6 +51,13 @@ def pytest_runtest_setup(item):
       pytest.skip(f'needs a {platform.upper()}; set JAX_PLATFORMS where there is one')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Thousands of compiled programs would take all 65,530 memory maps that Linux gives a process."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)
