@@ -203,7 +203,7 @@ def test_bfloat16_keeps_its_values(tmp_path, param_dtype):
     ({'use_bias': True}, 'use_bias = True is not supported, only False'),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported"),
     ({'time_step_rank': 3}, 'time_step_rank = 3 is not supported, only 2'),
-    ({'model_type': 'jamba'}, 'model_type must be one of .*, mamba2; got jamba'),
+    ({'model_type': 'jamba'}, 'model_type must be one of .*, nemotron_h; got jamba'),
     ({'vocab_size': 100}, 'model.vocab_size = 100 is smaller than the 259 ids'),
     ({'expand': 3}, r'mixer.A_log: checkpoint \(40, 5\) vs config \(60, 5\)'),
     ({'num_hidden_layers': 1}, 'layers.1.mixer.A_log: only in the checkpoint'),
