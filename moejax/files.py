@@ -6,8 +6,10 @@ which has the same names, parents and `/`; what is done with the files of a run 
 
 import concurrent.futures
 import contextlib
+import csv
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from moejax import buckets, lease
@@ -219,6 +221,13 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     return buckets.write(path, content)
   with atomic_output(path) as temporary:
     temporary.write_bytes(content)
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Iterable]) -> None:
+  """`write`, rows of values as CSV; the first one is the heading."""
+  output = io.StringIO()
+  csv.writer(output, lineterminator='\n').writerows(rows)
+  write(path, output.getvalue())
 
 
 def upload(source: pathlib.Path, target) -> None:

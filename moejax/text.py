@@ -47,6 +47,12 @@ def table(rows) -> str:
   return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def markdown(rows) -> str:
+  """Rows of texts as a Markdown table; the first one is the heading."""
+  heading, *body = ([cell.replace('|', '\\|') for cell in row] for row in rows)
+  return '\n'.join(f'| {" | ".join(r)} |' for r in (heading, ['---'] * len(heading), *body))
+
+
 def duration(seconds: float) -> str:
   """'45s', '3m12s', '2h05m' or '4d03h'."""
   minutes, seconds = divmod(round(seconds), 60)

@@ -1,7 +1,5 @@
 """Tries faults, and writes the table of what held."""
 
-import csv
-import io
 import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -71,13 +69,10 @@ def describe(verdicts: dict[Fault, Verdict]) -> str:
 
 def write(verdicts: dict[Fault, Verdict], runs: Runs) -> None:
   """Writes drill.md and drill.csv."""
-  table = [_COLUMNS, ['---'] * len(_COLUMNS), *rows(verdicts)]
-  lines = [' | '.join(cell.replace('|', r'\|') for cell in row) for row in table]
-  page = [f'`{cli.portable_command()}`', '', _made(runs), '', *(f'| {line} |' for line in lines)]
-  files.write(runs.folder / 'drill.md', '\n'.join([*page, '']))
-  output = io.StringIO()
-  csv.writer(output, lineterminator='\n').writerows([_COLUMNS, *rows(verdicts)])
-  files.write(runs.folder / 'drill.csv', output.getvalue())
+  table = [_COLUMNS, *rows(verdicts)]
+  page = [f'`{cli.portable_command()}`', '', _made(runs), '', text.markdown(table), '']
+  files.write(runs.folder / 'drill.md', '\n'.join(page))
+  files.write_csv(runs.folder / 'drill.csv', table)
 
 
 def _made(runs):

@@ -1,12 +1,10 @@
 """The report of a reproduction, from the runs that are finished: markdown, plots, CSV files."""
 
-import csv
-import io
 import os
 import pathlib
 import platform
 
-from moejax import cli, files, report as run_report
+from moejax import cli, files, report as run_report, text
 from moejax.compare import explain, plot, table
 from moejax.reproduce import figure, law, stages
 from moejax.reproduce.criteria import judge
@@ -28,7 +26,7 @@ def write(claim: Claim, design: Design, workdir: pathlib.Path) -> str:
     missing and f'**This report is partial: {missing}.**',
     '## Verdicts\n\nThe criteria stood in the code before the runs. Leads are in nats per token, '
     'intervals of 95% over seeds.',
-    _markdown(rows),
+    text.markdown(rows),
     f'## In the paper\n\n{claim.says}',
     f'## Here\n\n{design.setting} Seeds: {", ".join(map(str, design.seeds))}.',
     *(_comparison(title, names, results, workdir) for title, names in design.comparisons.items()),
@@ -67,8 +65,8 @@ def _comparison(title, names, results, workdir):
     figure.write({title: leads}, workdir / f'{title}-lead.png')
     pictures.append(f'![leads]({title}-lead.png)')
   notes = explain.explanation([run for model in models for run in model.runs])
-  text = f'```\n{table.describe(rows)}\n\n{notes}\n```'
-  return '\n\n'.join([f'## {title}', *pictures, text])
+  tables = f'```\n{table.describe(rows)}\n\n{notes}\n```'
+  return '\n\n'.join([f'## {title}', *pictures, tables])
 
 
 def _rates(design, workdir):
@@ -81,7 +79,7 @@ def _rates(design, workdir):
     note = '; the best is at the end of these, and may be beyond' if beyond else ''
     rows.append([name, f'{entry["rate"]:g}', (tried or 'none: found before') + note])
   what = f'One seed, runs of {design.rate_steps:,} steps; the best is used for runs of all lengths.'
-  return f'## Learning rates\n\n{what}\n\n{_markdown(rows)}'
+  return f'## Learning rates\n\n{what}\n\n{text.markdown(rows)}'
 
 
 def _made(results):
@@ -98,17 +96,9 @@ def _made(results):
     ['versions', ', '.join(f'{name} {version}' for name, version in versions.items())],
     ['corpus', f'{results.design.fields["data.source"]}, fingerprint {" ".join(known("corpus"))}'],
   ]
-  return f'## How it was made\n\n{_markdown([["", ""], *rows])}'
-
-
-def _markdown(rows):
-  heading, *body = ([cell.replace('|', '\\|') for cell in row] for row in rows)
-  return '\n'.join(f'| {" | ".join(r)} |' for r in (heading, ['---'] * len(heading), *body))
+  return f'## How it was made\n\n{text.markdown([["", ""], *rows])}'
 
 
 def _write_csv(findings, path):
-  output = io.StringIO()
-  lines = csv.writer(output, lineterminator='\n')
-  lines.writerow(['criterion', 'paper', 'measured', 'verdict'])
-  lines.writerows([c.text, c.paper, f.measured, f.verdict] for c, f in findings)
-  files.write(path, output.getvalue())
+  rows = ([c.text, c.paper, f.measured, f.verdict] for c, f in findings)
+  files.write_csv(path, [['criterion', 'paper', 'measured', 'verdict'], *rows])

@@ -1,7 +1,5 @@
 """The results of a sweep: a table, its best cell and what to try next, a CSV file and a plot."""
 
-import csv
-import io
 import math
 from typing import Any, NamedTuple
 
@@ -246,16 +244,14 @@ def _is_valid(name, value):
 def write_csv(cells, found, path) -> None:
   """One row per cell; cells without a result have empty columns."""
   columns = ['loss', 'bits_per_byte', 'train_loss', 'clipped', 'steps', 'tokens_seen', 'seconds']
-  output = io.StringIO()
-  table = csv.writer(output, lineterminator='\n')
-  table.writerow(['name', *cells[0].values, *columns])
+  rows = [['name', *cells[0].values, *columns]]
   for cell in cells:
     summary = found.get(cell.name, {})
     training = summary.get('training', {})
     measured = training | summary | summary.get('validation', {})
     measured['train_loss'] = training.get('loss')  # of the last quarter of the steps
-    table.writerow([cell.name, *cell.values.values(), *(measured.get(c) for c in columns)])
-  files.write(path, output.getvalue())
+    rows.append([cell.name, *cell.values.values(), *(measured.get(c) for c in columns)])
+  files.write_csv(path, rows)
 
 
 def plot(axes, all_groups, path) -> None:

@@ -4,9 +4,7 @@ The method of arXiv:2203.03466 (appendix D.1): if it does not, the best learning
 with the size.
 """
 
-import csv
 import dataclasses
-import io
 import math
 from typing import Any, NamedTuple
 
@@ -255,15 +253,13 @@ def verdict(measured: Measured, found: list[Slope]) -> str:
 
 def write_csv(measured: Measured, path) -> None:
   """One row per size, seed, step and place."""
-  output = io.StringIO()
-  table = csv.writer(output, lineterminator='\n')
-  table.writerow([measured.field, 'seed', 'step', 'place', 'size', 'change'])
+  rows = [[measured.field, 'seed', 'step', 'place', 'size', 'change']]
   for index in np.ndindex(measured.values.shape):
     size, seed, step, place = index
-    numbers = (f'{table_[index]:.6g}' for table_ in (measured.values, measured.changes))
+    numbers = (f'{table[index]:.6g}' for table in (measured.values, measured.changes))
     where = [f'{measured.sizes[size]:g}', measured.seeds[seed], step, measured.places[place]]
-    table.writerow([*where, *numbers])
-  files.write(path, output.getvalue())
+    rows.append([*where, *numbers])
+  files.write_csv(path, rows)
 
 
 def plot(measured: Measured, found: list[Slope], path) -> None:
