@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from moejax import exchange, files
+from moejax import files, process_exchange
 from moejax.differences import by_name
 
 _KEPT = 2  # steps: the newest may not be complete yet
@@ -132,7 +132,7 @@ class MemoryCheckpoints:
     mine = self._pack(step, state, loader, metadata)
     parts = {self._process: mine}
     if self._number > 1:
-      parts[(self._process - 1) % self._number] = exchange.from_neighbour(mine)
+      parts[(self._process - 1) % self._number] = process_exchange.from_neighbour(mine)
     try:
       for owner, part in parts.items():
         files.write(self._mine / f'{owner}-{step}-{self._keys[owner]}', part)
@@ -157,7 +157,7 @@ class MemoryCheckpoints:
   def _make_keys(self):
     """What must be the same for a part to be used, by owner; None without a run."""
     mark = files.read(self._mark) if self._process == 0 and files.exists(self._mark) else b''
-    mark = exchange.from_process(0, mark)
+    mark = process_exchange.from_process(0, mark)
     devices = [device.process_index for device in self._mesh.devices.flat]
     layout = [dict(self._mesh.shape), devices, self._config, mark.decode()]
     key = lambda owner: hashlib.sha256(json.dumps([owner, *layout]).encode()).hexdigest()[:16]
@@ -184,7 +184,9 @@ class MemoryCheckpoints:
       if owner == holder:
         part = read(owner) if owner == self._process else b''
       else:
-        part = exchange.from_process(holder, read(owner) if holder == self._process else b'')
+        part = process_exchange.from_process(
+          holder, read(owner) if holder == self._process else b''
+        )
       if owner == self._process:
         _, length = _HEAD.unpack_from(part)
         self._header = json.loads(part[_HEAD.size : _HEAD.size + length])
@@ -209,8 +211,10 @@ class MemoryCheckpoints:
     """Gives the loader the files of all processes."""
     with tempfile.TemporaryDirectory() as folder:
       for owner in range(self._number):
-        sizes = json.loads(exchange.from_process(owner, json.dumps(self._header['files']).encode()))
-        content = exchange.from_process(owner, mine) if sizes else b''
+        sizes = json.loads(
+          process_exchange.from_process(owner, json.dumps(self._header['files']).encode())
+        )
+        content = process_exchange.from_process(owner, mine) if sizes else b''
         for name, size in sizes.items():
           path = pathlib.Path(folder, name)
           path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ RANKS = (
     'trackers',
     'group',
     'lease',
-    'exchange',
+    'process_exchange',
   ),
   ('ops', 'sharding'),
   ('layers', 'muon'),

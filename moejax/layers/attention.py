@@ -15,7 +15,7 @@ from moejax.sharding import platform
 from moejax.sharding.mesh import SHARD_AXES
 
 # Positions of a block of scores; in the caches of a CPU, several times as fast as all at once.
-_BLOCK, _BLOCKS = 512, {'cpu': 64}
+_BLOCKS = {'cpu': 64, 'gpu': 512, 'tpu': 512}
 
 # Queries, keys and values are a matrix each.
 parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None), inputs=(-4,), outputs=(-2, -1))
@@ -221,7 +221,7 @@ def attend(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None):
   on = platform.current()
   if on == 'gpu' and q_BLHP.dtype in (jnp.bfloat16, jnp.float16):
     form = functools.partial(softmax_attention.attention, implementation='cudnn')
-  elif q_BLHP.shape[1] > (block := _BLOCKS.get(on, _BLOCK)):
+  elif q_BLHP.shape[1] > (block := _BLOCKS[on]):
     form = functools.partial(softmax_attention.blocked_attention, block=block)
   else:
     form = softmax_attention.attention

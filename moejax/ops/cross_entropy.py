@@ -7,6 +7,8 @@ logits of a few positions at a time and recomputes them in the backward pass.
 import jax
 import jax.numpy as jnp
 
+from moejax.ops.chunks import split
+
 
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
   """Summed cross-entropy in nats; the plain reference.
@@ -42,7 +44,7 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
     x, targets, weights = chunk_arrays
     return total + jnp.sum(_nats(x, head_DV, targets) * weights), None
 
-  chunks = tuple(_split(a, chunk) for a in (x_BLD, targets_BL, weights_BL))
+  chunks = tuple(split(a, chunk) for a in (x_BLD, targets_BL, weights_BL))
   return jax.lax.scan(add_chunk, jnp.zeros((), head_DV.dtype), chunks)[0]
 
 
@@ -61,15 +63,8 @@ def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
   B, L = targets_BL.shape
   if not 0 < chunk < L:
     return of_chunk((x_BLD, targets_BL))
-  scores = jax.lax.map(of_chunk, (_split(x_BLD, chunk), _split(targets_BL, chunk)))
+  scores = jax.lax.map(of_chunk, (split(x_BLD, chunk), split(targets_BL, chunk)))
   return tuple(jnp.moveaxis(score, 0, 1).reshape(B, -1)[:, :L] for score in scores)
-
-
-def _split(a, chunk):
-  """[B, L, ...] -> [chunks, B, chunk, ...], zeros at the end."""
-  chunks = -(-a.shape[1] // chunk)
-  padding = [(0, 0), (0, chunks * chunk - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
-  return jnp.moveaxis(jnp.pad(a, padding).reshape(len(a), chunks, chunk, *a.shape[2:]), 1, 0)
 
 
 @jax.custom_vjp

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.ops.chunks import split
+
 
 def attention(
   q_BLHP,
@@ -54,17 +56,12 @@ def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, b
   B, L, H, P = q_BLHP.shape
   J = k_BLJP.shape[2]
   scale = P**-0.5 if scale is None else scale
-  split = functools.partial(_blocks, block=block)
-  q_NBMJRP = split(q_BLHP.reshape(B, L, J, H // J, P))
-  segments_NBM = None if segments_BL is None else split(segments_BL)
-  o_NBMJRP: Any = _attend(scale, q_NBMJRP, split(k_BLJP), split(v_BLJP), segments_NBM)
+  # Keys that are added at the end come after all queries, which do not see them.
+  q_NBMJRP = split(q_BLHP.reshape(B, L, J, H // J, P), block)
+  k_NBMJP, v_NBMJP = split(k_BLJP, block), split(v_BLJP, block)
+  segments_NBM = None if segments_BL is None else split(segments_BL, block)
+  o_NBMJRP: Any = _attend(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM)
   return jnp.moveaxis(o_NBMJRP, 0, 1).reshape(B, -1, H, P)[:, :L]
-
-
-def _blocks(a, block):
-  """[B, L, ...] -> [blocks, B, block, ...]; keys that are added come after all queries."""
-  padded = jnp.pad(a, [(0, 0), (0, -a.shape[1] % block)] + [(0, 0)] * (a.ndim - 2))
-  return jnp.moveaxis(padded.reshape(len(a), -1, block, *a.shape[2:]), 1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -22,6 +22,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moejax.ops.chunks import split
+
 # Positions of a chunk. Products inside of chunks grow with it, the number of states at their starts
 # falls; accelerators multiply matrices of 128 as fast as smaller ones.
 CHUNKS = {'cpu': 32, 'gpu': 128, 'tpu': 128}
@@ -65,8 +67,7 @@ def ssd(
   def in_chunks(v):
     """[B, L, ...] to [chunks, B, Q], [chunks, B, H, Q] or [chunks, B, H or G, Q, P or N]."""
     # In the padding dt is 0: the state does not change.
-    v = jnp.pad(v, [(0, 0), (0, -L % Q)] + [(0, 0)] * (v.ndim - 2))
-    v = jnp.moveaxis(v.reshape(B, -1, Q, *v.shape[2:]), 1, 0)
+    v = split(v, Q)
     return jnp.moveaxis(v, 2, 3) if v.ndim > 3 else v
 
   document = jnp.cumsum(in_chunks(reset_BL.astype(jnp.int32)), axis=2)  # 0: that before the chunk
