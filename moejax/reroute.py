@@ -12,9 +12,7 @@ tables (reroute.csv), plots of the matrix (matrix.png) and of the losses after t
 (reroute.png), and the runs; the same command resumes them.
 """
 
-import contextlib
 import csv
-import functools
 import math
 from typing import NamedTuple
 
@@ -27,7 +25,6 @@ from moejax import (
   data,
   files,
   metrics,
-  model as model_lib,
   report,
   run_folder,
   same_experts,
@@ -67,17 +64,13 @@ def measure(folder, routers, num_batches=None, name=''):
     num_batches: of validation; None: all.
     name: of the run; default: that of its folder.
   """
-  source = run_folder.open_run(folder)
-  with contextlib.closing(source.checkpoints):
-    trained = same_experts.router_of(source.config)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
-    params = source.checkpoints.restore_params(
-      source.step, _abstract_params(source.run_config.model, mesh), source.config.to_dict()
-    )
+  config = run_folder.read(folder)
+  trained = same_experts.router_of(config)
+  source, _, params, mesh = run_folder.load_run(folder)
   for router in routers:
     cell = Cell(name or files.path(folder).name, trained, router, math.nan, math.nan)
     try:
-      run_config = _rerouted(source.config, router)
+      run_config = _rerouted(config, router)
       config_lib.check_batch(run_config, mesh)
     except ValueError as error:
       yield cell._replace(why_not=str(error).removeprefix('--from: '))
@@ -85,7 +78,7 @@ def measure(folder, routers, num_batches=None, name=''):
     part = sharding.process_part(mesh, run_config.data.batch_size)
     loader = data.make_loader(run_config.data, 'validation', **part)
     with jax.set_mesh(mesh):
-      converted = _convert(source.run_config.model, run_config.model, params, mesh)
+      converted = _convert(source.model, run_config.model, params, mesh)
       accumulation = run_config.optimizer.accumulation
       result, _ = evaluate(run_config.model, converted, loader, num_batches, mesh, accumulation)
     loss = result.get('loss_dropless', result['loss'])
@@ -98,12 +91,8 @@ def _rerouted(config, router):
   return config_lib.resolve(config)
 
 
-def _abstract_params(model, mesh):
-  return sharding.abstract(functools.partial(model_lib.init_params, model, jax.random.key(0)), mesh)
-
-
 def _convert(old, new, params, mesh):
-  abstract = {'params': _abstract_params(new, mesh)}
+  abstract = {'params': run_folder.abstract_params(new, mesh)}
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   switch = lambda params: same_experts.convert(params, abstract, old.mot.temperature)
   return jax.jit(switch, out_shardings=shardings)({'params': params})['params']

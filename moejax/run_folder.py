@@ -283,6 +283,12 @@ def open_run(workdir, overrides=None, flag='--workdir'):
   return SavedRun(config, run_config, opened, step)
 
 
+def abstract_params(model, mesh):
+  """Shapes, dtypes and shardings of the parameters of a ModelConfig."""
+  init = functools.partial(model_lib.init_params, model, jax.random.key(0))
+  return sharding.abstract(init, mesh)
+
+
 def load_run(workdir, overrides=None):
   """Opens a run as `open_run` does, and loads its parameters.
 
@@ -291,8 +297,7 @@ def load_run(workdir, overrides=None):
   """
   config, run_config, saved, _ = open_run(workdir, overrides)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1, expert=1, tensor=1))
-  init = functools.partial(model_lib.init_params, run_config.model, jax.random.key(0))
-  abstract = sharding.abstract(init, mesh)
+  abstract = abstract_params(run_config.model, mesh)
   restore = lambda step: saved.restore_params(step, abstract, config.to_dict())
   with contextlib.closing(saved), cli.waiting_for('reading the checkpoint', file=sys.stderr):
     step, params = saved.read_newest(restore)

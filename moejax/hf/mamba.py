@@ -4,6 +4,8 @@ Checkpoints that contain `backbone.embeddings.weight` have this format, such as 
 Hugging Face's hub end in -hf.
 """
 
+import functools
+
 from moejax.hf.architecture import INPUT, SAME, Architecture, Layout, row
 from moejax.layers import mamba
 
@@ -47,6 +49,23 @@ def _rows(model):
     yield row(f'backbone.layers.{{}}.{theirs}', [f'mamba.{name}' for name in ours], layout)
 
 
+def fields(section, options):
+  """Fields of both kinds of Mamba by their options; `section` of ours is `mamba` or `mamba2`."""
+  return {
+    f'model.{section}.expand': float(options['expand']),
+    'model.residual_float32': options['residual_in_fp32'],
+  }
+
+
+def options(section, model):
+  """Their options of both kinds of Mamba."""
+  return {
+    'expand': int(getattr(model, section).expand),
+    'use_conv_bias': True,
+    'residual_in_fp32': model.residual_float32 or model.dtype == 'float32',
+  }
+
+
 MAMBA = Architecture(
   name='mamba',
   class_name='MambaForCausalLM',
@@ -75,16 +94,8 @@ MAMBA = Architecture(
     'eos_token_id': 0,
     'pad_token_id': 0,
   },
-  fields=lambda o: {
-    'model.mamba.expand': float(o['expand']),
-    'model.residual_float32': o['residual_in_fp32'],
-  },
-  options=lambda m: {
-    'expand': int(m.mamba.expand),
-    'time_step_rank': mamba.delta_rank(m.d_model),
-    'use_conv_bias': True,
-    'residual_in_fp32': m.residual_float32 or m.dtype == 'float32',
-  },
+  fields=functools.partial(fields, 'mamba'),
+  options=lambda m: options('mamba', m) | {'time_step_rank': mamba.delta_rank(m.d_model)},
   unsupported=_unsupported,
   inexpressible=_inexpressible,
   top=top,

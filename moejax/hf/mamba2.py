@@ -4,6 +4,8 @@ Ours keeps apart what they have in one matrix: the projections into gate and x, 
 and the convolutions of x, and of b and c.
 """
 
+import functools
+
 from moejax.hf import mamba
 from moejax.hf.architecture import INPUT, SAME, Architecture, row
 
@@ -83,16 +85,8 @@ MAMBA2 = Architecture(
     'eos_token_id': 2,
     'pad_token_id': 1,
   },
-  fields=lambda o: {
-    'model.mamba2.expand': float(o['expand']),
-    'model.residual_float32': o['residual_in_fp32'],
-  },
-  options=lambda m: {
-    'expand': int(m.mamba2.expand),
-    'num_heads': m.mamba2.heads(m.d_model),
-    'use_conv_bias': True,
-    'residual_in_fp32': m.residual_float32 or m.dtype == 'float32',
-  },
+  fields=functools.partial(mamba.fields, 'mamba2'),
+  options=lambda m: mamba.options('mamba2', m) | {'num_heads': m.mamba2.heads(m.d_model)},
   unsupported=_unsupported,
   inexpressible=_inexpressible,
   top=mamba.top,

@@ -58,21 +58,7 @@ def test_reproduces_transformers(monkeypatch):
       'w_out': theirs['out_proj.weight'].T,
     }
 
-  graph, params = nnx.split(_layer(d_model=20, state_size=5))
-  weights = ours('w.')
-  assert jax.tree.map(jnp.shape, nnx.to_pure_dict(params)) == jax.tree.map(jnp.shape, weights)
-  tokens = mamba_test._tokens(0, length=reference['x'].shape[1])
-
-  @jax.jit
-  def run(weights, x_BLD, dy_BLD):
-    def layer(weights, x_BLD):
-      nnx.replace_by_pure_dict(params, weights)
-      return nnx.merge(graph, params)(x_BLD, tokens)[0]
-
-    y_BLD, backward = jax.vjp(layer, weights, x_BLD)
-    return y_BLD, backward(dy_BLD)
-
-  got = run(weights, reference['x'], reference['dy'])
+  got = mamba_test.run_with(_layer(d_model=20, state_size=5), ours('w.'), reference)
   _assert_close(got, (reference['y'], (ours('g.'), reference['dx'])), 5e-6)
 
 

@@ -83,26 +83,29 @@ def _reference_weights(reference, prefix):
   }
 
 
-def test_reproduces_transformers():
-  with np.load(REFERENCE) as arrays:
-    reference = dict(arrays)
-  graph, params = nnx.split(_layer(d_model=20, state_size=5))
-  weights = _reference_weights(reference, 'w')
-  assert {k: v.shape for k, v in nnx.to_pure_dict(params).items()} == {
-    k: v.shape for k, v in weights.items()
-  }
+def run_with(layer, weights, reference):
+  """The outputs of a layer with other weights, and the gradients of these and of its inputs."""
+  graph, params = nnx.split(layer)
+  assert jax.tree.map(jnp.shape, nnx.to_pure_dict(params)) == jax.tree.map(jnp.shape, weights)
   tokens = _tokens(0, length=reference['x'].shape[1])
 
   @jax.jit
   def run(weights, x_BLD, dy_BLD):
-    def layer(weights, x_BLD):
+    def apply(weights, x_BLD):
       nnx.replace_by_pure_dict(params, weights)
       return nnx.merge(graph, params)(x_BLD, tokens)[0]
 
-    y_BLD, backward = jax.vjp(layer, weights, x_BLD)
+    y_BLD, backward = jax.vjp(apply, weights, x_BLD)
     return y_BLD, backward(dy_BLD)
 
-  y_BLD, (gradients, dx_BLD) = run(weights, reference['x'], reference['dy'])
+  return run(weights, reference['x'], reference['dy'])
+
+
+def test_reproduces_transformers():
+  with np.load(REFERENCE) as arrays:
+    reference = dict(arrays)
+  weights = _reference_weights(reference, 'w')
+  y_BLD, (gradients, dx_BLD) = run_with(_layer(d_model=20, state_size=5), weights, reference)
   got = {'y': y_BLD, 'x': dx_BLD, **gradients}
   expected = {'y': reference['y'], 'x': reference['dx'], **_reference_weights(reference, 'g')}
   errors = {k: np.abs(got[k] - v).max() / np.abs(v).max() for k, v in expected.items()}
