@@ -39,13 +39,18 @@ class MetricsWriter:
     self._unwritten, self._has_warned = b'', False
     self._trackers = Trackers(trackers, workdir, config or {}, start_step)
 
-  def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+  def write(
+    self, step: int, metrics: dict[str, float], prefix: str = '', details: dict | None = None
+  ) -> None:
     """Writes one line. With a prefix, 'loss' becomes 'prefix/loss'.
 
     A line that cannot be written, on a full disk say, is written together with a later one.
+    `details` are not passed on to trackers, where every name is a plot.
     """
-    named = {f'{prefix}/{name}' if prefix else name: float(v) for name, v in metrics.items()}
-    self._unwritten += _line({'step': step, **named}).encode()
+    before = f'{prefix}/' if prefix else ''
+    name_all = lambda of: {f'{before}{name}': float(value) for name, value in of.items()}
+    named = name_all(metrics)
+    self._unwritten += _line({'step': step, **named, **name_all(details or {})}).encode()
     self._append()
     self._trackers.write(step, named)
 
@@ -78,7 +83,9 @@ class MetricsWriter:
 class NoWriter:
   """A `MetricsWriter` that writes nothing."""
 
-  def write(self, step: int, metrics: dict[str, float], prefix: str = '') -> None:
+  def write(
+    self, step: int, metrics: dict[str, float], prefix: str = '', details: dict | None = None
+  ) -> None:
     pass
 
   def sync(self) -> None:
@@ -199,7 +206,7 @@ def smoothed_loss(curve, steps: int) -> dict:
 def flatten_aux(aux: dict) -> dict[str, float]:
   """Metrics of sublayers by name: 'name/00', 'name/01', ... in their order.
 
-  Those with more than one number per sublayer are left out; they are for plots.
+  Those with more than one number per sublayer are left out, see `by_expert`.
   """
   arrays = {name: np.asarray(values) for name, values in aux.items()}
   return {
@@ -207,6 +214,16 @@ def flatten_aux(aux: dict) -> dict[str, float]:
     for name, values in arrays.items()
     if values.ndim == 1
     for i, value in enumerate(values)
+  }
+
+
+def by_expert(aux: dict) -> dict[str, float]:
+  """Metrics that sublayers have of every expert: 'name/00/000', by sublayer and expert."""
+  return {
+    f'{name}/{i:02d}/{expert:03d}': float(value)
+    for name, values in aux.items()
+    if np.ndim(values) == 2
+    for (i, expert), value in np.ndenumerate(values)
   }
 
 

@@ -122,12 +122,24 @@ class LanguageModel(nnx.Module):
     chunk = self.config.loss_chunk
     return cross_entropy.target_scores(x_BLD, self._head(), batch['targets'], chunk=chunk)
 
-  def _activations_of(self, batch, key=None):
+  def observe(self, batch):
+    """What the layers with experts did with every token: their part of aux, by 'moe' or 'mot'.
+
+    Returns:
+      {'moe': {'logits': [layers, B, L, E], 'weights': the same, 'products': [layers, E, E]}}, see
+      `layers.experts.observation`.
+    """
+    _, aux = self._activations_of(batch, observed=True)
+    kinds = [kind for kind in ('moe', 'mot') if f'{kind}/products' in aux]
+    names = ('logits', 'weights', 'products')
+    return {kind: {name: aux[f'{kind}/{name}'] for name in names} for kind in kinds}
+
+  def _activations_of(self, batch, key=None, observed=None):
     positions_BL = batch['positions']
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
-    tokens = common.TokenInfo(batch['segments'], positions_BL, key)
+    tokens = common.TokenInfo(batch['segments'], positions_BL, key, observed)
     return self.activations(batch['inputs'], tokens)
 
   def __call__(self, inputs_BL, tokens=None):

@@ -87,7 +87,8 @@ def evaluate_batches(run: Run, num_batches, prefix, interrupt=None) -> bool:
     return False
   # The previous process may have written it at the step it stopped at.
   if not run.step == run.first_step in dict(metrics_lib.loss_curve(run.workdir, f'{prefix}/loss')):
-    run.writer.write(run.step, done.result | metrics_lib.flatten_aux(done.aux), prefix=prefix)
+    measured, details = metrics_lib.flatten_aux(done.aux), metrics_lib.by_expert(done.aux)
+    run.writer.write(run.step, done.result | measured, prefix=prefix, details=details)
   run.eval_result = done.result | done.extent
   if is_process_0() and 'moe/load' in done.aux:
     with run.optional('router.png'):

@@ -37,10 +37,11 @@ def read_events(workdir):
 def test_lines_and_events_hold_the_same_numbers(tmp_path):
   writer = metrics.MetricsWriter(tmp_path / 'run', 0, ('tensorboard',))
   writer.write(10, {'loss': jnp.float32(2.5), 'mfu': 0.25})
-  writer.write(10, {'loss': np.float64(3.0)}, prefix='eval')
+  details = metrics.by_expert({'loss': np.ones(2), 'load': np.array([[0.5, 1.5]])})
+  writer.write(10, {'loss': np.float64(3.0)}, prefix='eval', details=details)
   assert metrics.read_metrics(tmp_path / 'run') == [  # before closing: lines are flushed
     {'step': 10, 'loss': 2.5, 'mfu': 0.25},
-    {'step': 10, 'eval/loss': 3.0},
+    {'step': 10, 'eval/loss': 3.0, 'eval/load/00/000': 0.5, 'eval/load/00/001': 1.5},
   ]
   writer.close()
   scalars = [

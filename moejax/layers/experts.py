@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -34,6 +35,35 @@ class Experts(mlp.Matrices):
       name: exchange.gather(weights[name], spec, ('fsdp',)) for name, spec in specs(weights).items()
     }
     return feed_forward(self.activation, x_ECD, None, weights)
+
+  def products(self, x_ND, valid_N):
+    """Inner products of the outputs of every two experts, summed over the same valid inputs."""
+    number = self.w_in.shape[0]
+    y_END = self(jnp.broadcast_to(x_ND[None], (number, *x_ND.shape)))
+    y = jnp.where(valid_N[None, :, None], y_END, 0).astype(jnp.float32).reshape(number, -1)
+    return jnp.matmul(y, y.T, precision=jax.lax.Precision.HIGHEST)
+
+
+_COMPARED = 256  # inputs of a batch on which experts are compared
+
+
+def observation(experts, logits_BLE, weights_BLE, x_ND, valid_N):
+  """What a layer with experts did with every token, for its `aux`; float32.
+
+  Args:
+    experts: `Experts`, or a norm around them, with `products`.
+    logits_BLE: scores of the router or controller.
+    weights_BLE: what each expert's output is multiplied by for each token, or each token in the
+      mixture of each expert; 0 where it does not get there.
+    x_ND, valid_N: inputs of experts, a sample of which they are compared on.
+
+  Returns:
+    A dict of 'logits', 'weights', and 'products', `Experts.products` [E, E].
+  """
+  every = max(1, len(x_ND) // _COMPARED)
+  products = experts.products(x_ND[::every], valid_N[::every])
+  seen = {'logits': logits_BLE, 'weights': weights_BLE, 'products': products}
+  return {name: a.astype(jnp.float32) for name, a in seen.items()}
 
 
 def specs(weights):

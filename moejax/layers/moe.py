@@ -273,15 +273,20 @@ class MixtureOfExperts(common.Stateless):
     groups.check('model.moe.group_size', M, B)
     grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
     x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
-    y, aux = self._route(x_GTD, valid_GT, tokens.key, config)
+    y, aux, seen = self._route(x_GTD, valid_GT, tokens, config)
     y = checkpoint_name(grouped.join(y), experts.OUTPUT)
+    if tokens.observed:
+      inputs_ND, valid_N = x_GTD.reshape(-1, x_GTD.shape[-1]), valid_GT.reshape(-1)
+      logits_BLE, weights_BLE = map(grouped.join, seen)
+      seen = experts.observation(self.experts, logits_BLE, weights_BLE, inputs_ND, valid_N)
+      aux |= {f'moe/{name}': values for name, values in seen.items()}
     if self.config.shared_width:
       y += self.shared(x_BLD, tokens)[0]
     return (self.output_norm(y) if self.config.output_norm else y), aux
 
-  def _route(self, x_GTD, valid_GT, key, config):
-    """Routes groups through the experts: y_GTD, and aux."""
-    logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, key), self.router[...])
+  def _route(self, x_GTD, valid_GT, tokens, config):
+    """Routes groups through the experts: y_GTD, aux, and logits_GTE and weights_GTE if observed."""
+    logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, tokens.key), self.router[...])
     bias_E = self.balance_bias[...] if config.balance_bias else None
     weights = self.experts.weights(x_GTD.dtype)
     specs = experts.specs(weights)
@@ -291,6 +296,7 @@ class MixtureOfExperts(common.Stateless):
       activation=self.experts.activation,
       devices=mesh.num_shards(specs['w_in'], 'expert'),
       fsdp_dims={name: mesh.sharded_dim(spec, ('fsdp',)) for name, spec in specs.items()},
+      observed=tokens.observed,
     )
     if mesh.size(*mesh.AXES) > 1:
       axes = mesh.batch_axes(len(x_GTD))
@@ -299,13 +305,14 @@ class MixtureOfExperts(common.Stateless):
       body = jax.shard_map(
         body,
         in_specs=(by_group, by_group, by_group, P(), specs),
-        out_specs=(P(width, axes), by_group, by_group),
+        out_specs=(P(width, axes), by_group, by_group, by_group),
         check_vma=False,  # loops start from zeros that each device makes
       )
     choosing_E = None if bias_E is None else jax.lax.stop_gradient(bias_E)
-    y, counts_GE, reached_GT = body(x_GTD, logits_GTE, valid_GT, choosing_E, weights)
+    y, counts_GE, reached_GT, weights_GTE = body(x_GTD, logits_GTE, valid_GT, choosing_E, weights)
+    aux = self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, bias_E)
     # Shards of hidden widths are summed here, where the gradient of the sum needs no collective.
-    return y.sum(axis=0), self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, bias_E)
+    return y.sum(axis=0), aux, (logits_GTE, weights_GTE)
 
   def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, bias_E):
     config = self.config
@@ -324,7 +331,7 @@ class MixtureOfExperts(common.Stateless):
 
 
 def _on_device(
-  x_GTD, logits_GTE, valid_GT, bias_E, weights, *, config, activation, devices, fsdp_dims
+  x_GTD, logits_GTE, valid_GT, bias_E, weights, *, config, activation, devices, fsdp_dims, observed
 ):
   """One device's tokens: plan, exchange or gather, experts, back, combine.
 
@@ -342,15 +349,17 @@ def _on_device(
     bias_E: added to the scores for choosing, or None.
     weights: {name: [E / devices, ...]}, this device's experts; sharded along `fsdp` in
       `fsdp_dims`, {name: dimension or None}.
+    observed: whether to return weights_GTE.
 
   Returns:
     y [1, G, T, d_out], of this device's hidden widths; counts_GE, choices per expert before drops;
-    reached_GT, how many experts each token reached.
+    reached_GT, how many experts each token reached; weights_GTE, `Plan.weights_TE`, or None.
   """
   loop = experts.in_a_loop(config.impl)
   weights = exchange.gather_weights(weights, fsdp_dims)
   plan = _plan(config, logits_GTE, valid_GT, bias_E, loop and devices == 1)
   counts_GE, reached_GT = plan.counts_GE, plan.rows_per_token_T.reshape(valid_GT.shape)
+  weights_GTE = plan.weights_TE().reshape(logits_GTE.shape) if observed else None
 
   x = x_GTD.reshape(-1, x_GTD.shape[-1])
   send_slots = devices > 1 and not plan.ragged and plan.token.size <= devices * len(x)
@@ -372,7 +381,7 @@ def _on_device(
     y = dispatch.combine(rows, plan)
   if send_tokens:
     y = exchange.reduce_scatter(y)
-  return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT
+  return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT, weights_GTE
 
 
 # Slots of an expert from which the ragged loop beats the one over several experts at once

@@ -157,23 +157,28 @@ class MixtureOfTokens(common.Stateless):
     if self.config.grouping == 'random' and tokens.key is not None:
       order_B = jax.random.permutation(tokens.key, B)
     grouped = groups.Groups(B, L, M, order_B)
-    y_CMD, aux = self._mix(grouped.split(x_BLD), grouped.split(tokens.segments > 0))
-    return checkpoint_name(grouped.join(y_CMD), experts.OUTPUT), aux
-
-  def _mix(self, x_CMD, valid_CM):
-    merge_CME, emit_CME, aux = self._weights(x_CMD, valid_CM)
+    x_CMD, valid_CM = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
+    logits_CME = self._logits(x_CMD, self.controller)
+    merge_CME, emit_CME, aux = self._weights(x_CMD, valid_CM, logits_CME)
     rows_ECD = groups.to_experts(mixing.merge(x_CMD, merge_CME))
     if self.config.expert_norm:
-      rows_ECD = self.norm_out(self.experts(self.norm_in(rows_ECD)))
-    else:
-      rows_ECD = self.experts(rows_ECD)
+      rows_ECD = self.norm_in(rows_ECD)
+    if tokens.observed:
+      inputs_ND = rows_ECD.reshape(-1, x_BLD.shape[-1])
+      valid_N = jnp.tile(valid_CM.any(axis=1), len(rows_ECD))
+      logits_BLE, weights_BLE = map(grouped.join, (logits_CME, merge_CME))
+      seen = experts.observation(self.experts, logits_BLE, weights_BLE, inputs_ND, valid_N)
+      aux |= {f'mot/{name}': values for name, values in seen.items()}
+    rows_ECD = self.experts(rows_ECD)
+    if self.config.expert_norm:
+      rows_ECD = self.norm_out(rows_ECD)
     rows_ECD = checkpoint_name(groups.from_experts(rows_ECD), experts.OUTPUT)
-    return mixing.emit(rows_ECD, emit_CME), aux
+    y_CMD = mixing.emit(rows_ECD, emit_CME)
+    return checkpoint_name(grouped.join(y_CMD), experts.OUTPUT), aux
 
-  def _weights(self, x_CMD, valid_CM):
+  def _weights(self, x_CMD, valid_CM, logits_CME):
     """Weights of tokens in the mixtures and of outputs, and aux."""
     config = self.config
-    logits_CME = self._logits(x_CMD, self.controller)
     merge_CME = self._distribution(logits_CME, valid_CM, 'temperature', mixing.TOKENS)
     measured = {'mot/': mixing.statistics(merge_CME, valid_CM)}
     if config.emits_as_it_merges:

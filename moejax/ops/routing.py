@@ -53,6 +53,16 @@ class Plan:
 
   packed = ragged  # its name in version 0.1, for code that reads plans
 
+  def weights_TE(self):
+    """What every expert's output is multiplied by for every token; 0 where it has no row of it."""
+    T, E = len(self.rows_per_token_T), len(self.sizes_E)
+    expert = jnp.arange(E)[:, None]
+    if self.ragged:
+      ends, rows = jnp.cumsum(self.sizes_E), jnp.arange(len(self.token))
+      expert = jnp.minimum(jnp.searchsorted(ends, rows, side='right'), E - 1)
+    zeros = jnp.zeros((T, E), self.weight.dtype)
+    return zeros.at[self.token, expert].add(jnp.where(self.used, self.weight, 0))
+
 
 def router_logits(x, w_DE):
   """Scores of every expert for x [..., D]: logits [..., E], as wide as x or w, at full precision.
