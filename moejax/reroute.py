@@ -20,6 +20,7 @@ import jax
 from absl import flags
 
 from moejax import (
+  another_router,
   cli,
   config as config_lib,
   data,
@@ -27,8 +28,8 @@ from moejax import (
   metrics,
   report,
   run_folder,
-  same_experts,
   sharding,
+  step as step_lib,
   text,
   transition_tuning,
 )
@@ -60,14 +61,14 @@ def measure(folder, routers, num_batches=None, name=''):
 
   Args:
     folder: of the run.
-    routers: of `same_experts.ROUTERS`.
+    routers: of `another_router.ROUTERS`; that of the run is always evaluated.
     num_batches: of validation; None: all.
     name: of the run; default: that of its folder.
   """
   config = run_folder.read(folder)
-  trained = same_experts.router_of(config)
+  trained = another_router.router_of(config)
   source, _, params, mesh = run_folder.load_run(folder)
-  for router in routers:
+  for router in routers if trained in routers else (trained, *routers):
     cell = Cell(name or files.path(folder).name, trained, router, math.nan, math.nan)
     try:
       run_config = _rerouted(config, router)
@@ -78,7 +79,7 @@ def measure(folder, routers, num_batches=None, name=''):
     part = sharding.process_part(mesh, run_config.data.batch_size)
     loader = data.make_loader(run_config.data, 'validation', **part)
     with jax.set_mesh(mesh):
-      converted = _convert(source.model, run_config.model, params, mesh)
+      converted = _convert(source, run_config, params, mesh)
       accumulation = run_config.optimizer.accumulation
       result, _ = evaluate(run_config.model, converted, loader, num_batches, mesh, accumulation)
     loss = result.get('loss_dropless', result['loss'])
@@ -87,15 +88,19 @@ def measure(folder, routers, num_batches=None, name=''):
 
 def _rerouted(config, router):
   config = config.copy_and_resolve_references()
-  same_experts.with_router(config, router)
+  another_router.with_router(config, router)
   return config_lib.resolve(config)
 
 
 def _convert(old, new, params, mesh):
-  abstract = {'params': run_folder.abstract_params(new, mesh)}
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  switch = lambda params: same_experts.convert(params, abstract, old.mot.temperature)
-  return jax.jit(switch, out_shardings=shardings)({'params': params})['params']
+  """Parameters of the run_config `old` as those of `new`."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run_folder.abstract_params(new.model, mesh))
+
+  def switch(params):
+    fresh = {'params': step_lib.fresh_state(new)()['params']}
+    return another_router.convert({'params': params}, fresh, old.model, new.model)['params']
+
+  return jax.jit(switch, out_shardings=shardings)(params)
 
 
 def repair(folder, cell, output, steps):
@@ -184,10 +189,10 @@ def main():
   args = flags.FLAGS
   cli.join_processes()
   for router in args.routers:
-    if router not in same_experts.ROUTERS:
+    if router not in another_router.ROUTERS:
       raise ValueError(
-        f'--routers: expected some of {", ".join(same_experts.ROUTERS)}, got {router!r}'
-        f'{text.did_you_mean(router, same_experts.ROUTERS)}.'
+        f'--routers: expected some of {", ".join(another_router.ROUTERS)}, got {router!r}'
+        f'{text.did_you_mean(router, another_router.ROUTERS)}.'
       )
   cells = []
   for run in runs.read(args.runs):
@@ -210,7 +215,7 @@ if __name__ == '__main__':
     'runs', None, 'Folders of runs with experts, or folders of such runs.', required=True
   )
   cli.define_path('output', None, 'Folder for the tables and the runs.', required=True)
-  flags.DEFINE_list('routers', list(same_experts.ROUTERS), 'Routers to evaluate with.')
+  flags.DEFINE_list('routers', list(another_router.ROUTERS), 'Routers to evaluate with.')
   flags.DEFINE_integer('steps', 0, 'Steps of further training with every router.', lower_bound=0)
   flags.DEFINE_integer('batches', 0, 'Batches of validation; 0: all.', lower_bound=0)
   cli.run(main, needs_config=False)

@@ -16,7 +16,7 @@ ROUTERS = (*moe.ROUTERS, *MIXING)
 
 # What layers of the other kind lack, so that only these values can get a router of that kind:
 # further parameters, changing temperatures, weights that are no softmax.
-_PLAIN_MOT = {
+PLAIN_MOT = {
   'emit': 'same',
   'separate_controllers': False,
   'temperature_mode': 'fixed',
@@ -59,7 +59,7 @@ def with_router(config, router) -> None:
   elif mixed:
     make_sparse(config, router)
   elif router != config.model.moe.router:
-    _sparse_fields(config, router)
+    sparse_fields(config, router)
 
 
 def make_sparse(config, router) -> None:
@@ -73,21 +73,21 @@ def make_sparse(config, router) -> None:
   """
   router_of(config)
   model, mot = config.model, config_lib.resolve(config).model.mot
-  _check_plain('mot', mot, _PLAIN_MOT)
+  _check_plain('mot', mot, PLAIN_MOT)
   width = mot.width(model.d_ff)
   if model.d_ff % width or mot.num_experts * width % model.d_ff:
     raise ValueError(
       f'--from: {mot.num_experts} experts of width {width} are not granularity * expansion_rate '
       f'experts of width d_ff / granularity (model.d_ff = {model.d_ff}).'
     )
-  _rename(model, 'mot', 'moe')
+  rename(model, 'mot', 'moe')
   model.moe.update(
     granularity=model.d_ff // width,
     expansion_rate=mot.num_experts * width // model.d_ff,
     experts_per_token=0,  # granularity
     group_size=mot.group_size,
   )
-  _sparse_fields(config, router)
+  sparse_fields(config, router)
 
 
 def make_mixing(config) -> None:
@@ -103,13 +103,13 @@ def make_mixing(config) -> None:
       f'--from: {sparse.top_k} of {sparse.num_experts} experts per token are the FLOPs of no whole '
       'number of mixed tokens.'
     )
-  _rename(model, 'moe', 'mot')
+  rename(model, 'moe', 'mot')
   model.mot.update(
     num_experts=sparse.num_experts,
     group_size=sparse.num_experts // sparse.top_k,
     expert_width=sparse.expert_width(model.d_ff),
     temperature=1.0,
-    **_PLAIN_MOT,
+    **PLAIN_MOT,
   )
 
 
@@ -123,14 +123,16 @@ def _check_plain(kind, section, plain):
       )
 
 
-def _rename(model, old, new):
+def rename(model, old, new) -> None:
+  """Gives every sublayer `old` in the blocks of a model's ConfigDict the kind `new`."""
   model.blocks = tuple(
     (tuple(new if kind == old else kind for kind in pattern), repeats)
     for pattern, repeats in model.blocks
   )
 
 
-def _sparse_fields(config, router):
+def sparse_fields(config, router) -> None:
+  """Sets the fields of a sparse layer that depend on its router."""
   fills_slots = moe.MoEConfig(router=router).rule.fills_slots
   config.model.moe.update(
     router=router,
@@ -154,14 +156,39 @@ def convert(source, fresh, temperature=1.0):
     ValueError: an array of `source` is missing in `fresh`, or has another shape there.
   """
   wanted = by_name(fresh)
-  # Optimizers keep a mean of the gradients of a parameter, and one of their squares.
-  scale = {'params': 1 / temperature, 'mu': temperature, 'trace': temperature, 'nu': temperature**2}
-  taken = {}
-  for name, leaf in by_name(source).items():
-    if name not in wanted:
-      name = _other_name(name)
-      if name.endswith(('/router', '/controller')):
-        leaf = leaf * next((scale[part] for part in name.split('/') if part in scale), 1)
+
+  def change(name, leaf):
+    name = name if name in wanted else _other_name(name)
+    if name.endswith(('/router', '/controller')):
+      leaf = leaf * scale(name, 1 / temperature, temperature)
+    return name, leaf
+
+  return carry_over(source, fresh, change)
+
+
+def scale(name, parameter, gradient) -> float:
+  """Factor of an array in a train state, from that of its parameter and of the latter's gradient.
+
+  Optimizers keep a mean of the gradients of a parameter, and one of their squares.
+  """
+  factors = {'params': parameter, 'mu': gradient, 'trace': gradient, 'nu': gradient**2}
+  return next((factors[part] for part in name.split('/') if part in factors), 1.0)
+
+
+def carry_over(source, fresh, change):
+  """A train state with the arrays of another one.
+
+  Args:
+    source: the other one, or a part of it, as a pytree of arrays.
+    fresh: a state of the new model; arrays that `source` lacks stay.
+    change: a function of a name in `source` and its array: name in `fresh`, new array.
+
+  Raises:
+    ValueError: an array has no place in `fresh`, or another shape there.
+  """
+  wanted, taken = by_name(fresh), {}
+  for old_name, old_leaf in by_name(source).items():
+    name, leaf = change(old_name, old_leaf)
     if name not in wanted or wanted[name].shape != leaf.shape:
       place = f'is {wanted[name].shape}' if name in wanted else 'does not exist'
       raise ValueError(f'--from: {name} is {leaf.shape} there and {place} in the new model.')

@@ -21,6 +21,7 @@ import optax
 from absl import flags
 
 from moejax import (
+  another_router,
   cli,
   config as config_lib,
   files,
@@ -33,11 +34,9 @@ from moejax import (
 )
 from moejax.distributed import is_process_0
 from moejax.evaluate import evaluate
-from moejax.same_experts import (
-  ROUTERS,
-  convert,
-  make_sparse as make_sparse,  # its place in earlier versions
-  with_router,
+from moejax.same_experts import (  # their place in earlier versions
+  convert as convert,
+  make_sparse as make_sparse,
 )
 
 
@@ -69,7 +68,7 @@ def start(run, abstract_state, *, source, moments):
     optimizer = optimizer_lib.of_run(new)
     fresh = step_lib.fresh_state(new)()
     fresh['optimizer'] = fresh_moments(optimizer, fresh['params'], state['step'])
-    return convert(state, fresh, old.model.mot.temperature)
+    return another_router.convert(state, fresh, old.model, new.model)
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   return jax.jit(switch, out_shardings=shardings)(state)
@@ -91,7 +90,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
   Args:
     folder: of the run to start from.
     workdir: of the new run; resumes from its last checkpoint if there is one.
-    router: one of ROUTERS.
+    router: of the new run, one of another_router.ROUTERS or DENSE.
     steps: further steps; 0: a tenth of those done.
     moments: of the optimizer: 'continue' with them, or 'restart' without.
     schedule: 'continue' as in one run of all steps, or 'restart' with a warm-up.
@@ -104,7 +103,7 @@ def tune(folder, workdir, router, *, steps=0, moments='continue', schedule='cont
   source = run_folder.open_run(folder, flag='--from')
   with contextlib.closing(source.checkpoints):
     config: Any = source.config.copy_and_resolve_references()
-    with_router(config, router)
+    another_router.with_router(config, router)
     last = source.step + (steps or max(1, source.step // 10))
     begin = source.step if schedule == 'restart' else 0
     config.update_from_flattened_dict({'train.steps': last, 'optimizer.schedule_start': begin})
@@ -141,7 +140,8 @@ if __name__ == '__main__':
     'from', None, 'Folder of the run with experts to start from.', required=True, bucket=True
   )
   cli.define_path('workdir', None, 'Folder of the new run.', required=True, bucket=True)
-  flags.DEFINE_enum('router', 'token_choice', ROUTERS, 'The router of the same experts.')
+  routers = [*another_router.ROUTERS, another_router.DENSE]
+  flags.DEFINE_enum('router', 'token_choice', routers, 'The router of the new run.')
   flags.DEFINE_integer('steps', 0, 'Further steps; 0: a tenth of those done.', lower_bound=0)
   for name, meaning in (
     ('optimizer', "Keep the optimizer's moments, or start with zeros."),

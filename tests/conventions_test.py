@@ -56,6 +56,8 @@ RANKS = (
   ('config', 'variants'),
   ('cli',),
   ('step', 'run_folder', 'start_page', 'estimate', 'same_experts'),
+  ('upcycling',),
+  ('another_router',),
   ('evaluate', 'decode', 'terminal'),
   ('generate', 'start'),
   ('progress', 'rewind'),
