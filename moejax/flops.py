@@ -8,8 +8,9 @@ Conventions:
 - The same holds for routing, except for constant weights of MoT (uniform, discrete, raw), whose
   products have one factor to differentiate by, or none.
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
-  under token choice, dropped or not; all slots under expert choice. Routing (controller, merge and
-  emit; router) is counted apart, so that MFU does not reward it.
+  under token choice, dropped or not, and on average under ReLU routing, whose penalty keeps them
+  there; all slots under expert choice. Routing (controller, merge and emit; router) is counted
+  apart, so that MFU does not reward it.
 - Mamba and Mamba-2 count three multiply-adds per state and one per tap of the convolution, though
   neither is a matrix product. That is their recurrence: the products by which Mamba-2 computes it
   in chunks depend on the length of a chunk, and do not count.

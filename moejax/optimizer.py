@@ -147,8 +147,8 @@ def _anneal(config, schedules):
   return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
-# What updates the parameters that layers declare not to be the optimizer's.
-OTHER_UPDATES = {'balance': _balance, 'anneal': _anneal}
+parameters.UPDATES.update(balance=_balance, anneal=_anneal)
+OTHER_UPDATES = parameters.UPDATES  # its former name
 
 
 def of_run(run_config, schedules=None):
@@ -184,7 +184,7 @@ def make_optimizer(config, steps, model=None, schedules=None):
     rates['rates'] = functools.partial(_rates, scales)
     config = dataclasses.replace(config, eps=config.eps * parameterization.gradient_scale(model))
   optimizer = OPTIMIZERS[config.name](config, schedules.learning_rate, decays, **rates)
-  others = {name: make(config, schedules) for name, make in OTHER_UPDATES.items()}
+  others = {name: make(config, schedules) for name, make in parameters.UPDATES.items()}
   clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
   moved_by = functools.partial(_of_each, fact=lambda p: p.moved_by or config.name)
   return optax.partition({config.name: clipped, **others}, moved_by)

@@ -14,7 +14,7 @@ class Parameter(NamedTuple):
 
   specs: tuple[P, ...] = (P(),)  # of the last dimensions; the first whose mesh axes all divide
   decays: bool = True  # under optimizer.decay = matrices: norms, biases and the like do not
-  moved_by: str = ''  # one of optimizer.OTHER_UPDATES; '': the optimizer, by the gradient
+  moved_by: str = ''  # one of UPDATES; '': the optimizer, by the gradient
   kind: str = 'matrix'  # of parameterization.KINDS
   inputs: tuple[int, ...] = (-2,)  # dimensions that a product with it sums over
   outputs: tuple[int, ...] = (-1,)  # of the product's entries; all others count matrices
@@ -26,6 +26,11 @@ class Parameter(NamedTuple):
 
 
 _DECLARED = {}
+
+# What updates the parameters that layers declare not to be the optimizer's, by name: a function of
+# the OptimizerConfig and the `optimizer.Schedules` that returns an optax transformation, which sees
+# the gradients of all parameters that it moves.
+UPDATES = {}
 
 
 def declare(names, *specs, decays=True, moved_by='', kind='', inputs=(-2,), outputs=(-1,)):

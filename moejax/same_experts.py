@@ -12,7 +12,11 @@ from moejax.differences import by_name
 from moejax.layers import moe
 
 MIXING = {'mot': 'softmax', 'discrete': 'discrete'}  # `model.mot.routing`, by name
-ROUTERS = (*moe.ROUTERS, *MIXING)
+# Experts of a router with parameters of its own (`relu`) are of no use to others.
+_SPARSE = tuple(
+  name for name in moe.ROUTERS if not moe.MoEConfig(router=name).rule.parameters(moe.MoEConfig())
+)
+ROUTERS = (*_SPARSE, *MIXING)
 
 # What layers of the other kind lack, so that only these values can get a router of that kind:
 # further parameters, changing temperatures, weights that are no softmax.
@@ -51,7 +55,13 @@ def with_router(config, router) -> None:
   Raises:
     ValueError: no layer with this router has such experts.
   """
-  mixed = router_of(config) in MIXING
+  own = router_of(config)
+  if own not in ROUTERS:
+    raise ValueError(
+      f'--from: experts of model.moe.router = {own} fit no other router; expected one of '
+      f'{", ".join(ROUTERS)}.'
+    )
+  mixed = own in MIXING
   if router in MIXING and not mixed:
     make_mixing(config)
   if router in MIXING:

@@ -1,5 +1,6 @@
 """Counts of parameters and FLOPs: against the papers' numbers, the real parameters, and XLA."""
 
+import functools
 import math
 import types
 
@@ -106,6 +107,7 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'mot_temperature_mode': 'learned_per_expert', 'mot_separate_temperatures': True},
     {'blocks': tiny.MOE, 'moe_shared_width': 5, 'moe_balance_bias': True},
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
+    {'blocks': tiny.MOE, 'moe_router': 'relu'},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
     {'blocks': ((('mamba', 'mot+moe+mlp'), 2), (('mamba+moe',), 3)), 'moe_output_norm': True},
     {'blocks': tiny.MOE_IN_MAMBA2, 'mamba2_expand': 1.5},
@@ -134,15 +136,18 @@ def test_active_parameters_are_those_of_the_rows_that_experts_get(router, group_
   factor = 1.3 if router == 'expert_choice' else 0.0  # who is dropped counts, too
   config = tiny.model_config(blocks=tiny.MOE, moe_capacity_factor=factor, **options)
   length = 1 if config.moe.by_position else tiny.L
-  logits_GTE = jnp.asarray(np.random.default_rng(0).random((3, tiny.M * length, tiny.E)))
-  plan = config.moe.rule.plan(
-    logits_GTE,
+  K = config.moe.top_k
+  logits_GTE = np.random.default_rng(0).random((3, tiny.M * length, tiny.E))
+  logits_GTE = jnp.asarray(logits_GTE - np.sort(logits_GTE)[..., -K - 1 : -K])  # K are positive
+  plan = functools.partial(
+    config.moe.rule.plan,
     config=config.moe,
     capacity=config.moe.capacity(tiny.M * length),
     valid_GT=np.ones(logits_GTE.shape[:2], bool),
     bias_E=None,
     ragged=False,
   )
+  plan = jax.jit(plan)(logits_GTE)  # as a whole: its operations compile faster
   rows_per_token = plan.used.sum() / logits_GTE[..., 0].size
   counts = flops.param_counts(config)
   experts = counts['by_kind']['experts']

@@ -98,8 +98,10 @@ def test_a_tied_embedding_is_as_large_as_in_the_base_shape():
   assert scales['embedding'] == pytest.approx((2**0.5, 1, 1))
 
 
-@pytest.mark.parametrize('router', ['token_choice', 'expert_choice'])
-def test_finer_experts_of_a_token_add_up_to_the_same(router):
+@pytest.mark.parametrize(
+  ('router', 'factor'), [('token_choice', 4), ('expert_choice', 4), ('relu', 1)]
+)
+def test_finer_experts_of_a_token_add_up_to_the_same(router, factor):
   """Four times the experts, of a quarter of the width, four per token (arXiv:2601.20205)."""
   sizes = {
     'blocks': tiny.MOE,
@@ -111,11 +113,12 @@ def test_finer_experts_of_a_token_add_up_to_the_same(router):
   scales = model_lib.parameter_scales(model)
   assert _find(scales, 'experts/w_in') == pytest.approx((1, 1, 2**-0.5))  # of 6 columns, not of 12
   assert _find(scales, 'router') == (1, 1, 2)  # of 12 columns, not of 3
-  assert _find(scales, 'experts/w_out').rate == 4
+  assert _find(scales, 'experts/w_out').rate == factor
   params = model_lib.init_params(model, jax.random.key(0))
   base = model_lib.init_params(model.base_model, jax.random.key(0))
   std = lambda params: params['stack_0']['1_moe']['layer']['experts']['w_out'].std()
-  np.testing.assert_allclose(std(params) / std(base), 4, rtol=0.1)  # 4 inputs fewer, 4 terms more
+  # 4 inputs fewer, 4 terms more; weights are a fourth, but those of `relu`.
+  np.testing.assert_allclose(std(params) / std(base), factor, rtol=0.1)
 
 
 def test_the_number_of_experts_changes_nothing():

@@ -63,6 +63,7 @@ def test_every_router_has_the_same_experts_and_flops(module, router):
       'mot',
       '3 of 4 experts per token are the FLOPs of no whole',
     ),
+    (moe, {'moe.router': 'relu'}, 'mot', 'experts of model.moe.router = relu fit no other router'),
     (mot, {'mot.emit': 'raw'}, 'token_choice', 'sparse layer has no model.mot.emit = raw'),
   ],
 )

@@ -6,8 +6,7 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import fields, parameters
 from moejax.fields import Section, default
-from moejax.layers import common, experts, mlp
+from moejax.layers import common, experts, mlp, relu_router
+from moejax.layers.router import Router
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import dispatch, expert_loop, routing
 from moejax.parameterization import Terms
 from moejax.sharding import exchange, groups, mesh
 
 parameters.declare('router', kind='readout')
-parameters.declare('balance_bias', decays=False, moved_by='balance')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,11 @@ class MoEConfig(Section):
 
   PATH = 'model.moe'
 
-  router: str = default('token_choice', 'whether tokens or experts choose', choices=lambda: ROUTERS)
+  router: str = default(
+    'token_choice',
+    'how experts and tokens find each other (docs/concepts/routers.md)',
+    choices=lambda: ROUTERS,
+  )
   expansion_rate: int = default(8, 'parameters of experts over those of a dense layer', minimum=1)
   granularity: int = default(1, 'divides the width of experts, multiplies their number', minimum=1)
   experts_per_token: int = default(0, '0: granularity, for the FLOPs of a dense layer', minimum=0)
@@ -91,10 +94,11 @@ class MoEConfig(Section):
         f'model.moe.capacity_factor must be positive for {self.router}: it sets how many tokens '
         'an expert takes; 1 gives every token granularity experts on average.'
       )
-    if self.rule.fills_slots and (self.renormalize or self.balance_bias):
+    weighs = self.rule.chooses_best and not self.rule.fills_slots
+    if not weighs and (self.renormalize or self.balance_bias):
       yield (
-        'model.moe.renormalize and balance_bias are for routers in which tokens choose; with '
-        f'{self.router} loads are equal by construction. Set both to False.'
+        'model.moe.renormalize and balance_bias are for routers in which tokens choose their best '
+        f'experts; {self.router} has no use for them. Set both to False.'
       )
 
   @property
@@ -177,31 +181,13 @@ def expert_choice(logits_GTE, *, config, capacity, valid_GT, bias_E, ragged):
   return routing.expert_choice(logits_GTE, capacity, valid_GT=valid_GT, softmax_over=over)
 
 
-@dataclasses.dataclass(frozen=True)
-class Router:
-  """A function of scores that returns a Plan, and its properties."""
-
-  plan: Callable
-  scores: tuple[str, ...] = routing.SCORES  # the values of `model.moe.scores` that it reads
-  # Every slot of every expert is taken: it needs a capacity, and drops no token.
-  fills_slots: bool = False
-  # A token's experts depend on all tokens of its group: causal only where a group is one position,
-  # as it is in decoding.
-  compares_tokens: bool = False
-
-  def make_plan(self, logits_GTE, **options):
-    """Calls `plan`; a router written for version 0.1 knows the option `ragged` as `packed`."""
-    if 'packed' in inspect.signature(self.plan).parameters:
-      options['packed'] = options.pop('ragged')
-    return self.plan(logits_GTE, **options)
-
-
 # Name in `model.moe.router` -> Router, or the function of one in which tokens choose.
 ROUTERS = {
   'token_choice': Router(token_choice),
   'expert_choice': Router(
     expert_choice, scores=('softmax', 'softmax_over_tokens'), fills_slots=True, compares_tokens=True
   ),
+  'relu': relu_router.ROUTER,
 }
 
 
@@ -250,8 +236,8 @@ class MixtureOfExperts(common.Stateless):
       init=init,
       rngs=rngs,
     )
-    if config.balance_bias:
-      self.balance_bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
+    for name, value in config.rule.parameters(config).items():
+      setattr(self, name, nnx.Param(jnp.asarray(value)))
     if config.shared_width:
       self.shared = mlp.MLP(
         d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
@@ -287,7 +273,8 @@ class MixtureOfExperts(common.Stateless):
   def _route(self, x_GTD, valid_GT, tokens, config):
     """Routes groups through the experts: y_GTD, aux, and logits_GTE and weights_GTE if observed."""
     logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, tokens.key), self.router[...])
-    bias_E = self.balance_bias[...] if config.balance_bias else None
+    own = {name: getattr(self, name)[...] for name in config.rule.parameters(config)}
+    bias_E = jax.lax.stop_gradient(own.get('balance_bias'))
     weights = self.experts.weights(x_GTD.dtype)
     specs = experts.specs(weights)
     body = functools.partial(
@@ -308,23 +295,19 @@ class MixtureOfExperts(common.Stateless):
         out_specs=(P(width, axes), by_group, by_group, by_group),
         check_vma=False,  # loops start from zeros that each device makes
       )
-    choosing_E = None if bias_E is None else jax.lax.stop_gradient(bias_E)
-    y, counts_GE, reached_GT, weights_GTE = body(x_GTD, logits_GTE, valid_GT, choosing_E, weights)
-    aux = self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, bias_E)
+    y, counts_GE, reached_GT, weights_GTE = body(x_GTD, logits_GTE, valid_GT, bias_E, weights)
+    aux = self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, own)
     # Shards of hidden widths are summed here, where the gradient of the sum needs no collective.
     return y.sum(axis=0), aux, (logits_GTE, weights_GTE)
 
-  def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, bias_E):
+  def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, own):
     config = self.config
     scores_GTE = routing.normalizing_logits(logits_GTE, config.scores)
     aux = routing.router_metrics(counts_GE, reached_GT, scores_GTE, valid_GT)
-    aux['balance'] = routing.load_balancing_loss(scores_GTE, counts_GE, valid_GT, k=config.top_k)
-    aux['z'] = routing.z_loss(logits_GTE, valid_GT)
-    weights = {'balance': config.balance_loss, 'z': config.z_loss}
-    loss = jnp.zeros_like(aux['balance'])
-    loss += sum(weight * aux[name] for name, weight in weights.items() if weight)  # 0 * inf is NaN
-    if bias_E is not None:
-      loss += routing.balance_pull(bias_E, counts_GE)
+    loss, measured = config.rule.loss(logits_GTE, counts_GE, valid_GT, config=config, own=own)
+    aux |= measured | {'z': routing.z_loss(logits_GTE, valid_GT)}
+    if config.z_loss:  # 0 * inf is NaN
+      loss += config.z_loss * aux['z']
     load_E = counts_GE.sum(axis=0).astype(jnp.float32)
     aux['load'] = load_E * (len(load_E) / jnp.maximum(load_E.sum(), 1))
     return {f'moe/{name}': value for name, value in aux.items()} | {'auxiliary_loss': loss}
@@ -436,10 +419,11 @@ class MoESublayer(Sublayer):
     return MixtureOfExperts(c.moe, **sizes, d_out=d_out, init=init, rngs=rngs)
 
   def terms(self):
-    # A token adds up the outputs of top_k experts, each of weight about 1 / top_k.
+    # A token adds up the outputs of top_k experts, whose weights add up to `total`.
     moe, d_ff = self.moe, self.config.d_ff
-    width = moe.expert_width(d_ff)
-    return {'experts/w_out': Terms(width, width / moe.top_k, init=moe.fan_in_out(d_ff))}
+    width, total = moe.expert_width(d_ff), 1 if moe.rule.normalized else moe.top_k
+    random = width * total**2 / moe.top_k
+    return {'experts/w_out': Terms(width * total, random, init=moe.fan_in_out(d_ff))}
 
   def problems(self):
     moe = self.moe
@@ -485,10 +469,11 @@ class MoESublayer(Sublayer):
     expert = mlp.num_weights(D, moe.expert_width(d_ff), activation, d_out)
     shared = mlp.num_weights(D, moe.shared_width, activation) if moe.shared_width else 0
     router = D * E
-    bias, norm = E * moe.balance_bias, 2 * (d_out or D) * moe.output_norm
+    own = sum(math.prod(value.shape) for value in moe.rule.parameters(moe).values())
+    norm = 2 * (d_out or D) * moe.output_norm
     return Cost(
-      params={'experts': E * expert, 'mlp': shared, 'router': router + bias, 'norm': norm},
-      active=K * expert + shared + router + bias + norm,
+      params={'experts': E * expert, 'mlp': shared, 'router': router + own, 'norm': norm},
+      active=K * expert + shared + router + own + norm,
       model_flops={'experts': 2 * K * expert, 'mlp': 2 * shared},
       routing_flops={'router': 2 * router},
     )

@@ -150,7 +150,15 @@ def normalizing_logits(logits, scores):
 
 
 def plan_of_choices(
-  choice_GTK, weight_GTK, *, valid_GT, num_experts, capacity, ragged=False, packed=False
+  choice_GTK,
+  weight_GTK,
+  *,
+  valid_GT,
+  num_experts,
+  capacity,
+  chosen_GTK=None,
+  ragged=False,
+  packed=False,
 ):
   """The plan in which every token goes to the experts it chose, while they have slots.
 
@@ -160,6 +168,7 @@ def plan_of_choices(
     valid_GT: bool; False is padding, which is not routed.
     num_experts: E.
     capacity: slots per expert and group, for tokens in the order of the group; None: no limit.
+    chosen_GTK: bool; False where a token makes no use of a choice. None: it uses all K.
     ragged: layout of the plan.
     packed: the name of `ragged` in version 0.1, for routers written for it.
   """
@@ -169,7 +178,8 @@ def plan_of_choices(
   C = T if capacity is None else min(capacity, T)
   # Choices in the order of tokens form a queue per expert and group, and one for padding.
   queue_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  queue = jnp.where(valid_GT[..., None], queue_GTK, E * G).reshape(n)
+  used_GTK = valid_GT[..., None] if chosen_GTK is None else valid_GT[..., None] & chosen_GTK
+  queue = jnp.where(used_GTK, queue_GTK, E * G).reshape(n)
   order = _argsort(queue, E * G + 1)  # choices, queue after queue
   place = _argsort(order, n)  # of each choice in `order`
   ends = _ends(queue[order], E * G)
@@ -365,12 +375,16 @@ def load_balancing_loss(logits_GTE, counts_GE, valid_GT, *, k):
   Returns:
     A scalar, float32 at least.
   """
-  logits_GTE = _wide(logits_GTE)
-  E = logits_GTE.shape[-1]
+  return loaded_mean(jax.nn.softmax(_wide(logits_GTE)), counts_GE, valid_GT, k=k)
+
+
+def loaded_mean(scores_GTE, counts_GE, valid_GT, *, k):
+  """The sum of a token's scores, where experts count by their load over k / E; mean over tokens."""
+  E = scores_GTE.shape[-1]
   num_valid = jnp.maximum(valid_GT.sum(), 1)
-  probability_E = _valid_sum(jax.nn.softmax(logits_GTE), valid_GT[..., None]) / num_valid
+  mean_E = _valid_sum(scores_GTE, valid_GT[..., None]) / num_valid
   fraction_E = counts_GE.sum(axis=0) / (k * num_valid)
-  return E * jnp.sum(fraction_E.astype(logits_GTE.dtype) * probability_E)
+  return E * jnp.sum(fraction_E.astype(scores_GTE.dtype) * mean_E)
 
 
 def z_loss(logits_GTE, valid_GT):
@@ -380,30 +394,30 @@ def z_loss(logits_GTE, valid_GT):
 
 
 @jax.custom_vjp
+def pull(parameter, gradient):
+  """A loss of value 0 that gives a parameter this gradient, whatever the loss is multiplied by.
+
+  For parameters that something else than the optimizer moves (`moejax.parameters.UPDATES`).
+  """
+  del gradient
+  return jnp.zeros_like(parameter, shape=())
+
+
+pull.defvjp(
+  lambda parameter, gradient: (pull(parameter, gradient), gradient.astype(parameter.dtype)),
+  lambda gradient, d_loss: (gradient, None),
+)
+
+
 def balance_pull(bias_E, counts_GE):
   """A loss of value 0 whose gradient gives biases the load (arXiv:2408.15664).
 
-  The gradient of `bias_E` is the load of each expert above the mean, times E, whatever this loss is
-  multiplied by: integers, so that sums over microbatches are exact, and the sign is 0 for a load
-  that is exactly the mean.
+  The gradient of `bias_E` is the load of each expert above the mean, times E: integers, so that
+  sums over microbatches are exact, and the sign is 0 for a load that is exactly the mean.
   """
-  del counts_GE
-  return jnp.zeros_like(bias_E, shape=())
-
-
-def _balance_pull_forward(bias_E, counts_GE):
   load_E = counts_GE.sum(axis=0)
   mean, rest = jnp.divmod(load_E.sum(), load_E.size)
-  excess_E = (load_E - mean).astype(bias_E.dtype) * load_E.size - rest
-  return balance_pull(bias_E, counts_GE), excess_E
-
-
-def _balance_pull_backward(excess_E, d_loss):
-  del d_loss
-  return excess_E, None
-
-
-balance_pull.defvjp(_balance_pull_forward, _balance_pull_backward)
+  return pull(bias_E, (load_E - mean).astype(bias_E.dtype) * load_E.size - rest)
 
 
 def _wide(a):

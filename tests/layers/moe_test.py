@@ -23,6 +23,8 @@ ROUTERS = {
   'expert choice': {'router': 'expert_choice', 'capacity_factor': 1.0},
   'over tokens': {'router': 'expert_choice', 'scores': 'softmax_over_tokens'},
   'flat expert choice': {'router': 'expert_choice', 'group_by': 'sequence'},
+  'ReLU': {'router': 'relu', 'capacity_factor': 0.8},
+  'ReLU, nobody dropped': {'router': 'relu', 'capacity_factor': 0.0},
 }
 CAUSAL = [name for name in ROUTERS if name != 'flat expert choice']
 
@@ -46,7 +48,7 @@ def _layer(d_out=None, **changes):
   graph, params = nnx.split(nnx.eval_shape(make))
   rng = np.random.default_rng(1)
   return graph, jax.tree.map(
-    lambda p: rng.standard_normal(p.shape) / p.shape[-1] ** 0.5, nnx.to_pure_dict(params)
+    lambda p: rng.standard_normal(p.shape) / np.prod(p.shape[-1:]) ** 0.5, nnx.to_pure_dict(params)
   )
 
 
@@ -96,17 +98,17 @@ def test_is_a_loop_over_tokens_and_experts(x64, router, d_out, impl):
   x_GTD, dy_GTD, segments_GT = (
     _groups(np.asarray(a), config.by_position) for a in (x_BLD, dy, tokens.segments)
   )
-  if config.router == 'expert_choice':
-    over = 'tokens' if config.scores == 'softmax_over_tokens' else 'experts'
-    options = {'softmax_over': over}
-  else:
-    options = {'k': config.top_k, 'bias_E': None}
-    options |= {'scores': config.scores, 'renormalize': config.renormalize}
+  options = {
+    'expert_choice': {'softmax_over': config.scores.partition('softmax_over_')[2] or 'experts'},
+    'token_choice': {'k': config.top_k, 'bias_E': None, 'scores': config.scores}
+    | {'renormalize': config.renormalize},
+    'relu': {},
+  }
   route = functools.partial(
     getattr(oracles, config.router),
     valid_GT=segments_GT > 0,
     capacity=config.capacity(x_GTD.shape[1]),
-    **options,
+    **options[config.router],
   )
   weights = params['router'], params['experts']['w_in'], params['experts']['w_out']
   y_GTD, expected, *_ = oracles.moe(x_GTD, *weights, dy_GTD, route)

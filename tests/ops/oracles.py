@@ -90,6 +90,29 @@ def expert_choice(logits_GTE, capacity, valid_GT, softmax_over):
   return kept, len(kept), backward
 
 
+def relu(logits_GTE, capacity, valid_GT):
+  """As `token_choice`; a token takes all experts of positive score, and the score is the weight."""
+  G, T, E = logits_GTE.shape
+  kept, number = [], 0
+  for g in range(G):
+    free = [T if capacity is None else capacity] * E
+    for t in range(T):
+      for e in range(E):
+        if valid_GT[g, t] and logits_GTE[g, t, e] > 0:
+          number += 1
+          if free[e]:
+            free[e] -= 1
+            kept.append((g, e, t, e, logits_GTE[g, t, e]))
+
+  def backward(d_weights):
+    dlogits_GTE = np.zeros_like(logits_GTE)
+    for (g, _, t, e, _), d in zip(kept, d_weights, strict=True):
+      dlogits_GTE[g, t, e] = d
+    return dlogits_GTE
+
+  return kept, number, backward
+
+
 def moe(x_GTD, router_DE, w_in_EDF, w_out_EFD, dy_GTD, route):
   """A layer of ReLU experts and its gradients; `route` is one of the above, applied to logits.
 
