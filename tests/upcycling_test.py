@@ -20,12 +20,12 @@ from moejax import (
 from moejax.differences import by_name
 
 
-def _models(router='token_choice', **changes):
+def _models(router='token_choice', changes=None):
   """A dense run_config, and that of the model that it becomes, both with `changes` of fields."""
   config = dense.get_config('debug')
   old = config_lib.resolve(config)
   another_router.with_router(config, router)
-  config.model.update_from_flattened_dict({'moe.capacity_factor': 0.0} | changes)
+  config.model.update_from_flattened_dict({'moe.capacity_factor': 0.0} | (changes or {}))
   return old, config_lib.resolve(config)
 
 
@@ -54,7 +54,7 @@ def _logits(run_config, state):
   ids=str,
 )
 def test_weights_that_sum_to_1_keep_the_function(changes):
-  old, new = _models(**changes)
+  old, new = _models(changes=changes)
   if activation := changes.get('activation'):
     model = dataclasses.replace(old.model, activation=activation)
     old = dataclasses.replace(old, model=model)
@@ -65,14 +65,14 @@ def test_weights_that_sum_to_1_keep_the_function(changes):
 @pytest.mark.parametrize('scores', ['softmax', 'sigmoid'])
 def test_other_weights_begin_nearly_equal(scores):
   changes = {'moe.renormalize': False, 'moe.granularity': 1, 'moe.scores': scores}
-  old, new = _models(**changes)
+  old, new = _models(changes=changes)
   source, switched = _states(old, new)
   expected, got = _logits(old, source), _logits(new, switched)
   assert 1e-6 < np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
 
 
 def test_copies_take_their_share_of_the_moments():
-  old, new = _models(**{'moe.granularity': 2, 'moe.expansion_rate': 4})
+  old, new = _models(changes={'moe.granularity': 2, 'moe.expansion_rate': 4})
   source, switched = (by_name(state) for state in _states(old, new))
   shown = {}
   for name, leaf in switched.items():
@@ -100,7 +100,7 @@ def test_a_mixture_of_equal_tokens_is_the_dense_layer():
 
 @pytest.mark.parametrize('router', another_router.ROUTERS)
 def test_a_token_keeps_its_flops(router):
-  old, new = _models(router, **{'moe.capacity_factor': 1.0})
+  old, new = _models(router, {'moe.capacity_factor': 1.0})
   a, b = (flops.training_flops_per_token(c.model, 64)['model'] for c in (old, new))
   assert a == pytest.approx(b, rel=1e-9)
 
@@ -125,7 +125,7 @@ def test_experts_do_not_become_dense():
 
 
 def test_hidden_units_that_cannot_be_cut_are_refused():
-  old, new = _models(**{'activation': 'swiglu', 'moe.granularity': 16})
+  old, new = _models(changes={'activation': 'swiglu', 'moe.granularity': 16})
   with pytest.raises(ValueError, match='hidden units cannot be cut into those of 16 experts'):
     another_router.convert({}, {}, old.model, new.model)
 
