@@ -70,6 +70,8 @@ def train(
     if is_finished(run):
       if not files.exists(run.workdir / 'loss.png'):  # it was killed before it wrote that
         plot(run)
+      if run.memory:
+        run.memory.clear()
       print(f'{workdir} is already finished, at step {step}; nothing is changed')
       return cli.OK
     try:

@@ -186,3 +186,9 @@ def test_a_run_that_dies_goes_on_from_memory(tmp_path, monkeypatch, capfd):
     assert metrics.loss_curve(killed, name) == metrics.loss_curve(straight, name) != []
   params = [train_test._params_of(folder) for folder in (straight, killed)]
   jax.tree.map(np.testing.assert_array_equal, *params)
+
+  left = []  # as if it had died between its last words and forgetting its parts
+  with monkeypatch.context() as patch:
+    patch.setattr(MemoryCheckpoints, 'clear', lambda memory: left.append(memory))
+    assert train.train(config, killed) == cli.OK
+  assert left
