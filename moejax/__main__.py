@@ -22,7 +22,10 @@ PROGRAMS = {
   'compare': ('compare', 'a plot and a table of several runs'),
   'verify': ('verify', "checks all files of a run's checkpoints"),
   'drill': ('drill', 'faults on purpose: what of docs/reliability.md holds here?'),
-  'transition_tuning': ('transition_tuning', 'a run goes on under another router; dense ones get experts'),
+  'transition_tuning': (
+    'transition_tuning',
+    'a run goes on under another router; dense ones get experts',
+  ),
   'reroute': ('reroute', 'the losses of runs under other routers, and what repairs them'),
   'drops': ('drops', 'which tokens find no slot, and which capacity factor a run needs'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),

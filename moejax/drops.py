@@ -301,6 +301,7 @@ def _capacity_figure(ledger):
   axes.errorbar(factors, costs, [p.cost_error for p in shown], marker='o', capsize=3)
   for p in shown:
     axes.annotate(f'{p.dropped:.1%}', (p.factor, p.cost), (8, 4), textcoords='offset points')
+  axes.margins(x=0.12)
   axes.axvline(ledger.factor, color='0.6', linestyle='--', label='of the run')
   axes.legend(frameon=False)
   return figure

@@ -1,31 +1,27 @@
-"""Damaged files of other people give one error, or none: `benchmarks/hostile_files.py`, in short.
+"""Damaged files of other people give one error, or none: `benchmarks/hostile_files`, in short.
 
 That program makes 10 MB of them for each of its loaders, with limits of time and memory.
 """
 
 import json
-import pathlib
 import struct
-import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
+from benchmarks.hostile_files import damage, loaders
 from moejax import convert, data
 from moejax.data import tokenizer_json
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / 'benchmarks'))
-import hostile_files  # noqa: E402
 
 TRIES = 25
 
 
-@pytest.mark.parametrize('name', hostile_files.LOADERS)
+@pytest.mark.parametrize('name', loaders.LOADERS)
 def test_damaged_files_give_one_error_or_none(name, tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path / 'state'))
-  loader, good, bad = hostile_files.LOADERS[name], tmp_path / 'good', tmp_path / 'bad'
+  loader, good, bad = loaders.LOADERS[name], tmp_path / 'good', tmp_path / 'bad'
   good.mkdir()
   loader.write(good)
   loader.read(good)
@@ -39,8 +35,8 @@ def test_damaged_files_give_one_error_or_none(name, tmp_path, monkeypatch):
   )
   @given(strategies.randoms(use_true_random=False))
   def attempt(random):
-    hostile_files.damage_one(loader, good, bad, random)
-    hostile_files.attempt(loader, bad)  # raises what is not for the user
+    damage.damage_one(loader, good, bad, random)
+    loaders.attempt(loader, bad)  # raises what is not for the user
 
   attempt()
 
@@ -59,7 +55,7 @@ def _refused(load, match):
 
 @pytest.mark.parametrize('size', [10**12, 2**63, 10**400])
 def test_sizes_are_not_believed(size, tmp_path):
-  tokens = hostile_files.LOADERS['token index']
+  tokens = loaders.LOADERS['token index']
   tokens.write(tmp_path)
   index = json.loads((tmp_path / 'index.json').read_text())
   index['splits']['train']['tokens'] = size
@@ -90,7 +86,7 @@ def test_headers_of_safetensors_are_not_believed(header, length, tmp_path):
 
 
 def test_a_text_that_a_tokenizer_cannot_encode(tmp_path):
-  spec = hostile_files._unigram()
+  spec = loaders._unigram()
   spec['model']['unk_id'] = None
   tokenizer_json.write(tmp_path, spec, eos_id=1)
   tokenizer = data.make_tokenizer(data.DataConfig(tokenizer=str(tmp_path)))

@@ -1,15 +1,4 @@
-"""Damaged files, and files made to do harm, given to whatever reads files of other people.
-
-  python benchmarks/hostile_files.py                               10 MB of them for every loader
-  python benchmarks/hostile_files.py --only=safetensors --megabytes=100
-  python benchmarks/hostile_files.py --only=safetensors --seed=17  that try alone, and its error
-
-A try damages one of the files that a line of LOADERS writes, and reads them: as if nothing had
-happened, or with one error for the user. Anything else is a failure: an error of another kind,
-more than SECONDS of a CPU, more than MEMORY bytes, the death of the process. What reads is another
-process, so that the next try follows in any case. tests/hostile_files_test.py makes some tries for
-every line.
-"""
+"""Whatever reads files that people pass on: how such files are written, and read."""
 
 import contextlib
 import functools
@@ -18,27 +7,15 @@ import importlib.util
 import io
 import json
 import lzma
-import os
 import pathlib
-import random as random_lib
-import re
-import resource
-import select
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import safetensors.numpy
-from absl import app, flags
 
 import moejax
 from moejax import (
@@ -63,10 +40,6 @@ from moejax.data import text_files, tokenizer as tokenizer_lib, tokenizer_json
 from moejax.hf import folder as hf_folder
 from moejax.scaling_laws import collect, grid, laws, predictions, report as law_report, runtime
 
-SECONDS = 10
-MEMORY = 2**30  # bytes
-_SILENCE = 300  # seconds after which a process that reads hangs
-
 
 class Loader(NamedTuple):
   """Something that reads files."""
@@ -74,6 +47,17 @@ class Loader(NamedTuple):
   write: Callable[[pathlib.Path], object]  # writes good files into a folder that exists
   read: Callable[[pathlib.Path], object]  # reads the folder, without writing into it
   damaged: str = '*'  # a glob of the files that are damaged
+
+
+def attempt(loader: Loader, folder: pathlib.Path) -> bool:
+  """Reads a folder; whether that gave no error. Raises an error that is not for the user."""
+  try:
+    loader.read(folder)
+  except Exception as error:
+    with contextlib.redirect_stderr(io.StringIO()):
+      cli.exit_code(error)
+    return False
+  return True
 
 
 TEXT = 'The quick brown fox\n  jumps over 13 lazy dogs: naïve 🎉.\n'
@@ -360,263 +344,3 @@ LOADERS = {
 }
 if importlib.util.find_spec('pyarrow'):
   LOADERS |= {'text, zstd': _text('text', _write_zstd), 'Parquet': _text('parquet', _write_parquet)}
-
-# What stands in place of a value of JSON.
-_VALUES = [None, True, False, 0, -1, 1, 2**31, 2**32, 2**63, 10**12, 10**400, 0.5, 1e308, -0.0]
-_VALUES += [float('nan'), float('inf'), '', 'x', 'O', '<O8', '\ud800', '\0', '../../etc/passwd']
-_VALUES += ['9' * 5000, [], {}, [[]], [None], {'': None}, ['x'] * 1000]
-_CONTENTS = [
-  b'',
-  b'null',
-  b'[]',
-  b'{}',
-  b'0',
-  b'"x"',
-  b'[' * 3000,
-  b'{"a":' * 3000,
-  b'9' * 5000,
-]
-_CONTENTS += [b'\xff\xfe{\0}\0', b'\0' * 1000]
-_INTEGERS = [0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-_NUMBER = re.compile(rb'\d+')
-
-
-def damage(content: bytes, random: random_lib.Random) -> bytes:
-  """Returns a file's content with one to three changes."""
-  for _ in range(random.choice((1, 1, 2, 3))):
-    content = random.choice(_CHANGES)(content, random)
-  return content
-
-
-def _flip(content, random):
-  result = bytearray(content)
-  for _ in range(random.choice((1, 1, 8)) if content else 0):
-    result[random.randrange(len(result))] ^= 1 << random.randrange(8)
-  return bytes(result)
-
-
-def _cut(content, random):
-  return content[: random.randint(0, len(content))]
-
-
-def _repeat(content, random):
-  start, end = sorted(random.randint(0, len(content)) for _ in range(2))
-  return content[:end] + content[start:end] * random.choice((0, 1, 1, 3)) + content[end:]
-
-
-def _remove(content, random):
-  start = random.randint(0, len(content))
-  return content[:start] + content[start + random.choice((1, 2, 4, 8, 64)) :]
-
-
-def _insert(content, random):
-  start = random.randint(0, len(content))
-  return content[:start] + random.randbytes(random.choice((1, 4, 100))) + content[start:]
-
-
-def _integer(content, random):
-  """Overwrites bytes by a number, as headers hold them."""
-  size = random.choice((1, 2, 4, 8))
-  start = random.randint(0, min(len(content), random.choice((16, 10**9))))
-  number = random.choice(_INTEGERS) % 256**size
-  order = random.choice(('little', 'big'))
-  return content[:start] + number.to_bytes(size, order) + content[start + size :]
-
-
-def _number(content, random):
-  """Replaces a number in text, by one of as many digits or of any."""
-  found = [*_NUMBER.finditer(content)]
-  if not found:
-    return content
-  match = random.choice(found)
-  size = len(match[0])
-  new = random.choice((b'9' * size, b'0' * size, b'1'.ljust(size, b'0'), b'-1', b'1000000000000'))
-  return content[: match.start()] + new + content[match.end() :]
-
-
-def _value(content, random):
-  """Replaces, removes or copies something in JSON."""
-  try:
-    root = {'': json.loads(content)}
-  except (ValueError, RecursionError):
-    return content
-  places = list(_places(root))
-  container, key = random.choice(places)
-  other, its_key = random.choice(places)
-  action = random.randrange(8)
-  if action == 0:
-    del container[key]
-  elif action == 1:
-    container[key] = json.loads(json.dumps(other[its_key]))
-  else:
-    container[key] = random.choice(_VALUES)
-  return json.dumps(root.get('')).encode()
-
-
-def _places(value):
-  for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
-    yield value, key
-    if isinstance(inner, dict | list):
-      yield from _places(inner)
-
-
-def _other(content, random):
-  return random.choice(_CONTENTS)
-
-
-_CHANGES = (
-  _flip,
-  _cut,
-  _repeat,
-  _remove,
-  _insert,
-  *(_integer, _number) * 2,
-  *(_value,) * 5,
-  _other,
-)
-
-
-def damage_one(loader: Loader, good: pathlib.Path, bad: pathlib.Path, random) -> int:
-  """Makes a copy of a folder in which one file is damaged or missing; returns its bytes."""
-  shutil.rmtree(bad, ignore_errors=True)
-  shutil.copytree(good, bad)
-  path = random.choice(sorted(bad.glob(loader.damaged)))
-  content = damage(path.read_bytes(), random)
-  path.unlink()
-  kind = random.randrange(100)
-  if kind == 0:
-    path.mkdir()
-  elif kind > 1:
-    path.write_bytes(content)
-  return len(content)
-
-
-def attempt(loader: Loader, folder: pathlib.Path) -> bool:
-  """Reads a folder; whether that gave no error. Raises an error that is not for the user."""
-  try:
-    loader.read(folder)
-  except Exception as error:
-    with contextlib.redirect_stderr(io.StringIO()):
-      cli.exit_code(error)
-    return False
-  return True
-
-
-def random_of(name: str, seed: int) -> random_lib.Random:
-  return random_lib.Random(f'{name} {seed}')
-
-
-@contextlib.contextmanager
-def _folders(loader):
-  """Yields a folder of good files, and where to damage them."""
-  with tempfile.TemporaryDirectory() as parent:
-    good = pathlib.Path(parent, 'good')
-    good.mkdir()
-    loader.write(good)
-    loader.read(good)
-    yield good, pathlib.Path(parent, 'bad')
-
-
-def _work(name, seed):
-  """Tries from `seed` on; prints what came of each."""
-  loader = LOADERS[name]
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # of libraries in other languages
-  with _folders(loader) as (good, bad):
-    size = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    while True:
-      size, began = damage_one(loader, good, bad, random_of(name, seed)), time.process_time()
-      signal.setitimer(signal.ITIMER_PROF, SECONDS)  # which kills the process
-      try:
-        outcome, why = ('read' if attempt(loader, bad) else 'refused'), ''
-      except BaseException as error:  # a panic of Rust is no Exception
-        outcome, why = 'failed', f'{type(error).__name__}: {error}'.partition('\n')[0][:150]
-      record = {'seed': seed, 'bytes': size, 'outcome': outcome, 'why': why}
-      print(json.dumps(record | {'seconds': time.process_time() - began}), flush=True)
-      seed += 1
-
-
-class _Worker:
-  """A process that tries from a seed on."""
-
-  def __init__(self, name, seed):
-    command = [sys.executable, __file__, f'--only={name}', f'--worker={seed}']
-    self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
-
-  def next(self) -> dict[str, Any] | str:
-    """What came of the next try, or why there is no answer."""
-    output = self._process.stdout
-    assert output
-    if not select.select([output], [], [], _SILENCE)[0]:
-      return f'hangs for {_SILENCE} s'
-    if line := output.readline():
-      return json.loads(line)
-    code = self._process.wait()
-    return f'more than {SECONDS} s' if code == -signal.SIGPROF else f'the process died: {code}'
-
-  def close(self):
-    self._process.kill()
-    self._process.communicate()
-
-
-def fuzz(name: str, megabytes: float) -> dict[str, Any]:
-  """Tries until so much was damaged; returns counts, failures by seed, the longest time."""
-  seed = num_bytes = 0
-  counts, failures, slowest = {'read': 0, 'refused': 0, 'failed': 0}, {}, 0.0
-  worker = _Worker(name, 0)
-  while num_bytes < megabytes * 1e6:
-    record = worker.next()
-    if isinstance(record, str):
-      worker.close()
-      worker = _Worker(name, seed + 1)
-      record = {'bytes': 0, 'outcome': 'failed', 'why': record, 'seconds': 0.0}
-    counts[record['outcome']] += 1
-    if record['why']:
-      failures[seed] = record['why']
-    slowest = max(slowest, record['seconds'])
-    num_bytes, seed = num_bytes + record['bytes'] + 1, seed + 1
-  worker.close()
-  return {'tries': seed, **counts, 'slowest': slowest, 'failures': failures}
-
-
-def _show(name, seed):
-  """Makes one try here; what it raises is seen."""
-  with _folders(LOADERS[name]) as (good, bad):
-    damage_one(LOADERS[name], good, bad, random_of(name, seed))
-    for path in sorted(bad.iterdir()):
-      is_new = not path.is_file() or path.read_bytes() != (good / path.name).read_bytes()
-      if is_new:
-        print(path.name, path.read_bytes()[:2000] if path.is_file() else 'is a folder')
-    LOADERS[name].read(bad)
-
-
-def main(_):
-  values = flags.FLAGS
-  names = [name for name in LOADERS if values.only in name]
-  names = [values.only] if values.only in LOADERS else names
-  if values.worker is not None:
-    return _work(names[0], values.worker)
-  if values.seed is not None:
-    return _show(names[0], values.seed)
-  failed = False
-  print(f'{"loader":32} {"tries":>7} {"read":>7} {"refused":>8} {"failed":>7} {"slowest":>9}')
-  for name in names:
-    found = fuzz(name, values.megabytes)
-    print(
-      f'{name:32} {found["tries"]:7} {found["read"]:7} {found["refused"]:8} {found["failed"]:7} '
-      f'{found["slowest"]:8.2f}s',
-      flush=True,
-    )
-    first = {why: seed for seed, why in reversed(found['failures'].items())}
-    for why, seed in first.items():
-      print(f'  --only={shlex.quote(name)} --seed={seed}: {why}')
-    failed |= bool(first)
-  return int(failed)
-
-
-if __name__ == '__main__':
-  flags.DEFINE_float('megabytes', 10, 'Of damaged files, for each loader.')
-  flags.DEFINE_string('only', '', 'Loaders whose name contains this.')
-  flags.DEFINE_integer('seed', None, 'Makes this try alone, and shows its error.')
-  flags.DEFINE_integer('worker', None, 'Tries from this one on; for its own use.')
-  app.run(main)
