@@ -3,8 +3,8 @@
 Sources: Google Cloud's pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and so on) and
 NVIDIA's data sheets. A TPU's link is the stated bidirectional bandwidth per chip over its ports and
 directions (v4: from the bisection bandwidth of its pod); the network between slices is the stated
-data-center bandwidth per chip (v4 states none: v5e's). NVLink bandwidths of NVIDIA count both
-directions.
+data-center bandwidth per chip (v4 states none: v5e's). The two devices of a 7x chip are taken to
+share its links and its network. NVLink bandwidths of NVIDIA count both directions.
 """
 
 import dataclasses
@@ -24,11 +24,12 @@ class Chip:
   memory: float = 0
   memory_bandwidth: float = 0
   link: float = 0  # one direction, of one torus link or of all NVLinks
-  network: float = 0  # between slices or nodes, per chip
+  network: float = 0  # between slices or nodes
 
 
 _V5E = Chip(197 * _TERA, 16 * _GIB, 800 * _GIB, 50 * _GB, 3.125 * _GB)
 _V5P = Chip(459 * _TERA, 95 * _GIB, 2765 * _GB, 100 * _GB, 6.25 * _GB)
+_V7X = Chip(2307 / 2 * _TERA, 96 * _GIB, 7380 / 2 * _GB, 100 / 2 * _GB, 12.5 / 2 * _GB)
 _V6E = Chip(918 * _TERA, 32 * _GIB, 1600 * _GB, 100 * _GB, 12.5 * _GB)
 
 # By a word in `jax.Device.device_kind`, the most specific first. V100 and T4 have float16 only.
@@ -42,7 +43,7 @@ CHIPS = {
   'v5': _V5P,
   'v6 lite': _V6E,
   'v6e': _V6E,
-  'TPU7x': Chip(2307 / 2 * _TERA),
+  'TPU7x': _V7X,
   'V100-PCIE': Chip(112 * _TERA),
   'V100': Chip(125 * _TERA),
   'T4': Chip(65 * _TERA),

@@ -23,7 +23,7 @@ class Report:
   """What a step needs; bytes and FLOPs are per chip."""
 
   topology: str
-  chips: int
+  chips: int  # devices of JAX: half a chip each on tpu7x
   mesh: dict[str, int]  # axes larger than 1
   remat: str
   accumulation: int
@@ -63,7 +63,7 @@ class Report:
   def describe(self):
     """The report as text."""
     rows = [
-      ('topology', f'{self.topology}, {self.chips} chips'),
+      ('topology', f'{self.topology}, {self.chips} devices'),
       ('mesh', describe(self.mesh)),
       ('remat', f'{self.remat}, accumulation {self.accumulation}'),
       ('parameters', f'{short(self.params)}, {short(self.active_params)} active'),

@@ -70,7 +70,7 @@ def _candidates(config, topology):
       for tensor in (1, 2, 4):
         mesh = sharding.MeshConfig(tensor=tensor)
         free = dataclasses.replace(run_config, mesh=mesh)
-        for shape in estimate.mesh_shapes(free, topology.num_chips):
+        for shape in estimate.mesh_shapes(free, topology.num_devices):
           yield from _fewest_microbatches(free, shape, topology, estimator)
 
 

@@ -85,11 +85,11 @@ def choose_mesh(run_config, topology, estimator=None):
   Raises:
     ValueError: the config is invalid there.
   """
-  sizes = topology.num_chips, topology.chip, topology.slices
+  sizes = topology.num_devices, topology.chip, topology.slices
   with platform.compiling_for('tpu'):  # cuDNN's attention, which saves less, needs a GPU to trace
     choice = estimate.choose(run_config, *sizes, estimator)
   if choice is None:
-    shape = run_config.mesh.shape(topology.num_chips)
+    shape = run_config.mesh.shape(topology.num_devices)
     raise ValueError('\n'.join(estimate.problems(run_config, shape, topology.slices)))
   return choice
 
@@ -123,7 +123,7 @@ def _sizes(run_config, mesh, topology):
   per_token = flops.training_flops_per_token(run_config.model, run_config.data.sequence_length)
   return {
     'topology': str(topology),
-    'chips': topology.num_chips,
+    'chips': topology.num_devices,
     'capacity': topology.chip.memory,
     'mesh': {axis: n for axis, n in mesh.shape.items() if n > 1},
     'remat': run_config.model.remat,
@@ -131,7 +131,7 @@ def _sizes(run_config, mesh, topology):
     'params': counts['total'],
     'active_params': counts['active'],
     'tokens': tokens,
-    'model_flops': per_token['model'] * tokens / topology.num_chips,
+    'model_flops': per_token['model'] * tokens / topology.num_devices,
   }
 
 

@@ -18,7 +18,10 @@ _CUBES = (
   *('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
   *('8x8x16', '8x16x16', '16x16x16'),
 )
-_SHAPES = {'v4': _CUBES, 'v5e': _SQUARES, 'v5p': _CUBES, 'v6e': _SQUARES}
+_SHAPES = {'v4': _CUBES, 'v5e': _SQUARES, 'v5p': _CUBES, 'v6e': _SQUARES, 'tpu7x': _CUBES}
+# JAX devices of a chip, and the bandwidth between them over that of a link of the torus
+# (docs.cloud.google.com/tpu/docs/tpu7x).
+_HALVES, _BETWEEN_HALVES = {'tpu7x': 2}, 6
 # Known to the launcher only: their devices are cores, and libtpu does not compile for them.
 _OLD = {'v2': (8, 32, 128, 256, 512), 'v3': (8, 32, 64, 128, 256, 512, 1024, 2048)}
 # Names that Google Cloud gives to slices, and the images of their hosts.
@@ -70,15 +73,30 @@ class Topology:
     )
 
   @property
+  def cloud_name(self):
+    """The type of a slice on Google Cloud; of GPUs, their name here."""
+    return str(self) if self.platform == 'gpu' else self.accelerator_type
+
+  @property
   def cloud_names(self):
-    """What Google Cloud calls a slice, and the software version of its hosts; of GPUs, the name."""
-    if self.platform == 'gpu':
-      return (str(self),)
-    return self.accelerator_type, _IMAGES.get(self.kind, _OLD_IMAGE)
+    """`cloud_name`, and of TPUs the software version of their hosts.
+
+    Raises:
+      ValueError: Google Cloud has no virtual machines with these TPUs.
+    """
+    if self.kind == 'tpu7x':
+      raise ValueError(f'--topology={self}: these TPUs are on GKE only: docs/launch.md.')
+    image = () if self.platform == 'gpu' else (_IMAGES.get(self.kind, _OLD_IMAGE),)
+    return self.cloud_name, *image
 
   @property
   def num_chips(self):
     return self.slices * math.prod(self.shape)
+
+  @property
+  def num_devices(self):
+    """JAX's devices: chips, or their halves."""
+    return self.num_chips * _HALVES.get(self.kind, 1)
 
   def __str__(self):
     if self.platform == 'gpu':
@@ -91,8 +109,8 @@ class Topology:
   def wraps(self):
     """Whether each dimension has wraparound links.
 
-    On v5e and v6e a full side of the pod has them; v4 and v5p consist of cubes of 4 x 4 x 4 chips,
-    whose outer faces are joined by optical switches.
+    On v5e and v6e a full side of the pod has them; v4, v5p and 7x consist of cubes of 4 x 4 x 4
+    chips, whose outer faces are joined by optical switches.
     """
     if self.kind in ('v5e', 'v6e'):
       return tuple(n == 16 for n in self.shape)
@@ -104,7 +122,7 @@ def parse(name, slices=1):
 
   Args:
     name: such as v5e:4x4 or, as Google Cloud counts, v5litepod-16 or v5e-16 (chips), v5p-128 and
-      v4-512 (cores); h100x8 (GPUs). Upper or lower case.
+      v4-512 (cores), tpu7x-8 (half chips); h100x8 (GPUs). Upper or lower case.
     slices: TPU slices, connected by the data-center network.
 
   Raises:
@@ -144,7 +162,7 @@ def _names():
 
 def _per_chip(kind):
   """What the number in the name of a slice counts of a chip: itself, or its two cores."""
-  return 2 if kind in ('v4', 'v5p') else 1
+  return 2 if kind in ('v4', 'v5p', 'tpu7x') else 1
 
 
 def _unknown(name, known):
@@ -159,10 +177,9 @@ def _unknown(name, known):
     )
     shape = f', or by shape, such as {kind}:{_SHAPES[kind][2]}' if kind in _SHAPES else ''
     return f'--topology={name}: there is no such {kind}{hint} There are {", ".join(sizes)}{shape}.'
-  newer = ' Newer TPUs are on GKE only: docs/launch.md.' if name.startswith('tpu') else ''
   return (
     f'--topology={name}: unknown{hint} Expected a size of {", ".join((*_SHAPES, *_OLD, *_GPUS))}, '
-    f'such as v5e:4x4, v5litepod-16, v5p-128 or h100x8.{newer}'
+    'such as v5e:4x4, v5litepod-16, v5p-128 or h100x8.'
   )
 
 
@@ -319,6 +336,8 @@ def _inside(topology, kind, num_bytes, places):
     links += ways
     middle = max(middle, extent * apart / ways)
     detour = max(detour, apart)
+  if not links:  # the halves of one chip
+    return share / (_BETWEEN_HALVES * _HALVES[topology.kind] * topology.chip.link)
   if 'all-to-all' in kind:
     return num_bytes * middle / 4 / topology.chip.link
   if kind == 'collective-permute':

@@ -54,7 +54,7 @@ def find(config, kind, days=None, compiles=True):
     hours = _hours(run_config, seconds)
     return {
       'topology': str(topology),
-      'type': topology.cloud_names[0],
+      'type': topology.cloud_name,
       'chips': topology.num_chips,
       'mesh': choice.flags,
       'memory': memory,

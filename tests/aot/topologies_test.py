@@ -22,6 +22,7 @@ from moejax.aot import topologies
     ('v5p:16x16x16', (16, 16, 16), 4096),
     ('v5e:1x1', (1, 1), 1),
     ('h100x8', (8,), 8),
+    ('tpu7x-8', (2, 2, 1), 4),  # counts half chips
   ],
 )
 def test_names(name, shape, chips):
@@ -47,7 +48,7 @@ def test_what_google_cloud_calls_it(name, cloud, image):
 
 
 def test_old_slices_are_not_compiled_for():
-  with pytest.raises(ValueError, match='ahead of time for v4, v5e, v5p, v6e only'):
+  with pytest.raises(ValueError, match='ahead of time for v4, v5e, v5p, v6e, tpu7x only'):
     topologies.devices(topologies.parse('v3-8'))
 
 
@@ -68,7 +69,6 @@ def test_slices():
     ('v5e-17', 1, 'no such v5e; did you mean .* There are v5litepod-1, v5litepod-4, .*by shape'),
     ('v5lite-16', 1, "did you mean 'v5litepod-16'"),
     ('v7x', 1, 'unknown. Expected a size of v4, v5e'),
-    ('tpu7x-8', 1, 'on GKE only'),
     ('v5e-16', 0, '--slices must be at least 1, got 0'),
     ('h100x8', 2, 'only TPUs have slices'),
   ],
@@ -144,6 +144,17 @@ def test_between_slices_every_chip_sends_its_share():
   across = 1 / 4 * 1 / 2 / 3.125
   assert _seconds(topology, 'all-gather', _chips(topology)) == pytest.approx(inside + across)
   assert _seconds(topology, 'all-reduce', _chips(topology)) == pytest.approx(2 * (inside + across))
+
+
+def test_halves_of_chips():
+  topology = topologies.parse('tpu7x:2x2x1')
+  assert topology.num_devices == 8 and topology.chip.memory == 96 * 2**30
+  halves = np.repeat(_chips(topology), 2)  # of a chip, at the same place
+  # Half of the links of a chip carry 50 GB/s each; 600 are between its halves.
+  assert _seconds(topology, 'all-gather', halves[:2]) == pytest.approx(0.5 / 600)
+  assert _seconds(topology, 'all-gather', halves) == pytest.approx(7 / 8 / 100)
+  with pytest.raises(ValueError, match='on GKE only'):
+    topology.cloud_names  # noqa: B018
 
 
 def test_nodes_of_gpus():

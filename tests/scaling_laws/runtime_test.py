@@ -147,7 +147,7 @@ def test_speeds_of_a_machine_are_estimated():
   assert 0 < speeds[0].tokens_per_second < speeds[1].tokens_per_second
 
 
-@pytest.mark.parametrize('source', ['none.json', 'v5e:3x3', 'tpu7x-8'])
+@pytest.mark.parametrize('source', ['none.json', 'v5e:3x3', 'tpu7y-8'])
 def test_neither_a_source_nor_a_machine(source):
   with pytest.raises(ValueError, match=f'--runtime={source}: no such file or folder; as a machine'):
     runtime.clock([source], PRINTED)
