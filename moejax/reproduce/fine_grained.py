@@ -52,7 +52,7 @@ def _laptop(u):
     models=(*(model for models in by_size.values() for model in models), *held_out),
     rate_steps=u,
     comparisons={f'd{d}': names(models) for d, models in by_size.items()}
-    | {'d48': names(held_out)},
+    | {'d64': names(held_out)},
     criteria=(
       *(criteria.leads(f'd{d}-g8', f'd{d}-g1', steps[d], _FALLS, spreads=2) for d in steps),
       *(criteria.leads(f'd{d}-g4', f'd{d}-dense', steps[d], _DENSE) for d in steps),
