@@ -190,6 +190,7 @@ PATHS = {
   'reroute': ['runs', 'output'],
   'drops': ['workdir', 'output'],
   'compare': ['runs', 'output'],
+  'passports': ['workdir', 'output'],
   'tokenize': ['output'],
   'tokenizer': ['output'],
   'aot': ['json'],

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moejax import parameters
@@ -44,14 +45,14 @@ class Experts(mlp.Matrices):
     return jnp.matmul(y, y.T, precision=jax.lax.Precision.HIGHEST)
 
 
-_COMPARED = 256  # inputs of a batch on which experts are compared
+_COMPARED = 64  # inputs of a batch on which experts are compared
 
 
 def observation(experts, logits_BLE, weights_BLE, x_ND, valid_N):
   """What a layer with experts did with every token, for its `aux`; float32.
 
   Args:
-    experts: `Experts`, or a norm around them, with `products`.
+    experts: the `Experts`.
     logits_BLE: scores of the router or controller.
     weights_BLE: what each expert's output is multiplied by for each token, or each token in the
       mixture of each expert; 0 where it does not get there.
@@ -60,8 +61,10 @@ def observation(experts, logits_BLE, weights_BLE, x_ND, valid_N):
   Returns:
     A dict of 'logits', 'weights', and 'products', `Experts.products` [E, E].
   """
-  every = max(1, len(x_ND) // _COMPARED)
-  products = experts.products(x_ND[::every], valid_N[::every])
+  number = len(x_ND)
+  some = np.random.default_rng(0).choice(number, min(number, _COMPARED), replace=False)
+  some.sort()
+  products = experts.products(x_ND[some], valid_N[some])
   seen = {'logits': logits_BLE, 'weights': weights_BLE, 'products': products}
   return {name: a.astype(jnp.float32) for name, a in seen.items()}
 

@@ -16,6 +16,8 @@ LAYERS = {
   'expert choice': (MixtureOfExperts, {'router': 'expert_choice'}),
   'mixture of tokens': (MixtureOfTokens, {'num_experts': E, 'expert_width': 8}),
 }
+# Tokens or slots go to the devices of their experts, or mixtures do.
+ON_A_MESH = ('token choice, nobody dropped', 'expert choice', 'mixture of tokens')
 
 
 def _make(kind):
@@ -68,6 +70,8 @@ def test_outputs_are_made_of_the_weights_that_are_observed(kind):
   outputs = _outputs(layer, inputs[None]).reshape(E, -1)
   np.testing.assert_allclose(seen[f'{prefix}/products'], outputs @ outputs.T, rtol=1e-4, atol=1e-6)
 
+  if kind not in ON_A_MESH:
+    return
   mesh = sharding.make_mesh(sharding.MeshConfig(1, 4, 2, 1))
   with jax.set_mesh(mesh):
     spread = jax.tree.map(jnp.asarray, run(state, sharding.place_batch(x_BLD, mesh)))
