@@ -63,7 +63,8 @@ RANKS = (
   ('progress', 'rewind'),
   ('results',),
   ('train',),
-  ('aot', 'compare', 'drill', 'runner', 'scaling_laws', 'sweep', 'transfer', 'transition_tuning'),
+  ('aot', 'compare', 'drill', 'passports', 'runner', 'scaling_laws', 'sweep', 'transfer')
+  + ('transition_tuning',),
   ('library', 'reproduce'),
 )
 HEAVY = {'seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'clu', 't5'}
