@@ -109,6 +109,8 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'blocks': tiny.MOE, 'moe_router': 'expert_choice', 'moe_output_norm': True},
     {'blocks': tiny.MOE, 'moe_router': 'relu'},
     {'blocks': tiny.MOE_IN_MAMBA, 'moe_router': 'default_vectors'},
+    {'blocks': tiny.MOE_IN_MAMBA2, 'mamba2_shared_router': True},
+    {'blocks': tiny.MOE_IN_MAMBA, 'mamba_shared_router': True, 'moe_output_norm': True},
     {'blocks': tiny.MAMBA, 'mamba_expand': 1.5},
     {'blocks': ((('mamba', 'mot+moe+mlp'), 2), (('mamba+moe',), 3)), 'moe_output_norm': True},
     {'blocks': tiny.MOE_IN_MAMBA2, 'mamba2_expand': 1.5},

@@ -323,6 +323,10 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'in+out'}, 'moe_in must be some of conv, gate'),
     ({'blocks': tiny.MOE_IN_MAMBA, 'mamba_moe_in': 'out+out'}, "got 'out.out'"),
     ({'blocks': tiny.MOE_IN_MAMBA, 'moe_shared_width': 3}, 'moe.shared_width = 3'),
+    (
+      {'blocks': tiny.MOE_IN_MAMBA, 'mamba_shared_router': True, 'moe_jitter': 0.1},
+      'mamba.shared_router. has no noise',
+    ),
     ({'blocks': ()}, 'model.blocks must hold at least one'),
     ({'blocks': (('attention', 'mlp'), 2)}, "and nothing else, as in .* got \\(\\('attention'"),
     ({'blocks': 'attention'}, "model.blocks must be a tuple, got 'attention'"),

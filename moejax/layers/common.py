@@ -14,12 +14,14 @@ from moejax import parameters
 class TokenInfo(NamedTuple):
   """What a sublayer may know about the tokens of its activations.
 
-  Shapes are [B, L] in a forward pass and [B] in one decoding step, both int32.
+  Shapes are [B, L] in a forward pass and [B] in one decoding step; int32, but for the last ones.
   """
 
   segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
   positions: jax.Array  # position of the token in its document or sequence
   key: jax.Array | None = None  # for this sublayer's noise in this step; None: no noise
+  # [B, L, E] or [B, E], float: of a router that several layers share, in place of their own.
+  scores: jax.Array | None = None
   # True: layers with experts also return, in `aux`, what they did with every token
   # (`experts.observation`).
   observed: bool | None = None

@@ -13,7 +13,7 @@ from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
-from moejax.ops import selective_scan
+from moejax.ops import routing, selective_scan
 from moejax.sharding import mesh, platform
 
 # Initial step sizes, softplus(delta_bias), are log-uniform between these.
@@ -38,6 +38,7 @@ class MambaConfig(Section):
   state_size: int = default(16, 'states per channel', minimum=1, maximum=1024)
   conv_width: int = default(4, 'positions that its convolution sees', minimum=2, maximum=256)
   moe_in: str = default('conv+gate+out', 'projections with experts in the sublayer moe_in_mamba')
+  shared_router: bool = default(False, 'these have one router, of the input of the layer')
 
   @property
   def sparse_projections(self):
@@ -64,15 +65,17 @@ class MambaConfig(Section):
 class Recurrent(nnx.Module):
   """What Mamba layers share: the passes of a layer, some of whose projections may be experts.
 
-  `d_model` is theirs, and `_forward(x_BLD, tokens, through, valid_BL=None)`: y_BLD, and if
-  `valid_BL` says which positions are no padding, the state after them. `through(experts, x)` is
-  what experts make of x, in `project`.
+  Theirs are `d_model`; `router`, a matrix of scores that all experts share, or None; and
+  `_forward(x_BLD, tokens, through, valid_BL=None)`: y_BLD, and if `valid_BL` says which positions
+  are no padding, the state after them. `through(experts, x)` is what experts make of x, in
+  `project`.
   """
 
   d_model: int
+  router: nnx.Param | None
 
   def __call__(self, x_BLD, tokens=None):
-    tokens = tokens or common.unpadded(x_BLD, self.d_model)
+    tokens = self._scored(x_BLD, tokens or common.unpadded(x_BLD, self.d_model))
     auxes = []
 
     def through(experts, x):
@@ -85,8 +88,15 @@ class Recurrent(nnx.Module):
 
   def prefill(self, x_BLD, tokens):
     """The forward pass: y_BLD, and the state after the last token, before any padding."""
+    tokens = self._scored(x_BLD, tokens)
     through = lambda experts, x: experts.prefill(x, tokens)[0]
     return self._forward(x_BLD, tokens, through, valid_BL=tokens.segments > 0)
+
+  def _scored(self, x, tokens):
+    """`tokens`, with the scores of a router that all experts share."""
+    if self.router is None:
+      return tokens
+    return tokens._replace(scores=routing.router_logits(x, self.router[...]))
 
   def _forward(self, x_BLD, tokens, through, valid_BL=None):
     raise NotImplementedError
@@ -104,11 +114,20 @@ class Mamba(Recurrent):
   Every matrix is initialised uniformly within 1/sqrt(fan-in), whatever `model.init`.
 
   `experts(d_in, d_out)`, if given, makes stateless sublayers that replace the matrices in
-  `config.sparse_projections` (arXiv:2401.04081, table 3). `aux` is theirs.
+  `config.sparse_projections` (arXiv:2401.04081, table 3), and `router` their shared matrix of
+  scores, if there is one. `aux` is theirs.
   """
 
   def __init__(
-    self, config=None, *, d_model, init='truncated_normal', rngs, experts=None, **fields_of_config
+    self,
+    config=None,
+    *,
+    d_model,
+    init='truncated_normal',
+    rngs,
+    experts=None,
+    router=None,
+    **fields_of_config,
   ):
     config = fields.of_layer(Mamba, MambaConfig, config, fields_of_config)
     fields.check(config.problems(d_model))
@@ -118,6 +137,7 @@ class Mamba(Recurrent):
 
     projection = functools.partial(make_projection, config, d_model, init, rngs, experts)
     self.d_model = d_model
+    self.router = router
     self.w_in = projection('conv')
     self.w_gate = projection('gate')
     self.conv_kernel = init(rngs, W, I, fan_in=W)
@@ -156,6 +176,7 @@ class Mamba(Recurrent):
 
   def step(self, x_BD, state, tokens):
     """One position for every sequence."""
+    tokens = self._scored(x_BD, tokens)
     through = lambda experts, x: experts.step(x, {}, tokens)[0]
     u_BI = project(self.w_in, x_BD, through)
     gate_BI = project(self.w_gate, x_BD, through)
@@ -204,9 +225,9 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
 class MambaSublayer(Sublayer):
   """`mamba` in `model.blocks`."""
 
-  def make(self, init, rngs, experts=None):
+  def make(self, init, rngs, **experts):
     c = self.config
-    return Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs, experts=experts)
+    return Mamba(c.mamba, d_model=c.d_model, init=init, rngs=rngs, **experts)
 
   def problems(self):
     return self.config.mamba.problems(self.config.d_model)

@@ -74,7 +74,7 @@ class Mamba2(mamba.Recurrent):
   Every matrix is initialised uniformly within 1/sqrt(fan-in), whatever `model.init`.
 
   `experts(d_in, d_out)`, if given, makes stateless sublayers that replace the matrices in
-  `config.sparse_projections`, as in `Mamba`. `aux` is theirs.
+  `config.sparse_projections`, and `router`, as in `Mamba`. `aux` is theirs.
   """
 
   def __init__(
@@ -86,6 +86,7 @@ class Mamba2(mamba.Recurrent):
     init='truncated_normal',
     rngs,
     experts=None,
+    router=None,
     **fields_of_config,
   ):
     config = fields.of_layer(Mamba2, Mamba2Config, config, fields_of_config)
@@ -96,6 +97,7 @@ class Mamba2(mamba.Recurrent):
     init = common.Initializer('kaiming_uniform', 3**-0.5, dtype)
     projection = functools.partial(mamba.make_projection, config, d_model, init, rngs, experts)
     self.d_model = d_model
+    self.router = router
     self.groups = G
     self.norm_eps = norm_eps
     self.w_in = projection('conv')
@@ -143,6 +145,7 @@ class Mamba2(mamba.Recurrent):
 
   def step(self, x_BD, state, tokens):
     """One position of every sequence."""
+    tokens = self._scored(x_BD, tokens)
     through = lambda experts, x: experts.step(x, {}, tokens)[0]
     u_BI, gate_BI, bc, delta_BH = self._inputs(x_BD, through)
     windows = {
@@ -214,11 +217,9 @@ def sharded_ssd(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, skip_H, bias_H, *, reset
 class Mamba2Sublayer(Sublayer):
   """`mamba2` in `model.blocks`."""
 
-  def make(self, init, rngs, experts=None):
+  def make(self, init, rngs, **experts):
     c = self.config
-    return Mamba2(
-      c.mamba2, d_model=c.d_model, norm_eps=c.norm_eps, init=init, rngs=rngs, experts=experts
-    )
+    return Mamba2(c.mamba2, d_model=c.d_model, norm_eps=c.norm_eps, init=init, rngs=rngs, **experts)
 
   def problems(self):
     return self.config.mamba2.problems(self.config.d_model)

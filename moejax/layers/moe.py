@@ -197,7 +197,8 @@ class MixtureOfExperts(common.Stateless):
   Input and output x_BLD, any float dtype, or output of another width `d_out`; scores, weights and
   losses in float32 at least. A routing group is `group_size` consecutive sequences, tokens ordered
   by position, or, with `group_by = 'position'`, the tokens of these sequences at one position.
-  Padding (segment 0) is never routed.
+  Padding (segment 0) is never routed. Without `routes` there is no router: `tokens.scores` are its
+  scores.
 
   Leaks: token choice is causal: earlier tokens of the group, and those at the same position, decide
   which token is dropped. Expert choice by position is causal, but sequences of a group see each
@@ -218,6 +219,7 @@ class MixtureOfExperts(common.Stateless):
     init='truncated_normal',
     rngs,
     d_out=None,
+    routes=True,
     **fields_of_config,
   ):
     d_ff = d_ff or 4 * d_model
@@ -225,7 +227,9 @@ class MixtureOfExperts(common.Stateless):
     config = fields.of_layer(MixtureOfExperts, MoEConfig, config, fields_of_config)
     fields.check(config.problems(d_ff))
     self.config = config
-    self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
+    self.d_model = d_model
+    if routes:
+      self.router = init(rngs, d_model, config.num_experts, fan_in=d_model)
     self.experts = experts.Experts(
       config.num_experts,
       d_model=d_model,
@@ -248,7 +252,7 @@ class MixtureOfExperts(common.Stateless):
       self.output_norm = common.LayerNorm(d_out or d_model, init.dtype)
 
   def __call__(self, x_BLD, tokens=None):
-    tokens = tokens or common.unpadded(x_BLD, self.router.shape[0])
+    tokens = tokens or common.unpadded(x_BLD, self.d_model)
     return self._forward(x_BLD, tokens, self.config)
 
   def prefill(self, x_BLD, tokens):
@@ -261,7 +265,8 @@ class MixtureOfExperts(common.Stateless):
     groups.check('model.moe.group_size', M, B)
     grouped = groups.Groups(B, L, M) if config.by_position else groups.WholeSequences(M)
     x_GTD, valid_GT = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
-    y, aux, seen = self._route(x_GTD, valid_GT, tokens, config)
+    scores_GTE = None if tokens.scores is None else grouped.split(tokens.scores)
+    y, aux, seen = self._route(x_GTD, valid_GT, scores_GTE, tokens, config)
     y = checkpoint_name(grouped.join(y), experts.OUTPUT)
     if tokens.observed:
       inputs_ND, valid_N = x_GTD.reshape(-1, x_GTD.shape[-1]), valid_GT.reshape(-1)
@@ -272,9 +277,13 @@ class MixtureOfExperts(common.Stateless):
       y += self.shared(x_BLD, tokens)[0]
     return (self.output_norm(y) if self.config.output_norm else y), aux
 
-  def _route(self, x_GTD, valid_GT, tokens, config):
+  def _route(self, x_GTD, valid_GT, scores_GTE, tokens, config):
     """Routes groups through the experts: y_GTD, aux, and logits_GTE and weights_GTE if observed."""
-    logits_GTE = routing.router_logits(_jitter(x_GTD, config.jitter, tokens.key), self.router[...])
+    if scores_GTE is None:
+      x_scored = _jitter(x_GTD, config.jitter, tokens.key)
+      logits_GTE = routing.router_logits(x_scored, self.router[...])
+    else:
+      logits_GTE = scores_GTE
     own = {name: getattr(self, name)[...] for name in self._own}
     bias_E = jax.lax.stop_gradient(own.get('balance_bias'))
     weights = self.experts.weights(x_GTD.dtype)
@@ -429,11 +438,11 @@ class MoESublayer(Sublayer):
     self.mixes = moe.rule.compares_tokens
     self.mixed_sequences = moe.group_size if self.mixes else 1
 
-  def make(self, init, rngs, d_in=None, d_out=None):
+  def make(self, init, rngs, d_in=None, d_out=None, routes=True):
     """The layer; of other widths than the model's if they are given."""
     c = self.config
     sizes = dict(d_model=d_in or c.d_model, d_ff=c.d_ff, activation=c.activation)
-    return MixtureOfExperts(c.moe, **sizes, d_out=d_out, init=init, rngs=rngs)
+    return MixtureOfExperts(c.moe, **sizes, d_out=d_out, routes=routes, init=init, rngs=rngs)
 
   def terms(self):
     # A token adds up the outputs of top_k experts, whose weights add up to `total`.
@@ -475,7 +484,7 @@ class MoESublayer(Sublayer):
       )
     return {'moe': dataclasses.replace(self.moe, group_size=group_size or self.moe.group_size)}
 
-  def cost(self, length, d_in=None, d_out=None):
+  def cost(self, length, d_in=None, d_out=None, routes=True):
     """For a layer of other widths than the model's if they are given."""
     moe, D = self.moe, d_in or self.config.d_model
     d_ff, activation = self.config.d_ff, self.config.activation
@@ -485,7 +494,7 @@ class MoESublayer(Sublayer):
       K = E * moe.capacity(group) / group
     expert = mlp.num_weights(D, moe.expert_width(d_ff), activation, d_out)
     shared = mlp.num_weights(D, moe.shared_width, activation) if moe.shared_width else 0
-    router = D * E
+    router = D * E * routes
     own = sum(value.size for value in moe.rule.parameters(moe, d_out or D).values())
     norm = 2 * (d_out or D) * moe.output_norm
     unreached = {'unreached': 2 * E * (d_out or D)} if moe.rule.unreached else {}

@@ -24,7 +24,6 @@ ROUTERS = {
   'over tokens': {'router': 'expert_choice', 'scores': 'softmax_over_tokens'},
   'flat expert choice': {'router': 'expert_choice', 'group_by': 'sequence'},
   'ReLU': {'router': 'relu', 'capacity_factor': 0.8},
-  'ReLU, nobody dropped': {'router': 'relu', 'capacity_factor': 0.0},
 }
 CAUSAL = [name for name in ROUTERS if name != 'flat expert choice']
 
