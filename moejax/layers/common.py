@@ -20,11 +20,11 @@ class TokenInfo(NamedTuple):
   segments: jax.Array  # 1, 2, ... per packed document; 0 is padding
   positions: jax.Array  # position of the token in its document or sequence
   key: jax.Array | None = None  # for this sublayer's noise in this step; None: no noise
-  # [B, L, E] or [B, E], float: of a router that several layers share, in place of their own.
-  scores: jax.Array | None = None
   # True: layers with experts also return, in `aux`, what they did with every token
   # (`experts.observation`).
   observed: bool | None = None
+  # [B, L, E] or [B, E], float: of a router that several layers share, in place of their own.
+  scores: jax.Array | None = None
 
   def for_part(self, index):
     """The same with another key, for one of several parts."""

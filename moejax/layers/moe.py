@@ -6,6 +6,7 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -359,7 +360,8 @@ def _on_device(
   weights = exchange.gather_weights(weights, fsdp_dims)
   plan = _plan(config, logits_GTE, valid_GT, bias_E, loop and devices == 1)
   counts_GE, reached_GT = plan.counts_GE, plan.rows_per_token_T.reshape(valid_GT.shape)
-  weights_GTE = sums = None
+  weights_GTE: Any = None
+  sums: Any = None
   if observed or unreached:
     weights_GTE = jax.lax.stop_gradient(plan.weights_TE().reshape(logits_GTE.shape))
 
