@@ -29,6 +29,7 @@ PROGRAMS = {
   'reroute': ('reroute', 'the losses of runs under other routers, and what repairs them'),
   'drops': ('drops', 'which tokens find no slot, and which capacity factor a run needs'),
   'passports': ('passports', 'a page about every expert: its tokens, load, neighbours, death'),
+  'privacy': ('privacy', 'how much one request changes the outputs of others'),
   'convert': ('convert', 'runs to and from safetensors and transformers'),
   'tokenizer': ('tokenizer', 'trains a SentencePiece tokenizer'),
   'tokenize': ('tokenize', 'writes a corpus to token files'),

@@ -135,12 +135,16 @@ class LanguageModel(nnx.Module):
     return {kind: {name: aux[f'{kind}/{name}'] for name in names} for kind in kinds}
 
   def _activations_of(self, batch, key=None, observed=None):
+    tokens = self.tokens_of(batch)._replace(key=key, observed=observed)
+    return self.activations(batch['inputs'], tokens)
+
+  def tokens_of(self, batch):
+    """What the sublayers may know about the tokens of a batch."""
     positions_BL = batch['positions']
     if not self.config.document_mask:  # a sequence is one text
       L = positions_BL.shape[1]
       positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), positions_BL.shape)
-    tokens = common.TokenInfo(batch['segments'], positions_BL, key, observed)
-    return self.activations(batch['inputs'], tokens)
+    return common.TokenInfo(batch['segments'], positions_BL)
 
   def __call__(self, inputs_BL, tokens=None):
     """Float32 logits_BLV of every next token; of whole documents unless `tokens` says otherwise.

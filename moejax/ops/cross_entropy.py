@@ -60,11 +60,39 @@ def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return target_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
-  B, L = targets_BL.shape
+  return _by_chunk(of_chunk, (x_BLD, targets_BL), chunk)
+
+
+def divergence(x_BLD, y_BLD, head_DV, *, chunk):
+  """How far the next-token distributions of y are from those of x.
+
+  Arguments as of `chunked_cross_entropy`, x and y in place of x.
+
+  Returns:
+    The Kullback-Leibler divergence of p = softmax(x @ head) from q = softmax(y @ head), in nats,
+    and whether the likeliest token is another one; [B, L] each. Exactly 0 where x and y are equal.
+  """
+
+  def of_chunk(arrays):
+    logits, others = (_logits(a, head_DV) for a in arrays)
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
+    p, gain = jnp.exp(log_p), log_q - log_p
+    # Of sum(p * -gain) + sum(q) - sum(p), no term is negative: distributions that are near each
+    # other do not drown in the rounding of their difference.
+    near = p * (jnp.expm1(jnp.minimum(gain, 1)) - gain)
+    terms = jnp.where(gain < 1, near, jnp.exp(log_q) - p * (1 + gain))
+    return terms.sum(axis=-1), logits.argmax(axis=-1) != others.argmax(axis=-1)
+
+  return _by_chunk(of_chunk, (x_BLD, y_BLD), chunk)
+
+
+def _by_chunk(of_chunk, arrays, chunk):
+  """A function of arrays [B, L, ...] to arrays [B, L], of `chunk` positions at a time."""
+  B, L = arrays[0].shape[:2]
   if not 0 < chunk < L:
-    return of_chunk((x_BLD, targets_BL))
-  scores = jax.lax.map(of_chunk, (split(x_BLD, chunk), split(targets_BL, chunk)))
-  return tuple(jnp.moveaxis(score, 0, 1).reshape(B, -1)[:, :L] for score in scores)
+    return of_chunk(arrays)
+  results = jax.lax.map(of_chunk, tuple(split(a, chunk) for a in arrays))
+  return tuple(jnp.moveaxis(result, 0, 1).reshape(B, -1)[:, :L] for result in results)
 
 
 @jax.custom_vjp

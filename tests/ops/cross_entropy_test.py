@@ -97,3 +97,23 @@ def test_chunks_save_memory():
   logits_bytes = 2 * length * vocabulary * 4
   assert temporary_bytes(0) >= logits_bytes
   assert temporary_bytes(4) < logits_bytes / 4
+
+
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 30.0])
+def test_divergence_is_the_definition(scale):
+  x_BLD, head_DV, _, _ = _inputs()
+  y_BLD = x_BLD + scale * x_BLD[::-1]
+  find = jax.jit(cross_entropy.divergence, static_argnames='chunk')
+  nats_BL, changed_BL = find(x_BLD, y_BLD, head_DV, chunk=0)
+  logits, others = (
+    np.asarray(a, 'float64') @ np.asarray(head_DV, 'float64') for a in (x_BLD, y_BLD)
+  )
+  log_p, log_q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (logits, others))
+  expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+  np.testing.assert_allclose(nats_BL, expected, rtol=5e-3)
+  np.testing.assert_array_equal(changed_BL, logits.argmax(-1) != others.argmax(-1))
+  for chunked, whole in zip(
+    find(x_BLD, y_BLD, head_DV, chunk=3), (nats_BL, changed_BL), strict=True
+  ):
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5)
+  assert not np.any(find(x_BLD, x_BLD, head_DV, chunk=0)[0])
