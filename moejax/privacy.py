@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from moejax import (
   cli,
@@ -98,9 +98,9 @@ def measure(folder, modes, group_sizes, num_batches, name='', model=''):
   name = name or files.path(folder).name
   source, _, params, mesh = run_folder.load_run(folder)
   config_lib.check_batch(source, mesh)
-  for mode, size in itertools.product(modes, group_sizes):
-    if size and mode in ('unmixed', DROPLESS):
-      continue
+  of_one_size = 'unmixed', DROPLESS
+  ways = [(m, size) for m in modes for size in ([0] if m in of_one_size else group_sizes)]
+  for mode, size in ways:
     try:
       run_config, of_evaluate = _served(source, mode)
       with jax.set_mesh(mesh):
@@ -269,12 +269,14 @@ def over_seeds(rows) -> list[Row]:
   found = {}
   for row in rows:
     condition = row.model, row.mode, row.group_size, row.block, row.exchanged
-    found.setdefault(condition, []).append(row)
-  return [same[0] if len(same) == 1 else _mean(same) for same in found.values()]
+    found.setdefault(condition, {})[row.run] = row  # once, if a group size was given twice
+  return [_mean(list(same.values())) for same in found.values()]
 
 
 def _mean(rows):
   """The Row of a model whose seeds have these."""
+  if len(rows) == 1:
+    return rows[0]
   of = lambda name: [getattr(row, name) for row in rows]
   means = {name: float(np.mean(of(name))) for name in ('temperature', 'loss', 'flipped')}
   nats, low, high = seeds.mean(of('nats'))
@@ -347,26 +349,30 @@ def _figure(rows):
   axes[0].set_yscale('symlog', linthresh=floor, linscale=0.3)
   axes[0].yaxis.set_minor_locator(NullLocator())
   axes[0].set_ylim(-0.3 * floor, 2 * max(positive))
-  axes[0].set(xscale='log', xlabel='validation loss (nats per token)')
-  axes[0].set_ylabel('divergence per exchanged request (nats per token)')
-  axes[1].set(xscale='log', xlabel='exchanged requests of a group')
-  axes[2].set(xlabel='block that alone sees one exchanged request')
+  lowest = min(row.loss for row in rows)
+  axes[0].set_xscale('symlog', linthresh=0.1, linscale=1.5)
+  axes[0].set(xlabel=f'validation loss over {lowest:.3f} (nats per token)', title='one exchanged')
+  axes[0].set_ylabel('divergence (nats per token)')
+  axes[1].set_xscale('log', base=2)
+  axes[1].set(xlabel='exchanged requests of a group', title='seen by all blocks')
+  axes[2].set(xlabel='block that alone sees the exchanged one', title='one exchanged')
+  axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
   for i, ((model, mode), same) in enumerate(lines.items()):
     style = {'color': f'C{i % 10}', 'marker': 'os^Dvp'[i // 10 % 6], 'markersize': 5}
     label = report.plain_label(f'{model}, {mode}')
     points = sorted(row for row in same if row.block == ALL and row.exchanged == 1)
-    axes[0].plot(
-      [row.loss for row in points], [row.nats for row in points], label=label, **style, lw=1
-    )
-    for row in points:
-      axes[0].annotate(f' {row.group_size}', (row.loss, row.nats), fontsize=7)
+    where = [row.loss - lowest for row in points], [row.nats for row in points]
+    axes[0].plot(*where, label=label, linewidth=1, **style)
+    for x, row in zip(where[0], points, strict=True):
+      axes[0].plot([x] * 2, [max(row.low, 0), row.high], color=style['color'], alpha=0.5)
+      axes[0].annotate(f' {row.group_size}', (x, row.nats), fontsize=7)
     first = [row for row in same if row.group_size == same[0].group_size]
     curve = [row for row in first if row.block == ALL]
     axes[1].plot([row.exchanged for row in curve], [row.nats for row in curve], **style)
     blocks = [row for row in first if row.block != ALL]
     axes[2].plot([int(row.block) for row in blocks], [row.nats for row in blocks], **style)
   axes[0].xaxis.set_major_formatter('{x:g}')
-  axes[0].xaxis.set_minor_formatter('{x:g}')
+  axes[0].set_xticks([0, 0.05, 0.1, 1, 10])
   axes[1].xaxis.set_major_formatter('{x:g}')
   drawn.legend(loc='outside right upper', frameon=False, fontsize='small')
   return drawn
@@ -391,7 +397,8 @@ def main():
     raise ValueError('\n'.join(notes))
   if is_process_0():
     write(rows, args.output)
-    print('\n'.join([tables(rows), *(notes if args.modes else ())]))
+    asked = args.modes or args.group_size != [0]
+    print('\n'.join([tables(rows), *(notes if asked else ())]))
     print(f'written to {args.output}: privacy.csv, privacy.png', flush=True)
   return cli.OK
 
