@@ -102,6 +102,7 @@ def test_routing_as_a_share_of_the_experts(mixtures, percent):
     {'norm': 'rms_norm', 'final_norm': True, 'tie_embeddings': True},
     {'mot_expert_width': 0},
     {'mot_expert_width': 5, 'mot_group_size': 3},
+    {'mot_grouping': 'all_positions', 'mot_emit': 'softmax_over_experts'},
     {'mot_separate_controllers': True, 'mot_expert_norm': True},
     {'mot_temperature_mode': 'annealed'},
     {'mot_temperature_mode': 'learned_per_expert', 'mot_separate_temperatures': True},

@@ -58,8 +58,9 @@ class MoTConfig(Section):
   expert_norm: bool = default(False, 'layer norm before and after the experts')
   grouping: str = default(
     'batch',
-    'who is mixed; batch: consecutive sequences, random: shuffled in every layer and step',
-    choices=('batch', 'random'),
+    'who is mixed; batch: consecutive sequences, random: shuffled in every layer and step, '
+    'all_positions: consecutive sequences, all positions of them together: not causal',
+    choices=('batch', 'random', 'all_positions'),
   )
 
   def width(self, d_ff):
@@ -80,11 +81,24 @@ class MoTConfig(Section):
       for name in ('separate_controllers', 'separate_temperatures'):
         if getattr(self, name):
           yield f'model.mot.{name} has nothing to act on with emit = {self.emit}; set it to False.'
-    if not self.expert_width and slots % self.num_experts:
+    if not self.causal and not self.expert_width:
+      yield (
+        'model.mot.grouping = all_positions needs model.mot.expert_width: d_ff * group_size * '
+        'positions / num_experts gives the FLOPs of a dense layer.'
+      )
+    elif not self.expert_width and slots % self.num_experts:
       yield (
         f'model.mot.num_experts = {self.num_experts} must divide d_ff * group_size = {slots} for '
         'experts of equal FLOPs; change it or set expert_width.'
       )
+
+  @property
+  def causal(self):
+    return self.grouping != 'all_positions'
+
+  def group_tokens(self, length):
+    """Tokens that are mixed with each other, of sequences of `length` positions."""
+    return self.group_size * (1 if self.causal else length)
 
   @property
   def learns_temperature(self):
@@ -104,7 +118,9 @@ class MixtureOfTokens(common.Stateless):
   the E experts sees one mixture of the group's M tokens, and its output is added to them: with the
   same weights by default, a softmax over these tokens. Padding (segment 0) never enters a mixture.
 
-  Leaks: causal, but the sequences of a group see each other's tokens at the same position.
+  Leaks: causal, but the sequences of a group see each other's tokens at the same position. With
+  `grouping = 'all_positions'` they see all tokens of the group, later ones too: with `emit =
+  'softmax_over_experts'` that is Soft MoE (arXiv:2308.00951) with a slot for each expert.
 
   `aux`: 'mot/entropy', 'mot/max_weight', 'mot/std' of the merge weights (`mixing.statistics`), the
   same under 'mot/emit_...' if emit has weights of its own, and 'mot/temperature' (and
@@ -156,7 +172,7 @@ class MixtureOfTokens(common.Stateless):
     order_B = None
     if self.config.grouping == 'random' and tokens.key is not None:
       order_B = jax.random.permutation(tokens.key, B)
-    grouped = groups.Groups(B, L, M, order_B)
+    grouped = groups.Groups(B, L, M, order_B) if self.config.causal else groups.WholeSequences(M)
     x_CMD, valid_CM = grouped.split(x_BLD), grouped.split(tokens.segments > 0)
     logits_CME = self._logits(x_CMD, self.controller)
     merge_CME, emit_CME, aux = self._weights(x_CMD, valid_CM, logits_CME)
@@ -238,6 +254,7 @@ class MoTSublayer(Sublayer):
     super().__init__(config)
     self.mot = config.mot
     self.groups = {'model.mot.group_size': config.mot.group_size}
+    self.whole_groups = {} if config.mot.causal else self.groups
     self.experts = {'model.mot.num_experts': config.mot.num_experts}
     fields = 'model.mot.expert_width; 0: model.d_ff * model.mot.group_size / num_experts'
     width = hidden_width(config.mot.width(config.d_ff), config.activation)
@@ -254,7 +271,7 @@ class MoTSublayer(Sublayer):
     # A mixture averages M tokens, so that it shrinks with M; then a token adds up the outputs of so
     # many experts, with a weight each.
     mot, D, width = self.mot, self.config.d_model, self.mot.width(self.config.d_ff)
-    E, M = mot.num_experts, mot.group_size
+    E, M = mot.num_experts, mot.group_tokens(self.config.max_length)
     mixed = 1 if mot.expert_norm else M
     into = Terms(D * mixed**-0.5, D / mixed, init=D)
     summed = {'raw': (E, 1), 'top_1': (E / M, 1), 'softmax_over_experts': (E, 1 / E)}
@@ -265,6 +282,14 @@ class MoTSublayer(Sublayer):
   def problems(self):
     return self.mot.problems(self.config.d_ff)
 
+  def leaks(self):
+    if self.mot.causal:
+      return ''
+    return (
+      'model.mot.grouping = all_positions lets tokens see the future: the loss is too good, and '
+      'generation does not reach it. model.mot.grouping = batch is causal.'
+    )
+
   def remixed(self, mode, group_size):
     """`unmixed`: groups of one; `discrete`: one token per expert. Experts keep their width."""
     if mode == 'unmixed' and group_size > 1:
@@ -274,9 +299,8 @@ class MoTSublayer(Sublayer):
     return {'mot': self.config.with_mot(size, routing).mot}
 
   def cost(self, length):
-    del length
     mot, D = self.mot, self.config.d_model
-    E, M = mot.num_experts, mot.group_size
+    E, M = mot.num_experts, mot.group_tokens(length)
     experts = E * num_weights(D, mot.width(self.config.d_ff), self.config.activation)
     controllers = D * E * (1 + mot.separate_controllers)
     temperatures = {'fixed': 0, 'learned_per_expert': E}.get(mot.temperature_mode, 1)

@@ -534,3 +534,39 @@ def test_measurements_are_float32_scalars(changes, more):
   aux = jax.eval_shape(layer, shapes, jax.ShapeDtypeStruct((B, L, D), 'bfloat16'))
   assert aux.keys() == MEASURED | more
   assert {(a.shape, a.dtype) for a in aux.values()} == {((), jnp.dtype('float32'))}
+
+
+def test_all_positions_together_are_soft_moe(x64):
+  """arXiv:2308.00951, section 2, a slot per expert: every token sees all others of its group."""
+  graph, shapes = _abstract(
+    grouping='all_positions', emit='softmax_over_experts', group_size=2, expert_width=6
+  )
+  params = _random(shapes)
+  params['controller'] *= 0.1
+  rng = np.random.default_rng(3)
+  x_BLD, dy_BLD = rng.standard_normal((2, B, L, params['controller'].shape[0]))
+  segments_BL = np.ones((B, L), 'int32')
+  segments_BL[1, 2:] = 0
+
+  def soft_moe(params, x_BLD):
+    x_CMD, valid_CM = x_BLD.reshape(B // 2, 2 * L, -1), segments_BL.reshape(B // 2, 2 * L) > 0
+    logits_CME = jnp.where(valid_CM[..., None], x_CMD @ params['controller'], -1e9)
+    rows = jnp.einsum('cme,cmd->ecd', jax.nn.softmax(logits_CME, axis=1), x_CMD)
+    rows = jax.nn.relu(rows @ params['experts']['w_in']) @ params['experts']['w_out']
+    combine_CME = jax.nn.softmax(logits_CME, axis=2) * valid_CM[..., None]
+    return jnp.einsum('cme,ecd->cmd', combine_CME, rows).reshape(x_BLD.shape)
+
+  layer = lambda params, x_BLD: _with_key(graph, params, x_BLD, segments_BL, None)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def with_gradients(f, params, x_BLD):
+    y_BLD, backward = jax.vjp(f, params, x_BLD)
+    return y_BLD, backward(dy_BLD)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+  got = with_gradients(layer, params, x_BLD)
+  jax.tree.map(close, got, with_gradients(soft_moe, params, x_BLD))
+  x_BLD[0, -1] *= -3  # a later token, which only the first group sees, at every position
+  changed_BL = np.any(with_gradients(layer, params, x_BLD)[0] != got[0], axis=-1)
+  expected_BL = segments_BL.astype(bool) & (np.arange(B) < 2)[:, None]
+  np.testing.assert_array_equal(changed_BL, expected_BL)
