@@ -385,7 +385,7 @@ def main():
     if mode not in MODES:
       raise ValueError(
         f'--modes: expected some of {", ".join(MODES)}, got {mode!r}'
-        f'{text.did_you_mean(mode, MODES)}.'
+        f'{text.did_you_mean(mode, MODES)}'
       )
   rows, notes = [], []
   for model in runs.models(runs.read(args.runs)):

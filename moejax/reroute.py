@@ -192,7 +192,7 @@ def main():
     if router not in another_router.ROUTERS:
       raise ValueError(
         f'--routers: expected some of {", ".join(another_router.ROUTERS)}, got {router!r}'
-        f'{text.did_you_mean(router, another_router.ROUTERS)}.'
+        f'{text.did_you_mean(router, another_router.ROUTERS)}'
       )
   cells = []
   for run in runs.read(args.runs):
