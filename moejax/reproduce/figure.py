@@ -4,6 +4,8 @@ import csv
 import io
 import pathlib
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from moejax import files, report, seeds
 
 Leads = dict[str, list[tuple[float, seeds.Estimate]]]  # the points of a model, by its name
@@ -40,6 +42,9 @@ def write(panels: dict[str, Leads], path: pathlib.Path) -> None:
       axes.errorbar(tokens, [lead.value for lead in found], halves, **style)
     axes.axhline(0, color='0.5', linewidth=1)
     axes.set(title=title, xscale='log', xlabel='tokens per active parameter')
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.legend(frameon=False, fontsize='small', ncols=2)
   all_axes[0].set_ylabel('lead over the baseline (nats per token)')
   report.save_figure(figure, path)
