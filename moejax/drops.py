@@ -26,7 +26,6 @@ from absl import flags
 from moejax import (
   cli,
   config as config_lib,
-  data,
   files,
   model as model_lib,
   report,
@@ -36,6 +35,7 @@ from moejax import (
   text,
 )
 from moejax.distributed import is_process_0
+from moejax.evaluate import validation_batches
 from moejax.layers import moe
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -122,7 +122,7 @@ def measure(run_config, params, mesh, num_batches=None) -> Ledger:
   models |= {0.0: free, _RANDOM: _with(free, router=_RANDOM)}
   nats, dropped, targets, tokens = {}, {}, [], []
   with jax.set_mesh(mesh):
-    for batch in _batches(run_config, mesh, num_batches):
+    for batch in validation_batches(run_config, mesh, num_batches):
       number = step_lib.microbatches(free, len(batch['inputs']), run_config.optimizer.accumulation)
       for name, model in models.items():
         *_, aux, sums = step_lib.eval_step(model, number, params, batch)
@@ -144,18 +144,6 @@ def measure(run_config, params, mesh, num_batches=None) -> Ledger:
 
 def _with(model, **changes):
   return dataclasses.replace(model, moe=dataclasses.replace(model.moe, **changes))
-
-
-def _batches(run_config, mesh, num_batches):
-  part = sharding.process_part(mesh, run_config.data.batch_size)
-  loader = data.make_loader(run_config.data, 'validation', **part)
-  of_split = getattr(loader, 'num_batches', None)  # a stream does not know
-  limits = [number for number in (num_batches, of_split) if number is not None]
-  for batch in itertools.islice(map(loader.batch, itertools.count()), min(limits, default=None)):
-    batch = sharding.place_batch(batch | {'counted': model_lib.counted(batch)}, mesh)
-    if not batch['counted'].any():  # of any process: the split is exhausted
-      return
-    yield batch
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -152,6 +152,22 @@ class Evaluation:
     return jax.tree.map(lambda *values: np.mean(values, axis=0), *self._auxes)
 
 
+def validation_batches(run_config, mesh, num_batches=None):
+  """Yields at most so many batches of a run's validation split, None: all of it, on a mesh.
+
+  They have 'counted', which targets count.
+  """
+  part = sharding.process_part(mesh, run_config.data.batch_size)
+  loader = data.make_loader(run_config.data, 'validation', **part)
+  of_split = getattr(loader, 'num_batches', None)  # a stream does not know
+  limits = [number for number in (num_batches, of_split) if number is not None]
+  for batch in itertools.islice(map(loader.batch, itertools.count()), min(limits, default=None)):
+    batch = sharding.place_batch(batch | {'counted': model_lib.counted(batch)}, mesh)
+    if not batch['counted'].any():  # of any process: the split is exhausted
+      return
+    yield batch
+
+
 def evaluate(model_config, params, loader, num_batches, mesh, accumulation=1, corpus=None):
   """Mean loss over the first `num_batches` batches of a loader, None: all; see `evaluation`.
 

@@ -53,7 +53,7 @@ def observation(experts, logits_BLE, weights_BLE, x_ND, valid_N):
 
   Args:
     experts: the `Experts`.
-    logits_BLE: scores of the router or controller.
+    logits_BLE: of the router or controller; their softmax is the scores.
     weights_BLE: what each expert's output is multiplied by for each token, or each token in the
       mixture of each expert; 0 where it does not get there.
     x_ND, valid_N: inputs of experts, a sample of which they are compared on.

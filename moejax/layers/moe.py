@@ -279,7 +279,7 @@ class MixtureOfExperts(common.Stateless):
     return (self.output_norm(y) if self.config.output_norm else y), aux
 
   def _route(self, x_GTD, valid_GT, scores_GTE, tokens, config):
-    """Routes groups through the experts: y_GTD, aux, and logits_GTE and weights_GTE if observed."""
+    """Routes groups through the experts: y_GTD, aux, and logits and weights if observed."""
     if scores_GTE is None:
       x_scored = _jitter(x_GTD, config.jitter, tokens.key)
       logits_GTE = routing.router_logits(x_scored, self.router[...])
@@ -314,7 +314,7 @@ class MixtureOfExperts(common.Stateless):
     y = y.sum(axis=0)
     if unreached := config.rule.unreached:
       y += unreached(logits_GTE, weights_GTE, valid_GT, sums.sum(axis=0), own).astype(y.dtype)
-    return y, aux, (logits_GTE, weights_GTE)
+    return y, aux, (routing.normalizing_logits(logits_GTE, config.scores), weights_GTE)
 
   def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, own):
     config = self.config

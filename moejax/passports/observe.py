@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import tqdm
 
-from moejax import data, model as model_lib, sharding, step as step_lib
+from moejax import model as model_lib, sharding, step as step_lib
+from moejax.evaluate import validation_batches
 
 KEPT, ALIKE = 60, 3  # places with the highest weights of an expert; of one token id
 _DOUBT = 10  # tokens of the average mixed into every lift, so that rare ones do not lead by chance
@@ -229,27 +230,14 @@ def observe(run_config, params, mesh, num_batches=None):
       '--workdir: expected a model with experts (moe, mot, moe_in_mamba); model.blocks of this run '
       f'has {", ".join(sorted({*model.kinds}))}.'
     )
-  part = sharding.process_part(mesh, run_config.data.batch_size)
-  loader = data.make_loader(run_config.data, 'validation', **part)
-  of_split = getattr(loader, 'num_batches', None)  # a stream does not know
-  number = min((n for n in (num_batches, of_split) if n is not None), default=None)
   layers, rows, place = [], [], 0
-  batches = itertools.islice(map(loader.batch, itertools.count()), number)
-  for batch in tqdm.tqdm(
-    batches, unit=' batches', total=number, delay=5, leave=False, disable=None
-  ):
-    batch = sharding.place_batch(batch, mesh)
-    microbatches = step_lib.microbatches(
-      model, len(batch['inputs']), run_config.optimizer.accumulation
-    )
-    seen = sharding.fetch(_observe(model, microbatches, params, batch))
-    batch = sharding.fetch(batch)
-    counted = model_lib.counted(batch).reshape(-1)
-    if not counted.any():  # the stream is exhausted
-      break
+  batches = validation_batches(run_config, mesh, num_batches)
+  for batch in tqdm.tqdm(batches, unit=' batches', delay=5, leave=False, disable=None):
+    number = step_lib.microbatches(model, len(batch['inputs']), run_config.optimizer.accumulation)
+    seen = sharding.fetch(_observe(model, number, params, batch))
     layers = layers or _empty(model, names, seen)
-    ids_T = batch['inputs'].reshape(-1)
-    rows.append(batch['inputs'])
+    rows.append(sharding.fetch(batch['inputs']))
+    ids_T, counted = rows[-1].reshape(-1), sharding.fetch(batch['counted']).reshape(-1)
     for layer in layers:
       logits, weights, products = (
         seen[layer.kind][name][layer.index] for name in ('logits', 'weights', 'products')
@@ -259,7 +247,7 @@ def observe(run_config, params, mesh, num_batches=None):
     place += len(ids_T)
   if not rows:
     raise ValueError('data.batch_size: the validation split is smaller than one batch; lower it.')
-  return layers, Text(loader.tokenizer, np.concatenate(rows))
+  return layers, Text(run_config.tokenizer, np.concatenate(rows))
 
 
 def _empty(model, names, seen):
