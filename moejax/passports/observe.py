@@ -53,6 +53,7 @@ class Layer:
     kind: 'moe' or 'mot'; an expert of 'mot' reads mixtures.
     index: among the layers of its kind, as in the names of metrics.
     name: for people.
+    mixed: how many tokens a mixture has, of 'mot'.
     tokens: how many the pass had.
     parts_VE, tokens_V: of every token id.
     weights_E: what outputs are multiplied by, added up.
@@ -62,8 +63,8 @@ class Layer:
     products_EE: see `layers.experts.Experts.products`.
   """
 
-  def __init__(self, kind, index, name, num_ids, num_experts, group_size=1):
-    self.kind, self.index, self.name, self.group_size = kind, index, name, group_size
+  def __init__(self, kind, index, name, num_ids, num_experts, mixed):
+    self.kind, self.index, self.name, self.mixed = kind, index, name, mixed
     self.tokens, E = 0, num_experts
     self.parts_VE, self.tokens_V = np.zeros((num_ids, E), np.float32), np.zeros(num_ids)
     self.weights_E, self.scores_E = np.zeros(E), np.zeros(E)
@@ -113,7 +114,7 @@ class Layer:
 
     Of the scores of the tokens that an expert got, or of its mixtures; nan: it got none.
     """
-    most = math.log(self.group_size if self.kind == 'mot' else self.num_experts) or 1.0
+    most = math.log(self.mixed if self.kind == 'mot' else self.num_experts) or 1.0
     with np.errstate(invalid='ignore', divide='ignore'):
       return self._entropy_E / self.parts_E / most
 
@@ -254,7 +255,8 @@ def _empty(model, names, seen):
   """Layers without tokens, in the order of the model."""
   layers, of_kind = [], dict.fromkeys(seen, 0)
   for kind, name in names:
-    E, M = seen[kind]['logits'].shape[-1], model.mot.group_size if kind == 'mot' else 1
-    layers.append(Layer(kind, of_kind[kind], name, model.vocab_size, E, M))
+    mixed = model.mot.group_size * (1 if model.mot.causal else model.max_length)
+    E = seen[kind]['logits'].shape[-1]
+    layers.append(Layer(kind, of_kind[kind], name, model.vocab_size, E, mixed))
     of_kind[kind] += 1
   return layers
