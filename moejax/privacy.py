@@ -115,7 +115,7 @@ def measure(folder, modes, group_sizes, num_batches, name='', model=''):
       with jax.set_mesh(mesh):
         found = _influence(config, run_config, params, mesh, num_batches)
     temperatures = done.aux.get('mot/temperature', config.mot.temperature)
-    temperature = float(np.mean(temperatures)) if config.uses('mot') else math.nan
+    temperature = float(np.mean(temperatures)) if 'mot/entropy' in done.aux else math.nan
     group = config.group_multiple
     known = model or name, name, mode, group, temperature, done.result['loss']
     for (block, exchanged), numbers in found.items():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from moejax import config as config_lib, same_experts
 from moejax.layers.mlp import hidden_width
+from moejax.layers.moe import MoEConfig
 from moejax.parameters import name_of
 
 _SLICES = 2  # with one, a token has one expert, and weights that sum to 1 would not train a router
@@ -51,7 +52,7 @@ def make_experts(config, router) -> None:
   else:
     config.model.moe.update(granularity=_SLICES, experts_per_token=0)
     same_experts.sparse_fields(config, router)
-    config.model.moe.renormalize = router == 'token_choice'
+    config.model.moe.renormalize = not MoEConfig(router=router).rule.fills_slots
 
 
 def convert(source, fresh, new):
