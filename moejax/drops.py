@@ -110,7 +110,7 @@ def measure(run_config, params, mesh, num_batches=None) -> Ledger:
   own = run_config.model.moe.capacity_factor or 1.0
   limited = _with(run_config.model, capacity_factor=own)
   free = limited.dropless()
-  if free is None:
+  if free is None or not free.moe.rule.chooses_best:
     raise ValueError(
       '--workdir: expected a run with layers that can drop tokens (moe, and model.moe.router = '
       'token_choice); this one has none.'

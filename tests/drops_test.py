@@ -77,10 +77,12 @@ def test_tables_and_plots(ledger, tmp_path):
   assert 'No capacity factor here is' in drops.tables(found, -math.inf)
 
 
-@pytest.mark.parametrize('module', [dense, fine_grained])
-def test_models_that_drop_no_token_are_refused(module):
+@pytest.mark.parametrize(
+  ('module', 'fields'), [(dense, {}), (fine_grained, {}), (moe, {'model.moe.router': 'relu'})]
+)
+def test_models_that_drop_no_token_are_refused(module, fields):
   with pytest.raises(ValueError, match='layers that can drop tokens'):
-    drops.measure(*_run(module))
+    drops.measure(*_run(module, **fields))
 
 
 @pytest.mark.parametrize(
