@@ -12,6 +12,7 @@ random. Prints, and writes to OUTPUT,
 Errors (±) are standard errors over sequences, of differences on the same text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -94,7 +95,14 @@ def _choice_at_random(logits_GTE, *, config, **options):
   return moe.token_choice(logits_GTE[:, order_T], config=config, **options)
 
 
-moe.ROUTERS[_RANDOM] = moe.Router(_choice_at_random)
+@contextlib.contextmanager
+def _random_router():
+  """Adds it to the routers of configs, for a while: it is no choice for users."""
+  moe.ROUTERS[_RANDOM] = moe.Router(_choice_at_random)
+  try:
+    yield
+  finally:
+    del moe.ROUTERS[_RANDOM]
 
 
 def measure(run_config, params, mesh, num_batches=None) -> Ledger:
@@ -118,10 +126,10 @@ def measure(run_config, params, mesh, num_batches=None) -> Ledger:
   group = free.moe.group_tokens(run_config.data.sequence_length)
   load = free.moe.top_k * group / free.moe.num_experts
   factors = [f for f in sorted({own, *FACTORS}) if f * load >= 1]
-  models = {f: _with(free, capacity_factor=f) for f in factors}
-  models |= {0.0: free, _RANDOM: _with(free, router=_RANDOM)}
+  models = {0.0: free, **{f: _with(free, capacity_factor=f) for f in factors}}
   nats, dropped, targets, tokens = {}, {}, [], []
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), _random_router():
+    models[_RANDOM] = _with(free, router=_RANDOM)
     for batch in validation_batches(run_config, mesh, num_batches):
       number = step_lib.microbatches(free, len(batch['inputs']), run_config.optimizer.accumulation)
       for name, model in models.items():

@@ -189,7 +189,9 @@ def plan_of_choices(
   C = T if capacity is None else min(capacity, T)
   # Choices in the order of tokens form a queue per expert and group, and one for padding.
   queue_GTK = choice_GTK * G + jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  used_GTK = valid_GT[..., None] if chosen_GTK is None else valid_GT[..., None] & chosen_GTK
+  used_GTK = jnp.broadcast_to(valid_GT[..., None], choice_GTK.shape)
+  if chosen_GTK is not None:
+    used_GTK &= chosen_GTK
   queue = jnp.where(used_GTK, queue_GTK, E * G).reshape(n)
   order = _argsort(queue, E * G + 1)  # choices, queue after queue
   place = _argsort(order, n)  # of each choice in `order`
