@@ -336,8 +336,8 @@ def _inside(topology, kind, num_bytes, places):
     links += ways
     middle = max(middle, extent * apart / ways)
     detour = max(detour, apart)
-  if not links:  # the halves of one chip
-    return share / (_BETWEEN_HALVES * _HALVES[topology.kind] * topology.chip.link)
+  if not links and (halves := _HALVES.get(topology.kind)):  # of one chip
+    return share / (_BETWEEN_HALVES * halves * topology.chip.link)
   if 'all-to-all' in kind:
     return num_bytes * middle / 4 / topology.chip.link
   if kind == 'collective-permute':
