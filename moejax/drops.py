@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ from moejax import (
   text,
 )
 from moejax.distributed import is_process_0
-from moejax.evaluate import validation_batches
+from moejax.evaluate import standard_error, validation_batches
 from moejax.layers import moe
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -185,10 +184,9 @@ def _tokens(limited, free, params, batch, number):
 
 
 def _ratio(numbers_B, weights_B):
-  """A ratio of sums over sequences and its standard error, as if these were independent."""
-  ratio, number = numbers_B.sum() / weights_B.sum(), len(weights_B)
-  squares = np.square(numbers_B - ratio * weights_B).sum()
-  return ratio, math.sqrt(squares * number / max(number - 1, 1)) / weights_B.sum()
+  """A ratio of sums over sequences, and its standard error."""
+  ratio = numbers_B.sum() / weights_B.sum()
+  return ratio, standard_error(numbers_B, weights_B, ratio)
 
 
 def _rows(tokens, tokenizer):

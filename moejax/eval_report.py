@@ -1,7 +1,7 @@
 """What moejax.evaluate shows: a table, and the loss by position as table, CSV file and plot."""
 
-import csv
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -52,13 +52,12 @@ def position_table(curves: dict) -> str:
 
 def write_positions(curves: dict, path) -> None:
   """Writes the loss at every position to a CSV file, and a plot of it beside the file (.png)."""
-  with files.atomic_output(path) as temporary, temporary.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(['label', 'position', 'loss', 'tokens'])
-    for label, (nats_L, tokens_L) in curves.items():
-      for position in np.flatnonzero(tokens_L):
-        loss = nats_L[position] / tokens_L[position]
-        writer.writerow([label, position, f'{loss:.6f}', int(tokens_L[position])])
+  rows: list[list[Any]] = [['label', 'position', 'loss', 'tokens']]
+  for label, (nats_L, tokens_L) in curves.items():
+    for position in np.flatnonzero(tokens_L):
+      loss = nats_L[position] / tokens_L[position]
+      rows.append([label, position, f'{loss:.6f}', int(tokens_L[position])])
+  files.write_csv(path, rows)
   report.save_figure(position_figure(curves), path.with_suffix('.png'))
 
 

@@ -84,6 +84,16 @@ def _counted_sums(counted, *arrays):
   return [jnp.sum(array * counted) for array in arrays]
 
 
+def standard_error(sums_B, weights_B, ratio):
+  """Of `ratio`, the sum of `sums_B` over that of `weights_B`, as if sequences were independent.
+
+  Sequences without weight do not count; 0 of a single one.
+  """
+  number = np.sum(weights_B > 0)
+  squares = np.sum(np.square(sums_B - ratio * weights_B))
+  return float(np.sqrt(squares * number / max(number - 1, 1)) / weights_B.sum())
+
+
 class Evaluation:
   """The losses of batches, added up.
 
@@ -129,10 +139,8 @@ class Evaluation:
     if self._nats_dropless is not None:
       result['loss_dropless'] = self._nats_dropless / self.tokens
     nats_B, tokens_B = np.concatenate(self._nats_B), np.concatenate(self._tokens_B)
-    number = np.sum(tokens_B > 0)
-    if number > 1:  # of a ratio of sums, as if sequences were independent
-      squares = np.sum(np.square(nats_B - result['loss'] * tokens_B))
-      result['standard_error'] = float(np.sqrt(squares * number / (number - 1)) / self.tokens)
+    if np.sum(tokens_B > 0) > 1:
+      result['standard_error'] = standard_error(nats_B, tokens_B, result['loss'])
     return result
 
   @property
@@ -152,18 +160,24 @@ class Evaluation:
     return jax.tree.map(lambda *values: np.mean(values, axis=0), *self._auxes)
 
 
-def validation_batches(run_config, mesh, num_batches=None):
-  """Yields at most so many batches of a run's validation split, None: all of it, on a mesh.
+def host_batches(run_config, mesh, num_batches=None):
+  """Yields at most so many batches of a run's validation split, None: all of it.
 
-  They have 'counted', which targets count.
+  They have 'counted', which targets count; of each, the sequences of this process.
   """
   part = sharding.process_part(mesh, run_config.data.batch_size)
   loader = data.make_loader(run_config.data, 'validation', **part)
   of_split = getattr(loader, 'num_batches', None)  # a stream does not know
   limits = [number for number in (num_batches, of_split) if number is not None]
   for batch in itertools.islice(map(loader.batch, itertools.count()), min(limits, default=None)):
-    batch = sharding.place_batch(batch | {'counted': model_lib.counted(batch)}, mesh)
-    if not batch['counted'].any():  # of any process: the split is exhausted
+    yield batch | {'counted': model_lib.counted(batch)}
+
+
+def validation_batches(run_config, mesh, num_batches=None):
+  """Yields `host_batches` as global arrays, until the split is exhausted."""
+  for batch in host_batches(run_config, mesh, num_batches):
+    batch = sharding.place_batch(batch, mesh)
+    if not batch['counted'].any():  # of any process
       return
     yield batch
 

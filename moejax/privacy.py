@@ -30,7 +30,6 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from moejax import (
   cli,
   config as config_lib,
-  data,
   evaluate,
   files,
   model as model_lib,
@@ -156,11 +155,7 @@ def _influence(model_config, run_config, params, mesh, num_batches):
 
 def _batches(run_config, mesh, num_batches, number):
   """The first batches of validation, each as a number of microbatches."""
-  part = sharding.process_part(mesh, run_config.data.batch_size)
-  loader = data.make_loader(run_config.data, 'validation', **part)
-  for step in range(min(num_batches, getattr(loader, 'num_batches', num_batches))):
-    batch = loader.batch(step)
-    batch = batch | {'counted': model_lib.counted(batch)}
+  for batch in evaluate.host_batches(run_config, mesh, num_batches):
     for i in range(number):
       yield {name: np.split(rows, number)[i] for name, rows in batch.items()}
 

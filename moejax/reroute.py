@@ -12,7 +12,6 @@ tables (reroute.csv), plots of the matrix (matrix.png) and of the losses after t
 (reroute.png), and the runs; the same command resumes them.
 """
 
-import csv
 import math
 from typing import NamedTuple
 
@@ -152,10 +151,7 @@ def tables(cells) -> str:
 def write(cells, output) -> None:
   """Writes reroute.csv, matrix.png and, of runs that were trained further, reroute.png."""
   output = files.path(output)
-  with files.atomic_output(output / 'reroute.csv') as path, path.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(Cell._fields)
-    writer.writerows(cells)
+  files.write_csv(output / 'reroute.csv', [Cell._fields, *cells])
   report.save_figure(_figure(cells), output / 'matrix.png')
   curves = {}
   for cell in cells:

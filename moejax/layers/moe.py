@@ -18,7 +18,7 @@ from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common, default_router, experts, mlp, relu_router
 from moejax.layers.router import Router
-from moejax.layers.sublayer import Cost, Sublayer
+from moejax.layers.sublayer import Cost, Sublayer, sees_the_future
 from moejax.ops import dispatch, expert_loop, routing
 from moejax.parameterization import Terms
 from moejax.sharding import exchange, groups, mesh
@@ -468,10 +468,8 @@ class MoESublayer(Sublayer):
   def leaks(self):
     if not self.moe.leaks():
       return ''
-    return (
-      f'model.moe.group_by = sequence with {self.moe.router} lets tokens see the future: the loss '
-      'is too good, and generation does not reach it. model.moe.group_by = position is causal.'
-    )
+    what = f'model.moe.group_by = sequence with {self.moe.router}'
+    return sees_the_future(what, 'model.moe.group_by = position')
 
   def dropless(self):
     drops = self.moe.capacity_factor and not self.moe.rule.fills_slots

@@ -12,7 +12,7 @@ from moejax import fields, parameters
 from moejax.fields import Section, default
 from moejax.layers import common, experts
 from moejax.layers.mlp import hidden_width, num_weights
-from moejax.layers.sublayer import Cost, Sublayer
+from moejax.layers.sublayer import Cost, Sublayer, sees_the_future
 from moejax.ops import mixing, routing
 from moejax.parameterization import Terms
 from moejax.sharding import groups
@@ -285,10 +285,7 @@ class MoTSublayer(Sublayer):
   def leaks(self):
     if self.mot.causal:
       return ''
-    return (
-      'model.mot.grouping = all_positions lets tokens see the future: the loss is too good, and '
-      'generation does not reach it. model.mot.grouping = batch is causal.'
-    )
+    return sees_the_future('model.mot.grouping = all_positions', 'model.mot.grouping = batch')
 
   def remixed(self, mode, group_size):
     """`unmixed`: groups of one; `discrete`: one token per expert. Experts keep their width."""

@@ -79,3 +79,11 @@ class Sublayer:
     """
     del mode, group_size
     return {}
+
+
+def sees_the_future(field, causal) -> str:
+  """The sentence of `Sublayer.leaks` for a value of a field, beside one that is causal."""
+  return (
+    f'{field} lets tokens see the future: the loss is too good, and generation does not reach it. '
+    f'{causal} is causal.'
+  )

@@ -255,7 +255,7 @@ def _empty(model, names, seen):
   """Layers without tokens, in the order of the model."""
   layers, of_kind = [], dict.fromkeys(seen, 0)
   for kind, name in names:
-    mixed = model.mot.group_size * (1 if model.mot.causal else model.max_length)
+    mixed = model.mot.group_tokens(model.max_length)
     E = seen[kind]['logits'].shape[-1]
     layers.append(Layer(kind, of_kind[kind], name, model.vocab_size, E, mixed))
     of_kind[kind] += 1

@@ -1,6 +1,5 @@
 """Plots of a law and the runs it was fitted to, and their data as CSV."""
 
-import csv
 import math
 import pathlib
 
@@ -117,9 +116,7 @@ def _save(path, figure, header, rows):
   """Writes a figure, and beside it its data."""
   with files.atomic_output(path) as temporary:
     figure.savefig(temporary, dpi=_DPI, format='png')
-  with files.atomic_output(path.with_suffix('.csv')) as temporary:
-    with temporary.open('w', newline='') as file:
-      csv.writer(file).writerows([header, *rows])
+  files.write_csv(path.with_suffix('.csv'), [header, *rows])
 
 
 def _figure(width=7.5, height=5):
