@@ -20,7 +20,7 @@ _CELL_SECONDS = 20  # of one core, to start, compile and evaluate a run
 
 
 class Model(NamedTuple):
-  """A model to train, with all seeds."""
+  """A model to train, with every seed."""
 
   name: str
   config: str  # as --config takes it
@@ -28,6 +28,7 @@ class Model(NamedTuple):
   steps: tuple[int, ...]  # lengths of its runs; each decays its learning rate to its own end
   speed: float  # tokens per second of a core or a chip, for the estimate of hours
   fields: dict[str, str] = {}
+  seeds: tuple[int, ...] = ()  # in place of those of the design
   is_predicted: bool = False  # trained last, after a law of the other models predicts its losses
 
 
@@ -51,6 +52,12 @@ class Design:
   criteria: tuple[Criterion, ...]
   seeds: tuple[int, ...] = (0, 1, 2)
   tuned: tuple[Tuned, ...] = ()
+
+  def seeds_of(self, model: Model) -> tuple[int, ...]:
+    return model.seeds or self.seeds
+
+  def source_of(self, tuned: Tuned) -> Model:
+    return next(model for model in self.models if model.name == tuned.source)
 
 
 class Claim(NamedTuple):
@@ -94,7 +101,7 @@ def cell(design: Design, model: Model, rate: float, seed: int, steps: int) -> ax
 def runs(design: Design, rates: dict[str, float], model: Model) -> dict[int, list[axes.Cell]]:
   """The runs of a model at its best rate: a cell per seed, by their steps."""
   return {
-    steps: [cell(design, model, rates[model.name], seed, steps) for seed in design.seeds]
+    steps: [cell(design, model, rates[model.name], seed, steps) for seed in design.seeds_of(model)]
     for steps in model.steps
   }
 
@@ -111,14 +118,16 @@ def describe_cost(design: Design, scale: str, cores: int) -> str:
 
 def cost(design: Design) -> tuple[int, int, float]:
   """Of the whole design, about: runs, tokens, seconds of one core or chip."""
-  number, tokens, seconds = len(design.tuned) * len(design.seeds), 0, 0.0
+  number = sum(len(design.seeds_of(design.source_of(tuned))) for tuned in design.tuned)
+  tokens, seconds = 0, 0.0
   per_step = int(design.fields['data.batch_size']) * int(design.fields['data.sequence_length'])
   for model in design.models:
     tried = len(model.rates) - (design.rate_steps in model.steps) if len(model.rates) > 1 else 0
+    seeds = len(design.seeds_of(model))
     ends = [0, *sorted(model.steps)]
     own = [steps - round(before * (1 - DECAY)) for before, steps in itertools.pairwise(ends)]
-    seen = per_step * (sum(own) * len(design.seeds) + tried * design.rate_steps)
-    runs_ = len(own) * len(design.seeds) + tried
+    seen = per_step * (sum(own) * seeds + tried * design.rate_steps)
+    runs_ = len(own) * seeds + tried
     number, tokens = number + runs_, tokens + seen
     seconds += seen / model.speed + runs_ * _CELL_SECONDS
   return number, tokens, seconds

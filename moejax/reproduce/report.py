@@ -28,7 +28,7 @@ def write(claim: Claim, design: Design, workdir: pathlib.Path) -> str:
     'intervals of 95% over seeds.',
     text.markdown(rows),
     f'## In the paper\n\n{claim.says}',
-    f'## Here\n\n{design.setting} Seeds: {", ".join(map(str, design.seeds))}.',
+    f'## Here\n\n{design.setting} {_seeds(design)}',
     *(_comparison(title, names, results, workdir) for title, names in design.comparisons.items()),
     _rates(design, workdir),
     '\n'.join(['## Predictions', '', *lines]) if (lines := law.describe(workdir)) else '',
@@ -38,6 +38,13 @@ def write(claim: Claim, design: Design, workdir: pathlib.Path) -> str:
   _write_csv(findings, workdir / 'verdicts.csv')
   lines = [f'{f.verdict}: {c.text}: {f.measured}' for c, f in findings]
   return '\n'.join([*lines, *([f'partial: {missing}'] if missing else [])])
+
+
+def _seeds(design):
+  """Which seeds the models have."""
+  show = lambda seeds: ', '.join(map(str, seeds))
+  own = [f'{model.name} {show(model.seeds)}' for model in design.models if model.seeds]
+  return '; '.join([f'Seeds: {show(design.seeds)}', *own]) + '.'
 
 
 def _missing(results):

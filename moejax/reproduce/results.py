@@ -61,9 +61,7 @@ class Results:
 def _wanted(design, rates) -> dict[Key, list[str]]:
   """The names of the folders of all runs; of models without a rate yet, ones that do not exist."""
   some, found = {model.name: model.rates[0] for model in design.models} | rates, {}
-  known = lambda name, names: (
-    [*names] if name in rates else [f'{name}: no rate'] * len(design.seeds)
-  )
+  known = lambda name, names: [n if name in rates else f'{name}: no rate' for n in names]
   for model in design.models:
     for steps, cells in design_lib.runs(design, some, model).items():
       found[model.name, steps] = known(model.name, (cell.name for cell in cells))

@@ -83,8 +83,8 @@ def _train_predicted(design, workdir):
 
 def tuned_runs(design: Design, rates: dict[str, float], tuned: design_lib.Tuned):
   """(name of the run, name of the run that it starts from), for every seed."""
-  (source,) = (model for model in design.models if model.name == tuned.source)
-  for seed in design.seeds:
+  source = design.source_of(tuned)
+  for seed in design.seeds_of(source):
     cell = design_lib.cell(design, source, rates[source.name], seed, tuned.steps)
     yield cell.name.replace(source.name, tuned.name, 1), cell.name
 

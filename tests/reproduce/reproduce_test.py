@@ -233,10 +233,22 @@ def test_a_report_is_partial_until_all_runs_are_there(trained, monkeypatch, tmp_
 def test_a_report_of_no_runs_says_so(name, tmp_path):
   design = CLAIMS[name].design('laptop', False, design_lib.UNIT)
   text = report.write(CLAIMS[name].CLAIM, design, tmp_path)
-  number = len(design.seeds) * (sum(len(m.steps) for m in design.models) + len(design.tuned))
+  number = sum(len(design.seeds_of(model)) * len(model.steps) for model in design.models)
+  number += sum(len(design.seeds_of(design.source_of(tuned))) for tuned in design.tuned)
   assert f'partial: {number} of {number} runs are missing' in text
   assert set(_verdicts(tmp_path)) == {UNSETTLED}
   assert 'No finished run of' in (tmp_path / 'report.md').read_text()
+
+
+def test_models_may_have_seeds_of_their_own(trained, tmp_path):
+  design = mot.design('laptop', True, 20)
+  more = tuple(m._replace(seeds=(0, 1, 2, 3) if m.name == 'dense' else ()) for m in design.models)
+  design = dataclasses.replace(design, models=more)
+  assert stages.train(design, tmp_path) == cli.OK
+  assert len(trained[-1]) == 4 * 3 + 3 * 2 == design_lib.cost(design)[0]
+  report.write(mot.CLAIM, design, tmp_path)
+  page = (tmp_path / 'report.md').read_text()
+  assert 'Seeds: 0, 1, 2; dense 0, 1, 2, 3.' in page and 'runs are missing' not in page
 
 
 def test_rates_are_found_once_and_recorded(trained, tmp_path):
