@@ -220,8 +220,8 @@ def _is_log(values):
   values = sorted({*values})
   if values[0] <= 0:
     return False
-  if len(values) == 2:
-    return values[1] >= 2 * values[0]
+  if len(values) < 3:
+    return values[-1] >= 2 * values[0]
   steps = np.diff(values), np.diff(np.log(values))
   linear, logarithmic = (np.std(step) / np.mean(step) for step in steps)
   return bool(logarithmic <= linear)

@@ -125,6 +125,11 @@ def test_zipped_fields_continue_together():
   assert 'add model.d_ff=256, optimizer.peak_lr=0.0005 to the command' in table
 
 
+def test_zipped_fields_may_repeat_a_value():
+  zipped = ('model.moe.router=relu,relu', 'model.d_ff=32,32', 'optimizer.peak_lr=4e-3,2e-3')
+  assert 'relu' in results.describe(*_sweep([2, 1], zipped=zipped))
+
+
 @pytest.mark.parametrize(
   'grid', [(RATES, SEEDS, 'model.d_ff=32,64'), ('model.activation=gelu,relu',), (SEEDS,)]
 )
