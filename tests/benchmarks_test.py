@@ -69,6 +69,7 @@ def test_of_a_soak(tmp_path):
     _, low, high = soak.growth(seconds, values)
     assert soak.verdict(low, high) == found
   held = soak.look(os.getpid())
+  assert 0 < soak._spent(os.getpid()) <= sum(os.times()[:2]) + 0.1
   assert held['memory_mb'] > 50 and held['open_files'] > 2 and held['threads'] >= 1
   soak.write([held | {'seconds': 1, 'step_seconds': 0.1}], tmp_path)
   lines = (tmp_path / 'soak.csv').read_text().splitlines()
