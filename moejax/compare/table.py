@@ -1,7 +1,5 @@
 """What a comparison says: a row for every model, as tables for people and as CSV for programs."""
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable
@@ -149,17 +147,18 @@ def _table(rows, columns):
 
 
 def write_csv(rows: list[Row], path) -> None:
-  """One line per model; an estimate has three columns: NAME, NAME_low and NAME_high."""
-  lines = [_values(row) for row in rows]
-  output = io.StringIO()
-  table = csv.DictWriter(output, lines[0], lineterminator='\n')
-  table.writeheader()
-  table.writerows(lines)
-  files.write(path, output.getvalue())
+  """One line per model; an estimate has three columns: NAME, NAME_low and NAME_high.
+
+  Folders of runs are relative to that of the table if they are in it, so that both can be moved.
+  """
+  lines = [_values(row, files.absolute(path).parent) for row in rows]
+  files.write_csv(path, [lines[0], *(line.values() for line in lines)])
 
 
-def _values(row):
-  values = {'model': row.model.name, 'folders': ' '.join(str(r.folder) for r in row.model.runs)}
+def _values(row, parent):
+  folders = (run.folder for run in row.model.runs)
+  shown = [f.relative_to(parent) if f.is_relative_to(parent) else f for f in folders]
+  values = {'model': row.model.name, 'folders': ' '.join(map(str, shown))}
   for column in RESULTS + COSTS:
     name, value = re.sub(r'\W', '_', column.heading.lower()), column.value(row)
     parts = value._asdict() if isinstance(value, seeds.Estimate) else {'value': value}
