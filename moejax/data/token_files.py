@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable
 from typing import Any
@@ -84,6 +85,8 @@ def read_index(folder: str, tokenizer: tokenizer_lib.Tokenizer) -> Index:
     if index['dtype'] not in _DTYPES:
       raise ValueError(f'dtype is {index["dtype"]!r}, expected one of {", ".join(_DTYPES)}')
     dtype, fingerprint = _DTYPES[index['dtype']], str(index['fingerprint'])
+    if not re.fullmatch('[0-9a-f]+', fingerprint):
+      raise ValueError(f'fingerprint is {fingerprint[:20]!r}, expected hexadecimal digits')
     written_with = index['tokenizer_fingerprint']
     remedy = f'set data.tokenizer={tokenizer_lib.tokenizer_in(index["tokenizer"], directory)}'
   if max_id >= tokenizer.vocab_size:

@@ -113,6 +113,7 @@ def test_damaged_directories(make_config, written, tmp_path):
   index = json.loads((written / 'index.json').read_text()) | {'format': 2}
   damaged = ['[]', 'null', '{"format": 2, "tok', json.dumps(index | {'dtype': 'x', 'splits': []})]
   damaged += [json.dumps(index | {'dtype': dtype}) for dtype in ('>u2', 'O', '|u1', ['<u2'])]
+  damaged += [json.dumps(index | {'fingerprint': text}) for text in ('\ud800', '', 3.5)]
   for name in ('tokens', 'max_id', 'crc32'):
     for value in (-1, 1.0, '9', True, None):
       splits = {s: entry | {name: value} for s, entry in index['splits'].items()}
