@@ -41,6 +41,19 @@ from moejax.step import (
 )
 from moejax.watch import Watch
 
+# Of the metadata of a checkpoint: types by field. `recall` sees to the others.
+_METADATA: dict[str, Any] = {
+  'config': dict,
+  'corpus': str | None,
+  'tokenizer': str,
+  'history': list,
+  'origin': dict | None,
+  'seconds': float | int,
+  'goodput': dict,
+  'is_evaluated': bool,
+}
+_LATER = _METADATA.keys() - {'config', 'corpus', 'tokenizer'}  # which older versions lack
+
 
 @dataclasses.dataclass
 class Run:
@@ -141,6 +154,24 @@ def _check_prompt(run_config):
     )
 
 
+def checked(metadata, where):
+  """The metadata of a checkpoint, if they are as `Run.describe` and `train` make them.
+
+  Raises:
+    ValueError: a field is missing that every version has written, or has another type.
+  """
+  for name, kind in _METADATA.items():
+    is_good = isinstance(metadata.get(name), kind) or name in _LATER.difference(metadata)
+    if name == 'goodput' and is_good:
+      is_good = all(map(metrics_lib.is_number, metadata.get(name, {}).values()))
+    if not is_good:
+      raise ValueError(
+        f'{where}: {name} in its metadata.json is {str(metadata.get(name))[:40]!r}, which no '
+        'version of moejax writes. Delete the checkpoint to resume from the one before.'
+      )
+  return metadata
+
+
 def resume(run):
   """Restores the history of a run from its newest checkpoint; returns its step, None without one.
 
@@ -152,7 +183,7 @@ def resume(run):
   if step is None:
     run.ledger.resume(run.workdir, 0, {})
     return None
-  metadata = run.store.metadata(step)
+  metadata = checked(run.store.metadata(step), f'checkpoint {step}')
   run_folder.check_tokenizer(metadata, run.run_config.tokenizer)
   imported = metadata['corpus'] is None  # by moejax.convert, which reads no text
   if not imported and metadata['corpus'] != run.loader.fingerprint:

@@ -233,6 +233,11 @@ def test_damaged_records_of_a_run_are_left_out_or_named(finished, tmp_path, monk
       metadata['window'] = window
       with pytest.raises(ValueError, match='cannot read the log window of checkpoint 6'):
         train.resume(run)
+    bad = {'config': [], 'corpus': 3, 'history': {}, 'seconds': '1', 'goodput': {'other': 'x'}}
+    for name, value in bad.items():
+      monkeypatch.setattr(run.checkpoints, 'metadata', lambda _, n=name, v=value: metadata | {n: v})
+      with pytest.raises(ValueError, match=f'checkpoint 6: {name} in its metadata.json is '):
+        train.resume(run)
 
 
 def _small_config(texts, **changes):
