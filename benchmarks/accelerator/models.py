@@ -94,10 +94,10 @@ def families():
 
 
 class Training:
-  """A family's training step: compiled, with a state and a batch on the first device."""
+  """The training step of a RunConfig: compiled, with a state and a batch on the first device."""
 
-  def __init__(self, family, tiny):
-    self.run_config = run_config = family.run_config(tiny)
+  def __init__(self, run_config):
+    self.run_config = run_config
     self.mesh = sharding.make_mesh(run_config.mesh, jax.devices()[:1])
     init = step_lib.fresh_state(run_config)
     with jax.set_mesh(self.mesh):

@@ -49,7 +49,7 @@ def _case(name, family, tiny, limits):
   measured = limits.row('steps', name)
   if measured and measured['time'][0] > _SLOWEST:
     raise RuntimeError(f'not profiled: a step takes {measured["time"][0]:.1f} s')
-  training = models.Training(family, tiny)
+  training = models.Training(family.run_config(tiny))
   jax.block_until_ready(training())
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):

@@ -46,7 +46,7 @@ def table(rows):
 
 
 def _case(family, tiny, limits):
-  training = models.Training(family, tiny)
+  training = models.Training(family.run_config(tiny))
   metrics = []
 
   def step():
