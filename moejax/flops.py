@@ -5,8 +5,8 @@ Conventions:
   look-up do not.
 - Training takes three times the model FLOPs of the forward pass: the backward pass multiplies every
   product by both of its factors. Recomputation (`model.remat`) does not count.
-- The same holds for routing, except for constant weights of MoT (uniform, discrete, raw) and for
-  default vectors, whose products have one factor to differentiate by, or none.
+- The same holds for routing, except for constant weights of MoT (uniform, discrete, raw), whose
+  products have one factor to differentiate by, or none.
 - Experts count as often as they run: E mixtures for the M tokens of a group; K experts of a token
   under token choice, dropped or not, and on average under ReLU routing, whose penalty keeps them
   there; all slots under expert choice. Routing (controller, merge and emit; router) is counted
@@ -78,8 +78,8 @@ def forward_flops_per_token(config, length):
   """Forward FLOPs per token of sequences of `length` positions, by kind.
 
   Kinds: attention_projections, attention_scores, mlp, experts, mamba_projections,
-  mamba_convolution, mamba_scan, head; routing: controller, merge, emit, router, unreached (what
-  tokens get of experts that they did not reach). Those not in use are absent.
+  mamba_convolution, mamba_scan, head; routing: controller, merge, emit, router. Those not in use
+  are absent.
   """
   return _model_flops(config, length) | _routing_flops(config, length)
 

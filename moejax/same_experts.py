@@ -14,7 +14,7 @@ from moejax.layers import moe
 MIXING = {'mot': 'softmax', 'discrete': 'discrete'}  # `model.mot.routing`, by name
 # Experts of a router with parameters of its own (`relu`) are of no use to others.
 _SPARSE = tuple(
-  name for name in moe.ROUTERS if not moe.MoEConfig(router=name).rule.parameters(moe.MoEConfig(), 1)
+  name for name in moe.ROUTERS if not moe.MoEConfig(router=name).rule.parameters(moe.MoEConfig())
 )
 ROUTERS = (*_SPARSE, *MIXING)
 

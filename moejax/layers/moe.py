@@ -6,7 +6,6 @@ docs/adding_a_router.md adds one. Everything else is the same for all of them.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import fields, parameters
 from moejax.fields import Section, default
-from moejax.layers import common, default_router, experts, mlp, relu_router
+from moejax.layers import common, experts, mlp, relu_router
 from moejax.layers.router import Router
 from moejax.layers.sublayer import Cost, Sublayer, sees_the_future
 from moejax.ops import dispatch, expert_loop, routing
@@ -188,7 +187,6 @@ ROUTERS = {
     expert_choice, scores=('softmax', 'softmax_over_tokens'), fills_slots=True, compares_tokens=True
   ),
   'relu': relu_router.ROUTER,
-  'default_vectors': default_router.ROUTER,
 }
 
 
@@ -241,10 +239,8 @@ class MixtureOfExperts(common.Stateless):
       init=init,
       rngs=rngs,
     )
-    own = config.rule.parameters(config, d_out or d_model)
-    for name, value in own.items():
+    for name, value in config.rule.parameters(config).items():
       setattr(self, name, nnx.Param(jnp.asarray(value)))
-    self._own = tuple(own)
     if config.shared_width:
       self.shared = mlp.MLP(
         d_model=d_model, d_ff=config.shared_width, activation=activation, init=init, rngs=rngs
@@ -285,7 +281,7 @@ class MixtureOfExperts(common.Stateless):
       logits_GTE = routing.router_logits(x_scored, self.router[...])
     else:
       logits_GTE = scores_GTE
-    own = {name: getattr(self, name)[...] for name in self._own}
+    own = {name: getattr(self, name)[...] for name in config.rule.parameters(config)}
     bias_E = jax.lax.stop_gradient(own.get('balance_bias'))
     weights = self.experts.weights(x_GTD.dtype)
     specs = experts.specs(weights)
@@ -304,17 +300,13 @@ class MixtureOfExperts(common.Stateless):
       body = jax.shard_map(
         body,
         in_specs=(by_group, by_group, by_group, P(), specs),
-        out_specs=(P(width, axes), by_group, by_group, by_group, P((*axes, *mesh.names(width)))),
+        out_specs=(P(width, axes), by_group, by_group, by_group),
         check_vma=False,  # loops start from zeros that each device makes
       )
-    args = x_GTD, logits_GTE, valid_GT, bias_E, weights
-    y, counts_GE, reached_GT, weights_GTE, sums = body(*args)
+    y, counts_GE, reached_GT, weights_GTE = body(x_GTD, logits_GTE, valid_GT, bias_E, weights)
     aux = self._aux(counts_GE, reached_GT, logits_GTE, valid_GT, own)
     # Shards of hidden widths are summed here, where the gradient of the sum needs no collective.
-    y = y.sum(axis=0)
-    if unreached := config.rule.unreached:
-      y += unreached(logits_GTE, weights_GTE, valid_GT, sums.sum(axis=0), own).astype(y.dtype)
-    return y, aux, (routing.normalizing_logits(logits_GTE, config.scores), weights_GTE)
+    return y.sum(axis=0), aux, (routing.normalizing_logits(logits_GTE, config.scores), weights_GTE)
 
   def _aux(self, counts_GE, reached_GT, logits_GTE, valid_GT, own):
     config = self.config
@@ -352,18 +344,13 @@ def _on_device(
 
   Returns:
     y [1, G, T, d_out], of this device's hidden widths; counts_GE, choices per expert before drops;
-    reached_GT, how many experts each token reached; and, if observed or for a router's `unreached`,
-    weights_GTE, `Plan.weights_TE`; sums of outputs [1, E, d_out], for `unreached`.
+    reached_GT, how many experts each token reached; weights_GTE, `Plan.weights_TE`, or None.
   """
-  unreached = config.rule.unreached is not None
   loop = experts.in_a_loop(config.impl)
   weights = exchange.gather_weights(weights, fsdp_dims)
   plan = _plan(config, logits_GTE, valid_GT, bias_E, loop and devices == 1)
   counts_GE, reached_GT = plan.counts_GE, plan.rows_per_token_T.reshape(valid_GT.shape)
-  weights_GTE: Any = None
-  sums: Any = None
-  if observed or unreached:
-    weights_GTE = jax.lax.stop_gradient(plan.weights_TE().reshape(logits_GTE.shape))
+  weights_GTE = plan.weights_TE().reshape(logits_GTE.shape) if observed else None
 
   x = x_GTD.reshape(-1, x_GTD.shape[-1])
   send_slots = devices > 1 and not plan.ragged and plan.token.size <= devices * len(x)
@@ -373,26 +360,19 @@ def _on_device(
     number = len(weights['w_in'])
     first = number * jax.lax.axis_index('expert')
     plan = routing.own_experts(_plan(config, *gathered, bias_E, loop), first, number)
-  if loop and not send_slots and not unreached:
+  if loop and not send_slots:
     y = expert_loop.map_experts(experts.ONE[activation], x, plan, weights)
   else:
     rows, weight = dispatch.dispatch(x, plan), plan.weight
     if send_slots:
       rows, weight = exchange.to_experts(rows), exchange.to_experts(weight)
-    weight = None if unreached else weight  # sums are of outputs without weights
     rows = experts.feed_forward(activation, rows, weight, weights, plan.sizes_E)
     if send_slots:
       rows = exchange.from_experts(rows)
-    if unreached:
-      sums = plan.sums_ED(jax.lax.stop_gradient(rows))
-      rows *= plan.weight[..., None].astype(rows.dtype)
     y = dispatch.combine(rows, plan)
   if send_tokens:
     y = exchange.reduce_scatter(y)
-    if unreached:
-      sums = exchange.all_gather(sums) / devices  # every device has those of all tokens
-  sums = sums if sums is None else sums[None]
-  return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT, weights_GTE, sums
+  return y.reshape(1, *valid_GT.shape, -1), counts_GE, reached_GT, weights_GTE
 
 
 # Slots of an expert from which the ragged loop beats the one over several experts at once
@@ -495,13 +475,11 @@ class MoESublayer(Sublayer):
     expert = mlp.num_weights(D, moe.expert_width(d_ff), activation, d_out)
     shared = mlp.num_weights(D, moe.shared_width, activation) if moe.shared_width else 0
     router = D * E * routes
-    own = sum(value.size for value in moe.rule.parameters(moe, d_out or D).values())
+    own = sum(value.size for value in moe.rule.parameters(moe).values())
     norm = 2 * (d_out or D) * moe.output_norm
-    unreached = {'unreached': 2 * E * (d_out or D)} if moe.rule.unreached else {}
     return Cost(
       params={'experts': E * expert, 'mlp': shared, 'router': router + own, 'norm': norm},
       active=K * expert + shared + router + own + norm,
       model_flops={'experts': 2 * K * expert, 'mlp': 2 * shared},
-      routing_flops={'router': 2 * router} | unreached,
-      routing_gradients={kind: 1 for kind in unreached},  # of scores alone
+      routing_flops={'router': 2 * router},
     )

@@ -72,6 +72,6 @@ ROUTER = Router(
   scores=('softmax',),
   chooses_best=False,
   normalized=False,
-  parameters=lambda config, d_out: {'log_penalty': np.float32(math.log(_FIRST))},
+  parameters=lambda config: {'log_penalty': np.float32(math.log(_FIRST))},
   loss=_loss,
 )

@@ -13,9 +13,8 @@ from moejax.ops import routing
 parameters.declare('balance_bias', decays=False, moved_by='balance')
 
 
-def biases(config, d_out):
+def biases(config):
   """Parameters of a router in which tokens choose: a bias per expert, under `balance_bias`."""
-  del d_out
   return {'balance_bias': np.zeros(config.num_experts, 'f')} if config.balance_bias else {}
 
 
@@ -45,15 +44,11 @@ class Router:
   # The weights of a token's experts add up to about 1, however many these are.
   normalized: bool = True
   # Initial float32 values, by name, of parameters beside the matrix of scores: function of the
-  # config and the width of outputs. Names are declared (`moejax.parameters`), with what moves them.
+  # config. Their names are declared (`moejax.parameters`), with what moves them.
   parameters: Callable = biases
   # What is added to the objective, and metrics: function of scores, choices before drops, which
   # tokens are not padding, the config, and `own`, the values of these parameters.
   loss: Callable = balance
-  # What is added to the output for experts that a token did not reach: function of scores,
-  # `Plan.weights_TE`, which tokens are not padding, sums of the outputs of every expert over the
-  # tokens that reached it, and `own`. None: nothing.
-  unreached: Callable | None = None
 
   def make_plan(self, logits_GTE, **options):
     """Calls `plan`; a router written for version 0.1 knows the option `ragged` as `packed`."""

@@ -56,23 +56,12 @@ class Plan:
   def weights_TE(self):
     """What every expert's output is multiplied by for every token; 0 where it has no row of it."""
     T, E = len(self.rows_per_token_T), len(self.sizes_E)
-    expert = self._expert_of_row() if self.ragged else jnp.arange(E)[:, None]
+    expert = jnp.arange(E)[:, None]
+    if self.ragged:
+      ends, rows = jnp.cumsum(self.sizes_E), jnp.arange(len(self.token))
+      expert = jnp.minimum(jnp.searchsorted(ends, rows, side='right'), E - 1)
     zeros = jnp.zeros((T, E), self.weight.dtype)
     return zeros.at[self.token, expert].add(jnp.where(self.used, self.weight, 0))
-
-  def sums_ED(self, rows):
-    """Sums of the rows in use of every expert, in one order: [E, D], float32 at least."""
-    rows = _wide(jnp.where(self.used[..., None], rows, 0))
-    if not self.ragged:
-      return rows.sum(axis=1)
-    experts_E1 = jnp.arange(len(self.sizes_E))[:, None]
-    of_expert = (experts_E1 == self._expert_of_row()[None]).astype(rows.dtype)
-    return jnp.matmul(of_expert, rows, precision=jax.lax.Precision.HIGHEST)
-
-  def _expert_of_row(self):
-    """[rows], of a ragged plan."""
-    ends, rows = jnp.cumsum(self.sizes_E), jnp.arange(len(self.token))
-    return jnp.minimum(jnp.searchsorted(ends, rows, side='right'), len(self.sizes_E) - 1)
 
 
 def router_logits(x, w_DE):
