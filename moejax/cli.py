@@ -19,7 +19,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moejax import buckets, compilation_cache, group, imports, signals
+from moejax import allocator, buckets, compilation_cache, group, imports, signals
 from moejax.exit_codes import FAILED, OK, RESUMABLE, USAGE
 from moejax.text import did_you_mean, duration
 
@@ -86,6 +86,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
 
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
+  allocator.keep_pages()
   _protect_output()
   signals.end_program()
   app.run(guarded, flags_parser=parse)

@@ -24,6 +24,7 @@ RANKS = (
   # '' is moejax/__init__.py
   (
     '',
+    'allocator',
     'compilation_cache',
     'determinism',
     'exit_codes',
