@@ -59,10 +59,10 @@ def _laptop(u):
     fields=_fields('environment'),
     models=(
       Model('dense', _DENSE, _RATES, lengths, 80e3, seeds=_FIVE),
-      model('mot-8e-1', _mot(8, 1), 75e3, _ALL),
+      model('mot-8e-1', _mot(8, 1), 75e3, _ALL, _FIVE),
       model('mot-8e-2', _mot(8, 2), 73e3, _ALL),
       model('mot-8e-4', _mot(8, 4), 70e3, _ALL, _FIVE),
-      model('mot-32e-1', _mot(32, 1), 70e3, _ALL),
+      model('mot-32e-1', _mot(32, 1), 70e3, _ALL, _FIVE),
       model('mot-32e-2', _mot(32, 2), 62e3, _ALL, _FIVE),
       model('mot-8e-4-half', _mot(8, 4), 74e3, _HALF, _FIVE),
       choice('token-choice-8e', _token_choice(8), 80e3),
