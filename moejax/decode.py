@@ -106,6 +106,30 @@ def _in_one_context(config, params, texts, length, seeds, done, settings):
     yield position + 1, sharding.fetch(now[0])
 
 
+def trace(config, params, prompt, length, settings):
+  """The programs of `stream` for one prompt, traced, to be compiled ahead of time.
+
+  Args:
+    config, params: the model; parameters may be abstract.
+    prompt: tokens of the prompt.
+    length, settings: of `stream`.
+
+  Returns:
+    The one that reads the prompt; and a function of what that returns, abstract or not, to the one
+    that reads a position.
+  """
+  B, end = full_groups(config, 1), min(config.max_length, prompt + length - 1)
+  room = padded(end, config.max_length)
+  ones_B = np.ones(B, np.int32)
+  requests = _Requests(
+    np.zeros((B, room), np.int32), prompt * ones_B, ones_B, ones_B.astype(np.uint32), 0 * ones_B
+  )
+  position = np.int32(prompt)
+  first = _prefill.trace(config, padded(prompt, room), params, requests, position, settings)
+  then = lambda now: _advance.trace(config, params, *now, requests, position, settings)
+  return first, then
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(config, prefix, params, requests, common, settings):
   """Reads the first `common` positions, which all prompts have; `prefix` is them and padding.

@@ -50,7 +50,6 @@ def requirements(tmp_path, monkeypatch):
   (folder / 'none.txt').write_text('')
   monkeypatch.setattr(environment, '_REQUIREMENTS', folder)
   monkeypatch.setattr(environment, '_OLDEST', {'none': 99})
-  program._python.cache_clear()
   return folder
 
 
@@ -94,6 +93,6 @@ def test_models_are_the_same_for_all():
 
 @pytest.mark.heavy
 def test_moejax_is_a_contender():
-  for name in ('train dense', 'decode dense, batch 1'):
+  for name in ('train dense', 'decode dense 1'):
     ours.prepare(CASES[name].task | {'changes': {}})()
   ours.prepare(cases.product(tiny=True).task)()

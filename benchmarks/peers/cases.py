@@ -91,7 +91,7 @@ def cases(tiny=False):
   for number in (1, 32):
     task = {'kind': 'decode', 'batch': number, 'length': grown, 'prompt': prompt}
     for name, model in (('dense', dense), ('moe', moe)):
-      found[f'decode {name}, batch {number}'] = Case(task | {'model': model}, (_OURS, _TORCH))
+      found[f'decode {name} {number}'] = Case(task | {'model': model}, (_OURS, _TORCH))
   return found
 
 

@@ -1,5 +1,6 @@
 """A contender as a process of its own, which is asked for steps."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -32,11 +33,7 @@ class Process:
         cwd=_ROOT,
         env=os.environ | {'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu'},
       )
-    try:
-      self._ask(task)
-    except RuntimeError:
-      self.close()
-      raise
+    self._ask(task)
     self.start_seconds = time.perf_counter() - started
 
   def measure(self, seconds):
@@ -44,20 +41,20 @@ class Process:
     return self._ask(seconds)
 
   def _ask(self, question):
-    pipe = self._process.stdout
-    try:
+    with contextlib.suppress(OSError):  # it has ended
       print(json.dumps(question), file=self._process.stdin, flush=True)
-    except OSError:
-      raise RuntimeError(f'it ended, see {self._log}') from None
-    answered, _, _ = select.select([pipe], [], [], _LIMIT)
-    if not answered:
-      raise RuntimeError(f'it did not answer in {_LIMIT} s, see {self._log}')
-    line = pipe.readline()
-    if not line:
-      raise RuntimeError(f'it ended, see {self._log}')
-    return json.loads(line)
+    answered, _, _ = select.select([self._process.stdout], [], [], _LIMIT)
+    line = self._process.stdout.readline() if answered else ''
+    if line:
+      return json.loads(line)
+    self.close()
+    reason = 'it ended' if answered else f'no answer in {_LIMIT} s'
+    raise RuntimeError(f'{reason}, see {self._log}')
 
   def close(self):
     """Ends the process."""
     self._process.kill()
-    self._process.communicate()
+    self._process.wait()
+    with contextlib.suppress(OSError):
+      self._process.stdin.close()
+    self._process.stdout.close()

@@ -31,6 +31,7 @@ class Report:
   active_params: int
   memory: dict[str, float]  # in a training step: kind -> bytes
   evaluation: float  # bytes in an evaluation step, with the idle optimizer state
+  sampling: float  # the same while text is sampled at the end of the run; 0: none is
   capacity: float  # bytes
   fits: bool
   needed: str  # the compiler's message, if it does not fit
@@ -72,6 +73,8 @@ class Report:
     ]
     if self.evaluation:
       rows.append(('  evaluation', f'{size(self.evaluation)}, separately'))
+    if self.sampling:
+      rows.append(('  sampling', f'{size(self.sampling)}, separately'))
     if self.needed:
       rows.append(('', self.needed))
     if self.flops:
@@ -112,6 +115,10 @@ class Report:
   def advice(self, config):
     """Changes that make a step fit, the most memory for the least time first."""
     memory = self.memory
+    others_fit = not self.needed and max(self.evaluation, sum(memory.values())) <= self.capacity
+    if others_fit or self.needed.startswith('sampling:'):
+      yield 'train.sample_length=0: only the sample at the end of the run does not fit.'
+      return
     state = memory['parameters'] + memory['optimizer']
     if self.better_mesh:
       yield (

@@ -1,4 +1,4 @@
-"""Compiles a training step ahead of time and reports what it needs."""
+"""Compiles the programs of a run ahead of time and reports what they need."""
 
 import collections
 import dataclasses
@@ -15,8 +15,10 @@ from moejax import (
   cli,
   config as config_lib,
   data,
+  decode,
   estimate,
   flops,
+  generate,
   sharding,
   step as step_lib,
 )
@@ -61,13 +63,21 @@ def compile_step(config, topology: topologies.Topology):
     needed = needed or error and f'evaluation: {error}'
     if compiled_evaluation:
       evaluation = max(evaluation, memory['optimizer'] + peak_bytes(compiled_evaluation))
+  sampling = 0.0
+  if compiled and run_config.train.sample_length:
+    with cli.waiting_for('compiling the sample at the end of the run', sys.stderr):
+      sampling, error = _sampling(run_config, state['params'], mesh, topology, platforms)
+    needed = needed or error and f'sampling: {error}'
+    sampling += memory['optimizer']
   compile_seconds = time.monotonic() - started
-  fits = not needed and max(evaluation, sum(memory.values())) <= topology.chip.memory
+  most = max(evaluation, sampling, sum(memory.values()))
+  fits = not needed and most <= topology.chip.memory
   better = None if fits else _better_mesh(choice, topology)
   return Report(
     **_sizes(run_config, mesh, topology),
     memory=memory,
     evaluation=evaluation,
+    sampling=sampling,
     fits=fits,
     needed=needed,
     better_mesh=better.flags if better else '',
@@ -105,6 +115,26 @@ def _evaluated(run_config):
   """What is evaluated: also the dropless model, if experts drop tokens."""
   models = filter(None, (run_config.model, run_config.model.dropless()))
   return [dataclasses.replace(run_config, model=model) for model in models]
+
+
+def _sampling(run_config, params, mesh, topology, platforms):
+  """Bytes per chip while text is sampled, without the optimizer, and the compiler's error or ''.
+
+  The prompt is counted in bytes: its tokenizer may not be here, and its length hardly matters.
+  """
+  model, train = run_config.model, run_config.train
+  prompt = min(len(train.sample_prompt.encode()), model.max_length - 1)
+  settings = generate.Sampling().settings
+  with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
+    reading, advancing = decode.trace(model, params, prompt, train.sample_length, settings)
+    lowered = reading.lower(lowering_platforms=platforms)
+    reads, error = _compile(lowered)
+    if not reads:
+      return 0.0, error
+    of = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    state = jax.tree.map(of, lowered.out_info, reads.output_shardings)
+    advances, error = _compile(advancing(state).lower(lowering_platforms=platforms))
+  return max(float(peak_bytes(program)) for program in (reads, advances) if program), error
 
 
 def _memory(state, mesh, saved, compiled):

@@ -33,6 +33,7 @@ def machine(monkeypatch):
 
 def _config(module, **changes):
   config = module.get_config('debug')
+  config.train.sample_length = 0  # compiles two programs
   config.update_from_flattened_dict(changes)
   return config
 
@@ -63,16 +64,34 @@ def test_a_report(machine):
   assert 'data 2, expert 4' in text and 'fits                 yes' in text
 
 
-def test_fits_means_training_and_evaluation(machine, monkeypatch):
-  config = _config(moe, **MESH | {'data.batch_size': 16, 'optimizer.accumulation': 2})
+def test_fits_means_training_evaluation_and_sample(machine, monkeypatch):
+  changes = {'data.batch_size': 16, 'optimizer.accumulation': 2, 'train.sample_length': 8}
+  config = _config(moe, **MESH | changes)
+  compile_, programs = step._compile, []
+
+  def recorded(lowered):
+    programs.append(compile_(lowered))
+    return programs[-1]
+
+  monkeypatch.setattr(step, '_compile', recorded)
   report = step.compile_step(config, machine)
   state = report.memory['parameters'] + report.memory['optimizer']
   assert report.fits
-  assert state < report.evaluation < sum(report.memory.values())  # same microbatch as in training
-  assert f'{report_lib.size(report.evaluation)}, separately' in report.describe()
-  peaks = iter([0, 20 * 2**30, 0])  # of training, evaluation, and dropless evaluation
-  monkeypatch.setattr(step, 'peak_bytes', lambda compiled: next(peaks))
-  assert not step.compile_step(config, machine).fits
+  total = sum(report.memory.values())
+  assert state < report.evaluation < total  # same microbatch as in training
+  assert state < report.sampling < total
+  for number in (report.evaluation, report.sampling):
+    assert f'{report_lib.size(number)}, separately' in report.describe()
+  for large in (1, 4):  # of training, two evaluations, and the two programs of the sample
+    again, peaks = iter(programs), iter([20 * 2**30 if i == large else 0 for i in range(5)])
+    monkeypatch.setattr(step, '_compile', lambda lowered, again=again: next(again))
+    monkeypatch.setattr(step, 'peak_bytes', lambda compiled, peaks=peaks: next(peaks))
+    report = step.compile_step(config, machine)
+    assert not report.fits
+  (advice,) = report.advice(config)
+  assert advice.startswith('train.sample_length=0: ')
+  report = dataclasses.replace(report, sampling=0.0, needed='sampling: the compiler needs 21.3GiB')
+  assert list(report.advice(config)) == [advice]
 
 
 def test_remat_shows_in_the_report(machine):
@@ -108,6 +127,7 @@ def _report(**changes):
     'active_params': 10**8,
     'memory': {'parameters': 4 * 2**30, 'optimizer': 8 * 2**30, 'saved activations': 9 * 2**30},
     'evaluation': 0.0,
+    'sampling': 0.0,
     'capacity': 16 * 2**30,
     'fits': False,
     'needed': 'the compiler needs 21.3GiB of 15.75GiB',

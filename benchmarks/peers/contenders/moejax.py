@@ -5,7 +5,7 @@ import jax
 from benchmarks.accelerator.models import Training
 from benchmarks.peers import cases
 from benchmarks.peers.contenders import worker
-from moejax import compilation_cache, decode, step as step_lib
+from moejax import allocator, compilation_cache, decode, step as step_lib
 
 _GREEDY = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0}
 
@@ -42,5 +42,6 @@ def _decoding(run_config, task):
 
 
 if __name__ == '__main__':
+  allocator.keep_pages()  # both as moejax.cli does it
   compilation_cache.enable()
   worker.serve(prepare)
