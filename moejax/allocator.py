@@ -12,7 +12,9 @@ import pathlib
 
 # Parameters of mallopt, as glibc's malloc.h numbers them, and their values.
 _SETTINGS = {
-  -4: 0,  # M_MMAP_MAX: large arrays are part of the heap
+  # M_MMAP_THRESHOLD: larger arrays go back at once. In the heap, a small object can take part of
+  # the place of a large array, which then gets a new one. Old versions of glibc refuse this.
+  -3: 2**29,
   -1: 2**31 - 1,  # M_TRIM_THRESHOLD: bytes that it keeps when they are free; an int holds no more
   -8: 1,  # M_ARENA_MAX: one heap for all threads; in others, arrays above 64 MiB have no room
 }
@@ -33,8 +35,7 @@ def keep_pages() -> None:
   # macOS and musl have no mallopt, Windows no library without a name.
   with contextlib.suppress(AttributeError, OSError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in _SETTINGS.items():
-      mallopt(parameter, value)
+    all(mallopt(*setting) for setting in _SETTINGS.items())  # the first failure ends it
 
 
 def _accelerators():

@@ -106,7 +106,9 @@ class ModelConfig(Section):
     'experts and arrays from other devices',
     choices=tuple(REMAT),
   )
-  loss_chunk: int = default(0, 'positions whose logits exist at once; 0: all', minimum=0)
+  loss_chunk: int = default(
+    -1, 'positions whose logits exist at once; 0: all, -1: those of 2^24 logits', minimum=-1
+  )
   mot: MoTConfig = section(MoTConfig, 'the Mixture-of-Tokens sublayer')
   moe: MoEConfig = section(MoEConfig, 'the sparse mixture-of-experts sublayer')
   mamba: MambaConfig = section(MambaConfig, 'the Mamba sublayer')

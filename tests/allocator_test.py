@@ -51,24 +51,32 @@ def test_programs_get_the_pages_that_they_freed():
 def settings(monkeypatch):
   """What is set, of a user without settings of their own and a machine with a CPU alone."""
   made = {}
-  library = type('Library', (), {'mallopt': lambda self, *setting: made.update([setting])})
-  monkeypatch.setattr(ctypes, 'CDLL', lambda name: library())
+
+  class Library:
+    accepts = True
+
+    def mallopt(self, parameter, value):
+      made[parameter] = value
+      return self.accepts
+
+  monkeypatch.setattr(ctypes, 'CDLL', lambda name: Library())
   monkeypatch.setattr(allocator, '_accelerators', lambda: [])
   for name in [name for name in os.environ if name.startswith(('MALLOC_', 'GLIBC_', 'JAX_PLAT'))]:
     monkeypatch.delenv(name)
-  return made
+  return made, Library
 
 
 def test_it_is_set_where_jax_computes_on_the_cpu(settings, monkeypatch):
+  made, _ = settings
   allocator.keep_pages()
-  assert settings == allocator._SETTINGS
-  settings.clear()
+  assert made == allocator._SETTINGS
+  made.clear()
   monkeypatch.setattr(allocator, '_accelerators', lambda: ['/dev/accel0'])
   allocator.keep_pages()
-  assert not settings
+  assert not made
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   allocator.keep_pages()
-  assert settings == allocator._SETTINGS
+  assert made == allocator._SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,14 @@ def test_it_is_set_where_jax_computes_on_the_cpu(settings, monkeypatch):
 def test_settings_of_the_user_win(settings, monkeypatch, name, value):
   monkeypatch.setenv(name, value)
   allocator.keep_pages()
-  assert not settings
+  assert not settings[0]
+
+
+def test_a_glibc_that_keeps_no_large_arrays_stays_as_it_is(settings):
+  made, library = settings
+  library.accepts = False
+  allocator.keep_pages()
+  assert len(made) == 1  # the others alone would make it slower
 
 
 def test_without_mallopt_nothing_happens(settings, monkeypatch):

@@ -342,7 +342,7 @@ def test_a_float32_residual_stream_keeps_what_bfloat16_rounds_away():
     ({'positions': 'rope', 'num_heads': 4}, 'even head width'),
     ({'positions': 'rope', 'head_dim': 5}, 'even head width, got model.head_dim = 5'),
     ({'qk_norm_per_head': True}, 'set that to True, too'),
-    ({'loss_chunk': -1}, 'model.loss_chunk'),
+    ({'loss_chunk': -2}, 'model.loss_chunk'),
     ({'d_ff': 0}, 'model.d_ff must be at least 1'),
     ({'moe_router': 'hash'}, 'model.moe.router must be one of token_choice, expert_choice'),
     ({'moe_experts_per_token': 7}, 'a token cannot choose 7 of 6 experts'),

@@ -15,8 +15,10 @@ def next_token_loss(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   The partitioner would gather a sharded head, and sum its gradient over devices, for every chunk.
   """
   loss = functools.partial(cross_entropy.chunked_cross_entropy, chunk=chunk)
-  axes = mesh.batch_axes(len(x_BLD))
-  if not axes or not 0 < chunk < x_BLD.shape[1]:
+  B, L, _ = x_BLD.shape
+  axes = mesh.batch_axes(B)
+  on_device = B // mesh.size(*axes)
+  if not axes or cross_entropy.positions(chunk, on_device, L, head_DV.shape[1]) == L:
     return loss(x_BLD, head_DV, targets_BL, weights_BL)
   head_DV = head_DV.astype(x_BLD.dtype)  # before the gather; gradients are summed in float32
   sums = jax.shard_map(

@@ -4,10 +4,14 @@ For a vocabulary of 50k, 65k tokens of float32 logits are 13 GB. The chunked for
 logits of a few positions at a time and recomputes them in the backward pass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from moejax.ops.chunks import split
+
+_AT_ONCE = 2**24  # logits, where their number is chosen: 64 MiB of float32
 
 
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
@@ -31,11 +35,12 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL):
 def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   """`cross_entropy` over `chunk` positions of every sequence at a time.
 
-  The last, ragged chunk is padded with weight 0. `chunk=0`, or one that covers the sequence, is the
-  plain form.
+  The last, ragged chunk is padded with weight 0. For `chunk=-1` and `chunk=0`, see `positions`; one
+  that covers the sequence is the plain form.
   """
-  L = x_BLD.shape[1]
-  if not 0 < chunk < L:
+  B, L, _ = x_BLD.shape
+  chunk = positions(chunk, B, L, head_DV.shape[1])
+  if chunk == L:
     return cross_entropy(x_BLD, head_DV, targets_BL, weights_BL)
   head_DV = head_DV.astype(x_BLD.dtype)  # rounded as in the plain form
   head_DV = head_DV.astype(jnp.promote_types(head_DV.dtype, jnp.float32))  # for its gradient
@@ -46,6 +51,16 @@ def chunked_cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
 
   chunks = tuple(split(a, chunk) for a in (x_BLD, targets_BL, weights_BL))
   return jax.lax.scan(add_chunk, jnp.zeros((), head_DV.dtype), chunks)[0]
+
+
+def positions(chunk, B, L, V):
+  """How many positions of B sequences are computed at once: `chunk` of L, or all, L, if it is 0.
+
+  -1 chooses: all if they have at most 2**24 logits, else equal parts that do.
+  """
+  if chunk == -1:
+    chunk = math.ceil(L / math.ceil(B * L * V / _AT_ONCE))
+  return chunk if 0 < chunk < L else L
 
 
 def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
@@ -60,6 +75,8 @@ def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return target_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
+  B, L = targets_BL.shape
+  chunk = positions(chunk, B, L, head_DV.shape[1])
   return _by_chunk(of_chunk, (x_BLD, targets_BL), chunk)
 
 
@@ -83,13 +100,15 @@ def divergence(x_BLD, y_BLD, head_DV, *, chunk):
     terms = jnp.where(gain < 1, near, jnp.exp(log_q) - p * (1 + gain))
     return terms.sum(axis=-1), logits.argmax(axis=-1) != others.argmax(axis=-1)
 
+  B, L, _ = x_BLD.shape
+  chunk = positions(chunk, B, L, head_DV.shape[1])
   return _by_chunk(of_chunk, (x_BLD, y_BLD), chunk)
 
 
 def _by_chunk(of_chunk, arrays, chunk):
   """A function of arrays [B, L, ...] to arrays [B, L], of `chunk` positions at a time."""
   B, L = arrays[0].shape[:2]
-  if not 0 < chunk < L:
+  if chunk == L:
     return of_chunk(arrays)
   results = jax.lax.map(of_chunk, tuple(split(a, chunk) for a in arrays))
   return tuple(jnp.moveaxis(result, 0, 1).reshape(B, -1)[:, :L] for result in results)

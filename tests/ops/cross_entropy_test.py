@@ -117,3 +117,26 @@ def test_divergence_is_the_definition(scale):
   ):
     np.testing.assert_allclose(chunked, whole, rtol=1e-5)
   assert not np.any(find(x_BLD, x_BLD, head_DV, chunk=0)[0])
+
+
+@pytest.mark.parametrize(
+  ('chunk', 'sizes', 'at_once'),
+  [
+    (0, (8, 256, 50_257), 256),
+    (32, (8, 256, 50_257), 32),
+    (-1, (8, 256, 50_257), 37),  # 7 parts, of 14.9 million logits
+    (-1, (8, 256, 8192), 256),  # 2**24 logits
+    (-1, (8, 256, 8193), 128),
+    (-1, (32, 64, 256), 64),
+    (-1, (4096, 3, 2**20), 1),
+  ],
+)
+def test_large_vocabularies_are_chunked_unless_told_otherwise(chunk, sizes, at_once):
+  assert cross_entropy.positions(chunk, *sizes) == at_once
+
+
+def test_the_chosen_chunk_is_that_of_the_sizes(monkeypatch):
+  monkeypatch.setattr(cross_entropy, '_AT_ONCE', 2 * B * V)
+  of = lambda chunk: functools.partial(cross_entropy.chunked_cross_entropy, chunk=chunk)
+  chosen, chunks, plain = (str(jax.make_jaxpr(of(c))(*_inputs())) for c in (-1, 2, 0))
+  assert chosen == chunks != plain
