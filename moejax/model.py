@@ -171,10 +171,10 @@ class LanguageModel(nnx.Module):
     return self._project(x_BLD)
 
   def init_state(self, batch_size, max_length):
-    """Empty decoding state of all blocks, stacked like their parameters."""
+    """Empty decoding state: by stack, that of every block."""
     dtype = jnp.dtype(self.config.dtype)
-    empty = jax.vmap(lambda block: block.init_state(batch_size, max_length, dtype))
-    return {name: empty(getattr(self, name)) for name in self.stacks}
+    empty = lambda block: block.init_state(batch_size, max_length, dtype)
+    return {name: tuple(map(empty, blocks)) for name, blocks in self._blocks(None).items()}
 
   def prefill(self, inputs_BL, tokens, max_length):
     """Processes the first L positions of every sequence in one parallel pass.
@@ -191,21 +191,39 @@ class LanguageModel(nnx.Module):
     for name in self.stacks:
       body = lambda x_BLD, block: block.prefill(x_BLD, tokens)
       x_BLD, filled = jax.lax.scan(body, x_BLD, getattr(self, name))
-      state[name] = jax.tree.map(_write_prefix, state[name], filled)
+      state[name] = tuple(
+        jax.tree.map(_write_prefix, empty, _of_repeat(filled, i))
+        for i, empty in enumerate(state[name])
+      )
     return self._project(self._normalize(common.last_token(x_BLD, tokens))), state
 
-  def step(self, inputs_B, state, tokens):
-    """Decodes one position of every sequence: float32 logits_BV and the next state."""
+  def step(self, inputs_B, state, tokens, layers=None):
+    """Decodes one position of every sequence: float32 logits_BV and the next state.
+
+    A program that is called for every position is given its parameters as `layers`: those of every
+    block in arrays of their own, as `unstacked` makes them. Else they are copied from the stacks.
+    """
     x_BD = self._embed(inputs_B, tokens)
     new_state = {}
-    for name in self.stacks:
-
-      def body(x_BD, block_and_state):
-        block, block_state = block_and_state
-        return block.step(x_BD, block_state, tokens)
-
-      x_BD, new_state[name] = jax.lax.scan(body, x_BD, (getattr(self, name), state[name]))
+    for name, blocks in self._blocks(layers).items():
+      states = []
+      for block, block_state in zip(blocks, state[name], strict=True):
+        x_BD, block_state = block.step(x_BD, block_state, tokens)
+        states.append(block_state)
+      new_state[name] = tuple(states)
     return self._project(self._normalize(x_BD)), new_state
+
+  def _blocks(self, layers):
+    """The blocks of every stack, by its name, with the parameters of `layers` unless it is None."""
+    blocks = {}
+    for name, (_, repeats) in zip(self.stacks, self.config.blocks, strict=True):
+      stack = getattr(self, name)
+      if layers is None:
+        blocks[name] = [_of_repeat(stack, i) for i in range(repeats)]
+      else:
+        skeleton = nnx.split(stack)
+        blocks[name] = [_bound(*skeleton, params) for params in layers[name]]
+    return blocks
 
   def _embed(self, inputs, tokens):
     x = self.embedding[...][inputs]
@@ -227,6 +245,24 @@ class LanguageModel(nnx.Module):
     head_DV = self._head().astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=wide)
+
+
+def unstacked(params):
+  """Parameters of the blocks of every stack, by its name: a tuple of a dict for each block."""
+  repeats = lambda stack: range(len(jax.tree.leaves(stack)[0]))
+  return {
+    name: tuple(_of_repeat_jit(stack, i) for i in repeats(stack))
+    for name, stack in params.items()
+    if name.startswith('stack_')
+  }
+
+
+def _of_repeat(stack, i):
+  """Of a pytree of arrays [repeats, ...], those of one repeat."""
+  return jax.tree.map(lambda a: a[i], stack)
+
+
+_of_repeat_jit = jax.jit(_of_repeat)
 
 
 def _write_prefix(empty, filled):
@@ -310,7 +346,10 @@ def _skeleton(config):
 
 def bind(config, params):
   """The model with these parameters inside. Call it inside the jitted function that uses it."""
-  graphdef, state = _skeleton(config)
-  state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+  return _bound(*_skeleton(config), params)
+
+
+def _bound(graphdef, state, params):
+  state = jax.tree.map(lambda leaf: leaf, state)  # a copy: a cached one stays abstract
   nnx.replace_by_pure_dict(state, params)
   return nnx.merge(graphdef, state)

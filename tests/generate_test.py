@@ -184,6 +184,26 @@ def test_many_prompt_lengths_compile_few_programs(monkeypatch):
   assert traced == {'prefill': 3, 'step': 2}
 
 
+def test_a_position_copies_neither_matrices_nor_caches():
+  config = tiny.model_config(
+    blocks=tiny.MOE, d_model=48, d_ff=512, max_length=2048, positions='rope'
+  )
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  state = jax.eval_shape(lambda p: model_lib.bind(config, p).init_state(1, 2048), params)
+  layers = jax.eval_shape(model_lib.unstacked, params)
+  one = jax.ShapeDtypeStruct((1,), np.int32)
+  prompts = jax.ShapeDtypeStruct((1, 2048), np.int32)
+  requests = decode._Requests(prompts, one, one, jax.ShapeDtypeStruct((1,), np.uint32), one)
+  seen_BV = jax.ShapeDtypeStruct((1, config.vocab_size), bool)
+  settings = generate.Sampling().settings
+  compiled = decode._advance.lower(
+    config, params, layers, one, state, seen_BV, requests, np.int32(7), settings
+  ).compile()
+  made = compiled.memory_analysis().temp_size_in_bytes
+  for kept in (layers['stack_0'][0]['1_moe']['layer']['experts'], state['stack_0'][0]):
+    assert made < min(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
 def test_numbers_of_numpy_are_numbers():
   sampling = generate.Sampling(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(7))
   assert sampling == generate.Sampling(temperature=0.5, top_k=3, seed=7)

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -117,23 +116,25 @@ class Attention(nnx.Module):
     q_BLHP, k_BLJP, v_BLJP = self._project(x_BLD, tokens.positions)
     segments_BL = tokens.segments if self.document_mask else None
     o_BLHP = attend(q_BLHP, k_BLJP, v_BLJP, segments_BL, scale=self.scale)
-    return self._join(o_BLHP), {'k': k_BLJP, 'v': v_BLJP}
+    return self._join(o_BLHP), {'k': jnp.swapaxes(k_BLJP, 1, 2), 'v': jnp.swapaxes(v_BLJP, 1, 2)}
 
   def init_state(self, batch_size, max_length, dtype):
-    """An empty cache: keys and values of every position."""
-    empty = jnp.zeros((batch_size, max_length, *self.cached), dtype)
+    """An empty cache: keys and values of every position, [B, J, S, P], as products read them."""
+    heads, width = self.cached
+    empty = jnp.zeros((batch_size, heads, max_length, width), dtype)
     return {'k': empty, 'v': empty}
 
   def step(self, x_BD, state, tokens):
     """One position of every sequence, written to the cache at that position."""
     q_BLHP, k_BLJP, v_BLJP = self._project(x_BD[:, None], tokens.positions[:, None])
-    here = jnp.arange(x_BD.shape[0]), tokens.positions
-    k_BSJP, v_BSJP = state['k'].at[here].set(k_BLJP[:, 0]), state['v'].at[here].set(v_BLJP[:, 0])
-    past_BS = jnp.arange(k_BSJP.shape[1])[None, :] <= tokens.positions[:, None]
-    o_BLHP = jax.nn.dot_product_attention(
-      q_BLHP, k_BSJP, v_BSJP, mask=past_BS[:, None, None, :], scale=self.scale
+    # An index for every head: XLA copies the cache of a single sequence for a slice.
+    B, J = x_BD.shape[0], self.cached[0]
+    here = jnp.arange(B)[:, None], jnp.arange(J)[None], tokens.positions[:, None]
+    k_BJSP, v_BJSP = state['k'].at[here].set(k_BLJP[:, 0]), state['v'].at[here].set(v_BLJP[:, 0])
+    o_BHP = softmax_attention.of_last(
+      q_BLHP[:, 0], k_BJSP, v_BJSP, tokens.positions, scale=self.scale
     )
-    return self._join(o_BLHP)[:, 0], {'k': k_BSJP, 'v': v_BSJP}
+    return self._join(o_BHP[:, None])[:, 0], {'k': k_BJSP, 'v': v_BJSP}
 
 
 def _norm_heads(norm, x):

@@ -99,8 +99,15 @@ def feed_forward(activation, rows, weight, weights, sizes_E=None):
   return mlp.down(activation, mlp.up(rows, weights, product), weight, weights, product)
 
 
+def _one_of(activation, x_CD, weight_C, weights, e):
+  product = lambda x, w: grouped_matmul.one_product(x, w, e)
+  return mlp.down(activation, mlp.up(x_CD, weights, product), weight_C, weights, product)
+
+
 # By activation: one expert for `expert_loop.map_experts`.
 ONE = {
-  name: expert_loop.Expert(mlp.up, functools.partial(mlp.down, name))
+  name: expert_loop.Expert(
+    mlp.up, functools.partial(mlp.down, name), functools.partial(_one_of, name)
+  )
   for name in (*common.ACTIVATIONS, 'swiglu')
 }

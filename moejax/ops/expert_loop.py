@@ -25,6 +25,9 @@ class Expert(typing.NamedTuple):
 
   inner: typing.Callable
   outer: typing.Callable
+  # y_CD = one_of(x_CD, weight_C, weights, e): expert e of `weights` [E, ...], which it copies in
+  # small pieces at most. Used, if it is given, where there are few rows and no gradient.
+  one_of: typing.Callable | None = None
 
 
 def map_experts(expert, x_TD, plan, weights) -> jax.Array:
@@ -131,8 +134,24 @@ def _few_at_a_time(tree):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_ragged(expert, *args):
-  return _map_ragged_forward(expert, *args)[0]
+def _map_ragged(expert, x_TD, token, weight, sizes_E, weights):
+  if expert.one_of and len(token) <= len(sizes_E):
+    return _map_rows(expert, x_TD, token, weight, sizes_E, weights)
+  return _map_ragged_forward(expert, x_TD, token, weight, sizes_E, weights)[0]
+
+
+def _map_rows(expert, x_TD, token, weight, sizes_E, weights):
+  """Row by row: where most experts have none or one, as in decoding, tiles would be empty."""
+  ends_E = jnp.cumsum(sizes_E)
+
+  def step(i, y):
+    expert_of_row = jnp.sum(ends_E <= i)
+    row = lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1)
+    out_1D = expert.one_of(_take(x_TD, row(token)), row(weight), weights, expert_of_row)
+    return y.at[row(token)].add(out_1D.astype(y.dtype), mode='promise_in_bounds')
+
+  y = jax.lax.fori_loop(0, ends_E[-1], step, _no_output(expert, x_TD, weights))
+  return y.astype(x_TD.dtype)
 
 
 def _map_ragged_forward(expert, x_TD, token, weight, sizes_E, weights):

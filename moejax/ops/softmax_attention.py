@@ -51,6 +51,21 @@ def attention(
   )
 
 
+def of_last(q_BHP, k_BJSP, v_BJSP, positions_B, *, scale=None):
+  """`attention` of one query per sequence, at its position, to keys and values up to there.
+
+  Heads come before positions, so that the products read keys and values as they lie in memory.
+  """
+  B, H, P = q_BHP.shape
+  _, J, S, _ = k_BJSP.shape
+  scale = P**-0.5 if scale is None else scale
+  s_BJRS = scale * _product('BJRP,BJSP->BJRS', q_BHP.reshape(B, J, H // J, P), k_BJSP)
+  past_BS = jnp.arange(S)[None] <= positions_B[:, None]
+  p_BJRS = jax.nn.softmax(jnp.where(past_BS[:, None, None], s_BJRS, -jnp.inf))
+  o_BJRP = _product('BJRS,BJSP->BJRP', p_BJRS.astype(v_BJSP.dtype), v_BJSP)
+  return o_BJRP.reshape(B, H, P).astype(q_BHP.dtype)
+
+
 def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, block):
   """`attention` with scores of `block` by `block` positions in memory, per sequence and head."""
   B, L, H, P = q_BLHP.shape

@@ -145,6 +145,29 @@ def test_padding_is_never_routed(router):
   jax.tree.map(np.testing.assert_array_equal, aux, other_aux)
 
 
+@pytest.mark.parametrize('changes', [{}, {'router': 'relu'}], ids=['token choice', 'ReLU'])
+def test_few_tokens_are_computed_one_by_one(changes):
+  """As in decoding; where a gradient is needed, and on other platforms, in other ways."""
+  make = lambda impl: moe.MixtureOfExperts(
+    _config(expansion_rate=5, capacity_factor=0.0, group_size=1, impl=impl, **changes),
+    d_model=D,
+    d_ff=F,
+    activation='swiglu',
+    rngs=nnx.Rngs(0),
+  )
+  graphs = {impl: nnx.split(make(impl))[0] for impl in ('loop', 'rows')}
+  params = nnx.state(make('loop'))
+  x_BLD = jax.random.normal(jax.random.key(0), (3 if not changes else 1, 1, D))
+  tokens = common.TokenInfo.unpadded(x_BLD.shape)
+  tokens = tokens._replace(segments=tokens.segments.at[1:2].set(0))
+  run = lambda x_BLD, impl: nnx.merge(graphs[impl], params)(x_BLD, tokens)[0]
+  few = jax.jit(lambda x: run(x, 'loop'))(x_BLD)
+  in_tiles = jax.jit(lambda x: jax.vjp(lambda x: run(x, 'loop'), x)[0])(x_BLD)
+  np.testing.assert_allclose(few, in_tiles, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(few, jax.jit(lambda x: run(x, 'rows'))(x_BLD), rtol=1e-5, atol=1e-6)
+  assert np.abs(few[0]).max() > 0
+
+
 def test_measurements():
   graph, params = _layer(capacity_factor=0.5, z_loss=0.1)
   x_BLD, tokens = _inputs()
