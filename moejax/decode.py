@@ -107,11 +107,11 @@ def _in_one_context(config, params, layers, texts, length, seeds, done, settings
     yield position + 1, sharding.fetch(now[0])
 
 
-def trace(config, params, prompt, length, settings):
+def trace(config, params, layers, prompt, length, settings):
   """The programs of `stream` for one prompt, traced, to be compiled ahead of time.
 
   Args:
-    config, params: the model; parameters may be abstract.
+    config, params, layers: the model, and its `unstacked` parameters; all may be abstract.
     prompt: tokens of the prompt.
     length, settings: of `stream`.
 
@@ -127,7 +127,7 @@ def trace(config, params, prompt, length, settings):
   )
   position = np.int32(prompt)
   first = _prefill.trace(config, padded(prompt, room), params, requests, position, settings)
-  then = lambda now: _advance.trace(config, params, *now, requests, position, settings)
+  then = lambda now: _advance.trace(config, params, layers, *now, requests, position, settings)
   return first, then
 
 

@@ -19,6 +19,7 @@ from moejax import (
   estimate,
   flops,
   generate,
+  model as model_lib,
   sharding,
   step as step_lib,
 )
@@ -126,7 +127,10 @@ def _sampling(run_config, params, mesh, topology, platforms):
   prompt = min(len(train.sample_prompt.encode()), model.max_length - 1)
   settings = generate.Sampling().settings
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
-    reading, advancing = decode.trace(model, params, prompt, train.sample_length, settings)
+    init = lambda: model_lib.init_params(model, jax.random.key(0))
+    layers = sharding.abstract(lambda: model_lib.unstacked(init()), mesh)
+    copied = estimate.state_bytes({'params': layers}, mesh)['parameters']
+    reading, advancing = decode.trace(model, params, layers, prompt, train.sample_length, settings)
     lowered = reading.lower(lowering_platforms=platforms)
     reads, error = _compile(lowered)
     if not reads:
@@ -134,7 +138,8 @@ def _sampling(run_config, params, mesh, topology, platforms):
     of = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     state = jax.tree.map(of, lowered.out_info, reads.output_shardings)
     advances, error = _compile(advancing(state).lower(lowering_platforms=platforms))
-  return max(float(peak_bytes(program)) for program in (reads, advances) if program), error
+  peak = max(float(peak_bytes(program)) for program in (reads, advances) if program)
+  return copied + peak, error
 
 
 def _memory(state, mesh, saved, compiled):
