@@ -10,6 +10,7 @@ read the table, which is written after every case.
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -120,8 +121,9 @@ def _about(rounds, seconds):
   load, cores = os.getloadavg()[0], os.cpu_count() or 1
   idle = '' if load < 0.5 else ' **Others computed beside it: not to be trusted.**'
   return (
-    f'{text.utc(time.time())}, commit {report.git_commit() or "unknown"}, {platform.machine()}, '
-    f'{cores} cores, load {load:.1f} before; {rounds} rounds of {seconds:g} s.{idle}'
+    f'{text.utc(time.time())}, commit {report.git_commit() or "unknown"}, '
+    f'jax {importlib.metadata.version("jax")}, {platform.machine()}, {cores} cores, '
+    f'load {load:.1f} before; {rounds} rounds of {seconds:g} s.{idle}'
   )
 
 

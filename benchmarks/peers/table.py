@@ -94,7 +94,7 @@ def _ratio(numerators, denominators):
 
 
 def _cells(row):
-  ratio = '' if math.isnan(row.ratio.value) or row.contender == cases.BASE else f'{row.ratio:.2f}'
+  ratio = '' if math.isnan(row.ratio.value) or row.contender == cases.BASE else f'{row.ratio:.3g}'
   share = '' if math.isnan(row.share.value) else f'{100 * row.share.value:.0f}%'
   speed, memory = text.short(row.tokens_per_second), text.size(row.memory)
   return [row.case, row.contender, speed, ratio, share, memory, f'{row.start_seconds:.0f} s']
