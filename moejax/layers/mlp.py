@@ -1,5 +1,7 @@
 """Dense feed-forward layers: the baseline that sparse and mixing layers are measured against."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -87,10 +89,13 @@ class MLP(Matrices, common.Stateless):
     del tokens
     weights = self.weights(x_BLD.dtype)
     h = up(x_BLD, weights)
+    # The gradient needs what the nonlinearity reads and computes: cheap to compute again, and of
+    # the widest arrays of a block only one or two are kept.
+    from_hidden = jax.checkpoint(functools.partial(down, self.activation), prevent_cse=False)
     if not self.biases:
-      return down(self.activation, h, None, weights), {}
+      return from_hidden(h, None, weights), {}
     h['w_in'] += common.row(self.bias_in[...], h['w_in'])
-    y_BLD = down(self.activation, h, None, weights)
+    y_BLD = from_hidden(h, None, weights)
     return y_BLD + common.row(self.bias_out[...], y_BLD), {}
 
 
