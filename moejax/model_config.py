@@ -107,7 +107,9 @@ class ModelConfig(Section):
     choices=tuple(REMAT),
   )
   loss_chunk: int = default(
-    -1, 'positions whose logits exist at once; 0: all, -1: those of 2^24 logits', minimum=-1
+    -1,
+    'positions whose logits exist at once; 0: all, -1: on CPUs those of 2^24 logits, else all',
+    minimum=-1,
   )
   mot: MoTConfig = section(MoTConfig, 'the Mixture-of-Tokens sublayer')
   moe: MoEConfig = section(MoEConfig, 'the sparse mixture-of-experts sublayer')

@@ -137,6 +137,6 @@ class Report:
         f'optimizer.accumulation={2 * config.optimizer.accumulation} (now '
         f'{config.optimizer.accumulation}): halves activations and temporaries.'
       )
-    if config.model.loss_chunk == 0:
+    if config.model.loss_chunk <= 0:
       yield f'model.loss_chunk={config.data.sequence_length // 8}: 1/8 of the logits at a time.'
     yield 'more chips, or chips with more memory; --search tries meshes, remat and accumulation.'

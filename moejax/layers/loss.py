@@ -6,14 +6,17 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from moejax.ops import cross_entropy
-from moejax.sharding import mesh
+from moejax.sharding import mesh, platform
 
 
 def next_token_loss(x_BLD, head_DV, targets_BL, weights_BL, *, chunk):
   """`cross_entropy.chunked_cross_entropy`, of its own sequences on every device.
 
   The partitioner would gather a sharded head, and sum its gradient over devices, for every chunk.
+  `chunk=-1` is 0 on accelerators: chunks cost the FLOPs of recomputing their logits.
   """
+  if chunk == -1 and platform.current() != 'cpu':
+    chunk = 0
   loss = functools.partial(cross_entropy.chunked_cross_entropy, chunk=chunk)
   B, L, _ = x_BLD.shape
   axes = mesh.batch_axes(B)

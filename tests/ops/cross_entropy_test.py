@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.layers.loss import next_token_loss
 from moejax.ops import cross_entropy
+from moejax.sharding import platform
 
 B, L, D, V = 3, 7, 5, 11
 
@@ -140,3 +142,13 @@ def test_the_chosen_chunk_is_that_of_the_sizes(monkeypatch):
   of = lambda chunk: functools.partial(cross_entropy.chunked_cross_entropy, chunk=chunk)
   chosen, chunks, plain = (str(jax.make_jaxpr(of(c))(*_inputs())) for c in (-1, 2, 0))
   assert chosen == chunks != plain
+
+
+def test_accelerators_compute_all_logits_at_once_unless_told_otherwise(monkeypatch):
+  monkeypatch.setattr(cross_entropy, '_AT_ONCE', 2 * B * V)
+
+  def traced(target, chunk):
+    with platform.compiling_for(target):
+      return str(jax.make_jaxpr(functools.partial(next_token_loss, chunk=chunk))(*_inputs()))
+
+  assert traced('tpu', -1) == traced('tpu', 0) != traced('tpu', 2) == traced('cpu', -1)
