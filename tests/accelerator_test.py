@@ -97,8 +97,8 @@ def test_steps(measured):
 class _Instant(models.Training):
   """A step that is not compiled."""
 
-  def __init__(self, family, tiny):
-    self.run_config = family.run_config(tiny)
+  def __init__(self, run_config):
+    self.run_config = run_config
     self.program = types.SimpleNamespace(costs=dict)
 
   def __call__(self):
