@@ -208,8 +208,8 @@ def sharded_scan(x_BLI, delta_BLI, a_IN, b_BLN, c_BLN, skip_I, gate_BLI, bias_I,
   tensor = 'tensor' if devices > 1 and I % devices == 0 else None
   impl = selective_scan.fastest(platform.current(), I // devices if tensor else I)
   scan = lambda *args: selective_scan.selective_scan(*args[:-1], reset_BL=args[-1], impl=impl)
-  if axes or tensor:
-    x, sequences, channels = P(axes, None, tensor), P(axes), P(tensor)
+  if mesh.size(*mesh.AXES) > 1:  # also where all have all: the partitioner takes no kernels
+    x, sequences, channels = P(axes or None, None, tensor), P(axes or None), P(tensor)
     scan = jax.shard_map(
       scan,
       in_specs=(x, x, channels, sequences, sequences, channels, x, channels, sequences),

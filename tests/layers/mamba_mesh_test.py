@@ -105,6 +105,13 @@ def test_the_kernel_goes_by_the_channels_of_a_device(channels, tensor, kernel):
   assert ('pallas_call' in str(program)) == kernel
 
 
+def test_one_sequence_on_several_devices_gives_the_partitioner_no_kernel():
+  args = jax.eval_shape(lambda: _inputs(2, 'float32', sequences=1, channels=LANES))
+  with jax.set_mesh(_mesh((2, 2, 2, 1))), platform.compiling_for('tpu'):
+    program = str(jax.make_jaxpr(lambda *args: _sharded(*args))(*args))
+  assert 'pallas_call' in program and 'shard_map' in program
+
+
 @pytest.mark.slow  # 10 s each; lowering, where most mistakes show, is tested with the op
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu: extra tpu-aot')
 @pytest.mark.parametrize(
