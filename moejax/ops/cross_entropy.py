@@ -75,9 +75,7 @@ def target_scores(x_BLD, head_DV, targets_BL, *, chunk):
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return target_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
-  B, L = targets_BL.shape
-  chunk = positions(chunk, B, L, head_DV.shape[1])
-  return _by_chunk(of_chunk, (x_BLD, targets_BL), chunk)
+  return _by_chunk(of_chunk, (x_BLD, targets_BL), chunk, head_DV.shape[1])
 
 
 def divergence(x_BLD, y_BLD, head_DV, *, chunk):
@@ -100,15 +98,13 @@ def divergence(x_BLD, y_BLD, head_DV, *, chunk):
     terms = jnp.where(gain < 1, near, jnp.exp(log_q) - p * (1 + gain))
     return terms.sum(axis=-1), logits.argmax(axis=-1) != others.argmax(axis=-1)
 
-  B, L, _ = x_BLD.shape
-  chunk = positions(chunk, B, L, head_DV.shape[1])
-  return _by_chunk(of_chunk, (x_BLD, y_BLD), chunk)
+  return _by_chunk(of_chunk, (x_BLD, y_BLD), chunk, head_DV.shape[1])
 
 
-def _by_chunk(of_chunk, arrays, chunk):
-  """A function of arrays [B, L, ...] to arrays [B, L], of `chunk` positions at a time."""
+def _by_chunk(of_chunk, arrays, chunk, V):
+  """A function of arrays [B, L, ...] to arrays [B, L], with the logits of `positions` at a time."""
   B, L = arrays[0].shape[:2]
-  if chunk == L:
+  if (chunk := positions(chunk, B, L, V)) == L:
     return of_chunk(arrays)
   results = jax.lax.map(of_chunk, tuple(split(a, chunk) for a in arrays))
   return tuple(jnp.moveaxis(result, 0, 1).reshape(B, -1)[:, :L] for result in results)
