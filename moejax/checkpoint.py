@@ -33,7 +33,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from moejax import buckets, files, group, manifest
+from moejax import buckets, files, group, manifest, orbax_leaks
 from moejax.differences import by_name, changed_fields, differences, misfit
 from moejax.exit_codes import RESUMABLE
 
@@ -67,6 +67,7 @@ class Checkpoints:
     self._keep, self._always = keep, always
     logging.get_absl_logger().addFilter(_is_worth_showing)
     sys.unraisablehook = _report_unraisable
+    orbax_leaks.stop()
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(), temporary_path_class=_temporary_path_class(directory)
     )

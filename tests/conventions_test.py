@@ -35,6 +35,7 @@ RANKS = (
     'imports',
     'hardware',
     'manifest',
+    'orbax_leaks',
     'parameterization',
     'parameters',
     'schedule',
