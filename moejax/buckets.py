@@ -130,8 +130,11 @@ def modified(path) -> float:
     return filesystem.modified(name).timestamp()
 
 
-def status(path) -> tuple[int, float] | None:
-  """The bytes of an object, and when it was written; None if there is none."""
+def status(path) -> tuple[int, str] | None:
+  """The bytes of an object, and what tells its content from others; None if there is none.
+
+  Not when it was written: S3 knows that to the second.
+  """
   try:
     with _filesystem(path) as (filesystem, name):
       info = filesystem.info(name)
@@ -139,7 +142,7 @@ def status(path) -> tuple[int, float] | None:
     return None
   if info['type'] != 'file':
     return None
-  return info['size'], (info.get('mtime') or info['LastModified']).timestamp()
+  return info['size'], info.get('generation') or info['ETag']
 
 
 def exists(path) -> bool:

@@ -317,19 +317,22 @@ def fetched(folder, names: Collection[str]) -> pathlib.Path:
   return copy
 
 
-def _fetch(source, target, time):
+def _fetch(source, target, version):
   with atomic_output(target) as temporary:
     buckets.download(source, temporary)
-    os.utime(temporary, (time, time))
+  _version_of(target).write_text(version)
 
 
-def _is_copy(path, size, time):
-  """Whether a file is a copy of an object of this size and time."""
+def _is_copy(path, size, version):
+  """Whether a file is a copy of an object of this size and version."""
   try:
-    known = path.stat()
+    return path.stat().st_size == size and _version_of(path).read_text(errors='replace') == version
   except FileNotFoundError:
     return False
-  return known.st_size == size and abs(known.st_mtime - time) < 1e-3
+
+
+def _version_of(copy):
+  return copy.with_name(f'.{copy.name}.version')
 
 
 def flush(path) -> None:
