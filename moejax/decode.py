@@ -64,11 +64,10 @@ def stream(model_config, params, prompts, length, seeds, settings):
   """
   texts = [list(read_of(prompt, model_config.max_length)) for prompt in prompts]
   done = [0] * len(texts)
-  layers = model_lib.unstacked(params)
   while min(done) < length:
     texts = [list(read_of(text, model_config.max_length)) for text in texts]
     for position, token_B in _in_one_context(
-      model_config, params, layers, texts, length, seeds, done, settings
+      model_config, params, texts, length, seeds, done, settings
     ):
       new = []
       for i, text in enumerate(texts):
@@ -81,7 +80,7 @@ def stream(model_config, params, prompts, length, seeds, settings):
         yield new
 
 
-def _in_one_context(config, params, layers, texts, length, seeds, done, settings):
+def _in_one_context(config, params, texts, length, seeds, done, settings):
   """Yields (position, the tokens there), from the end of the shortest text on."""
   lengths = np.array([len(text) for text in texts], np.int32)
   remaining = length - np.array(done, np.int32)
@@ -102,16 +101,17 @@ def _in_one_context(config, params, layers, texts, length, seeds, done, settings
   prefix = padded(common, room)
   now = _prefill(config, prefix, params, requests, np.int32(common), settings)
   yield common, sharding.fetch(now[0])
+  prepared = model_lib.prepared(config, params)  # now: reading the prompt takes memory, too
   for position in range(common, end):
-    now = _advance(config, params, layers, *now, requests, np.int32(position), settings)
+    now = _advance(config, params, prepared, *now, requests, np.int32(position), settings)
     yield position + 1, sharding.fetch(now[0])
 
 
-def trace(config, params, layers, prompt, length, settings):
+def trace(config, params, prepared, prompt, length, settings):
   """The programs of `stream` for one prompt, traced, to be compiled ahead of time.
 
   Args:
-    config, params, layers: the model, and its `unstacked` parameters; all may be abstract.
+    config, params, prepared: the model, and its `prepared` parameters; all may be abstract.
     prompt: tokens of the prompt.
     length, settings: of `stream`.
 
@@ -127,7 +127,7 @@ def trace(config, params, layers, prompt, length, settings):
   )
   position = np.int32(prompt)
   first = _prefill.trace(config, padded(prompt, room), params, requests, position, settings)
-  then = lambda now: _advance.trace(config, params, layers, *now, requests, position, settings)
+  then = lambda now: _advance.trace(config, params, prepared, *now, requests, position, settings)
   return first, then
 
 
@@ -152,12 +152,12 @@ def _prefill(config, prefix, params, requests, common, settings):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
-def _advance(config, params, layers, token_B, state, seen_BV, requests, position, settings):
+def _advance(config, params, prepared, token_B, state, seen_BV, requests, position, settings):
   """Reads the tokens of one position; returns those of the next, the state, and what was seen."""
   model = model_lib.bind(config, params)
   B = token_B.shape[0]
   tokens = TokenInfo(requests.segment_B, jnp.broadcast_to(position, (B,)))
-  logits_BV, state = model.step(token_B, state, tokens, layers)
+  logits_BV, state = model.step(token_B, state, tokens, prepared)
   seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
   return _choose(logits_BV, seen_BV, requests, position + 1, settings), state, seen_BV
 

@@ -197,32 +197,33 @@ class LanguageModel(nnx.Module):
       )
     return self._project(self._normalize(common.last_token(x_BLD, tokens))), state
 
-  def step(self, inputs_B, state, tokens, layers=None):
+  def step(self, inputs_B, state, tokens, prepared=None):
     """Decodes one position of every sequence: float32 logits_BV and the next state.
 
-    A program that is called for every position is given its parameters as `layers`: those of every
-    block in arrays of their own, as `unstacked` makes them. Else they are copied from the stacks.
+    A program that is called for every position is given what `prepared` makes of its parameters.
+    Else they are copied from the stacks, and cast, for every position.
     """
     x_BD = self._embed(inputs_B, tokens)
     new_state = {}
-    for name, blocks in self._blocks(layers).items():
+    for name, blocks in self._blocks(prepared).items():
       states = []
       for block, block_state in zip(blocks, state[name], strict=True):
+        block, x_BD = rules.in_turn(block, x_BD)
         x_BD, block_state = block.step(x_BD, block_state, tokens)
         states.append(block_state)
       new_state[name] = tuple(states)
-    return self._project(self._normalize(x_BD)), new_state
+    return self._project(self._normalize(x_BD), prepared), new_state
 
-  def _blocks(self, layers):
-    """The blocks of every stack, by its name, with the parameters of `layers` unless it is None."""
+  def _blocks(self, prepared):
+    """The blocks of every stack, by its name; with the parameters of `prepared`, if it is given."""
     blocks = {}
     for name, (_, repeats) in zip(self.stacks, self.config.blocks, strict=True):
       stack = getattr(self, name)
-      if layers is None:
+      if prepared is None:
         blocks[name] = [_of_repeat(stack, i) for i in range(repeats)]
       else:
         skeleton = nnx.split(stack)
-        blocks[name] = [_bound(*skeleton, params) for params in layers[name]]
+        blocks[name] = [_bound(*skeleton, params) for params in prepared[name]]
     return blocks
 
   def _embed(self, inputs, tokens):
@@ -238,23 +239,42 @@ class LanguageModel(nnx.Module):
     scale = parameterization.output_scale(self.config)
     return x if scale == 1 else x * scale
 
-  def _head(self):
-    return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+  def _head(self, prepared=None):
+    name = _head_name(self.config)
+    head = getattr(self, name)[...] if prepared is None else prepared[name]
+    return head.T if self.config.tie_embeddings else head
 
-  def _project(self, x):
-    head_DV = self._head().astype(x.dtype)
+  def _project(self, x, prepared=None):
+    head_DV = self._head(prepared).astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum('...D,DV->...V', x, head_DV, preferred_element_type=wide)
 
 
-def unstacked(params):
-  """Parameters of the blocks of every stack, by its name: a tuple of a dict for each block."""
+def prepared(config, params):
+  """Parameters as `step` multiplies with them, made once for all positions.
+
+  Those of every block in arrays of their own, by stack, a tuple of a dict for each block; and that
+  of the output projection. Matrices have the dtype to which layers cast them.
+  """
   repeats = lambda stack: range(len(jax.tree.leaves(stack)[0]))
-  return {
-    name: tuple(_of_repeat_jit(stack, i) for i in repeats(stack))
+  blocks = {
+    name: tuple(_cast_of_repeat(config.dtype, stack, i) for i in repeats(stack))
     for name, stack in params.items()
     if name.startswith('stack_')
   }
+  head = _head_name(config)
+  return blocks | {head: jnp.asarray(params[head], config.dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast_of_repeat(dtype, stack, i):
+  is_cast = lambda about, shape: about.kind == 'matrix' and about.is_matrix(shape)
+
+  def cast(path, a):
+    about = parameters.of(parameters.name_of(path))
+    return a[i].astype(dtype) if is_cast(about, a.shape) else a[i]
+
+  return jax.tree_util.tree_map_with_path(cast, stack)
 
 
 def _of_repeat(stack, i):
@@ -262,7 +282,8 @@ def _of_repeat(stack, i):
   return jax.tree.map(lambda a: a[i], stack)
 
 
-_of_repeat_jit = jax.jit(_of_repeat)
+def _head_name(config):
+  return 'embedding' if config.tie_embeddings else 'head'
 
 
 def _write_prefix(empty, filled):

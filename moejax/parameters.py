@@ -15,7 +15,7 @@ class Parameter(NamedTuple):
   specs: tuple[P, ...] = (P(),)  # of the last dimensions; the first whose mesh axes all divide
   decays: bool = True  # under optimizer.decay = matrices: norms, biases and the like do not
   moved_by: str = ''  # one of UPDATES; '': the optimizer, by the gradient
-  kind: str = 'matrix'  # of parameterization.KINDS
+  kind: str = 'matrix'  # of parameterization.KINDS; layers compute with a matrix in x's dtype
   inputs: tuple[int, ...] = (-2,)  # dimensions that a product with it sums over
   outputs: tuple[int, ...] = (-1,)  # of the product's entries; all others count matrices
 

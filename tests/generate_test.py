@@ -190,17 +190,17 @@ def test_a_position_copies_neither_matrices_nor_caches():
   )
   params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
   state = jax.eval_shape(lambda p: model_lib.bind(config, p).init_state(1, 2048), params)
-  layers = jax.eval_shape(model_lib.unstacked, params)
+  prepared = jax.eval_shape(lambda p: model_lib.prepared(config, p), params)
   one = jax.ShapeDtypeStruct((1,), np.int32)
   prompts = jax.ShapeDtypeStruct((1, 2048), np.int32)
   requests = decode._Requests(prompts, one, one, jax.ShapeDtypeStruct((1,), np.uint32), one)
   seen_BV = jax.ShapeDtypeStruct((1, config.vocab_size), bool)
   settings = generate.Sampling().settings
   compiled = decode._advance.lower(
-    config, params, layers, one, state, seen_BV, requests, np.int32(7), settings
+    config, params, prepared, one, state, seen_BV, requests, np.int32(7), settings
   ).compile()
   made = compiled.memory_analysis().temp_size_in_bytes
-  for kept in (layers['stack_0'][0]['1_moe']['layer']['experts'], state['stack_0'][0]):
+  for kept in (prepared['stack_0'][0]['1_moe']['layer']['experts'], state['stack_0'][0]):
     assert made < min(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.core import jaxprs_in_params  # public only since JAX 0.9
 
-from moejax import evaluate, model as model_lib
+from moejax import evaluate, model as model_lib, parameters
 from tests import tiny
 
 
@@ -377,3 +378,36 @@ def test_sizes_of_what_a_model_does_not_use_are_free():
   tiny.model_config(blocks=tiny.DENSE, moe_capacity_factor=0.01, mamba_moe_in='nothing')
   with pytest.raises(ValueError, match='num_heads = 5 must divide d_model = 12'):
     tiny.model_config(blocks=((('mamba+attention',), 1),), num_heads=5)
+
+
+def _cast_shapes(jaxpr):
+  """Shapes of all arrays whose dtype a program changes."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'convert_element_type':
+      yield equation.invars[0].aval.shape
+    for inner in jaxprs_in_params(equation.params):
+      yield from _cast_shapes(inner)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@MODELS
+def test_a_position_casts_no_matrix(model, tied):
+  """Those that layers cast are given in their dtype, and those that they do not cast, in theirs."""
+  config = tiny.model_config(**tiny.MODELS[model], dtype='bfloat16', tie_embeddings=tied)
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  prepared = jax.eval_shape(lambda p: model_lib.prepared(config, p), params)
+  shapes = {leaf.shape for leaf in jax.tree.leaves(prepared) if leaf.ndim > 1}
+  shapes |= {params['embedding'].shape, params['embedding'].shape[::-1]}
+
+  def step(params, prepared):
+    model = model_lib.bind(config, params)
+    tokens = model_lib.common.TokenInfo(jnp.ones(tiny.M, int), jnp.zeros(tiny.M, int))
+    state = model.init_state(tiny.M, tiny.L)
+    return model.step(jnp.zeros(tiny.M, int), state, tokens, prepared)
+
+  cast = lambda prepared: {*_cast_shapes(jax.make_jaxpr(step)(params, prepared).jaxpr)} & shapes
+  assert not cast(prepared)
+  assert cast(None)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(prepared):
+    if parameters.of(parameters.name_of(path)).kind in ('readout', 'vector'):
+      assert leaf.dtype == jnp.float32

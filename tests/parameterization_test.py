@@ -89,7 +89,8 @@ def test_twice_the_width_of_mamba2():
   for name in ('w_in', 'w_gate', 'w_delta', 'w_out'):
     assert _find(scales, f'_mamba2/layer/{name}') == pytest.approx((1, 1 / 2, 2**-0.5))
   assert _find(scales, '_mamba2/layer/w_bc')[:2] == pytest.approx((1, 1 / 2))
-  for name in ('log_rate', 'skip', 'bc_kernel', 'bc_bias', 'delta_bias', 'norm_scale'):
+  vectors = ['log_rate', 'skip', 'delta_bias', 'norm_scale']
+  for name in (*vectors, *(f'{at}_{part}' for at in ('conv', 'bc') for part in ('kernel', 'bias'))):
     assert _find(scales, f'_mamba2/layer/{name}') == (1, 1, 1)
 
 

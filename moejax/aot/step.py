@@ -128,18 +128,23 @@ def _sampling(run_config, params, mesh, topology, platforms):
   settings = generate.Sampling().settings
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     init = lambda: model_lib.init_params(model, jax.random.key(0))
-    layers = sharding.abstract(lambda: model_lib.unstacked(init()), mesh)
-    copied = estimate.state_bytes({'params': layers}, mesh)['parameters']
-    reading, advancing = decode.trace(model, params, layers, prompt, train.sample_length, settings)
+    prepared = sharding.abstract(lambda: model_lib.prepared(model, init()), mesh)
+    # The program of a position takes only what it reads; the rest is there, too.
+    rest = {name: params[name] for name in prepared if name != 'embedding'}
+    held = estimate.state_bytes({'params': rest}, mesh)['parameters']
+    how = prompt, train.sample_length, settings
+    reading, advancing = decode.trace(model, params, prepared, *how)
     lowered = reading.lower(lowering_platforms=platforms)
     reads, error = _compile(lowered)
     if not reads:
       return 0.0, error
+    peak = peak_bytes(reads)
     of = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     state = jax.tree.map(of, lowered.out_info, reads.output_shardings)
     advances, error = _compile(advancing(state).lower(lowering_platforms=platforms))
-  peak = max(float(peak_bytes(program)) for program in (reads, advances) if program)
-  return copied + peak, error
+  if advances:
+    peak = max(peak, held + peak_bytes(advances))
+  return float(peak), error
 
 
 def _memory(state, mesh, saved, compiled):

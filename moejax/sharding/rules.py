@@ -53,3 +53,13 @@ def gather(block, dtype):
   if mesh.size(*SHARD_AXES) == 1:
     return block
   return jax.tree_util.tree_map_with_path(gathered, block)
+
+
+def in_turn(block, x):
+  """A block and its input, of which no parameter is gathered before there is the input.
+
+  Of blocks that are not in a loop, the compiler else gathers all ahead of the first.
+  """
+  if mesh.size(*SHARD_AXES) == 1:
+    return block, x
+  return jax.lax.optimization_barrier((block, x))

@@ -14,15 +14,22 @@ pytestmark = [
   pytest.mark.filterwarnings('ignore:the load_module'),  # ml_collections calls it
   pytest.mark.heavy,
 ]
-# Family -> widths, that of the base, and a rate. Narrow models are far from the limit of wide ones,
+# Config -> widths, that of the base, and a rate. Narrow models are far from the limit of wide ones,
 # most of all with Mixture of Tokens.
-FAMILIES = dict.fromkeys(
-  ('dense', 'moe', 'fine_grained', 'mamba', 'moe_mamba'), (('32', '128'), 8, 1e-2)
-) | {'mot': (('128', '512'), 32, 5e-3)}
+FAMILIES = {
+  'dense.py:debug': (('32', '128'), 8, 1e-2),
+  'moe.py:debug': (('32', '128'), 8, 1e-2),
+  'fine_grained.py:debug': (('32', '128'), 8, 1e-2),
+  'mamba.py:debug': (('32', '128'), 8, 1e-2),
+  'mamba.py:debug,mamba2': (('32', '128'), 8, 1e-2),
+  'moe_mamba.py:debug': (('32', '128'), 8, 1e-2),
+  'moe_mamba.py:debug,mamba2': (('32', '128'), 8, 1e-2),
+  'mot.py:debug': (('128', '512'), 32, 5e-3),
+}
 
 
 def _measure(family, widths, seeds=(0, 1), **fields):
-  config = f'configs/{family}.py:debug'
+  config = f'configs/{family}'
   axis = sizes.make_axis(config, fields, widths)
   return coordinates.measure(config, coordinates.small_steps(config, fields, 4), axis, list(seeds))
 
@@ -46,7 +53,10 @@ def test_under_mup_nothing_inside_follows_the_width(family):
   assert np.median(values) < 0.15, powers  # under standard it is above 0.3
 
 
-@pytest.mark.parametrize('family', ['mot', 'moe_mamba'])  # have all kinds of sublayers
+# These have all kinds of sublayers.
+@pytest.mark.parametrize(
+  'family', ['mot.py:debug', 'moe_mamba.py:debug', 'moe_mamba.py:debug,mamba2']
+)
 def test_under_standard_changes_follow_the_width(family, tmp_path):
   measured = _measure(family, ('32', '128'), **{'optimizer.peak_lr': '5e-3'})
   powers = [*_powers(measured).values()]
