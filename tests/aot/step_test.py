@@ -238,6 +238,7 @@ def _compiled_for_tpu(tmp_path, *args, **environment):
 
 
 GROUPS_OF_8 = '--config.model.moe.group_size=8'  # so that every device holds whole groups
+NO_SAMPLE = '--config.train.sample_length=0'  # compiles two programs, which paper sizes have
 # What docs/launch.md promises: config, slice, mesh, GiB per chip by the compiler.
 PAPER_SIZES = [
   ('mot.py:base', 'v5litepod-16', {'expert': 16}, 1.38),
@@ -275,6 +276,7 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
     '--config.model.remat=save_moe',
     '--config.model.vocab_size=512',
     GROUPS_OF_8,
+    NO_SAMPLE,
   ]
   report, code = _compiled_for_tpu(tmp_path, *args)
   assert code == 0 and report.fits
@@ -288,7 +290,7 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
 @needs_libtpu
 def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
   args = ['--config=configs/moe.py:3M', '--topology=v5e:2x4', '--config.mesh.data=1', GROUPS_OF_8]
-  report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
+  report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8', NO_SAMPLE)
   assert code == 0 and report.fits
   d_model, blocks, *_ = variants.MOE_MAMBA_SIZES['3M']
   matrix = 2 * 32 * d_model * 4 * d_model  # all experts of a block
