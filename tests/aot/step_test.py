@@ -193,6 +193,26 @@ def test_a_search_ranks_what_is_possible(machine, capsys):
   assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('Best: '))
 
 
+@pytest.mark.parametrize('too_large', [0, 1, 2])
+def test_a_search_compiles_one_sample_unless_it_does_not_fit(machine, monkeypatch, too_large):
+  seconds, sampled = iter((3.0, 1.0, 2.0)), []
+
+  def compile_step(config, topology, sample):
+    times = {'compute': next(seconds), 'memory': 0.0, 'interconnect': 0.0}
+    return _report(fits=not sample, seconds=times, needed='', flops=1.0, compile_seconds=0.0)
+
+  def with_sample(report, config, topology):
+    sampled.append(report.step_seconds)
+    fits = len(sampled) > too_large
+    return dataclasses.replace(report, fits=fits, sampling=float(len(sampled)))
+
+  monkeypatch.setattr(step, 'compile_step', compile_step)
+  monkeypatch.setattr(step, 'with_sample', with_sample)
+  best = search.search(_config(moe, **{'model.moe.group_size': 2}), machine, num_compiled=3)
+  assert sampled == [1.0, 2.0, 3.0][: too_large + 1]
+  assert best.fits and best.sampling == too_large + 1
+
+
 def _run(*args, **environment):
   command = [sys.executable, '-m', 'moejax.aot', *args]
   return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
