@@ -35,19 +35,16 @@ test-fast: $(VENV)/.installed-test
 	ruff check
 	pytest -m "not slow and not heavy" $(ON_TWO_CORES)
 
-test-tpu: $(VENV)/.installed-test
-	python $(INSTALL) '.[tpu-aot]'
+test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu-aot
 	XLA_FLAGS= pytest -m slow --numprocesses=2 tests/aot tests/layers/mamba_mesh_test.py
 
-test-hf: $(VENV)/.installed-test
-	python $(INSTALL) '.[test-hf]'
+test-hf: $(VENV)/.installed-test $(VENV)/.installed-test-hf
 	pytest --numprocesses=2 tests/hf_package_test.py
 
 notebooks: $(VENV)/.installed-test
 	python notebooks/build.py
 
-docs: $(VENV)/.installed-test
-	python $(INSTALL) '.[docs]'
+docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 # Reinstalled only when the dependencies change.
@@ -56,9 +53,9 @@ $(VENV)/.installed: pyproject.toml constraints/newest.txt
 	python $(INSTALL) .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints/newest.txt
+$(VENV)/.installed-%: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
-	python $(INSTALL) '.[test]'
+	python $(INSTALL) '.[$*]'
 	touch $(VENV)/.installed $@
 
 test-versions: test-newest test-oldest

@@ -170,7 +170,7 @@ def go(tmp_path_factory):
   context = multiprocessing.get_context('spawn')
   with (
     mock.patch.dict(os.environ, XDG_STATE_HOME=str(folder / 'state')),
-    concurrent.futures.ProcessPoolExecutor(1, context, programs.compile_quickly) as pool,
+    concurrent.futures.ProcessPoolExecutor(1, context) as pool,
   ):
 
     def run(module, *arguments):

@@ -219,10 +219,7 @@ def test_programs_import_the_code_of_a_run_from_any_folder(own, tmp_path):
 
   def program(name, *arguments, folder):
     words = [sys.executable, '-m', f'moejax.{name}', *arguments]
-    environment = os.environ | {
-      'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-    }
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     done = subprocess.run(
       words, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )

@@ -24,7 +24,7 @@ def preflight(tmp_path_factory):
   (folder / '.gitignore').write_text('runs/')
   (folder / 'runs').mkdir()
   context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(1, context, programs.compile_quickly) as pool:
+  with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
 
     def run(*flags):
       return pool.submit(programs.run, 'preflight', ['--estimate', *flags], folder).result()

@@ -11,11 +11,6 @@ import warnings
 from absl import app, flags
 
 
-def compile_quickly():
-  """For a process that has not begun to use JAX: slower programs, compiled in less time."""
-  os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
-
-
 def run(module, arguments, folder):
   """What `python -m moejax.MODULE ARGUMENTS` in a folder would do.
 

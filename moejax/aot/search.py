@@ -1,6 +1,7 @@
 """Searches for the fastest mesh, remat policy and accumulation on a machine.
 
-A rough estimate ranks all candidates; the best are compiled and ranked by their reports.
+A rough estimate ranks all candidates; the best are compiled and ranked by their reports. The sample
+is compiled only for the chosen one.
 """
 
 import dataclasses
@@ -32,16 +33,29 @@ def search(config, topology, num_compiled):
     print('Parameters and optimizer fit on no mesh: use more chips, or larger ones.')
     return step.compile_step(config, topology)
   print(f'{len(candidates)} candidates may fit; compiling the most promising, about a minute each.')
-  ranked = []
+  tried = []
   for candidate in candidates[: 3 * num_compiled]:
-    report = step.compile_step(_changed(config, candidate.changes), topology)
+    report = step.compile_step(_changed(config, candidate.changes), topology, sample=False)
     print(f'{_outcome(report):44} {_as_flags(candidate.changes)}', flush=True)
-    ranked.append((not report.fits, report.step_seconds, candidate.changes, report))
-    if sum(entry[-1].fits for entry in ranked) == num_compiled:
+    tried.append((candidate.changes, report))
+    if sum(report.fits for _, report in tried) == num_compiled:
       break
-  *_, changes, best = min(ranked, key=lambda entry: entry[:2])
+  tried.sort(key=lambda entry: (not entry[1].fits, entry[1].step_seconds))
+  changes, best = _with_sample(tried, config, topology)
   print(f'\nBest: {_as_flags(changes)}\n{best.describe()}')
   return best
+
+
+def _with_sample(ranked, config, topology):
+  """The first whose sample fits, too, with it; if none does, the first with its sample."""
+  completed = []
+  for changes, report in ranked:
+    if report.fits:
+      report = step.with_sample(report, _changed(config, changes), topology)
+    completed.append((changes, report))
+    if report.fits:
+      return changes, report
+  return completed[0]
 
 
 def _outcome(report):

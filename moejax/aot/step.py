@@ -31,8 +31,10 @@ from moejax.sharding import platform
 _USUALLY = 'half a minute to 5 minutes'  # on two idle cores: docs/pods.json
 
 
-def compile_step(config, topology: topologies.Topology):
+def compile_step(config, topology: topologies.Topology, sample=True):
   """The Report of a config on a Topology.
+
+  Without `sample`, that of training and evaluation, which `with_sample` completes.
 
   Raises:
     ValueError: the config is invalid there, or its compiler is not installed.
@@ -42,7 +44,7 @@ def compile_step(config, topology: topologies.Topology):
   run_config = choice.run_config
   mesh = sharding.make_mesh(run_config.mesh, devices)
   config_lib.check_mesh(run_config, mesh)
-  platforms = ('cuda' if topology.platform == 'gpu' else topology.platform,)
+  platforms = _platforms(topology)
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     state = sharding.abstract(step_lib.fresh_state(run_config), mesh)
     microbatch = run_config.data.batch_size // run_config.optimizer.accumulation
@@ -64,28 +66,56 @@ def compile_step(config, topology: topologies.Topology):
     needed = needed or error and f'evaluation: {error}'
     if compiled_evaluation:
       evaluation = max(evaluation, memory['optimizer'] + peak_bytes(compiled_evaluation))
-  sampling = 0.0
-  if compiled and run_config.train.sample_length:
-    with cli.waiting_for('compiling the sample at the end of the run', sys.stderr):
-      sampling, error = _sampling(run_config, state['params'], mesh, topology, platforms)
-    needed = needed or error and f'sampling: {error}'
-    sampling += memory['optimizer']
-  compile_seconds = time.monotonic() - started
-  most = max(evaluation, sampling, sum(memory.values()))
-  fits = not needed and most <= topology.chip.memory
-  better = None if fits else _better_mesh(choice, topology)
-  return Report(
+  report = Report(
     **_sizes(run_config, mesh, topology),
     memory=memory,
     evaluation=evaluation,
-    sampling=sampling,
-    fits=fits,
+    sampling=0.0,
+    fits=False,
     needed=needed,
+    better_mesh='',
+    better_state=0.0,
+    **_work(compiled, mesh, topology),
+    compile_seconds=time.monotonic() - started,
+  )
+  return _with_sample(report, choice, topology) if sample else _judged(report, choice, topology)
+
+
+def with_sample(report, config, topology):
+  """A Report that `compile_step` made without a sample, with it."""
+  choice = choose_mesh(config_lib.resolve(without_data(config)), topology)
+  return _with_sample(report, choice, topology)
+
+
+def _with_sample(report, choice, topology):
+  run_config, started = choice.run_config, time.monotonic()
+  if run_config.train.sample_length and report.flops:
+    with cli.waiting_for('compiling the sample at the end of the run', sys.stderr):
+      sampling, error = _sampling(run_config, topology)
+    report = dataclasses.replace(
+      report,
+      sampling=report.memory['optimizer'] + sampling,
+      needed=report.needed or error and f'sampling: {error}',
+      compile_seconds=report.compile_seconds + time.monotonic() - started,
+    )
+  return _judged(report, choice, topology)
+
+
+def _judged(report, choice, topology):
+  """The Report, with whether everything fits, and if not, a better mesh."""
+  most = max(report.evaluation, report.sampling, sum(report.memory.values()))
+  fits = not report.needed and most <= topology.chip.memory
+  better = None if fits else _better_mesh(choice, topology)
+  return dataclasses.replace(
+    report,
+    fits=fits,
     better_mesh=better.flags if better else '',
     better_state=better.state_bytes if better else 0.0,
-    **_work(compiled, mesh, topology),
-    compile_seconds=compile_seconds,
   )
+
+
+def _platforms(topology):
+  return ('cuda' if topology.platform == 'gpu' else topology.platform,)
 
 
 def choose_mesh(run_config, topology, estimator=None):
@@ -118,7 +148,7 @@ def _evaluated(run_config):
   return [dataclasses.replace(run_config, model=model) for model in models]
 
 
-def _sampling(run_config, params, mesh, topology, platforms):
+def _sampling(run_config, topology):
   """Bytes per chip while text is sampled, without the optimizer, and the compiler's error or ''.
 
   The prompt is counted in bytes: its tokenizer may not be here, and its length hardly matters.
@@ -126,22 +156,24 @@ def _sampling(run_config, params, mesh, topology, platforms):
   model, train = run_config.model, run_config.train
   prompt = min(len(train.sample_prompt.encode()), model.max_length - 1)
   settings = generate.Sampling().settings
+  mesh = sharding.make_mesh(run_config.mesh, topologies.devices(topology))
   with jax.set_mesh(mesh), platform.compiling_for(topology.platform):
     init = lambda: model_lib.init_params(model, jax.random.key(0))
+    params = sharding.abstract(init, mesh)
     prepared = sharding.abstract(lambda: model_lib.prepared(model, init()), mesh)
     # The program of a position takes only what it reads; the rest is there, too.
     rest = {name: params[name] for name in prepared if name != 'embedding'}
     held = estimate.state_bytes({'params': rest}, mesh)['parameters']
     how = prompt, train.sample_length, settings
     reading, advancing = decode.trace(model, params, prepared, *how)
-    lowered = reading.lower(lowering_platforms=platforms)
+    lowered = reading.lower(lowering_platforms=_platforms(topology))
     reads, error = _compile(lowered)
     if not reads:
       return 0.0, error
     peak = peak_bytes(reads)
     of = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     state = jax.tree.map(of, lowered.out_info, reads.output_shardings)
-    advances, error = _compile(advancing(state).lower(lowering_platforms=platforms))
+    advances, error = _compile(advancing(state).lower(lowering_platforms=_platforms(topology)))
   if advances:
     peak = max(peak, held + peak_bytes(advances))
   return float(peak), error

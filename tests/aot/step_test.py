@@ -193,6 +193,26 @@ def test_a_search_ranks_what_is_possible(machine, capsys):
   assert f'--config.model.remat={best.remat}' in next(l for l in lines if l.startswith('Best: '))
 
 
+@pytest.mark.parametrize('too_large', [0, 1, 2])
+def test_a_search_compiles_one_sample_unless_it_does_not_fit(machine, monkeypatch, too_large):
+  seconds, sampled = iter((3.0, 1.0, 2.0)), []
+
+  def compile_step(config, topology, sample):
+    times = {'compute': next(seconds), 'memory': 0.0, 'interconnect': 0.0}
+    return _report(fits=not sample, seconds=times, needed='', flops=1.0, compile_seconds=0.0)
+
+  def with_sample(report, config, topology):
+    sampled.append(report.step_seconds)
+    fits = len(sampled) > too_large
+    return dataclasses.replace(report, fits=fits, sampling=float(len(sampled)))
+
+  monkeypatch.setattr(step, 'compile_step', compile_step)
+  monkeypatch.setattr(step, 'with_sample', with_sample)
+  best = search.search(_config(moe, **{'model.moe.group_size': 2}), machine, num_compiled=3)
+  assert sampled == [1.0, 2.0, 3.0][: too_large + 1]
+  assert best.fits and best.sampling == too_large + 1
+
+
 def _run(*args, **environment):
   command = [sys.executable, '-m', 'moejax.aot', *args]
   return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
@@ -238,6 +258,7 @@ def _compiled_for_tpu(tmp_path, *args, **environment):
 
 
 GROUPS_OF_8 = '--config.model.moe.group_size=8'  # so that every device holds whole groups
+NO_SAMPLE = '--config.train.sample_length=0'  # compiles two programs, which paper sizes have
 # What docs/launch.md promises: config, slice, mesh, GiB per chip by the compiler.
 PAPER_SIZES = [
   ('mot.py:base', 'v5litepod-16', {'expert': 16}, 1.38),
@@ -275,6 +296,7 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
     '--config.model.remat=save_moe',
     '--config.model.vocab_size=512',
     GROUPS_OF_8,
+    NO_SAMPLE,
   ]
   report, code = _compiled_for_tpu(tmp_path, *args)
   assert code == 0 and report.fits
@@ -288,7 +310,7 @@ def test_experts_exchange_slots_on_a_tpu(tmp_path, family):
 @needs_libtpu
 def test_parameters_are_gathered_a_block_at_a_time_on_a_tpu(tmp_path):
   args = ['--config=configs/moe.py:3M', '--topology=v5e:2x4', '--config.mesh.data=1', GROUPS_OF_8]
-  report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8')
+  report, code = _compiled_for_tpu(tmp_path, *args, '--config.mesh.fsdp=8', NO_SAMPLE)
   assert code == 0 and report.fits
   d_model, blocks, *_ = variants.MOE_MAMBA_SIZES['3M']
   matrix = 2 * 32 * d_model * 4 * d_model  # all experts of a block
