@@ -10,6 +10,7 @@ import pytest
 from jax._src.core import jaxprs_in_params  # public only since JAX 0.9
 
 from moejax import evaluate, model as model_lib, parameters
+from moejax.sharding import platform
 from tests import tiny
 
 
@@ -207,6 +208,24 @@ def test_how_it_is_computed_does_not_change_the_loss(model, changes):
   np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, other_gradients, gradients)
+
+
+@pytest.mark.parametrize(
+  'target, changes, loops',
+  [
+    ('cpu', {}, 0),
+    ('cpu', {'remat': 'full'}, 1),
+    ('cpu', {'blocks': ((('mlp',), 9),)}, 1),
+    ('tpu', {}, 1),
+  ],
+)
+def test_few_blocks_are_unrolled_on_a_cpu(target, changes, loops):
+  config = tiny.model_config(**{'blocks': ((('mlp',), 2),)} | changes)
+  params = jax.eval_shape(lambda: model_lib.init_params(config, jax.random.key(0)))
+  loss = lambda params: model_lib.bind(config, params).loss(tiny.batch())[0]
+  with platform.compiling_for(target):
+    program = jax.jit(loss).lower(params).as_text()
+  assert program.count('stablehlo.while') == loops
 
 
 @pytest.mark.parametrize('router', ['token choice', 'expert choice'])
