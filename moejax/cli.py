@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import functools
+import gc
 import inspect
 import os
 import pathlib
@@ -87,6 +88,7 @@ def run(main, needs_config=True, takes_arguments=False, takes_overrides=False):
   if needs_config:
     config_flags.DEFINE_config_file('config', None, 'FILE or FILE:VARIANTS, a file of configs/.')
   allocator.keep_pages()
+  gc.set_threshold(20_000)  # the default looks again and again at what tracing makes
   _protect_output()
   signals.end_program()
   app.run(guarded, flags_parser=parse)

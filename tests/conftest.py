@@ -5,6 +5,7 @@ of what tests cost, takes an eighth of the time. `XLA_FLAGS= pytest` compiles as
 """
 
 import collections
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -29,6 +30,7 @@ import pytest  # noqa: E402
 
 from tests import goldens  # noqa: E402
 
+gc.set_threshold(20_000)  # as programs have it
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -4,10 +4,12 @@ import gc
 import tracemalloc
 
 import jax.numpy as jnp
+import pytest
 
 from moejax.checkpoint import Checkpoints
 
 
+@pytest.mark.heavy
 def test_saves_keep_no_memory(tmp_path):
   checkpoints = Checkpoints(tmp_path, keep=1)
   state = {f'array_{i}': jnp.ones((2, 2)) for i in range(40)}
@@ -28,4 +30,4 @@ def test_saves_keep_no_memory(tmp_path):
   finally:
     tracemalloc.stop()
     checkpoints.close()
-  assert (after - before) / 20 < 2000  # of a save; 20,000 if nothing stops orbax's leaks
+  assert (after - before) / 20 < 8000  # of a save: 300 to 3,000, and 29,000 without `stop`
