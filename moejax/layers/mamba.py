@@ -190,9 +190,9 @@ class Mamba(Recurrent):
   def _coefficients(self, x, gate):
     """Arguments of the scan: x and what depends on it, [..., I]."""
     R, N = self.w_delta.shape[0], self.a_log.shape[1]
-    select = jnp.einsum('...I,IJ->...J', x, self.w_select[...].astype(x.dtype))
+    select = common.product(x, self.w_select[...].astype(x.dtype))
     low_rank, b, c = jnp.split(select, [R, R + N], axis=-1)
-    delta = jnp.einsum('...R,RI->...I', low_rank, self.w_delta[...].astype(x.dtype))
+    delta = common.product(low_rank, self.w_delta[...].astype(x.dtype))
     a_IN = -jnp.exp(self.a_log[...])
     return x, delta, a_IN, b, c, self.skip[...], gate, self.delta_bias[...]
 
@@ -268,7 +268,7 @@ def make_projection(config, d_model, init, rngs, experts, name):
 
 def project(w, x, through):
   """x times a matrix, or `through(w, x)` if w is experts."""
-  return through(w, x) if isinstance(w, nnx.Module) else x @ w[...].astype(x.dtype)
+  return through(w, x) if isinstance(w, nnx.Module) else common.product(x, w[...].astype(x.dtype))
 
 
 def delta_rank(d_model):

@@ -162,7 +162,7 @@ class Mamba2(mamba.Recurrent):
   def _inputs(self, x, through):
     """x and gate [..., I], b and c [..., 2GN], all before convolutions, and delta [..., H]."""
     wide = (mamba.project(w, x, through) for w in (self.w_in, self.w_gate))
-    return *wide, *(x @ w[...].astype(x.dtype) for w in (self.w_bc, self.w_delta))
+    return *wide, *(common.product(x, w[...].astype(x.dtype)) for w in (self.w_bc, self.w_delta))
 
   def _convolve(self, windows, positions_BL):
     """x, and b and c, from them and the positions before them."""

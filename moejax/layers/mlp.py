@@ -88,10 +88,11 @@ class MLP(Matrices, common.Stateless):
   def __call__(self, x_BLD, tokens=None):
     del tokens
     weights = self.weights(x_BLD.dtype)
-    h = up(x_BLD, weights)
+    h = up(x_BLD, weights, common.product)
     # The gradient needs what the nonlinearity reads and computes: cheap to compute again, and of
     # the widest arrays of a block only one or two are kept.
-    from_hidden = jax.checkpoint(functools.partial(down, self.activation), prevent_cse=False)
+    from_hidden = functools.partial(down, self.activation, product=common.product)
+    from_hidden = jax.checkpoint(from_hidden, prevent_cse=False)
     if not self.biases:
       return from_hidden(h, None, weights), {}
     h['w_in'] += common.row(self.bias_in[...], h['w_in'])
