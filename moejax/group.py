@@ -260,8 +260,9 @@ def note_save() -> None:
 def leave() -> None:
   """This process is done, as all others are or will be: that it ends is no failure."""
   if _group:
-    _group.tell(done=True)
-    _group.peers = []
+    peers, _group.peers = _group.peers, []  # first: who hears that it is done hangs up
+    for peer in peers:
+      peer.send(done=True)
 
 
 def fail(error, explain) -> int:

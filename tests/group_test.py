@@ -153,7 +153,11 @@ def test_who_fails_alike_says_so_itself(start):
 
 
 def test_who_is_done_may_end(start):
-  *done, at_work = start(3, "if sys.argv[3] != '2': group.leave(); time.sleep(0.3); sys.exit(0)")
+  slow = (
+    'send = group._Peer.send; group._Peer.send = lambda *a, **m: (send(*a, **m), time.sleep(0.5))'
+  )
+  leave = "if sys.argv[3] != '2': group.leave(); time.sleep(0.3); sys.exit(0)"
+  *done, at_work = start(3, f'{slow}\n{leave}')  # others hear of it before it has left
   assert [each.end() for each in done] == [(0, 'joined')] * 2
   time.sleep(0.2)
   assert at_work.process.poll() is None
