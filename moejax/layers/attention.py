@@ -90,7 +90,8 @@ class Attention(nnx.Module):
 
   def _project(self, x_BLD, positions_BL):
     *queries, together = (self._heads(x_BLD, name) for name in self.projections)
-    q_BLHP, k_BLJP, v_BLJP = *queries, *jnp.moveaxis(together, 2, 0)
+    parts = jnp.split(together, together.shape[2], axis=2)
+    q_BLHP, k_BLJP, v_BLJP = *queries, *(jnp.squeeze(part, 2) for part in parts)
     if self.qk_norm:
       q_BLHP, k_BLJP = _norm_heads(self.q_norm, q_BLHP), _norm_heads(self.k_norm, k_BLJP)
     if self.rope:
@@ -99,12 +100,12 @@ class Attention(nnx.Module):
 
   def _heads(self, x_BLD, name):
     """Products of tokens with one of the arrays of projections."""
-    y = jnp.einsum('BLD,D...->BL...', x_BLD, getattr(self, name)[...].astype(x_BLD.dtype))
+    y = common.product(x_BLD, getattr(self, name)[...].astype(x_BLD.dtype))
     return y + common.row(getattr(self, f'{name}_bias')[...], y) if self.biases else y
 
   def _join(self, o_BLHP):
     """Outputs of all heads, joined."""
-    y_BLD = jnp.einsum('BLHP,HPD->BLD', o_BLHP, self.out[...].astype(o_BLHP.dtype))
+    y_BLD = common.product(o_BLHP, self.out[...].astype(o_BLHP.dtype), axes=2)
     return y_BLD + common.row(self.out_bias[...], y_BLD) if self.biases else y_BLD
 
   def __call__(self, x_BLD, tokens=None):

@@ -104,10 +104,13 @@ def _one_of(activation, x_CD, weight_C, weights, e):
   return mlp.down(activation, mlp.up(x_CD, weights, product), weight_C, weights, product)
 
 
-# By activation: one expert for `expert_loop.map_experts`.
-ONE = {
-  name: expert_loop.Expert(
-    mlp.up, functools.partial(mlp.down, name), functools.partial(_one_of, name)
+def _one(activation):
+  """An expert for `expert_loop.map_experts`."""
+  return expert_loop.Expert(
+    functools.partial(mlp.up, product=common.product),
+    functools.partial(mlp.down, activation, product=common.product),
+    functools.partial(_one_of, activation),
   )
-  for name in (*common.ACTIVATIONS, 'swiglu')
-}
+
+
+ONE = {name: _one(name) for name in (*common.ACTIVATIONS, 'swiglu')}

@@ -71,28 +71,30 @@ def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, b
   B, L, H, P = q_BLHP.shape
   J = k_BLJP.shape[2]
   scale = P**-0.5 if scale is None else scale
-  # Keys that are added at the end come after all queries, which do not see them.
-  q_NBMJRP = split(q_BLHP.reshape(B, L, J, H // J, P), block)
-  k_NBMJP, v_NBMJP = split(k_BLJP, block), split(v_BLJP, block)
+  # Heads come before positions, once for all products. Keys that are added at the end come after
+  # all queries, which do not see them.
+  by_head = lambda a: jnp.moveaxis(split(a, block), 2, -2)
+  q_NBJRMP = by_head(q_BLHP.reshape(B, L, J, H // J, P))
+  k_NBJMP, v_NBJMP = by_head(k_BLJP), by_head(v_BLJP)
   segments_NBM = None if segments_BL is None else split(segments_BL, block)
-  o_NBMJRP: Any = _attend(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM)
-  return jnp.moveaxis(o_NBMJRP, 0, 1).reshape(B, -1, H, P)[:, :L]
+  o_NBJRMP: Any = _attend(scale, q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM)
+  return jnp.transpose(o_NBJRMP, (1, 0, 4, 2, 3, 5)).reshape(B, -1, H, P)[:, :L]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM):
+def _attend(scale, q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM):
   """N blocks of M positions; H = J * R heads."""
-  return _attend_forward(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM)[0]
+  return _attend_forward(scale, q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM)[0]
 
 
-def _attend_forward(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM):
-  N, B, M, J, R, P = q_NBMJRP.shape
-  wide = _wide(q_NBMJRP)
+def _attend_forward(scale, q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM):
+  N, *row_shape, _ = q_NBJRMP.shape
+  wide = _wide(q_NBJRMP)
 
   def step(carry, pair):
-    o_NBMJRP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM = carry
+    o_NBJRMP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM = carry
     i, j = pair
-    s_BJRMK = _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j)
+    s_BJRMK = _scores(scale, q_NBJRMP, k_NBJMP, segments_NBM, i, j)
     first = j == 0
     before_BJRM = jnp.where(first, -jnp.inf, max_BJRM)
     max_BJRM = jnp.maximum(before_BJRM, s_BJRMK.max(-1))
@@ -100,44 +102,43 @@ def _attend_forward(scale, q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM):
     p_BJRMK = jnp.exp(s_BJRMK - shift_BJRM[..., None])
     kept_BJRM = jnp.exp(before_BJRM - shift_BJRM)
     norm_BJRM = kept_BJRM * norm_BJRM + p_BJRMK.sum(-1)
-    value_BJRMP = _product('BJRMK,BKJP->BJRMP', p_BJRMK.astype(v_NBMJP.dtype), v_NBMJP[j])
+    value_BJRMP = _product('BJRMK,BJKP->BJRMP', p_BJRMK.astype(v_NBJMP.dtype), v_NBJMP[j])
     sum_BJRMP = kept_BJRM[..., None] * sum_BJRMP + value_BJRMP
     # The last block of keys of a row of blocks is the diagonal one, which has the last word.
     o_BJRMP = sum_BJRMP / jnp.where(norm_BJRM == 0, 1, norm_BJRM)[..., None]
-    o_NBMJRP = o_NBMJRP.at[i].set(jnp.moveaxis(o_BJRMP, 3, 1).astype(o_NBMJRP.dtype))
+    o_NBJRMP = o_NBJRMP.at[i].set(o_BJRMP.astype(o_NBJRMP.dtype))
     lse_NBJRM = lse_NBJRM.at[i].set(shift_BJRM + jnp.log(norm_BJRM))
-    return (o_NBMJRP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM), None
+    return (o_NBJRMP, lse_NBJRM, sum_BJRMP, max_BJRM, norm_BJRM), None
 
-  row = jnp.zeros((B, J, R, M), wide)
-  begin = jnp.zeros_like(q_NBMJRP), jnp.zeros((N, *row.shape), wide)
-  begin += jnp.zeros((*row.shape, P), wide), row, row
-  (o_NBMJRP, lse_NBJRM, *_), _ = jax.lax.scan(step, begin, _pairs(N))
-  return o_NBMJRP, (q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM, o_NBMJRP, lse_NBJRM)
+  row = jnp.zeros(row_shape, wide)
+  begin = jnp.zeros_like(q_NBJRMP), jnp.zeros((N, *row_shape), wide)
+  begin += jnp.zeros(q_NBJRMP.shape[1:], wide), row, row
+  (o_NBJRMP, lse_NBJRM, *_), _ = jax.lax.scan(step, begin, _pairs(N))
+  return o_NBJRMP, (q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM, o_NBJRMP, lse_NBJRM)
 
 
-def _attend_backward(scale, saved, do_NBMJRP):
-  q_NBMJRP, k_NBMJP, v_NBMJP, segments_NBM, o_NBMJRP, lse_NBJRM = saved
-  wide = _wide(q_NBMJRP)
-  dot_NBMJR = jnp.sum(do_NBMJRP.astype(wide) * o_NBMJRP.astype(wide), axis=-1)
-  dot_NBJRM = jnp.moveaxis(dot_NBMJR, 2, -1)
+def _attend_backward(scale, saved, do_NBJRMP):
+  q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM, o_NBJRMP, lse_NBJRM = saved
+  wide = _wide(q_NBJRMP)
+  dot_NBJRM = jnp.sum(do_NBJRMP.astype(wide) * o_NBJRMP.astype(wide), axis=-1)
 
   def step(carry, pair):
     dq, dk, dv = carry
     i, j = pair
-    s_BJRMK = _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j)
+    s_BJRMK = _scores(scale, q_NBJRMP, k_NBJMP, segments_NBM, i, j)
     p_BJRMK = jnp.exp(s_BJRMK - lse_NBJRM[i][..., None])
-    do_BMJRP = do_NBMJRP[i]
-    dv = dv.at[j].add(_product('BJRMK,BMJRP->BKJP', p_BJRMK.astype(do_BMJRP.dtype), do_BMJRP))
-    dp_BJRMK = _product('BMJRP,BKJP->BJRMK', do_BMJRP, v_NBMJP[j])
+    do_BJRMP = do_NBJRMP[i]
+    dv = dv.at[j].add(_product('BJRMK,BJRMP->BJKP', p_BJRMK.astype(do_BJRMP.dtype), do_BJRMP))
+    dp_BJRMK = _product('BJRMP,BJKP->BJRMK', do_BJRMP, v_NBJMP[j])
     ds_BJRMK = scale * p_BJRMK * (dp_BJRMK - dot_NBJRM[i][..., None])
-    ds_BJRMK = ds_BJRMK.astype(q_NBMJRP.dtype)
-    dq = dq.at[i].add(_product('BJRMK,BKJP->BMJRP', ds_BJRMK, k_NBMJP[j]))
-    dk = dk.at[j].add(_product('BJRMK,BMJRP->BKJP', ds_BJRMK, q_NBMJRP[i]))
+    ds_BJRMK = ds_BJRMK.astype(q_NBJRMP.dtype)
+    dq = dq.at[i].add(_product('BJRMK,BJKP->BJRMP', ds_BJRMK, k_NBJMP[j]))
+    dk = dk.at[j].add(_product('BJRMK,BJRMP->BJKP', ds_BJRMK, q_NBJRMP[i]))
     return (dq, dk, dv), None
 
-  inputs = q_NBMJRP, k_NBMJP, v_NBMJP
+  inputs = q_NBJRMP, k_NBJMP, v_NBJMP
   zeros = tuple(jnp.zeros(a.shape, wide) for a in inputs)
-  gradients, _ = jax.lax.scan(step, zeros, _pairs(len(q_NBMJRP)))
+  gradients, _ = jax.lax.scan(step, zeros, _pairs(len(q_NBJRMP)))
   return *(g.astype(a.dtype) for g, a in zip(gradients, inputs, strict=True)), None
 
 
@@ -149,9 +150,9 @@ def _pairs(blocks):
   return tuple(np.tril_indices(blocks))
 
 
-def _scores(scale, q_NBMJRP, k_NBMJP, segments_NBM, i, j):
+def _scores(scale, q_NBJRMP, k_NBJMP, segments_NBM, i, j):
   """Those of a block of queries and a block of keys, -inf where a query does not see a key."""
-  s_BJRMK = scale * _product('BMJRP,BKJP->BJRMK', q_NBMJRP[i], k_NBMJP[j])
+  s_BJRMK = scale * _product('BJRMP,BJKP->BJRMK', q_NBJRMP[i], k_NBJMP[j])
   M = s_BJRMK.shape[-1]
   place = jnp.arange(M)
   seen_BMK = ((i - j) * M + place[:, None] >= place[None])[None]
