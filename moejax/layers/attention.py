@@ -213,9 +213,19 @@ def rotate(x_BLHP, positions_BL, base=10000.0):
   dtype = jnp.promote_types(x_BLHP.dtype, jnp.float32)
   frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
   angle = positions_BL[..., None, None] * frequency[None, None, None]
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  sin, cos = (_shared(turn(angle)) for turn in (jnp.sin, jnp.cos))
   a, b = jnp.split(x_BLHP.astype(dtype), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHP.dtype)
+
+
+def _shared(table_BL1P):
+  """The same table, computed once for all heads: a CPU would compute the sine again for each.
+
+  XLA fuses everything into what reads it, but no product.
+  """
+  if platform.current() != 'cpu' or table_BL1P.shape[1] == 1:
+    return table_BL1P
+  return table_BL1P @ jnp.eye(table_BL1P.shape[-1], dtype=table_BL1P.dtype)
 
 
 def attend(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None):
