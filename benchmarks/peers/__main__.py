@@ -90,9 +90,8 @@ def _start(name, case, pythons, logs, results, stack):
     try:
       if isinstance(python := pythons[contender.environment], RuntimeError):
         raise python
-      process = Process(
-        [python, '-m', contender.module], case.task | {'changes': contender.changes}, log
-      )
+      changes = case.task.get('changes', {}) | contender.changes
+      process = Process([python, '-m', contender.module], case.task | {'changes': changes}, log)
     except RuntimeError as error:
       results.leave_out(name, contender.name, error)
       continue

@@ -23,7 +23,8 @@ class Case(NamedTuple):
   """A task and who does it.
 
   `task`: for training 'kind', 'model', 'batch', 'length'; for decoding also 'prompt', how many of
-  the `length` tokens are given; for a product of square matrices 'kind' and 'size'.
+  the `length` tokens are given; for a product of square matrices 'kind' and 'size'. 'changes' are
+  fields of moejax that no config.json has.
   """
 
   task: dict
@@ -79,6 +80,10 @@ def cases(tiny=False):
   moe = dense | {'model_type': 'mixtral', 'intermediate_size': 2 * width} | experts
   mamba = {'model_type': 'mamba', 'num_hidden_layers': 2 * blocks, **shared}
   train = {'kind': 'train', 'batch': batch, 'length': length}
+  wide = {'hidden_size': 2 * width, 'intermediate_size': 8 * width}
+  fine = {'intermediate_size': width // 4, 'num_local_experts': 64, 'num_experts_per_tok': 16}
+  # Experts as large as a Mamba layer: about 6 D^2 parameters.
+  in_turn = {'model.blocks': ((('mamba', 'moe'), blocks),), 'model.d_ff': 3 * width}
   drops = (
     _OURS._replace(name=f'{BASE}, drops', changes={'model.moe.capacity_factor': _DROPS}),
     _MAXTEXT._replace(name='MaxText, drops', changes={'capacity_factor': _DROPS}),
@@ -87,6 +92,9 @@ def cases(tiny=False):
     'train dense': Case(train | {'model': dense}, (_OURS, _TORCH, _MAXTEXT)),
     'train moe': Case(train | {'model': moe}, (_OURS, _TORCH, *drops)),
     'train mamba': Case(train | {'model': mamba}, (_OURS, _TORCH)),
+    'train wide dense': Case(train | {'model': dense | wide}, (_OURS, _TORCH)),
+    'train fine moe': Case(train | {'model': moe | fine}, (_OURS, _TORCH)),
+    'train moe mamba': Case(train | {'model': mamba, 'changes': in_turn}, (_OURS,)),
   }
   for number in (1, 32):
     task = {'kind': 'decode', 'batch': number, 'length': grown, 'prompt': prompt}
