@@ -4,7 +4,7 @@ The compiler's own cost analysis counts a loop body once, however often it runs,
 nearly all their work in loops over layers. Here every computation counts as often as it runs.
 
 - FLOPs are those of matmuls and convolutions as compiled: recomputed and replicated work counts
-  every time. Kernels of other compilers (custom calls) count as 0.
+  every time. Kernels of other compilers (custom calls) count as 0, but for those of attention.
 - Memory traffic is what instructions read and write after fusion; of an indexed array, only the
   elements accessed. Buffers in on-chip memory (`S(1)` in a TPU's layout) cost nothing.
 - A collective that the compiler splits into steps, between computations, counts once.
@@ -277,7 +277,7 @@ def _parse(text):
       if header:
         current = computations.setdefault(header[2], [])
         entry = header[2] if header[1] else entry
-    elif line.startswith('}'):
+    elif line.partition(' ')[0] == '}':  # kernels can have attributes of several lines
       current = None
     else:
       name = _NAME.match(line)
@@ -384,7 +384,13 @@ def _bytes(shape, anywhere=False):
 # FLOPs.
 
 
+# Products of positions by positions in the kernels of attention for TPUs.
+_ATTENTION = {'fwd': 2, 'dq': 3, 'dkv': 4}
+
+
 def _flops(i, shapes):
+  if i.opcode == 'custom-call':
+    return _attention_flops(i, shapes)
   if i.opcode not in ('dot', 'convolution'):
     return 0
   left, right = (_arrays(shapes[name])[0].dims for name in i.operands[:2])
@@ -394,6 +400,16 @@ def _flops(i, shapes):
     sizes = [left[int(d)] for d in contracted[1].split(',') if d] if contracted else []
     return 2 * math.prod(out) * math.prod(sizes)
   return _convolution_flops(left, right, out, i.attributes)
+
+
+def _attention_flops(i, shapes):
+  """Those of pairs of positions of which the later one sees the earlier one."""
+  kernel = re.match(r'splash_m[hq]a_(fwd|dq|dkv)_', i.name)
+  if not kernel:
+    return 0
+  arrays = (_arrays(shapes[name])[0] for name in i.operands)
+  B, H, L, P = next(a.dims for a in arrays if len(a.dims) == 4)  # queries, after the mask
+  return _ATTENTION[kernel[1]] * B * H * L * L * P
 
 
 def _convolution_flops(left, right, out, attributes):

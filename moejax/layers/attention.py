@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -10,16 +11,18 @@ from moejax import fields, parameterization, parameters
 from moejax.layers import common
 from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import softmax_attention
-from moejax.sharding import platform
-from moejax.sharding.mesh import SHARD_AXES
+from moejax.sharding import mesh, platform
 
 # Positions of a block of scores; in the caches of a CPU, several times as fast as all at once.
-_BLOCKS = {'cpu': 64, 'gpu': 512, 'tpu': 512}
+_BLOCKS = {'cpu': 64, 'gpu': 512}
+_WORTH_KERNEL = 128  # positions, the smallest block of the kernel for TPUs
 
 # Queries, keys and values are a matrix each.
-parameters.declare('qkv kv', P(SHARD_AXES, None, 'tensor', None), inputs=(-4,), outputs=(-2, -1))
-parameters.declare('q', P(SHARD_AXES, 'tensor', None), inputs=(-3,), outputs=(-2, -1))
-parameters.declare('out', P('tensor', None, SHARD_AXES), inputs=(-3, -2))
+parameters.declare(
+  'qkv kv', P(mesh.SHARD_AXES, None, 'tensor', None), inputs=(-4,), outputs=(-2, -1)
+)
+parameters.declare('q', P(mesh.SHARD_AXES, 'tensor', None), inputs=(-3,), outputs=(-2, -1))
+parameters.declare('out', P('tensor', None, mesh.SHARD_AXES), inputs=(-3, -2))
 parameters.declare('qkv_bias q_bias kv_bias out_bias', decays=False)
 
 
@@ -230,11 +233,33 @@ def _shared(table_BL1P):
 
 def attend(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None):
   """`softmax_attention.attention` in the fastest form for the platform."""
-  on = platform.current()
+  on, L = platform.current(), q_BLHP.shape[1]
+  if on == 'tpu' and L >= _WORTH_KERNEL:
+    return _on_every_device(
+      softmax_attention.tpu_kernel, q_BLHP, k_BLJP, v_BLJP, segments_BL, scale
+    )
   if on == 'gpu' and q_BLHP.dtype in (jnp.bfloat16, jnp.float16):
     form = functools.partial(softmax_attention.attention, implementation='cudnn')
-  elif q_BLHP.shape[1] > (block := _BLOCKS[on]):
-    form = functools.partial(softmax_attention.blocked_attention, block=block)
+  elif on in _BLOCKS and L > _BLOCKS[on]:
+    form = functools.partial(softmax_attention.blocked_attention, block=_BLOCKS[on])
   else:
     form = softmax_attention.attention
   return form(q_BLHP, k_BLJP, v_BLJP, segments_BL, scale=scale)
+
+
+def _on_every_device(form, q_BLHP, k_BLJP, v_BLJP, segments_BL, scale):
+  """`form` of the sequences and heads that each device has; the partitioner takes no kernels."""
+  form = functools.partial(form, scale=scale)
+  arrays = (q_BLHP, k_BLJP, v_BLJP) + (() if segments_BL is None else (segments_BL,))
+  if mesh.size(*mesh.AXES) == 1:
+    return form(*arrays)
+  axes, devices = mesh.batch_axes(len(q_BLHP)), mesh.size('tensor')
+  tensor = 'tensor' if devices > 1 and k_BLJP.shape[2] % devices == 0 else None
+  heads, sequences = P(axes or None, None, tensor), P(axes or None)
+  form = jax.shard_map(
+    form,
+    in_specs=(heads, heads, heads, sequences)[: len(arrays)],
+    out_specs=heads,
+    check_vma=False,  # required by kernels; the body has no collective
+  )
+  return form(*arrays)

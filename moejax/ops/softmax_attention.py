@@ -4,6 +4,7 @@ The scores of 8,192 positions and 8 heads are 2 GB of float32 for one sequence a
 blocked form holds those of a block of queries and a block of keys at a time: online softmax
 (arXiv:1805.02867) in the forward pass, scores computed again in the backward pass, as in
 FlashAttention (arXiv:2205.14135, arXiv:2307.08691). Keys of later blocks are not touched at all.
+On a TPU the kernel that comes with jax does the same, with the scores in on-chip memory.
 """
 
 import functools
@@ -81,6 +82,38 @@ def blocked_attention(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, b
   return jnp.transpose(o_NBJRMP, (1, 0, 4, 2, 3, 5)).reshape(B, -1, H, P)[:, :L]
 
 
+_LANES = 128  # of a TPU: the kernel takes positions in multiples of it
+_TILES = (512, 256, 128)  # positions of a block: the first of these that divides all
+
+
+def tpu_kernel(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, interpret=False):
+  """`attention` as the kernel for TPUs that comes with jax, "splash attention".
+
+  `interpret`: whether to run the operations of the kernel one by one, on any platform.
+  """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # loads slowly
+
+  _, L, H, P = q_BLHP.shape
+  scale = P**-0.5 if scale is None else scale
+  # As in the blocked form, keys that are added at the end are not seen.
+  pad = lambda a: jnp.pad(a, [(0, 0), (0, -L % _LANES)] + [(0, 0)] * (a.ndim - 2))
+  by_head = lambda a: jnp.swapaxes(pad(a), 1, 2)
+  padded = L + -L % _LANES
+  tile = next(n for n in _TILES if padded % n == 0)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([splash.CausalMask((padded, padded))] * H),
+    block_sizes=splash.BlockSizes(*[tile] * 8),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  inputs = by_head(q_BLHP * jnp.asarray(scale, q_BLHP.dtype)), by_head(k_BLJP), by_head(v_BLJP)
+  if segments_BL is not None:
+    inputs += (splash.SegmentIds(pad(segments_BL), pad(segments_BL)),)
+  o_BHLP: Any = jax.vmap(kernel)(*inputs)
+  return jnp.swapaxes(o_BHLP, 1, 2)[:, :L]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scale, q_NBJRMP, k_NBJMP, v_NBJMP, segments_NBM):
   """N blocks of M positions; H = J * R heads."""
@@ -129,7 +162,7 @@ def _attend_backward(scale, saved, do_NBJRMP):
     p_BJRMK = jnp.exp(s_BJRMK - lse_NBJRM[i][..., None])
     do_BJRMP = do_NBJRMP[i]
     dv = dv.at[j].add(_product('BJRMK,BJRMP->BJKP', p_BJRMK.astype(do_BJRMP.dtype), do_BJRMP))
-    dp_BJRMK = _product('BJRMP,BJKP->BJRMK', do_BJRMP, v_NBJMP[j])
+    dp_BJRMK = _with_keys(do_BJRMP, v_NBJMP[j])
     ds_BJRMK = scale * p_BJRMK * (dp_BJRMK - dot_NBJRM[i][..., None])
     ds_BJRMK = ds_BJRMK.astype(q_NBJRMP.dtype)
     dq = dq.at[i].add(_product('BJRMK,BJKP->BJRMP', ds_BJRMK, k_NBJMP[j]))
@@ -152,13 +185,20 @@ def _pairs(blocks):
 
 def _scores(scale, q_NBJRMP, k_NBJMP, segments_NBM, i, j):
   """Those of a block of queries and a block of keys, -inf where a query does not see a key."""
-  s_BJRMK = scale * _product('BJRMP,BJKP->BJRMK', q_NBJRMP[i], k_NBJMP[j])
+  s_BJRMK = scale * _with_keys(q_NBJRMP[i], k_NBJMP[j])
   M = s_BJRMK.shape[-1]
   place = jnp.arange(M)
   seen_BMK = ((i - j) * M + place[:, None] >= place[None])[None]
   if segments_NBM is not None:
     seen_BMK &= segments_NBM[i][:, :, None] == segments_NBM[j][:, None]
   return jnp.where(seen_BMK[:, None, None], s_BJRMK, -jnp.inf)
+
+
+def _with_keys(a_BJRMP, b_BJKP):
+  """Sums over P. R and M are one axis of the product: else jax 0.7 takes no bfloat16 on a CPU."""
+  B, J, R, M, P = a_BJRMP.shape
+  y_BJQK = _product('BJQP,BJKP->BJQK', a_BJRMP.reshape(B, J, R * M, P), b_BJKP)
+  return y_BJQK.reshape(B, J, R, M, -1)
 
 
 def _product(equation, a, b):

@@ -54,6 +54,27 @@ def test_loops_count_every_iteration():
   }
 
 
+def test_kernels_of_attention_count_the_pairs_of_a_causal_mask():
+  kernel = 'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
+  text = f"""
+%body (p: bf16[2,4,256,64]) -> bf16[2,4,256,64] {{
+  %p = bf16[2,4,256,64]{{3,2,1,0}} parameter(0)
+  %mask = s8[1,2,2]{{2,1,0}} constant(0)
+  ROOT %splash_mha_dkv_alone.1 = bf16[2,4,256,64] custom-call(%mask, %p, %p, %p), {kernel}
+"tiles":"1"
+}}}}, metadata={{op_name="attention"}}
+}}
+
+ENTRY %main (p: bf16[2,4,256,64]) -> bf16[2,4,256,64] {{
+  %p = bf16[2,4,256,64]{{3,2,1,0}} parameter(0)
+  ROOT %call = bf16[2,4,256,64]{{3,2,1,0}} call(%p), to_apply=%body
+}}
+"""
+  got = hlo.cost(text)
+  assert got.flops == 4 * 2 * (2 * 4 * 64) * 256**2 / 2
+  assert got.memory_bytes == 4 + 4 * (2 * 4 * 256 * 64 * 2)
+
+
 def test_indexing_counts_only_accessed_elements():
   height, width, steps = 512, 1024, 16
   stack = jnp.zeros((steps, height, width))

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from moejax.layers import attention, common
+from moejax.ops import softmax_attention
+from moejax.sharding import mesh as mesh_lib, platform
 
 B, L, D, H = 3, 7, 12, 2
 P = D // H
@@ -82,6 +85,30 @@ def test_long_sequences_are_computed_in_blocks(monkeypatch):
   _apply.clear_cache()
   np.testing.assert_allclose(_forward(_x(), tokens, **options), expected, rtol=1e-5, atol=1e-5)
   assert blocks == [2]
+
+
+@pytest.mark.parametrize('kv_heads', [4, 1])
+def test_devices_run_the_kernel_on_their_own_sequences_and_heads(monkeypatch, kv_heads):
+  shapes, kernel = [], softmax_attention.tpu_kernel
+
+  def interpreted(q_BLHP, *arrays, **options):
+    shapes.append(q_BLHP.shape)
+    return kernel(q_BLHP, *arrays, **options, interpret=True)
+
+  monkeypatch.setattr(attention.softmax_attention, 'tpu_kernel', interpreted)
+  rng, length = np.random.default_rng(0), attention._WORTH_KERNEL
+  draw = lambda heads: jnp.asarray(rng.standard_normal((4, length, heads, 8)), 'float32')
+  qkv, segments_BL = (draw(4), draw(kv_heads), draw(kv_heads)), np.arange(length)[None] // 50
+  segments_BL = jnp.asarray(np.repeat(segments_BL, 4, axis=0), 'int32')
+  mesh = jax.make_mesh((2, 1, 2, 2), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4)
+  loss = lambda q, k, v: jnp.sum(jnp.sin(attention.attend(q, k, v, segments_BL)))
+  gradients = lambda: jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv)
+  expected = gradients()
+  with platform.compiling_for('tpu'), jax.set_mesh(mesh):
+    got = gradients()
+  assert shapes == [(1, length, 2 if kv_heads > 1 else 4, 8)]
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('rope', [False, True])

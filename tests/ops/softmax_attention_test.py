@@ -67,6 +67,22 @@ def test_blocks_keep_the_precision_of_their_inputs(x64):
   _assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('has_documents', [False, True])
+@pytest.mark.parametrize('length', [200, 256])
+def test_the_kernel_computes_the_same(length, has_documents):
+  rng = np.random.default_rng(0)
+  draw = lambda heads: jnp.asarray(rng.standard_normal((2, length, heads, 8)), 'float32')
+  qkv = draw(4), draw(2), draw(2)
+  segments_BL = jnp.asarray(np.cumsum(rng.random((2, length)) < 0.05, axis=1), 'int32')
+  segments_BL = segments_BL if has_documents else None
+  kernel = functools.partial(softmax_attention.tpu_kernel, interpret=True)
+  expected, got = (
+    _value_and_gradients(functools.partial(form, scale=0.3), *qkv, segments_BL)
+    for form in (softmax_attention.attention, kernel)
+  )
+  _assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_half_precision_is_rounded_alike():
   inputs = _inputs('bfloat16')
   wide = *(a.astype('float32') for a in inputs[:3]), inputs[3]
