@@ -141,9 +141,12 @@ def _gib(num_bytes):
   return f'{num_bytes / 2**30:.2f}'
 
 
+def _milliseconds(report):
+  return [f'{1e3 * report["seconds"][kind]:.3g}' for kind in ('compute', 'memory', 'interconnect')]
+
+
 def _line(name, report):
   mesh = ' '.join(f'{axis} {n}' for axis, n in report['mesh'].items()) or '-'
-  seconds = report['seconds']
   if not report['fits']:
     needed = report['needed'] or 'needs more memory'
     return [name, report['topology'], mesh, '', 'no', needed, '', '', '', '', '']
@@ -154,7 +157,7 @@ def _line(name, report):
     f'{report["remat"]}, {report["accumulation"]}',
     f'{report["params"] / 1e9:.3g}B / {report["active_params"] / 1e9:.3g}B',
     f'{_gib(sum(report["memory"].values()))} of {report["capacity"] / 2**30:.0f}',
-    *(f'{1e3 * seconds[kind]:.3g}' for kind in ('compute', 'memory', 'interconnect')),
+    *_milliseconds(report),
     report['bound'],
     f'{100 * report["mfu"]:.0f}',
   ]
@@ -216,7 +219,7 @@ def _weak(results):
           str(chips),
           f'{sent[0] / 2**30:.2f}',
           f'{sent[0] / sent[1]:.3f}',
-          *(f'{1e3 * s:.3g}' for s in report['seconds'].values()),
+          *_milliseconds(report),
           f'{report["step_seconds"] / series[0][1]["step_seconds"]:.3f}',
         ]
       )

@@ -277,7 +277,7 @@ def _parse(text):
       if header:
         current = computations.setdefault(header[2], [])
         entry = header[2] if header[1] else entry
-    elif line.partition(' ')[0] == '}':  # kernels can have attributes of several lines
+    elif line.startswith('}') and line[1:2] != '}':  # that ends attributes of several lines
       current = None
     else:
       name = _NAME.match(line)
