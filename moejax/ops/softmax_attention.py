@@ -107,7 +107,8 @@ def tpu_kernel(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, interpre
     q_seq_shards=1,
     interpret=interpret,
   )
-  inputs = by_head(q_BLHP * jnp.asarray(scale, q_BLHP.dtype)), by_head(k_BLJP), by_head(v_BLJP)
+  scaled = (scale * q_BLHP.astype(_wide(q_BLHP))).astype(q_BLHP.dtype)  # the kernel has no factor
+  inputs = by_head(scaled), by_head(k_BLJP), by_head(v_BLJP)
   if segments_BL is not None:
     inputs += (splash.SegmentIds(pad(segments_BL), pad(segments_BL)),)
   o_BHLP: Any = jax.vmap(kernel)(*inputs)

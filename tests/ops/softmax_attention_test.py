@@ -83,10 +83,16 @@ def test_the_kernel_computes_the_same(length, has_documents):
   _assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_half_precision_is_rounded_alike():
+@pytest.mark.parametrize(
+  'form',
+  [
+    functools.partial(softmax_attention.blocked_attention, block=4),
+    functools.partial(softmax_attention.tpu_kernel, interpret=True),
+  ],
+)
+def test_half_precision_is_rounded_alike(form):
   inputs = _inputs('bfloat16')
   wide = *(a.astype('float32') for a in inputs[:3]), inputs[3]
-  form = functools.partial(softmax_attention.blocked_attention, block=4)
   expected = _value_and_gradients(softmax_attention.attention, *wide)
   got = _value_and_gradients(form, *inputs)
   assert {a.dtype.name for a in got} == {'bfloat16'}
