@@ -13,9 +13,9 @@ from moejax.layers.sublayer import Cost, Sublayer
 from moejax.ops import softmax_attention
 from moejax.sharding import mesh, platform
 
-# Positions of a block of scores; in the caches of a CPU, several times as fast as all at once.
-_BLOCKS = {'cpu': 64, 'gpu': 512}
-_WORTH_KERNEL = 128  # positions, the smallest block of the kernel for TPUs
+# Positions of a block of scores; in the caches of a CPU, several times as fast as all at once. On a
+# TPU, the most without its kernel, which writes 512 bytes for each position and head.
+_BLOCKS = {'cpu': 64, 'gpu': 512, 'tpu': 512}
 
 # Queries, keys and values are a matrix each.
 parameters.declare(
@@ -233,21 +233,19 @@ def _shared(table_BL1P):
 
 def attend(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None):
   """`softmax_attention.attention` in the fastest form for the platform."""
-  on, L = platform.current(), q_BLHP.shape[1]
-  if on == 'tpu' and L >= _WORTH_KERNEL:
-    return _on_every_device(
-      softmax_attention.tpu_kernel, q_BLHP, k_BLJP, v_BLJP, segments_BL, scale
-    )
+  on = platform.current()
   if on == 'gpu' and q_BLHP.dtype in (jnp.bfloat16, jnp.float16):
     form = functools.partial(softmax_attention.attention, implementation='cudnn')
-  elif on in _BLOCKS and L > _BLOCKS[on]:
-    form = functools.partial(softmax_attention.blocked_attention, block=_BLOCKS[on])
-  else:
+  elif q_BLHP.shape[1] <= (block := _BLOCKS[on]):
     form = softmax_attention.attention
+  elif on == 'tpu':
+    form = functools.partial(_on_every_device, softmax_attention.tpu_kernel)
+  else:
+    form = functools.partial(softmax_attention.blocked_attention, block=block)
   return form(q_BLHP, k_BLJP, v_BLJP, segments_BL, scale=scale)
 
 
-def _on_every_device(form, q_BLHP, k_BLJP, v_BLJP, segments_BL, scale):
+def _on_every_device(form, q_BLHP, k_BLJP, v_BLJP, segments_BL, *, scale):
   """`form` of the sequences and heads that each device has; the partitioner takes no kernels."""
   form = functools.partial(form, scale=scale)
   arrays = (q_BLHP, k_BLJP, v_BLJP) + (() if segments_BL is None else (segments_BL,))

@@ -96,7 +96,8 @@ def test_devices_run_the_kernel_on_their_own_sequences_and_heads(monkeypatch, kv
     return kernel(q_BLHP, *arrays, **options, interpret=True)
 
   monkeypatch.setattr(attention.softmax_attention, 'tpu_kernel', interpreted)
-  rng, length = np.random.default_rng(0), attention._WORTH_KERNEL
+  monkeypatch.setattr(attention, '_BLOCKS', {'cpu': 64, 'tpu': 64})
+  rng, length = np.random.default_rng(0), 128
   draw = lambda heads: jnp.asarray(rng.standard_normal((4, length, heads, 8)), 'float32')
   qkv, segments_BL = (draw(4), draw(kv_heads), draw(kv_heads)), np.arange(length)[None] // 50
   segments_BL = jnp.asarray(np.repeat(segments_BL, 4, axis=0), 'int32')
