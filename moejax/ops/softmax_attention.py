@@ -102,7 +102,9 @@ def tpu_kernel(q_BLHP, k_BLJP, v_BLJP, segments_BL=None, *, scale=None, interpre
   tile = next(n for n in _TILES if padded % n == 0)
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([splash.CausalMask((padded, padded))] * H),
-    block_sizes=splash.BlockSizes(*[tile] * 8),
+    block_sizes=splash.BlockSizes(
+      tile, tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+    ),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
